@@ -1,0 +1,194 @@
+"""The architecture of a decoder-only language model as plain, frozen data."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from typing import Any
+
+from nemo_minitron.errors import SpecError
+
+
+class Activation(StrEnum):
+    """What stands between the two MLP matrices. Gated kinds double the rows of the first one."""
+
+    SWIGLU = "swiglu"
+    GEGLU = "geglu"
+    GELU = "gelu"
+    SQUARED_RELU = "squared_relu"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first MLP matrix holds a gate and an up half."""
+        return self in (Activation.SWIGLU, Activation.GEGLU)
+
+
+class Norm(StrEnum):
+    """Kind of normalisation."""
+
+    RMSNORM = "rmsnorm"
+    LAYERNORM = "layernorm"
+    LAYERNORM1P = "layernorm1p"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama-3.1 rotary frequency scaling (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """Sizes of one transformer layer (attention, then MLP)."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """An embedding, a sequence of layers with their own sizes, and a head.
+
+    `head_dim` never changes under pruning and is not `hidden_size / num_attention_heads` in a pruned model.
+    """
+
+    family: str
+    """Key of `nemo_minitron.arch.families`."""
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    max_position_embeddings: int
+    activation: Activation = Activation.SWIGLU
+    norm: Norm = Norm.RMSNORM
+    norm_eps: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    linear_bias: bool = False
+    """Bias on the attention output and both MLP matrices."""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise SpecError(
+                f"architecture ({self.family}): " + "; ".join(problems),
+                rule="every size is positive and fits the others",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """How many transformer layers there are."""
+        return len(self.layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same sizes."""
+        return len(set(self.layers)) == 1
+
+    @property
+    def layer(self) -> LayerSpec:
+        """The sizes that all layers share.
+
+        Raises:
+            SpecError: The layers differ.
+        """
+        if not self.is_uniform:
+            raise SpecError("the model's layers differ in size", rule="this step needs layers of one size")
+        return self.layers[0]
+
+    def with_sizes(
+        self,
+        *,
+        num_layers: int | None = None,
+        hidden_size: int | None = None,
+        ffn_hidden_size: int | None = None,
+        num_attention_heads: int | None = None,
+        num_query_groups: int | None = None,
+    ) -> "ModelSpec":
+        """A copy with other sizes; None keeps what is there.
+
+        Layers are cut from the end: which ones really go is the plan's matter.
+        """
+        sizes = {
+            "ffn_hidden_size": ffn_hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "num_query_groups": num_query_groups,
+        }
+        wanted = {key: value for key, value in sizes.items() if value is not None}
+        layers = self.layers if num_layers is None else (self.layers * num_layers)[:num_layers]
+        return replace(
+            self,
+            hidden_size=self.hidden_size if hidden_size is None else hidden_size,
+            layers=tuple(replace(layer, **wanted) for layer in layers),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` is the inverse. A uniform model stores its layer sizes once."""
+        data = asdict(self)
+        if self.is_uniform:
+            data["layers"] = {"count": self.num_layers, **asdict(self.layers[0])}
+        else:
+            data["layers"] = [asdict(layer) for layer in self.layers]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ModelSpec":
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            SpecError: A key is missing or unknown, or a value does not fit.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise SpecError(
+                f"architecture: unknown key(s) {', '.join(unknown)}",
+                rule=f"known keys: {', '.join(sorted(known))}",
+            )
+        values = dict(data)
+        try:
+            values["layers"] = _layers_from(values["layers"])
+            values["activation"] = Activation(values.get("activation", Activation.SWIGLU))
+            values["norm"] = Norm(values.get("norm", Norm.RMSNORM))
+            if values.get("rope_scaling") is not None:
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SpecError(f"architecture: {error}", rule="the data of ModelSpec.to_dict") from error
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form, 64 hex digits; the same on every machine."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _layers_from(data: Any) -> tuple[LayerSpec, ...]:
+    if isinstance(data, dict):
+        sizes = {key: value for key, value in data.items() if key != "count"}
+        return (LayerSpec(**sizes),) * int(data["count"])
+    return tuple(LayerSpec(**item) for item in data)
+
+
+def _problems(spec: ModelSpec) -> Iterator[str]:
+    for name in ("vocab_size", "hidden_size", "head_dim", "max_position_embeddings"):
+        if getattr(spec, name) < 1:
+            yield f"{name} = {getattr(spec, name)} must be at least 1"
+    if not spec.layers:
+        yield "zero layers; at least 1 must stay"
+    for index, layer in enumerate(spec.layers):
+        if min(layer.num_attention_heads, layer.num_query_groups, layer.ffn_hidden_size) < 1:
+            yield f"layer {index}: heads, KV groups and FFN must each be at least 1"
+        elif layer.num_attention_heads % layer.num_query_groups:
+            yield (
+                f"layer {index}: num_attention_heads = {layer.num_attention_heads} "
+                f"is not a multiple of num_query_groups = {layer.num_query_groups}"
+            )

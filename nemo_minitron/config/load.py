@@ -1,0 +1,89 @@
+"""YAML and `key=value` overrides to a checked recipe; every problem is reported at once, with a suggestion."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe, put `key=value` overrides on top, check everything.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    if not path.is_file():
+        raise ConfigError(str(path), ["no such recipe file; `nemo-minitron ls` lists those that come with the package"])
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_checked(overrides or [])))
+        data = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(str(path), [" ".join(str(error).split())]) from error
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), ["a recipe is a mapping of sections"])
+    return check(RunConfig, {str(key): value for key, value in data.items()}, source=str(path))
+
+
+def check(model: type[SectionT], data: dict[str, Any], *, source: str) -> SectionT:
+    """Validate plain data against a section.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(source, [_explain(model, problem) for problem in error.errors()]) from error
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _checked(overrides: list[str]) -> list[str]:
+    wrong = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if wrong:
+        raise ConfigError("command line", [f"{item!r} is not of the form key=value" for item in wrong])
+    return overrides
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model)
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        close = close or [name for name in known if name.rsplit(".", 1)[-1] == location[-1]][:1]
+        hint = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(_siblings(known, location))}"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing and has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = f" = {value!r}" if key and not isinstance(value, dict) else ""
+    return f"{key}{shown}: {message}" if key else message
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        found.append(prefix + name)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += _known_keys(kind, f"{prefix}{name}.")
+    return found
+
+
+def _siblings(known: list[str], location: list[str]) -> list[str]:
+    prefix = ".".join([*location[:-1], ""])
+    return [name for name in known if name.startswith(prefix) and "." not in name[len(prefix) :]]

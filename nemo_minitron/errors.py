@@ -1,0 +1,71 @@
+"""What users see when something is wrong: what, which rule, and the remedy.
+
+The command line prints these without a traceback and exits with status 2.
+Anything else that escapes is a defect of ours.
+"""
+
+
+class MinitronError(Exception):
+    """An error whose cause lies in what the user gave us.
+
+    Args:
+        what: The key or file, and the value found there.
+        rule: What would have been right.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, what: str, *, rule: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.rule = rule
+        self.remedy = remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.rule:
+            lines.append(f"  rule: {self.rule}")
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class ConfigError(MinitronError):
+    """A recipe or an override that cannot be run; carries every problem found, not only the first."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.source = source
+        self.problems = list(problems)
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{source}: {len(problems)} problem(s)\n{listing}")
+
+
+class CheckpointError(MinitronError):
+    """A checkpoint that is missing, damaged, or not what it says it is."""
+
+
+class SpecError(MinitronError):
+    """An architecture that cannot exist, or two that do not fit each other."""
+
+
+class ScoresError(MinitronError):
+    """Importance scores that are damaged or belong to something else."""
+
+
+class PlanError(MinitronError):
+    """A pruning plan that cannot be made, or does not fit what it is applied to."""
+
+
+class DataError(MinitronError):
+    """Text or token files that are missing, empty, too short, or made with another tokenizer."""
+
+
+class LayoutError(MinitronError):
+    """Parallel sizes that do not fit the model or the number of processes."""
+
+
+class RunFolderError(MinitronError):
+    """A run folder that belongs to another recipe, or cannot be written."""
+
+
+class TrainingError(MinitronError):
+    """Training that cannot start or go on: a teacher without weights, a loss that is not a number."""
