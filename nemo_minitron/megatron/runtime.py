@@ -1,0 +1,286 @@
+"""The processes of a run: who this one is, which groups it belongs to, and the few collectives that stages need.
+
+A process finds its place in the environment that torchrun or Slurm gives it; without either it is the only one. Process
+groups that somebody else made (Lightning, a test) are used as they are, and left in place by `stop`.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron import cpu
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for the others: rank 0 may convert a large checkpoint meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """Process groups this rank belongs to."""
+
+    tp: ProcessGroup
+    """Ranks that share each weight."""
+    pp: ProcessGroup
+    """Pipeline stages, first to last."""
+    cp: ProcessGroup
+    """Ranks that share each sequence."""
+    dp: ProcessGroup
+    """Replicas of the model that see other samples."""
+    dp_cp: ProcessGroup
+    """Both of the above: the ranks over which token sums and gradients are added."""
+    mp: ProcessGroup
+    """One copy of the model: TP and PP together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """This process among the processes of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank among the processes of this machine; also the index of its GPU."""
+    device: torch.device
+    parallel: ParallelConfig
+    seed: int
+    groups: Groups
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the final norm and the output layer."""
+        return self.pp_rank == self.parallel.pipeline - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+@dataclass
+class _Started:
+    """What `start` left behind in this process."""
+
+    runtime: Runtime | None = None
+    owns_processes: bool = False
+
+
+_started = _Started()
+
+
+def start(parallel: ParallelConfig, *, seed: int, backend: str | None = None) -> Runtime:
+    """Take this process's place: rendezvous, Megatron's groups, seeds, and the CPU bridge where there is no GPU.
+
+    Calling it again with equal arguments returns the same runtime.
+
+    Args:
+        parallel: Parallel sizes; what is left of the world size is data parallel.
+        seed: Seed of all generators, equal on every rank.
+        backend: Backend of `torch.distributed`; NCCL with a GPU and Gloo without, unless given.
+
+    Raises:
+        LayoutError: The sizes do not fit the number of processes, or another layout is running.
+        MinitronError: Megatron-Core is of an unknown version.
+    """
+    if (running := _started.runtime) is not None:
+        if (running.parallel, running.seed) != (parallel, seed):
+            raise LayoutError("another parallel layout is running", remedy="call runtime.stop() before runtime.start()")
+        return running
+    cpu.check_version()
+    place = _find_place()
+    _check_sizes(parallel, place.world_size)
+    cpu.install()
+    device = _claim_device(place)
+    if not dist.is_initialized():
+        _rendezvous(place, backend or ("nccl" if device.type == "cuda" else "gloo"))
+        _started.owns_processes = True
+    _make_groups(parallel)
+    _seed(seed)
+    _started.runtime = _describe(place, device, parallel, seed)
+    return _started.runtime
+
+
+def stop() -> None:
+    """Give up the parallel groups, and the connections between processes if `start` made them; else does nothing."""
+    if _started.runtime is None:
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    _started.runtime = None
+    if _started.owns_processes:
+        dist.destroy_process_group()
+        _started.owns_processes = False
+
+
+def current() -> Runtime:
+    """The running runtime.
+
+    Raises:
+        LayoutError: `start` was not called.
+    """
+    if _started.runtime is None:
+        raise LayoutError("no parallel layout is running", remedy="call runtime.start() first")
+    return _started.runtime
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    device_ids = [current().local_rank] if dist.get_backend() == "nccl" else None
+    dist.barrier(device_ids=device_ids)
+
+
+def broadcast_object(value: T | None, *, source: int = 0) -> T:
+    """The value that rank `source` passes in, on every rank; what other ranks pass is ignored. It travels pickled."""
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=source, device=current().device)
+    return values[0]
+
+
+def agree(ok: bool) -> bool:
+    """Whether all ranks say yes."""
+    yes = torch.tensor(int(ok), device=current().device)
+    dist.all_reduce(yes, op=dist.ReduceOp.MIN)
+    return bool(yes.item())
+
+
+def _find_place() -> _Place:
+    """Rank and number of processes: from those already connected, torchrun, Slurm, or alone."""
+    env = os.environ
+    local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
+    if dist.is_initialized():
+        return _Place(dist.get_rank(), dist.get_world_size(), local_rank)
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank)
+    if _is_slurm_step():
+        return _Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), local_rank)
+    return _Place(0, 1, 0)
+
+
+def _is_slurm_step() -> bool:
+    """Whether srun started this process; an interactive shell inside an allocation also has SLURM_NTASKS."""
+    return {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= os.environ.keys() and os.environ.get(
+        "SLURM_JOB_NAME"
+    ) not in ("bash", "interactive")
+
+
+def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
+    if world_size % parallel.model_parallel_size:
+        raise LayoutError(
+            f"{world_size} process(es) for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+            f"x context {parallel.context}",
+            rule=f"the number of processes is a multiple of {parallel.model_parallel_size}",
+            remedy="start more processes (--nproc), or lower the sizes under parallel:",
+        )
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        raise LayoutError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} without a pipeline",
+            rule="virtual stages need parallel.pipeline of at least 2",
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise LayoutError(
+            "parallel.sequence_parallel = true without tensor parallelism", rule="parallel.tensor is above 1"
+        )
+
+
+def _claim_device(place: _Place) -> torch.device:
+    if not torch.cuda.is_available():
+        torch.set_flush_denormal(True)
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"local rank {place.local_rank} on a machine with {torch.cuda.device_count()} GPU(s)",
+            rule="one process a GPU",
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+def _rendezvous(place: _Place, backend: str) -> None:
+    if place.world_size == 1:
+        # Nobody to meet: a store inside the process needs neither a port nor a file.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        return
+    if "MASTER_ADDR" not in os.environ and _is_slurm_step():
+        os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_STEP_NODELIST"])
+        os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=PATIENCE)
+
+
+def _first_slurm_host(nodes: str) -> str:
+    """The first host of a Slurm list: `a[003-007,9],b1` gives `a003`."""
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def _make_groups(parallel: ParallelConfig) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,
+    )
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator; Megatron's tracker keeps one state that differs between tensor-parallel ranks."""
+    import numpy as np
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries below us draw from the global generator
+    torch.manual_seed(seed)
+
+
+def _describe(place: _Place, device: torch.device, parallel: ParallelConfig, seed: int) -> Runtime:
+    from megatron.core import parallel_state as state
+
+    groups = Groups(
+        tp=state.get_tensor_model_parallel_group(),
+        pp=state.get_pipeline_model_parallel_group(),
+        cp=state.get_context_parallel_group(),
+        dp=state.get_data_parallel_group(),
+        dp_cp=state.get_data_parallel_group(with_context_parallel=True),
+        mp=state.get_model_parallel_group(),
+    )
+    return Runtime(
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        device=device,
+        parallel=parallel,
+        seed=seed,
+        groups=groups,
+        tp_rank=groups.tp.rank(),
+        pp_rank=groups.pp.rank(),
+        cp_rank=groups.cp.rank(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+    )
