@@ -59,7 +59,6 @@ _MOVING = (("models.common.language_module.language_module", "LanguageModule", "
 
 _CUDA_TYPES = ("torch.cuda.FloatTensor", "torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor")
 _FACTORIES = frozenset({"arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"})
-)
 
 _undo: list[Callable[[], None]] = []
 
