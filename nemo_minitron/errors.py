@@ -4,6 +4,8 @@ The command line prints these without a traceback and exits with status 2.
 Anything else that escapes is a defect of ours.
 """
 
+from typing import Any
+
 
 class MinitronError(Exception):
     """An error whose cause lies in what the user gave us.
@@ -20,6 +22,9 @@ class MinitronError(Exception):
         self.remedy = remedy
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self), dict(self.__dict__))
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.rule:
@@ -27,6 +32,13 @@ class MinitronError(Exception):
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
         return "\n".join(lines)
+
+
+def _revive(kind: type[MinitronError], state: dict[str, Any]) -> MinitronError:
+    """Rebuild an error that came from another process, whatever arguments its class takes."""
+    error = kind.__new__(kind, state["what"])
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(MinitronError):

@@ -1,0 +1,1 @@
+"""Lightning callbacks: importance, distillation monitor, metrics, progress, throughput."""

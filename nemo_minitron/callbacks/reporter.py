@@ -1,0 +1,170 @@
+"""What a run says while it works: stages, progress and plain lines, to a terminal or to a log.
+
+On a terminal a progress bar with loss, tokens/s and ETA lives in the last line. Elsewhere (a file, a pipe, Slurm) one
+plain line appears every few seconds, so that a log of hours stays small and can be searched.
+Only rank 0's reporter speaks. Standard library until the first bar on a terminal.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+LOG_INTERVAL = 5.0
+"""Seconds between two plain progress lines."""
+
+
+class Progress:
+    """How far a countable piece of work is. Yielded by `Reporter.progress`."""
+
+    def __init__(self, show: Callable[["Progress"], None], *, label: str, total: int, unit: str, done: int) -> None:
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.done = self.first = done
+        self.fields: dict[str, str] = {}
+        self.started = time.monotonic()
+        self._show = show
+
+    def advance(self, amount: int = 1, fields: Mapping[str, str] | None = None) -> None:
+        """Count work done; `fields` (name to text, as `{"loss": "1.21"}`) replace those shown."""
+        self.done += amount
+        if fields is not None:
+            self.fields = dict(fields)
+        self._show(self)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first piece is done."""
+        done = self.done - self.first
+        return (time.monotonic() - self.started) / done * (self.total - self.done) if done else None
+
+    def line(self) -> str:
+        """The state as one line, as in `distill 60/200 steps · loss 1.21 · 3.1k tokens/s · ETA 00:12`."""
+        parts = [f"{self.label} {self.done}/{self.total} {self.unit}".rstrip()]
+        parts += [f"{name} {text}".strip() for name, text in self.fields.items()]
+        left = self.seconds_left
+        if left is not None and self.done < self.total:
+            parts.append(f"ETA {clock(left)}")
+        return " · ".join(parts)
+
+
+class Reporter:
+    """Speaks for a run.
+
+    Args:
+        silent: Say nothing (ranks above 0).
+        stream: Where to; standard output unless given.
+        terminal: Whether bars can be drawn; found out from the stream unless given.
+    """
+
+    def __init__(self, *, silent: bool = False, stream: TextIO | None = None, terminal: bool | None = None) -> None:
+        self.silent = silent
+        self._stream = stream
+        self._terminal = terminal
+        self._live: Any = None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the output is a terminal that can redraw a line."""
+        return self._out.isatty() if self._terminal is None else self._terminal
+
+    @property
+    def _out(self) -> TextIO:
+        return sys.stdout if self._stream is None else self._stream
+
+    def line(self, text: str) -> None:
+        """One line for the user, above a bar if there is one."""
+        if self.silent:
+            return
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._out, flush=True)
+
+    def stage_started(self, name: str, position: int, count: int, *, resumed: bool = False) -> None:
+        """A stage begins; on a terminal its line appears when it ends, so a start is said only in logs."""
+        if resumed or not self.terminal:
+            self.line(f"{position}/{count} {name:<9} {'goes on where it stopped' if resumed else 'starts'}")
+
+    def stage_skipped(self, name: str, position: int, count: int) -> None:
+        """A stage was whole already."""
+        self.line(f"{position}/{count} {name:<9} already done")
+
+    def stage_finished(self, name: str, position: int, count: int, *, seconds: float, summary: str = "") -> None:
+        """A stage is whole."""
+        self.line(f"{position}/{count} {name:<9} {duration(seconds):>8}  {summary}".rstrip())
+
+    @contextmanager
+    def progress(self, label: str, total: int, *, unit: str = "", done: int = 0) -> Iterator[Progress]:
+        """Show work of `total` pieces, `done` of which were done before."""
+        if self.silent:
+            yield Progress(lambda progress: None, label=label, total=total, unit=unit, done=done)
+        elif self.terminal:
+            with _Bar(self, label, total, unit, done) as progress:
+                yield progress
+        else:
+            yield Progress(_Log(self), label=label, total=total, unit=unit, done=done)
+
+
+class _Log:
+    """Shows the first, the last, and in between one state every `LOG_INTERVAL` seconds."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._next = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() >= self._next or progress.done >= progress.total:
+            self._next = time.monotonic() + LOG_INTERVAL
+            self._reporter.line(progress.line())
+
+
+class _Bar:
+    """A rich progress bar for one piece of work; gone when that is done."""
+
+    def __init__(self, reporter: Reporter, label: str, total: int, unit: str, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("    {task.description:<9}", style="bold"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
+            TextColumn("{task.fields[shown]}", style="cyan"),
+        )
+        console = Console(file=reporter._out, force_terminal=True)
+        self._reporter = reporter
+        self._bar = RichProgress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task(label, total=total, completed=done, unit=unit, shown="")
+        self._progress = Progress(self._update, label=label, total=total, unit=unit, done=done)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._reporter._live = self._bar
+        return self._progress
+
+    def __exit__(self, *unused: object) -> None:
+        self._reporter._live = None
+        self._bar.stop()
+
+    def _update(self, progress: Progress) -> None:
+        shown = " · ".join(progress.line().split(" · ")[1:])
+        self._bar.update(self._task, completed=progress.done, shown=shown)
+
+
+def clock(seconds: float) -> str:
+    """`02:05`, or `1:02:05` from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s` below a minute, `3 min 20 s` below an hour, `2 h 05 min` above."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes} min {second:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

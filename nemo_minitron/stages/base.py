@@ -1,0 +1,95 @@
+"""What a stage is, and what it is given."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.callbacks.reporter import Reporter
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.stages import signals
+from nemo_minitron.stages.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """What a running stage is given; the same on every rank, but for `rank` and the reporter (silent above rank 0)."""
+
+    config: RunConfig
+    run: RunFolder
+    """`run.stage("prune")` is the folder of a whole stage, `run.result("prune")` what it returned."""
+    out: Path
+    """Where the stage writes. It survives a kill and is renamed when the stage returns."""
+    resumed: bool = False
+    """Whether `out` holds what an earlier attempt with the same inputs left."""
+    rank: int = 0
+    world_size: int = 1
+    reporter: Reporter = field(default_factory=Reporter)
+    """Progress and lines for the user; metrics files. Rank 0 speaks, the others' is silent."""
+    stop_requested: Callable[[], bool] = signals.requested
+    """For stages that save when stopped: poll between steps, save, then call `stop`."""
+    stop: Callable[[], None] = signals.follow
+    """Ends the run if `stop_requested()` (raises `signals.Stopped`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A function from artefacts to artefacts."""
+
+    name: str
+    run: Callable[[StageContext], dict[str, Any]]
+    """Returns JSON data, saved as `result.json`. `summary`, if there, is one line shown to the user."""
+    title: str = ""
+    """What it does, in a few words; the help text of its verb."""
+    needs: tuple[str, ...] = ()
+    """Stages whose files it reads."""
+    sections: tuple[str, ...] = ()
+    """Keys of the recipe its result depends on (`"distill"`, `"data.text_key"`); never parallel sizes."""
+    collective: bool = False
+    """Whether all ranks run it; otherwise rank 0 does and the others wait."""
+    saves_when_stopped: bool = False
+    """Whether it polls `stop_requested` and saves; a signal ends any other stage at once."""
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        """The part of a recipe that the stage depends on, as dotted keys."""
+        whole = config.model_dump(mode="json")
+        found: dict[str, Any] = {}
+        for section in self.sections:
+            value: Any = whole
+            for part in section.split("."):
+                value = value[part]
+            found.update(flatten(value, section))
+        return found
+
+    def digest(self, config: RunConfig, upstream: Mapping[str, str]) -> str:
+        """SHA-256 of everything the stage's result follows from: its settings and its upstream stages' digests."""
+        inputs = {
+            "stage": self.name,
+            "settings": self.settings(config),
+            "upstream": {name: upstream[name] for name in self.needs},
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def lazy(target: str) -> Callable[[StageContext], dict[str, Any]]:
+    """A stage function given as `module:name`, imported when it is called: a skipped stage costs no import of torch."""
+    module, _, name = target.partition(":")
+
+    def call(context: StageContext) -> dict[str, Any]:
+        result: dict[str, Any] = getattr(import_module(module), name)(context)
+        return result
+
+    return call
+
+
+def flatten(value: Any, prefix: str) -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; anything else stays as it is."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found.update(flatten(item, f"{prefix}.{key}"))
+    return found

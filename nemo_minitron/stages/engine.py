@@ -1,0 +1,205 @@
+"""Run a chain of stages in a run folder: skip what is whole, go on in what was cut off, end cleanly in any case."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from nemo_minitron.callbacks.reporter import Reporter
+from nemo_minitron.config.load import to_yaml
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.stages import manifest, signals
+from nemo_minitron.stages.base import Stage, StageContext
+from nemo_minitron.stages.files import as_user_error, read_json, write_json
+from nemo_minitron.stages.plan import Action, Step, decide, select
+from nemo_minitron.stages.run_folder import RunFolder
+from nemo_minitron.stages.team import Alone, Team
+from nemo_minitron.version import __version__
+
+T = TypeVar("T")
+_REDO = ".redo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command asks of a run folder."""
+
+    config: RunConfig
+    run: RunFolder
+    redo_from: str | None = None
+    """Redo this stage and all after it."""
+    last: str | None = None
+    """Stop after this stage."""
+    only: str | None = None
+    """Bring this stage up to date, with what it needs, and no other."""
+
+
+def run_chain(
+    chain: Sequence[Stage], request: Request, *, team: Team | None = None, reporter: Reporter | None = None
+) -> None:
+    """Do what a command asks. Collective: every rank calls it with equal arguments.
+
+    Raises:
+        MinitronError: Something a user can mend; what was finished stays finished.
+        Stopped: A signal ended the run; the same command continues it.
+    """
+    team = team or Alone()
+    reporter = reporter or Reporter(silent=team.rank > 0)
+    with ExitStack() as stack:
+        stack.enter_context(signals.handled())
+        steps = _together(team, request.run.path, lambda: _prepare(chain, request, stack))
+        by_name = {stage.name: stage for stage in chain}
+        outcome = "stopped"
+        try:
+            for position, (name, data) in enumerate(steps, start=1):
+                step = Step(stage=by_name[name], **data)
+                _one(step, request, team, reporter, position=position, count=len(steps))
+            outcome = "finished"
+        except MinitronError as error:
+            outcome = f"failed: {error.what.splitlines()[0]}"
+            raise
+        finally:
+            if team.rank == 0:
+                _close(request, outcome)
+
+
+def _prepare(chain: Sequence[Stage], request: Request, stack: ExitStack) -> list[tuple[str, dict[str, Any]]]:
+    """On rank 0: take the folder, decide, set aside what is to be redone. The steps travel as plain data."""
+    run, config = request.run, request.config
+    selected = select(chain, first=request.redo_from, last=request.last, only=request.only)
+    run.create()
+    stack.enter_context(run.locked())
+    for stage in chain:
+        run.adopt(stage.name)
+    redo_from = None if _redo_begun(request) else request.redo_from
+    steps = decide(selected, config, run, redo_from=redo_from)
+    if redo_from:
+        write_json(run.stages / _REDO, _redo_mark(request))
+    for step in steps:
+        if step.action is Action.REDO:
+            run.set_aside(step.stage.name)
+    run.write_config(to_yaml(config))
+    manifest.begin(run.path, config)
+    return [
+        (
+            step.stage.name,
+            {"action": step.action, "digest": step.digest, "settings": step.settings, "upstream": step.upstream},
+        )
+        for step in steps
+    ]
+
+
+def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, position: int, count: int) -> None:
+    stage, run = step.stage, request.run
+    if step.action is Action.SKIP:
+        reporter.stage_skipped(stage.name, position, count)
+        return
+    reporter.stage_started(stage.name, position, count, resumed=step.action is Action.CONTINUE)
+    record = _together(team, request.run.path, lambda: _begin(step, run))
+    started = time.monotonic()
+    manifest.reset_peak_memory()
+    context = StageContext(
+        config=request.config,
+        run=run,
+        out=run.partial(stage.name),
+        resumed=step.action is Action.CONTINUE,
+        rank=team.rank,
+        world_size=team.size,
+        reporter=reporter,
+    )
+    with signals.deferred() if stage.saves_when_stopped else nullcontext():
+        try:
+            if stage.collective:
+                result = _guarded(stage, context)
+                team.barrier()
+            else:
+                result = _together(team, request.run.path, lambda: _guarded(stage, context))
+        except BaseException:
+            if team.rank == 0:
+                _note_time(run, stage.name, record, started)
+            raise
+        if team.rank == 0:
+            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 3)
+            result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
+        _together(team, request.run.path, lambda: _finish(step, run, record, result))
+    reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
+
+
+def _guarded(stage: Stage, context: StageContext) -> dict[str, Any]:
+    try:
+        return stage.run(context)
+    except (MinitronError, signals.Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if (user_error := as_user_error(error, context.out)) is not None:
+            raise user_error from error
+        raise
+
+
+def _begin(step: Step, run: RunFolder) -> dict[str, Any]:
+    earlier = run.attempt(step.stage.name) or {"seconds": 0.0, "attempts": 0}
+    record = {
+        "stage": step.stage.name,
+        "digest": step.digest,
+        "settings": step.settings,
+        "upstream": step.upstream,
+        "version": __version__,
+        "seconds": earlier["seconds"],
+        "attempts": earlier["attempts"] + 1,
+    }
+    run.begin(step.stage.name, record)
+    return record
+
+
+def _finish(step: Step, run: RunFolder, record: dict[str, Any], result: dict[str, Any]) -> None:
+    run.finish(step.stage.name, {**record, "finished": manifest.now()}, result)
+
+
+def _note_time(run: RunFolder, name: str, record: dict[str, Any], started: float) -> None:
+    """Add the time of an attempt that ended early; a disk that is full may refuse even that."""
+    try:
+        run.begin(name, {**record, "seconds": round(record["seconds"] + time.monotonic() - started, 3)})
+    except OSError:
+        return
+
+
+def _together(team: Team, folder: Path, work: Callable[[], T]) -> T:
+    """Let rank 0 do something; every rank gets the value, or rank 0's error."""
+    value: T | None = None
+    error: BaseException | None = None
+    if team.rank == 0:
+        try:
+            value = work()
+        except (Exception, signals.Stopped) as caught:
+            error = as_user_error(caught, folder) or caught
+    if team.size > 1:
+        sent = (
+            error if isinstance(error, (MinitronError, signals.Stopped, type(None))) else RuntimeError("rank 0 failed")
+        )
+        value, received = team.broadcast((value, sent))
+        error = error or received
+    if error is not None:
+        raise error
+    return cast("T", value)
+
+
+def _redo_mark(request: Request) -> dict[str, Any]:
+    return {"from": request.redo_from, "config": request.config.model_dump(mode="json")}
+
+
+def _redo_begun(request: Request) -> bool:
+    """Whether the same redo was begun and cut off: then the stages it has made since stay."""
+    path = request.run.stages / _REDO
+    return request.redo_from is not None and path.is_file() and read_json(path) == _redo_mark(request)
+
+
+def _close(request: Request, outcome: str) -> None:
+    try:
+        if outcome == "finished":
+            (request.run.stages / _REDO).unlink(missing_ok=True)
+        manifest.end(request.run.path, outcome)
+    except OSError:
+        return  # a full disk: the error that ended the run is the one to show

@@ -1,0 +1,154 @@
+"""`manifest.json`: by which code, machine and commands a run came to be. Also peak memory and the clock.
+
+Looks at packages without importing them and at GPUs without starting CUDA.
+"""
+
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.stages.files import read_json, write_json
+from nemo_minitron.version import __version__
+
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "nemo-toolkit",
+    "lightning",
+    "transformer-engine",
+    "apex",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+
+
+def begin(folder: Path, config: RunConfig) -> None:
+    """Add a command to the manifest, with the state of code and machine it starts in."""
+    path = folder / "manifest.json"
+    commands = read_json(path)["commands"] if path.is_file() else []
+    commands.append(
+        {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "start": now(),
+            "end": None,
+            "outcome": "running, or killed",
+        }
+    )
+    record = {
+        "name": config.name,
+        "seed": config.seed,
+        "version": __version__,
+        "git": git_state(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "commands": commands,
+    }
+    write_json(path, record)
+
+
+def end(folder: Path, outcome: str) -> None:
+    """Note how the newest command ended."""
+    path = folder / "manifest.json"
+    record = read_json(path)
+    record["commands"][-1].update(end=now(), outcome=outcome)
+    write_json(path, record)
+
+
+def now() -> str:
+    """The time in ISO form, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what results depend on; what is absent is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, usable cores, memory and GPUs."""
+    return {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": gpu_names(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """Names of the NVIDIA GPUs the driver shows; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+
+
+def git_state() -> str | None:
+    """Commit of the source tree the package runs from, with `-dirty` if changed; None when it is not a git checkout."""
+    package = Path(__file__).resolve().parent.parent
+    if shutil.which("git") is None:
+        return None
+    tracked = _git(package, "ls-files", "--error-unmatch", "version.py")
+    commit = _git(package, "rev-parse", "HEAD") if tracked is not None else None
+    if commit is None:
+        return None
+    return commit + ("-dirty" if _git(package, "status", "--porcelain", "--untracked-files=no", ".") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    asked = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=20
+    )
+    return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+def reset_peak_memory() -> None:
+    """Start counting the peak of resident memory anew, where the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process in 10^9 bytes since `reset_peak_memory`, or since its start."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kibibytes * 1024 / 1e9, 3)

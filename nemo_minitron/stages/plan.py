@@ -1,0 +1,128 @@
+"""Decide, before anything is done, which stages of a run to skip, continue, do and redo. Changes nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.errors import ConfigError, RunFolderError
+from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.run_folder import RunFolder
+
+
+class Action(StrEnum):
+    """What happens to a stage."""
+
+    SKIP = "skip"
+    """It is whole, and made from the same inputs."""
+    CONTINUE = "continue"
+    """An attempt with the same inputs was cut off: go on in its folder."""
+    DO = "do"
+    """Nothing of it is there."""
+    REDO = "redo"
+    """What is there is set aside until the new one is whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A stage, what happens to it, and the digest of what it is made from."""
+
+    stage: Stage
+    action: Action
+    digest: str
+    settings: dict[str, Any]
+    upstream: dict[str, str]
+
+
+def select(
+    chain: Sequence[Stage], *, first: str | None, last: str | None, only: str | None = None
+) -> tuple[Stage, ...]:
+    """The stages a command is about, in order: all up to `last`, or those that `only` needs and itself.
+
+    Raises:
+        ConfigError: There is no such stage, or `first` comes after `last`.
+    """
+    names = [stage.name for stage in chain]
+    unknown = [name for name in (first, last, only) if name is not None and name not in names]
+    if unknown:
+        raise ConfigError("command line", [f"no stage {name!r}; stages: {', '.join(names)}" for name in unknown])
+    if only is not None:
+        wanted = upstream_of(chain, only) | {only}
+        return tuple(stage for stage in chain if stage.name in wanted)
+    end = names.index(last) if last else len(names) - 1
+    if first and names.index(first) > end:
+        raise ConfigError("command line", [f"--from {first} comes after --to {last}; stages: {', '.join(names)}"])
+    return tuple(chain[: end + 1])
+
+
+def upstream_of(chain: Sequence[Stage], name: str) -> set[str]:
+    """Every stage that a stage needs, directly or through others."""
+    needs = {stage.name: stage.needs for stage in chain}
+    found: set[str] = set()
+    waiting = list(needs[name])
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting += needs[one]
+    return found
+
+
+def decide(
+    chain: Sequence[Stage], config: RunConfig, run: RunFolder, *, redo_from: str | None = None
+) -> tuple[Step, ...]:
+    """One step for each stage of `chain` (as `select` gives them).
+
+    A stage made with other settings is an error unless the user asked to redo it (`redo_from`): its settings are his
+    word, and hours may be in it. A stage whose own settings still hold, but whose upstream was redone, is redone.
+
+    Raises:
+        RunFolderError: The folder holds stages of another recipe; names the keys that differ.
+    """
+    forced = _forced(chain, redo_from)
+    digests: dict[str, str] = {}
+    steps: list[Step] = []
+    conflicts: list[str] = []
+    for stage in chain:
+        upstream = {name: digests[name] for name in stage.needs}
+        digests[stage.name] = digest = stage.digest(config, upstream)
+        settings = stage.settings(config)
+        record = run.done(stage.name) or run.attempt(stage.name)
+        if stage.name in forced:
+            action = Action.REDO if record else Action.DO
+        else:
+            if record and (differing := _differences(record["settings"], settings)):
+                conflicts += [
+                    f"{key}: stage {stage.name} was made with {old}, now {new}" for key, old, new in differing
+                ]
+            action = _action(record, digest, whole=run.is_whole(stage.name))
+        steps.append(Step(stage=stage, action=action, digest=digest, settings=settings, upstream=upstream))
+    if conflicts:
+        first = next(
+            step.stage.name for step in steps if any(f"stage {step.stage.name} was" in line for line in conflicts)
+        )
+        raise RunFolderError(
+            f"{run.path}: holds a run of another recipe\n" + "\n".join(f"  - {line}" for line in conflicts),
+            rule="a run folder belongs to one recipe",
+            remedy=f"name another folder with --run-dir, or redo from there with --from {first}",
+        )
+    return tuple(steps)
+
+
+def _action(record: dict[str, Any] | None, digest: str, *, whole: bool) -> Action:
+    if record is None:
+        return Action.DO
+    if record["digest"] != digest:
+        return Action.REDO
+    return Action.SKIP if whole else Action.CONTINUE
+
+
+def _forced(chain: Sequence[Stage], redo_from: str | None) -> set[str]:
+    names = [stage.name for stage in chain]
+    return set(names[names.index(redo_from) :]) if redo_from in names else set()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = [*new, *(key for key in old if key not in new)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

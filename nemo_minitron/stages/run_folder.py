@@ -1,0 +1,181 @@
+"""The folder of a run: where each stage works, what is whole, and who may write.
+
+    config.resolved.yaml  manifest.json  metrics.jsonl  tensorboard/  report.html  summary.json  README.md
+    stages/<name>/            a whole stage: its files, result.json and DONE
+    stages/.<name>.partial/   a stage at work; survives a kill, and the same command goes on in it
+    stages/.replaced/         whole stages set aside by a redo, until the new ones are whole
+    stages/.lock              held by the process at work (released by the system when that dies)
+
+Only rank 0 changes anything here; other ranks read paths.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import RunFolderError
+from nemo_minitron.stages.files import read_json, write_json, write_text
+
+DONE = "DONE"
+RESULT = "result.json"
+ATTEMPT = ".attempt.json"
+OWN_FILES = (
+    "config.resolved.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "report.html",
+    "summary.json",
+    "README.md",
+)
+
+
+class RunFolder:
+    """Paths of a run, and the few moves that change what is whole. Nothing is created before `create`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.stages = self.path / "stages"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            RunFolderError: Something else is in the way.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(
+                f"{self.path}: is a file", rule="a run folder", remedy="name another one with --run-dir"
+            )
+        foreign = [name for name in OWN_FILES if (self.path / name).exists()]
+        if foreign and not self.stages.is_dir():
+            raise RunFolderError(
+                f"{self.path}: holds {', '.join(foreign)}, but no run",
+                rule="a run folder is new, or made by this package: those files would be overwritten",
+                remedy="name another one with --run-dir",
+            )
+        self.stages.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a whole stage.
+
+        Raises:
+            RunFolderError: The stage has not been finished.
+        """
+        if not self.is_whole(name):
+            raise RunFolderError(
+                f"{self.path}: stage {name} is not finished",
+                rule=f"this needs what stage {name} makes",
+                remedy=f"`nemo-minitron {name} RECIPE --run-dir {self.path}` makes it",
+            )
+        return self.stages / name
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a stage has been finished."""
+        return (self.stages / name / DONE).is_file()
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What a whole stage returned, with `seconds` and `peak_memory_gb` added by the engine."""
+        return read_json(self.stage(name) / RESULT)
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        """The record of a whole stage; None when there is none."""
+        return read_json(self.stages / name / DONE) if self.is_whole(name) else None
+
+    def partial(self, name: str) -> Path:
+        """Where a stage works."""
+        return self.stages / f".{name}.partial"
+
+    def attempt(self, name: str) -> dict[str, Any] | None:
+        """The record of an unfinished stage; None when there is none."""
+        path = self.partial(name) / ATTEMPT
+        return read_json(path) if path.is_file() else None
+
+    def begin(self, name: str, record: dict[str, Any]) -> None:
+        """Make or take up a stage's working folder."""
+        self.partial(name).mkdir(parents=True, exist_ok=True)
+        write_json(self.partial(name) / ATTEMPT, record)
+
+    def finish(self, name: str, record: dict[str, Any], result: dict[str, Any]) -> Path:
+        """Turn a working folder into a whole stage, in one rename; what it replaces goes after that."""
+        partial, whole = self.partial(name), self.stages / name
+        write_json(partial / RESULT, result)
+        write_json(partial / DONE, record)
+        (partial / ATTEMPT).unlink(missing_ok=True)
+        self.adopt(name)
+        return whole
+
+    def adopt(self, name: str) -> bool:
+        """Rename a working folder that is whole (a kill may have come between); whether there was one."""
+        partial = self.partial(name)
+        if not (partial / DONE).is_file():
+            return False
+        self.set_aside(name)
+        partial.rename(self.stages / name)
+        for old in self.set_aside_folders(name):
+            shutil.rmtree(old)
+        return True
+
+    def set_aside(self, name: str) -> None:
+        """Move a stage, whole and partial, out of the way, where it stays until its successor is whole."""
+        for path in (self.stages / name, self.partial(name)):
+            if not path.exists() or (path == self.partial(name) and (path / DONE).is_file()):
+                continue
+            kept = self.stages / ".replaced"
+            kept.mkdir(exist_ok=True)
+            label = f"{name}.partial" if path == self.partial(name) else name
+            path.rename(next(free for n in count(1) if not (free := kept / f"{label}.{n}").exists()))
+
+    def set_aside_folders(self, name: str) -> list[Path]:
+        """What of a stage has been set aside and not been removed."""
+        kept = self.stages / ".replaced"
+        return sorted(kept.glob(f"{name}.*")) if kept.is_dir() else []
+
+    def write_config(self, yaml: str) -> None:
+        """Save the resolved recipe of the run's newest command."""
+        write_text(self.path / "config.resolved.yaml", yaml)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against another process.
+
+        A POSIX record lock: the system gives it back when the process ends, however it ends, and forked data-loader
+        workers do not inherit it. The file's text only says who holds it.
+
+        Raises:
+            RunFolderError: Another process works here.
+        """
+        path = self.stages / ".lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise RunFolderError(
+                    f"{self.path}: another run is at work here ({_holder(path)})",
+                    rule="one run in a folder at a time",
+                    remedy="wait for it, stop it, or name another folder with --run-dir",
+                ) from error
+            file.truncate(0)
+            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']}"
+    except (ValueError, KeyError, OSError):
+        return "its process did not say who it is"

@@ -1,0 +1,93 @@
+"""The processes of one run as the engine sees them: rank 0 decides and does the file work, the others follow.
+
+One process alone needs none of torch, so `gather` loads it only where there are several.
+"""
+
+import os
+from typing import Protocol, TypeVar
+
+from nemo_minitron.config.parallel import ParallelConfig
+
+T = TypeVar("T")
+
+
+class Team(Protocol):
+    """What the engine asks of the processes of a run. Every method is collective."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0, on every rank."""
+
+    def agree(self, ok: bool) -> bool:
+        """Whether all ranks said yes."""
+
+    def barrier(self) -> None:
+        """Wait for everyone."""
+
+
+class Alone:
+    """A run of one process."""
+
+    rank = 0
+    size = 1
+
+    def broadcast(self, value: T) -> T:
+        """The value itself."""
+        return value
+
+    def agree(self, ok: bool) -> bool:
+        """One's own opinion."""
+        return ok
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+
+class Ranks:
+    """Several processes, met through `nemo_minitron.megatron.runtime`."""
+
+    def __init__(self, parallel: ParallelConfig, seed: int) -> None:
+        from nemo_minitron.megatron import runtime
+
+        self._runtime = runtime
+        started = runtime.start(parallel, seed=seed)
+        self.rank = started.rank
+        self.size = started.world_size
+
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0, on every rank."""
+        received: T = self._runtime.broadcast_object(value)
+        return received
+
+    def agree(self, ok: bool) -> bool:
+        """Whether all ranks said yes."""
+        return bool(self._runtime.agree(ok))
+
+    def barrier(self) -> None:
+        """Wait for everyone."""
+        self._runtime.barrier()
+
+
+def environment_rank() -> tuple[int, int]:
+    """Rank and world size that torchrun or srun gave this process; `(0, 1)` when started alone.
+
+    An interactive shell inside an allocation has Slurm's variables too, but is not a step of a job.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
+    in_step = {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= env.keys()
+    if in_step and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    return 0, 1
+
+
+def gather(parallel: ParallelConfig, *, seed: int) -> Team:
+    """Meet the other processes of this run, if there are any.
+
+    Raises:
+        LayoutError: The parallel sizes do not fit the number of processes.
+    """
+    return Ranks(parallel, seed) if environment_rank()[1] > 1 else Alone()

@@ -1,0 +1,107 @@
+"""The run folder: locks, foreign folders, the manifest, atomic files."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from nemo_minitron.config.load import check
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.errors import RunFolderError
+from nemo_minitron.stages import files, manifest
+from nemo_minitron.stages.run_folder import RunFolder
+
+HOLDER = textwrap.dedent(
+    """
+    import os, sys, time
+    from pathlib import Path
+    from nemo_minitron.stages.run_folder import RunFolder
+    run = RunFolder(Path(sys.argv[1]))
+    with run.locked():
+        if os.fork() == 0:  # a data-loader worker that outlives its parent must not keep the lock
+            time.sleep(20)
+            os._exit(0)
+        print("held", flush=True)
+        time.sleep(60)
+    """
+)
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    command = [sys.executable, "-c", HOLDER, str(run.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(RunFolderError, match=rf"another run is at work here \(process {other.pid} on "),
+            run.locked(),
+        ):
+            pass
+        other.kill()  # leaves the lock file behind, as a crash does
+        other.wait()
+        with run.locked():
+            assert (run.stages / ".lock").read_text().startswith(f'{{"pid": {os.getpid()}')
+        os.killpg(other.pid, 9)
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"holds README\.md, but no run"):
+        RunFolder(tmp_path).create()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"):
+        RunFolder(tmp_path / "file").create()
+
+
+def test_asking_for_an_unfinished_stage_names_its_verb(tmp_path):
+    with pytest.raises(RunFolderError, match="nemo-minitron prune"):
+        RunFolder(tmp_path).stage("prune")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "DONE").write_text("{")
+    with pytest.raises(RunFolderError, match="DONE"):
+        files.read_json(tmp_path / "DONE")
+
+
+def test_the_manifest_tells_every_command(tmp_path):
+    config = check(RunConfig, {"name": "x", "model": {"source": "a"}, "data": {"sources": ["b"]}}, source="test")
+    manifest.begin(tmp_path, config)
+    manifest.end(tmp_path, "stopped")
+    manifest.begin(tmp_path, config)
+    record = files.read_json(tmp_path / "manifest.json")
+    assert [command["outcome"] for command in record["commands"]] == ["stopped", "running, or killed"]
+    assert record["seed"] == config.seed
+    assert record["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert record["versions"]["python"].startswith("3.")
+
+
+def test_peak_memory_sees_an_allocation_and_can_be_reset():
+    manifest.reset_peak_memory()
+    before = manifest.peak_memory_gb()
+    block = bytearray(300_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    assert manifest.peak_memory_gb() >= before + 0.29
+    del block
+    manifest.reset_peak_memory()
+    assert manifest.peak_memory_gb() < before + 0.25
