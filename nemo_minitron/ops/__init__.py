@@ -1,0 +1,1 @@
+"""The maths, on plain tensors: torch only, no ranks, no configuration."""

@@ -1,0 +1,1 @@
+"""The maths across ranks. Process groups are arguments; `None` means "not split"."""

@@ -1,0 +1,39 @@
+"""Importance of units by the letter of arXiv:2407.14679, sec. 2.2, and arXiv:2403.03853, eq. (1)."""
+
+import math
+from collections.abc import Sequence
+
+Numbers = Sequence[float]
+
+
+def mean(values: Numbers) -> float:
+    return sum(abs(value) for value in values) / len(values)
+
+
+def l2(values: Numbers) -> float:
+    return math.sqrt(sum(value * value for value in values))
+
+
+def var(values: Numbers) -> float:
+    centre = sum(values) / len(values)
+    return sum((value - centre) ** 2 for value in values) / len(values)
+
+
+AGGREGATIONS = {"mean": mean, "l2": l2, "var": var}
+
+
+def importance(samples: Sequence[Sequence[Numbers]], *, batch: str, sequence: str) -> list[float]:
+    """`samples[sample][position][channel]`, kept positions only; sequence first, then batch."""
+    channels = len(samples[0][0])
+    return [
+        AGGREGATIONS[batch]([AGGREGATIONS[sequence]([row[channel] for row in sample]) for sample in samples])
+        for channel in range(channels)
+    ]
+
+
+def block_influence(inputs: Sequence[Numbers], outputs: Sequence[Numbers]) -> float:
+    """1 - mean cosine between what enters a layer and what leaves it, over tokens."""
+    cosines = [
+        sum(a * b for a, b in zip(x, y, strict=True)) / (l2(x) * l2(y)) for x, y in zip(inputs, outputs, strict=True)
+    ]
+    return 1 - sum(cosines) / len(cosines)
