@@ -3,4 +3,5 @@
 import warnings
 
 # Megatron-Core says so on every import; which one is in use is part of our own report.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+    warnings.filterwarnings("ignore", message=_message, category=UserWarning)

@@ -1,0 +1,221 @@
+"""From an architecture to this rank's part of a Megatron model."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.weights import Weight
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
+from nemo_minitron.megatron.model import MinitronGPT, unwrap
+from nemo_minitron.megatron.placement import check_layout, chunk_layers, local_shard, padded_vocab
+from nemo_minitron.megatron.runtime import Runtime
+
+INIT_STD = 0.02
+"""Standard deviation of a random model's weights; Llama's `initializer_range`."""
+
+
+def build_chunks(
+    spec: ModelSpec, runtime: Runtime, precision: Precision, *, trainable: bool = True, seed: int | None = None
+) -> list[MinitronGPT]:
+    """This rank's chunks of a model, one a virtual pipeline stage, on this rank's device.
+
+    Args:
+        spec: The architecture; its layers may differ in size.
+        runtime: The running layout.
+        precision: Numbers of weights and activations.
+        trainable: Whether parameters take gradients. A teacher's do not.
+        seed: Draw random weights, the same ones on every layout. None leaves them NaN until weights are loaded, so
+            that a model without weights cannot pass for one that has them.
+
+    Raises:
+        LayoutError: The model cannot be split so.
+    """
+    check_layout(spec, runtime.parallel)
+    if use_transformer_engine() is False and (runtime.parallel.context > 1 or runtime.parallel.sequence_parallel):
+        raise LayoutError(
+            "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
+            remedy="set parallel.context=1 and parallel.sequence_parallel=false",
+        )
+    config = transformer_config(spec, runtime.parallel, precision, device=runtime.device)
+    chunks = []
+    for virtual in range(runtime.parallel.virtual_pipeline or 1):
+        chunk = _build_chunk(spec, runtime, config, virtual)
+        chunk.requires_grad_(trainable)
+        chunk.train(trainable)
+        chunks.append(chunk.to(runtime.device))
+    if seed is None:
+        for parameter in _parameters(chunks):
+            parameter.data.fill_(torch.nan)
+    else:
+        initialise(chunks, runtime, seed)
+    return chunks
+
+
+def use_transformer_engine() -> bool:
+    """Whether layers come from Transformer Engine: it is installed and there is a GPU."""
+    if not torch.cuda.is_available():
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def transformer_config(
+    spec: ModelSpec, parallel: ParallelConfig, precision: Precision, *, device: torch.device
+) -> TransformerConfig:
+    """Megatron's configuration of a model; where layers differ, its sizes are those of the first one."""
+    dtype = torch_dtype(precision)
+    first = spec.layers[0]
+    engine = use_transformer_engine()
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=first.ffn_hidden_size,
+        num_attention_heads=first.num_attention_heads,
+        num_query_groups=first.num_query_groups,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm" if spec.norm is Norm.RMSNORM else "LayerNorm",
+        layernorm_zero_centered_gamma=spec.norm is Norm.LAYERNORM1P,
+        layernorm_epsilon=spec.norm_eps,
+        gated_linear_unit=spec.activation.gated,
+        activation_func=_activation(spec.activation),
+        add_bias_linear=spec.linear_bias,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=False,
+        # Megatron's fusions are torch.compile: worth their start-up time with Transformer Engine only.
+        bias_activation_fusion=engine and spec.activation in (Activation.SWIGLU, Activation.GEGLU),
+        bias_dropout_fusion=engine,
+        gradient_accumulation_fusion=False,
+        init_method_std=INIT_STD,
+        perform_initialization=False,
+        use_cpu_initialization=device.type == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision is Precision.BF16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        pipeline_model_parallel_layout=_uneven_layout(spec.num_layers, parallel),
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        # Batched messages between two stages that are each other's next and previous one are paired up wrongly by
+        # Gloo: the loss is right and the gradients are not.
+        batch_p2p_comm=device.type == "cuda",
+        batch_p2p_sync=device.type == "cuda",
+    )
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """The torch dtype of a precision."""
+    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+
+
+@torch.no_grad()
+def initialise(chunks: Sequence[nn.Module], runtime: Runtime, seed: int) -> None:
+    """Fill a model with random weights that depend on the seed and the weight's name only, not on the layout.
+
+    Normal with deviation `INIT_STD`, divided by `sqrt(2 L)` for the matrices that write into the residual stream
+    (Radford et al., 2019, section 2.3); norms start as the identity, biases at zero.
+    """
+    for chunk in chunks:
+        model = unwrap(chunk)
+        for weight, parameter in model.named_weights():
+            full = _random_weight(weight, model.spec, seed)
+            shard = local_shard(weight, full, model.spec, rank=runtime.tp_rank, size=runtime.parallel.tensor)
+            parameter.copy_(shard)
+
+
+def _random_weight(weight: Weight, spec: ModelSpec, seed: int) -> Tensor:
+    if weight.name.endswith("bias"):
+        return torch.zeros(weight.shape)
+    if len(weight.shape) == 1:
+        return torch.zeros(weight.shape) if spec.norm is Norm.LAYERNORM1P else torch.ones(weight.shape)
+    name_hash = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(name_hash[:7], "little"))
+    writes_residual = weight.row.axes[0] is Axis.HIDDEN
+    deviation = INIT_STD / math.sqrt(2 * spec.num_layers) if writes_residual else INIT_STD
+    return torch.randn(weight.shape, generator=generator).mul_(deviation)
+
+
+def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, virtual: int) -> MinitronGPT:
+    parallel = runtime.parallel
+    ranges = chunk_layers(spec.num_layers, parallel)
+    index = virtual * parallel.pipeline + runtime.pp_rank
+    layers = [_layer(spec, spec.layers[number]) for number in ranges[index]]
+    return MinitronGPT(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm()),
+        vocab_size=padded_vocab(spec, parallel.tensor),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=index == 0,
+        post_process=index == len(ranges) - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=spec.rotary_percent,
+        rotary_base=spec.rotary_base,
+        vp_stage=virtual if parallel.virtual_pipeline is not None else None,
+        spec=spec,
+    )
+
+
+def _layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
+    if not use_transformer_engine():
+        return local_layer(spec, sizes)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
+    return replace(layer, module=SizedLayer, params={**layer.params, "sizes": sizes})
+
+
+def _final_norm() -> Any:
+    if not use_transformer_engine():
+        return LocalNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _uneven_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
+    """Megatron's description of stages that do not hold equally many layers, or None where they do."""
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if num_layers % chunks == 0:
+        return None
+    stages = [["decoder"] * len(layers) for layers in chunk_layers(num_layers, parallel)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def _activation(activation: Activation) -> Any:
+    match activation:
+        case Activation.SWIGLU:
+            return nn.functional.silu
+        case Activation.GEGLU | Activation.GELU:
+            return nn.functional.gelu
+        case Activation.SQUARED_RELU:
+            from megatron.core.activations import squared_relu
+
+            return squared_relu
+
+
+def _parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]

@@ -1,0 +1,97 @@
+"""The student and the teacher: Megatron's GPT with a choice of what its last stage returns."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
+
+# Where the local layer's norms live, against their canonical names (Transformer Engine fuses them into the linears).
+_LOCAL_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class MinitronGPT(GPTModel):
+    """One pipeline chunk of a model.
+
+    Attributes:
+        spec: Architecture of the whole model.
+        output: What the last stage returns: "logits" `[b, s, V/tp]`, or "hidden" states `[s, b, h]` after the final
+            norm, which losses fused with the output layer take. Other stages return their hidden states.
+    """
+
+    def __init__(
+        self, *args: Any, spec: ModelSpec, output: Literal["logits", "hidden"] = "logits", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.spec = spec
+        self.output = output
+        # Megatron knows Llama 3's scaling with one set of constants; the spec may have others.
+        self.rotary_pos_emb.inv_freq = rotary_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.post_process or self.output == "logits":
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        if self.config.sequence_parallel:
+            # The loss adds the gradients of all ranks itself, so each rank only takes its own positions back.
+            return gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return hidden_states
+
+    def output_weight(self) -> nn.Parameter:
+        """The output layer's weight on the last stage, `[V/tp, h]`; the embedding's if the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def named_weights(self) -> Iterator[tuple[Weight, nn.Parameter]]:
+        """This rank's parameters with the rows of the weight table they belong to.
+
+        The copy of a tied embedding that the last pipeline stage holds comes as the embedding.
+        """
+        for name, parameter in self.named_parameters():
+            yield weight_named(self.spec, self._canonical_name(name)), parameter
+
+    def _canonical_name(self, name: str) -> str:
+        if name == "output_layer.weight" and self.share_embeddings_and_output_weights:
+            return "embedding.word_embeddings.weight"
+        if not name.startswith("decoder.layers."):
+            return name
+        index, _, rest = name.removeprefix("decoder.layers.").partition(".")
+        for local, canonical in _LOCAL_NAMES.items():
+            if rest.startswith(local):
+                rest = canonical + rest.removeprefix(local)
+        return LAYER_PREFIX.format(i=self.decoder.layers[int(index)].layer_number - 1) + rest
+
+
+def unwrap(chunk: nn.Module) -> MinitronGPT:
+    """The model inside its data-parallel wrapper, or itself."""
+    while not isinstance(chunk, MinitronGPT):
+        chunk = chunk.module
+    return chunk
+
+
+def rotary_frequencies(spec: ModelSpec) -> Tensor:
+    """Angle per position of each rotated channel pair, `[rotated / 2]`, fp32.
+
+    Source: Su et al., arXiv:2104.09864, eq. 15; the scaling of long wavelengths is Llama 3.1's (`rope_type: llama3`):
+    wavelengths above `original / low_freq_factor` are stretched by `factor`, those below `original / high_freq_factor`
+    stay, and the ones between are interpolated by how often they fit into the original context.
+    """
+    rotated = int(spec.head_dim * spec.rotary_percent)
+    frequencies = 1.0 / spec.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    if (scaling := spec.rope_scaling) is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)

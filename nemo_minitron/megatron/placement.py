@@ -1,0 +1,83 @@
+"""Which part of a model lies on which rank: layers over pipeline stages, rows and columns over tensor ranks."""
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.arch.axes import Axis, Packing
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import Weight
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.errors import LayoutError
+
+
+def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Make sure that a model can be split so.
+
+    Raises:
+        LayoutError: Lists every size that does not fit.
+    """
+    problems: list[str] = []
+    for index, layer in enumerate(spec.layers):
+        sizes = {
+            "num_query_groups": layer.num_query_groups,
+            "num_attention_heads": layer.num_attention_heads,
+            "ffn_hidden_size": layer.ffn_hidden_size,
+        }
+        where = "" if spec.is_uniform else f" of layer {index}"
+        problems += [
+            f"{name} = {size}{where} is not a multiple of parallel.tensor = {parallel.tensor}"
+            for name, size in sizes.items()
+            if size % parallel.tensor
+        ]
+        if spec.is_uniform:
+            break
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if chunks > spec.num_layers:
+        problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages")
+    if padded_vocab(spec, parallel.tensor) * (parallel.tensor - 1) // parallel.tensor >= spec.vocab_size:
+        problems.append(f"vocab_size = {spec.vocab_size} is too small for parallel.tensor = {parallel.tensor}")
+    if problems:
+        raise LayoutError(
+            "the model cannot be split so: " + "; ".join(problems),
+            rule="tensor parallelism divides KV groups, heads and FFN; every pipeline stage has a layer",
+            remedy="choose other sizes under parallel:, or a target whose sizes are multiples of parallel.tensor",
+        )
+
+
+def padded_vocab(spec: ModelSpec, tensor: int) -> int:
+    """Vocabulary rows that a model has in memory: every tensor-parallel rank holds equally many.
+
+    The multiple is the largest power of two up to 128 that divides the vocabulary (NeMo's converters choose
+    `make_vocab_size_divisible_by` so), times the tensor-parallel size; without tensor parallelism nothing is padded.
+    """
+    multiple = min(128, spec.vocab_size & -spec.vocab_size) * tensor
+    return -(-spec.vocab_size // multiple) * multiple
+
+
+def chunk_layers(num_layers: int, parallel: ParallelConfig) -> list[range]:
+    """Layers of each model chunk in the order of the forward pass.
+
+    Chunk `v * pipeline + p` is virtual stage `v` of pipeline rank `p`. Where layers do not divide evenly, the first
+    chunks hold one more, since the last one also has the output layer.
+    """
+    count = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    fewest, more = divmod(num_layers, count)
+    ends = [(index + 1) * fewest + min(index + 1, more) for index in range(count)]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def local_shard(weight: Weight, tensor: Tensor, spec: ModelSpec, *, rank: int, size: int) -> Tensor:
+    """A tensor-parallel rank's part of a canonical tensor, in the layout of Megatron's modules.
+
+    Rows of a QKV packing are split by KV group, the halves of a GATE_UP packing one by one, and vocabulary rows after
+    padding with zeros.
+    """
+    dim = weight.row.tensor_parallel_dim
+    if dim is None:
+        return tensor
+    if weight.row.axes[0] is Axis.VOCAB:
+        missing = padded_vocab(spec, size) - tensor.shape[0]
+        tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+    if weight.row.packing is Packing.GATE_UP:
+        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
+    return tensor.chunk(size, dim=dim)[rank]
