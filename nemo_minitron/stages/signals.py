@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -48,10 +49,15 @@ def follow() -> None:
         raise Stopped(number)
 
 
+def take() -> dict[int, Any]:
+    """Put our handlers in place (Lightning puts its own there when training starts); returns what they replace."""
+    return {number: signal.signal(number, _receive) for number in SIGNALS}
+
+
 @contextmanager
 def handled() -> Iterator[None]:
     """Take over the signals inside the block and give them back after it. Only the main thread may."""
-    previous = {number: signal.signal(number, _receive) for number in SIGNALS}
+    previous = take()
     try:
         yield
     finally:

@@ -1,0 +1,83 @@
+"""Progress of training, and of validation alone, through a `Reporter`."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_minitron.callbacks.reporter import Progress, Reporter, compact
+
+SHOWN = (
+    ("train/loss", "loss", "{:.3f}"),
+    ("val/kl", "held-out KL", "{:.3f}"),
+    ("train/lr", "lr", "{:.1e}"),
+)
+
+
+class ProgressDisplay(Callback):
+    """Steps of training, or batches of `trainer.validate`, as a bar on a terminal and lines in a log.
+
+    Args:
+        reporter: Where to show it.
+        label: What is going on, as the name of the stage.
+    """
+
+    def __init__(self, reporter: Reporter, label: str) -> None:
+        self.reporter = reporter
+        self.label = label
+        self._stack = ExitStack()
+        self._progress: Progress | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the display at the step that training starts from."""
+        self._open(total=trainer.max_steps, unit="steps", done=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One step further."""
+        if self._progress is not None:
+            self._progress.advance(fields=_fields(trainer))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a display for a validation on its own; one inside training is short, and training's stays."""
+        if trainer.state.fn == "validate" and self._progress is None:
+            self._open(total=int(sum(trainer.num_val_batches)), unit="batches")
+
+    def on_validation_batch_end(  # noqa: PLR0917
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """One batch further."""
+        if trainer.state.fn == "validate" and self._progress is not None:
+            self._progress.advance()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the display."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the display before an error is shown."""
+        self._close()
+
+    def _open(self, *, total: int, unit: str, done: int = 0) -> None:
+        self._progress = self._stack.enter_context(
+            self.reporter.progress(self.label, total=total, unit=unit, done=done)
+        )
+
+    def _close(self) -> None:
+        self._progress = None
+        self._stack.close()
+
+
+def _fields(trainer: Trainer) -> dict[str, str]:
+    metrics = trainer.callback_metrics
+    fields = {name: form.format(float(metrics[key])) for key, name, form in SHOWN if key in metrics}
+    if "train/tokens_per_second" in metrics:
+        fields[f"{compact(float(metrics['train/tokens_per_second']))} tokens/s"] = ""
+    return fields
