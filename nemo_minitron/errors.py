@@ -71,6 +71,10 @@ class DataError(MinitronError):
     """Text or token files that are missing, empty, too short, or made with another tokenizer."""
 
 
+class AssetError(MinitronError):
+    """A file inside a Python package that cannot be fetched, or is not what its address says."""
+
+
 class LayoutError(MinitronError):
     """Parallel sizes that do not fit the model or the number of processes."""
 

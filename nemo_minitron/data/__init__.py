@@ -1,0 +1,1 @@
+"""Where texts come from and how they become documents: packages, file formats, splits, tokenizers. No Megatron."""
