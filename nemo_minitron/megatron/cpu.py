@@ -55,7 +55,10 @@ _MODULES = (
 _TYPE_CHECKING = ("optimizer.clip_grads", "optimizer.distrib_optimizer", "optimizer.optimizer")
 
 # Functions that call `tensor.cuda()`.
-_MOVING = (("models.common.language_module.language_module", "LanguageModule", "setup_embeddings_and_output_layer"),)
+_MOVING = (
+    ("models.common.language_module.language_module", "LanguageModule", "setup_embeddings_and_output_layer"),
+    ("optimizer.distrib_optimizer", "DistributedOptimizer", "get_parameter_state_dp_zero"),
+)
 
 _CUDA_TYPES = ("torch.cuda.FloatTensor", "torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor")
 _FACTORIES = frozenset({"arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"})

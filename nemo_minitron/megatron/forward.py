@@ -38,6 +38,21 @@ class MicroBatch:
         """The same on a device."""
         return MicroBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
 
+    def split(self, size: int) -> "list[MicroBatch]":
+        """Consecutive micro-batches of `size` samples.
+
+        Raises:
+            LayoutError: The number of samples is not a multiple of `size`.
+        """
+        samples = self.tokens.shape[0]
+        if samples % size:
+            raise LayoutError(
+                f"{samples} samples on this rank and micro_batch_size = {size}",
+                rule="global_batch_size is a multiple of micro_batch_size times the data-parallel size",
+            )
+        parts = zip(*(getattr(self, name).split(size) for name in self.__slots__), strict=True)
+        return [MicroBatch(*part) for part in parts]
+
     def on_context_rank(self, rank: int, size: int) -> "MicroBatch":
         """This context-parallel rank's positions.
 

@@ -1,0 +1,307 @@
+"""Model weights and training states as Megatron distributed checkpoints, written at one layout and read at any other.
+
+Weights lie in `<folder>/model_weights` under NeMo's names: `model.` and the canonical name, layers of one size stacked
+on a leading axis, the vocabulary without padding. They are what `checkpoints` reads and writes without Megatron.
+
+Files are written by torch's writer inside this process. Megatron's own forks workers from a process whose torch has
+threads, and loses their errors when they die.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import weights
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.megatron import runtime
+from nemo_minitron.megatron.model import unwrap
+from nemo_minitron.megatron.optim import TrainOptimizer
+
+WEIGHTS = "model_weights"
+PREFIX = "model."
+
+
+def save_weights(chunks: Sequence[nn.Module], folder: Path) -> None:
+    """Write a model's weights to `<folder>/model_weights`, replacing what is there once the new ones are whole.
+
+    Every rank calls it; all see the same file system.
+
+    Raises:
+        CheckpointError: They could not be written.
+    """
+    _write({"model": _model_state(chunks)}, folder / WEIGHTS)
+
+
+def load_weights(chunks: Sequence[nn.Module], folder: Path) -> None:
+    """Fill a model with the weights in `<folder>/model_weights`, converted to its numbers. Every rank calls it.
+
+    Raises:
+        CheckpointError: The folder is incomplete, or its weights are not exactly those of the model.
+    """
+    path = folder / WEIGHTS
+    _check_complete(path)
+    _check_names(path, unwrap(chunks[0]).spec)
+    state = {"model": _model_state(chunks, extra_state=False)}
+    _fill(chunks, _read(state, path)["model"])
+
+
+def save_training(
+    chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder: Path, *, common: dict[str, Any]
+) -> None:
+    """Write all that a training run resumes from into a folder of its own, which appears when it is whole.
+
+    Args:
+        chunks: Wrapped chunks.
+        optimizer: Their optimizer, with master weights, moments and schedule.
+        folder: Replaced if it exists.
+        common: Plain data, equal on all ranks.
+
+    Raises:
+        CheckpointError: It could not be written.
+    """
+    model = _model_state(chunks)
+    state = {
+        "model": model,
+        "optimizer": optimizer.optimizer.sharded_state_dict(model, metadata=_metadata(chunks)),
+        "scheduler": optimizer.scheduler.state_dict(),
+        "common": common,
+    }
+    _write(state, folder)
+
+
+def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder: Path) -> dict[str, Any]:
+    """Take up what `save_training` wrote, at this or another layout; returns its `common`.
+
+    Raises:
+        CheckpointError: The folder is incomplete or belongs to another model.
+    """
+    _check_complete(folder)
+    model = _model_state(chunks, extra_state=False)
+    state = {
+        "model": model,
+        "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(chunks)),
+    }
+    loaded = _read(state, folder)
+    _fill(chunks, loaded["model"])
+    optimizer.optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.scheduler.load_state_dict(loaded["scheduler"])
+    return dict(loaded["common"])
+
+
+def _model_state(chunks: Sequence[nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
+    """The sharded state of each chunk under `chunk{i}`.
+
+    Args:
+        chunks: This rank's chunks.
+        extra_state: Whether to keep the `_extra_state` entries of linears. They hold nothing we use; Megatron's strict
+            loading expects to find them.
+    """
+    states: dict[str, Any] = {}
+    for index, chunk in enumerate(map(unwrap, chunks)):
+        state = chunk.sharded_state_dict(prefix=PREFIX, metadata=_metadata([chunk]))
+        if not extra_state:
+            state = {name: value for name, value in state.items() if "_extra_state" not in name}
+        states[f"chunk{index}"] = {name: _without_padding(value, chunk.spec) for name, value in state.items()}
+    return states
+
+
+def _metadata(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    return {
+        "dp_cp_group": runtime.current().groups.dp_cp,
+        "non_homogeneous_layers": not unwrap(chunks[0]).spec.is_uniform,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _without_padding(value: Any, spec: ModelSpec) -> Any:
+    """A sharded vocabulary weight as a factory that stores its real rows and pads them with zeros when loading.
+
+    A factory also serves the optimizer's states of the same weight.
+    """
+    if not isinstance(value, ShardedTensor) or not value.allow_shape_mismatch:
+        return value
+    exact = replace(value, allow_shape_mismatch=False)
+    if value.global_shape[0] == spec.vocab_size:
+        return exact
+    start, rows = value.global_offset[0], value.local_shape[0]
+    kept = min(rows, spec.vocab_size - start)
+
+    def build(key: str, data: Tensor, replica_id: Any, *_: Any) -> list[ShardedTensor]:
+        part = data[:kept]
+        shape = (spec.vocab_size, *value.global_shape[1:])
+        # Ranks hold unequal parts: no regular grid.
+        grid = {"local_shape": tuple(part.shape), "global_shape": shape, "axis_fragmentations": None}
+        return [replace(exact, key=key, data=part, dtype=part.dtype, replica_id=replica_id, **grid)]
+
+    def merge(parts: Any) -> Tensor:
+        (part,) = parts
+        return torch.cat([part, part.new_zeros(rows - kept, *part.shape[1:])])
+
+    return ShardedTensorFactory(value.key, value.data, build, merge, value.replica_id)
+
+
+def _fill(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(map(unwrap, chunks)):
+        state = {name.removeprefix(PREFIX): value for name, value in loaded[f"chunk{index}"].items()}
+        chunk.load_state_dict(state)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Save collectively under a temporary name, then take the old folder's place."""
+    partial = path.with_name(f".{path.name}.partial")
+    _check_space(state, path)
+    with _errors_of(path, "could not be written"):
+        _on_first_rank(lambda: _make_room(partial))
+        dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcessWriter("torch_dist", 1))
+        _on_first_rank(lambda: _take_place(partial, path))
+
+
+def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    with _errors_of(path, "could not be read"):
+        return dict(dist_checkpointing.load(state, str(path)))
+
+
+class _InProcessWriter(SaveShardedStrategy):
+    """Megatron's torch_dist format through torch's own file writer."""
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            torch_strategy.mcore_to_pyt_state_dict(state, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=torch_strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+@contextmanager
+def _errors_of(path: Path, what: str) -> Iterator[None]:
+    # torch's CheckpointException is no Exception: it passes by every handler that is not made for it.
+    try:
+        yield
+    except (OSError, CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"{path} {what}: {_first_cause(error)}") from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the first rank that failed has to say, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (failure, _) = min(error.failures.items())
+        return f"rank {rank}: {type(failure).__name__}: {failure}"
+    return f"{type(error).__name__}: {error}".strip()
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Do something on rank 0 while the others wait; an error there is raised on every rank."""
+    problem = None
+    if runtime.current().rank == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+    if (problem := runtime.broadcast_object(problem)) is not None:
+        raise OSError(problem)
+
+
+def _make_room(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _take_place(partial: Path, path: Path) -> None:
+    previous = path.with_name(f".{path.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if path.exists():
+        path.rename(previous)
+    partial.rename(path)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _check_space(state: dict[str, Any], path: Path) -> None:
+    """Make sure that the disk holds what all ranks are about to write; half a checkpoint helps nobody."""
+    size = sum(item.data.nbytes for item in nested_values(state) if _is_written_here(item))
+    here = runtime.current()
+    total = torch.tensor(size, device=here.device)
+    dist.all_reduce(total)
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    free = runtime.broadcast_object(shutil.disk_usage(existing).free)
+    if free < total.item():
+        raise CheckpointError(
+            f"{path} could not be written: it takes {total.item() / 2**30:.2f} GiB and the disk has {free / 2**30:.2f}",
+            remedy="free some space, or write elsewhere",
+        )
+
+
+def _is_written_here(item: Any) -> bool:
+    return isinstance(item, ShardedTensor | ShardedTensorFactory) and is_main_replica(item.replica_id)
+
+
+def _check_complete(path: Path) -> None:
+    """Make sure that a folder holds a whole torch_dist checkpoint."""
+    marker = path / "metadata.json"
+    if not marker.is_file() or not (path / ".metadata").is_file():
+        missing = marker.name if not marker.is_file() else ".metadata"
+        raise CheckpointError(
+            f"{path}: {missing} is missing", rule="a finished distributed checkpoint", remedy="it may be unfinished"
+        )
+    backend = json.loads(marker.read_text()).get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{path}: written as {backend!r}", rule="torch_dist", remedy="save it again with NeMo 2.0"
+        )
+
+
+def _check_names(path: Path, spec: ModelSpec) -> None:
+    """Compare the names and shapes in a checkpoint with the model's, and list every difference at once."""
+    found = {
+        name: tuple(entry.size)
+        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = stored_shapes(spec)
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is not a weight of the model" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {list(found[name])}, the model's is {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not belong to the model: " + "; ".join(sorted(problems)[:8]),
+            rule=f"{len(wanted)} weights; {len(problems)} difference(s)",
+        )
+
+
+def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights in `model_weights`; a uniform model's layers are stacked."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights(spec):
+        if weight.layer is None or not spec.is_uniform:
+            shapes[PREFIX + weight.name] = weight.shape
+        else:
+            stacked = weight.row.name.replace("{i}.", "")
+            shapes[PREFIX + stacked] = (spec.num_layers, *weight.shape)
+    return shapes
