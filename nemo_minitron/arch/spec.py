@@ -134,7 +134,7 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` is the inverse. A uniform model stores its layer sizes once."""
-        data = asdict(self)
+        data = asdict(self) | {"activation": self.activation.value, "norm": self.norm.value}
         if self.is_uniform:
             data["layers"] = {"count": self.num_layers, **asdict(self.layers[0])}
         else:

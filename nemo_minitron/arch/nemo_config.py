@@ -1,0 +1,217 @@
+"""NeMo-1 `model_config.yaml` keys of an architecture, and back. Plain data, no NeMo."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm, RopeScaling
+from nemo_minitron.errors import SpecError
+
+LEGACY_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+"""The class that NeMo-1 era tools look for; our own reader never resolves it."""
+
+_ACTIVATIONS = {
+    Activation.SWIGLU: "fast-swiglu",
+    Activation.GEGLU: "fast-geglu",
+    Activation.GELU: "gelu",
+    Activation.SQUARED_RELU: "squared-relu",
+}
+_ACTIVATIONS_READ = {value: key for key, value in _ACTIVATIONS.items()} | {
+    "swiglu": Activation.SWIGLU,
+    "geglu": Activation.GEGLU,
+}
+# NeMo-1 knows one rotary scaling, with these constants built in.
+_LLAMA_31_SCALING = RopeScaling(factor=8.0)
+_LARGEST_VOCAB_DIVISOR = 128
+
+
+def nemo_config(
+    spec: ModelSpec,
+    *,
+    precision: str = "bf16",
+    tokenizer: Mapping[str, Any] | None = None,
+    minitron: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`model_config.yaml` data.
+
+    Args:
+        spec: The architecture; stored whole under `minitron.spec`, so that nothing is lost.
+        precision: NeMo's `precision` key: "bf16" or "32".
+        tokenizer: NeMo's `tokenizer` section.
+        minitron: More data for our own section (lineage, artifact names). Everything of ours sits under this one
+            key, since NeMo-1 copies any key that is named like a field of Megatron's configuration.
+    """
+    return {
+        "mcore_gpt": True,
+        "transformer_engine": True,
+        "name": "te_gpt",
+        "micro_batch_size": 1,
+        "global_batch_size": 8,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "context_parallel_size": 1,
+        "sequence_parallel": False,
+        **_architecture_keys(spec),
+        **_FIXED,
+        "precision": precision,
+        "tokenizer": dict(tokenizer or {}),
+        "minitron": {"spec": spec.to_dict(), **(minitron or {})},
+        "target": LEGACY_TARGET,
+    }
+
+
+def _architecture_keys(spec: ModelSpec) -> dict[str, Any]:
+    def shared(name: str) -> int | None:
+        """A size that all layers have; None makes a reader that knows only uniform models stop, not guess."""
+        values = {getattr(layer, name) for layer in spec.layers}
+        return int(values.pop()) if len(values) == 1 else None
+
+    return {
+        "encoder_seq_length": spec.max_position_embeddings,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": shared("ffn_hidden_size"),
+        "num_attention_heads": shared("num_attention_heads"),
+        "num_query_groups": shared("num_query_groups"),
+        "kv_channels": spec.head_dim,
+        "normalization": spec.norm.value,
+        "layernorm_epsilon": spec.norm_eps,
+        "activation": _ACTIVATIONS[spec.activation],
+        "bias": spec.linear_bias,
+        "qkv_bias": spec.qkv_bias,
+        "qk_layernorm": spec.qk_norm,
+        "position_embedding_type": "rope",
+        "rotary_percentage": spec.rotary_percent,
+        "rotary_base": spec.rotary_base,
+        "seq_len_interpolation_factor": None,
+        "scale_positional_embedding": spec.rope_scaling == _LLAMA_31_SCALING,
+        "share_embeddings_and_output_weights": spec.tied_embeddings,
+        "make_vocab_size_divisible_by": _vocab_divisor(spec.vocab_size),
+        "override_vocab_size": spec.vocab_size,
+    }
+
+
+_FIXED: dict[str, Any] = {
+    "init_method_std": 0.02,
+    "use_scaled_init_method": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ffn_dropout": 0.0,
+    "apply_query_key_layer_scaling": False,
+    "do_layer_norm_weight_decay": False,
+    "pre_process": True,
+    "post_process": True,
+    "persist_layer_norm": True,
+    "headscale": False,
+    "transformer_block_type": "pre_ln",
+    "openai_gelu": False,
+    "normalize_attention_scores": True,
+    "attention_type": "multihead",
+    "megatron_amp_O2": False,
+    "native_amp_init_scale": 4294967296,
+    "native_amp_growth_interval": 1000,
+    "hysteresis": 2,
+    "fp32_residual_connection": False,
+    "fp16_lm_cross_entropy": False,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": True,
+    "get_attention_mask_from_fusion": True,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "seed": 1234,
+    "resume_from_checkpoint": None,
+    "use_cpu_initialization": False,
+    "onnx_safe": False,
+    "gradient_as_bucket_view": True,
+    "sync_batch_comm": False,
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+    "fp8": False,
+    "dist_ckpt_format": "torch_dist",
+}
+
+
+def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None = None) -> ModelSpec:
+    """The architecture of a `model_config.yaml`: from `minitron.spec` where there is one, else from NeMo's own keys.
+
+    Args:
+        config: Plain data (interpolations resolved).
+        vocab_size: Vocabulary of a foreign checkpoint, which its configuration does not hold; None reads
+            `override_vocab_size`.
+
+    Raises:
+        SpecError: A key is missing, a setting is not supported, or `minitron.spec` contradicts NeMo's keys.
+    """
+    recorded = (config.get("minitron") or {}).get("spec")
+    if recorded is None:
+        return _from_nemo_keys(config, vocab_size)
+    spec = ModelSpec.from_dict(recorded)
+    expected = _architecture_keys(spec)
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ):
+        if key in config and config[key] != expected[key]:
+            raise SpecError(
+                f"model_config.yaml: {key} = {config[key]}, but minitron.spec says {expected[key]}",
+                rule="both describe the weights",
+                remedy="change sizes by pruning, not by editing the file",
+            )
+    return spec
+
+
+def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelSpec:
+    try:
+        heads = config["num_attention_heads"]
+        layer = LayerSpec(
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_query_groups") or heads,
+            ffn_hidden_size=config["ffn_hidden_size"],
+        )
+        activation = _ACTIVATIONS_READ.get(config.get("activation", "gelu"))
+        if activation is None:
+            raise SpecError(f"model_config.yaml: activation = {config['activation']!r} is not supported")
+        if config.get("position_embedding_type", "rope") != "rope" or config.get("seq_len_interpolation_factor"):
+            raise SpecError(
+                "model_config.yaml: position_embedding_type or seq_len_interpolation_factor is not supported",
+                rule="position_embedding_type: rope, seq_len_interpolation_factor: null",
+            )
+        vocabulary = vocab_size or config["override_vocab_size"]
+        if vocabulary is None:
+            raise SpecError("model_config.yaml: the size of the vocabulary is not known")
+        qkv_bias = bool(config.get("qkv_bias", False))
+        return ModelSpec(
+            family="qwen2" if qkv_bias else "llama",
+            vocab_size=vocabulary,
+            hidden_size=config["hidden_size"],
+            head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
+            layers=(layer,) * config["num_layers"],
+            max_position_embeddings=config.get("max_position_embeddings") or config["encoder_seq_length"],
+            activation=activation,
+            norm=Norm(config.get("normalization", "layernorm")),
+            norm_eps=float(config.get("layernorm_epsilon", 1e-5)),
+            rotary_base=float(config.get("rotary_base", 10000.0)),
+            rotary_percent=float(config.get("rotary_percentage", 1.0)),
+            rope_scaling=_LLAMA_31_SCALING if config.get("scale_positional_embedding") else None,
+            tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
+            qkv_bias=qkv_bias,
+            qk_norm=bool(config.get("qk_layernorm", False)),
+            linear_bias=bool(config.get("bias", True)),
+        )
+    except KeyError as error:
+        raise SpecError(f"model_config.yaml: key {error} is missing") from error
+    except ValueError as error:
+        raise SpecError(f"model_config.yaml: {error}") from error
+
+
+def _vocab_divisor(vocab_size: int) -> int:
+    """Largest power of two up to 128 that divides the vocabulary, so that one rank pads nothing."""
+    return min(vocab_size & -vocab_size, _LARGEST_VOCAB_DIVISOR)

@@ -1,0 +1,205 @@
+"""A folder or an uncompressed tar as one thing to read from, and writes that are whole or absent."""
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol
+
+from nemo_minitron.errors import CheckpointError
+
+
+class Files(Protocol):
+    """Named files of a checkpoint, wherever they lie."""
+
+    @property
+    def label(self) -> str:
+        """What to call the whole in messages."""
+        ...
+
+    def names(self) -> tuple[str, ...]:
+        """Relative names with forward slashes, sorted."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable stream over a file's bytes, to be closed by the caller."""
+        ...
+
+
+def open_files(path: Path) -> Files:
+    """Files of a folder, or of a tar that is read in place, never unpacked."""
+    return FolderFiles(path) if path.is_dir() else TarFiles(path)
+
+
+def read_bytes(files: Files, name: str) -> bytes:
+    """A whole (small) file.
+
+    Raises:
+        CheckpointError: There is no such file.
+    """
+    if name not in files.names():
+        raise CheckpointError(f"{files.label}: {name} is missing")
+    with files.open(name) as stream:
+        return stream.read()
+
+
+class FolderFiles:
+    """The files below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.label = str(folder)
+        found = (file for file in folder.rglob("*") if file.is_file())
+        self._names = tuple(sorted(file.relative_to(folder).as_posix() for file in found))
+
+    def names(self) -> tuple[str, ...]:
+        """Relative names with forward slashes, sorted."""
+        return self._names
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return (self.folder / name).stat().st_size
+
+    def open(self, name: str) -> BinaryIO:
+        """A stream over a file."""
+        return (self.folder / name).open("rb")
+
+
+class TarFiles:
+    """The members of an uncompressed tar, read where they lie.
+
+    Raises:
+        CheckpointError: Not a tar, a compressed one, a truncated one, or one with links, devices or names that lead
+            outside.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = str(path)
+        try:
+            with tarfile.open(path, "r:") as archive:
+                self._members = dict(_checked(member, path) for member in archive if not member.isdir())
+        except (tarfile.TarError, EOFError) as error:
+            raise CheckpointError(
+                f"{path}: not a readable .nemo file ({error})",
+                rule="an uncompressed tar, as NeMo writes since 1.7",
+                remedy="gunzip an older one first; fetch a damaged one again",
+            ) from error
+        end = max((start + size for start, size in self._members.values()), default=0)
+        if end > path.stat().st_size:
+            raise CheckpointError(f"{path}: truncated at {path.stat().st_size} of at least {end} bytes")
+
+    def names(self) -> tuple[str, ...]:
+        """Member names without a leading `./`, sorted."""
+        return tuple(sorted(self._members))
+
+    def size(self, name: str) -> int:
+        """Bytes of a member."""
+        return self._members[name][1]
+
+    def open(self, name: str) -> BinaryIO:
+        """A stream over a member's bytes."""
+        start, size = self._members[name]
+        return io.BufferedReader(Window(self.path.open("rb", buffering=0), start, size, owns=True))
+
+
+def _checked(member: tarfile.TarInfo, path: Path) -> tuple[str, tuple[int, int]]:
+    name = PurePosixPath(member.name)
+    if not member.isreg() or name.is_absolute() or ".." in name.parts:
+        raise CheckpointError(
+            f"{path}: refused because of its member {member.name!r}",
+            rule="a .nemo file holds plain files below its own top; no links, devices, absolute paths or '..'",
+        )
+    return name.as_posix(), (member.offset_data, member.size)
+
+
+class Window(io.RawIOBase):
+    """A read-only, seekable view of a stretch of an open stream; closing it closes the stream only if owned."""
+
+    def __init__(self, stream: BinaryIO, start: int, size: int, *, owns: bool = False) -> None:
+        self._stream, self._start, self._size, self._position = stream, start, size, 0
+        self._owns = owns
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move inside the window; positions before its start are an OSError."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise OSError("negative seek position")
+        self._position = origin + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Position inside the window."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with what is left of the window, at most."""
+        view = memoryview(buffer).cast("B")[: max(0, self._size - self._position)]
+        self._stream.seek(self._start + self._position)
+        count: int = self._stream.readinto(view) or 0  # type: ignore[attr-defined]
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        """Close the stream below if it is owned."""
+        if self._owns:
+            self._stream.close()
+        super().close()
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well, and is removed when not.
+
+    What `target` held before stays whole until the new folder is. A kill between the two renames leaves the old folder
+    as `.NAME.old`; the next write puts it back first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A temporary file name beside `target` that is renamed onto it when the block ends well, and removed when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,271 @@
+"""Hugging Face folders: safetensors, `config.json`, tokenizer files."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.arch.families import Family, family_named, family_of_hf_config
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import Weight, weight_named, weights
+from nemo_minitron.checkpoints.files import staged_folder
+from nemo_minitron.checkpoints.parts import fuse, part_shapes, split, widest
+from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
+from nemo_minitron.checkpoints.source import (
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    TensorSource,
+    check_tokenizer_fits,
+    names_of,
+    stream,
+)
+from nemo_minitron.errors import CheckpointError
+
+SHARD_BYTES = 5_000_000_000
+"""Largest weight file written; Hugging Face's own long-time default."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+# Buffers that old versions of transformers saved beside the weights.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+
+
+class HfSource:
+    """A Hugging Face folder of safetensors as canonical tensors.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, a weight is missing, unknown or of the wrong shape, or
+            the tokenizer does not fit the vocabulary.
+        SpecError: The architecture is not supported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._config = _read_json(folder / "config.json")
+        if "quantization_config" in self._config:
+            raise CheckpointError(
+                f"{folder}: the weights are quantised (quantization_config)", rule="fp32, bf16 or fp16 weights"
+            )
+        self._family = family_of_hf_config(self._config)
+        self._spec = self._family.read_config(self._config)
+        self._files = _open_weight_files(folder)
+        self._where = {name: file for file in self._files for name in file.entries}
+        self._check_names()
+        self._dtype = widest([file.entries[name].dtype for name, file in sorted(self._where.items())])
+        self._tokenizer_files = self._read_tokenizer_files()
+        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture, from `config.json`."""
+        return self._spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that holds every stored weight exactly."""
+        return self._dtype
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What `write_hf` recorded; for a foreign folder its name and the licence of its model card."""
+        recorded = self._config.get("minitron")
+        if isinstance(recorded, dict) and isinstance(recorded.get("lineage"), dict):
+            return dict(recorded["lineage"])
+        name = self._config.get("_name_or_path") or self.folder.resolve().name
+        return {"base_model": name, "license": _licence_of_card(self.folder / "README.md"), "format": "hf"}
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names in table order."""
+        return names_of(self._spec)
+
+    def get(self, name: str) -> Tensor:
+        """One canonical tensor; q, k, v and gate, up are fused."""
+        weight = weight_named(self._spec, name)
+        parts = [self._where[part].get(part).to(self._dtype) for part in hf_names(self._family, weight)]
+        return fuse(parts, weight, self._spec)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Tokenizer, generation defaults and licence files found in the folder."""
+        return dict(self._tokenizer_files)
+
+    def _read_tokenizer_files(self) -> dict[str, bytes]:
+        names = [name for name in (*TOKENIZER_FILES, *LICENCE_FILES) if (self.folder / name).is_file()]
+        files = {name: (self.folder / name).read_bytes() for name in names}
+        special = {key: self._config[key] for key in _SPECIAL_IDS if self._config.get(key) is not None}
+        if "generation_config.json" not in files and special:
+            files["generation_config.json"] = _json_bytes(special)
+        return files
+
+    def _check_names(self) -> None:
+        expected: dict[str, tuple[int, ...]] = {}
+        for weight in weights(self._spec):
+            shapes = part_shapes(weight, self._spec)
+            expected |= dict(zip(hf_names(self._family, weight), shapes, strict=True))
+        found = {name for name in self._where if not _DERIVED.search(name)}
+        if self._spec.tied_embeddings:  # some writers store the shared matrix under both names
+            found -= set(self._family.hf_names["output_layer.weight"])
+        if missing := sorted(set(expected) - found):
+            raise CheckpointError(
+                f"{self.folder}: {len(missing)} weight(s) missing, {missing[0]} first",
+                rule="every weight that config.json implies is there",
+                remedy="the download may be incomplete, or config.json of another model",
+            )
+        if extra := sorted(found - set(expected)):
+            raise CheckpointError(
+                f"{self.folder}: {len(extra)} weight(s) unknown in a {self._family.name} model, {extra[0]} first",
+                rule="no weight is left out in silence",
+                remedy="is model_type in config.json right, and is this a plain causal language model?",
+            )
+        for name, shape in expected.items():
+            if (stored := self._where[name].entries[name].shape) != shape:
+                raise CheckpointError(f"{self.folder}: {name} is shaped {stored}", rule=f"config.json implies {shape}")
+
+
+def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
+    """Hugging Face names of a weight's parts, in packing order.
+
+    Raises:
+        CheckpointError: The family has no such weight.
+    """
+    if weight.row.name not in family.hf_names:
+        raise CheckpointError(f"{weight.name} has no Hugging Face name in family {family.name}")
+    return tuple(name.format(i=weight.layer) for name in family.hf_names[weight.row.name])
+
+
+def hf_config(
+    spec: ModelSpec, *, dtype: torch.dtype, files: Mapping[str, bytes], lineage: dict[str, Any]
+) -> dict[str, Any]:
+    """`config.json` data: architecture, special token ids (from the generation defaults), type, lineage."""
+    config = family_named(spec.family).write_config(spec)
+    generation = json.loads(files.get("generation_config.json", b"{}"))
+    config |= {key: generation[key] for key in _SPECIAL_IDS if generation.get(key) is not None}
+    return config | {"torch_dtype": _DTYPE_NAMES[dtype], "minitron": {"lineage": lineage}}
+
+
+def write_hf(
+    source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a Hugging Face folder: safetensors in shards, index, config, generation defaults, tokenizer files.
+
+    Args:
+        source: What to write.
+        folder: Where; a folder of that name is replaced once the new one is whole.
+        dtype: Type of the weights; None keeps the source's.
+        shard_bytes: Largest weight file, unless one tensor alone is larger.
+
+    Raises:
+        SpecError: The family's `config.json` cannot say this architecture (layers of different sizes).
+    """
+    dtype = dtype or source.dtype
+    files = source.tokenizer_files()
+    config = hf_config(source.spec, dtype=dtype, files=files, lineage=source.lineage)
+    with staged_folder(folder) as partial:
+        _write_weights(source, partial, dtype, shard_bytes)
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        (partial / "config.json").write_bytes(_json_bytes(config))
+
+
+def _write_weights(source: TensorSource, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    family = family_named(source.spec.family)
+    shards = list(_shards(source.spec, family, dtype, shard_bytes))
+    single = len(shards) == 1
+    file_names = [
+        _SINGLE if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
+    ]
+    tensors = stream(source)
+    for file_name, (shard, entries) in zip(file_names, shards, strict=True):
+        with SafetensorsWriter(folder / file_name, entries, {"format": "pt"}) as writer:
+            for weight in shard:
+                name, tensor = next(tensors)
+                if name != weight.name:
+                    raise AssertionError(f"the source gave {name} in place of {weight.name}")
+                parts = split(tensor, weight, source.spec)
+                for part_name, part in zip(hf_names(family, weight), parts, strict=True):
+                    writer.write(part_name, part.to(dtype))
+    if not single:
+        placed = {name: file for file, (_, entries) in zip(file_names, shards, strict=True) for name in entries}
+        total = sum(entry.nbytes for _, entries in shards for entry in entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (folder / _INDEX).write_bytes(_json_bytes(index))
+
+
+def _shards(
+    spec: ModelSpec, family: Family, dtype: torch.dtype, limit: int
+) -> Iterator[tuple[list[Weight], dict[str, Entry]]]:
+    """Consecutive weights and their parts' entries, together at most `limit` bytes."""
+    shard: list[Weight] = []
+    entries: dict[str, Entry] = {}
+    used = 0
+    for weight in weights(spec):
+        size = weight.numel * dtype.itemsize
+        if shard and used + size > limit:
+            yield shard, entries
+            shard, entries, used = [], {}, 0
+        shapes = part_shapes(weight, spec)
+        entries |= {n: Entry(dtype, s) for n, s in zip(hf_names(family, weight), shapes, strict=True)}
+        shard.append(weight)
+        used += size
+    yield shard, entries
+
+
+def _open_weight_files(folder: Path) -> list[SafetensorsFile]:
+    if (folder / _INDEX).is_file():
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / _INDEX}: has no weight_map")
+        files = {name: SafetensorsFile(folder / _plain_name(name, folder)) for name in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in files[file].entries:
+                raise CheckpointError(f"{folder / file}: has no {name}, though {_INDEX} says so")
+        return list(files.values())
+    if (folder / _SINGLE).is_file():
+        return [SafetensorsFile(folder / _SINGLE)]
+    raise CheckpointError(
+        f"{folder}: no {_SINGLE} and no {_INDEX}",
+        rule="weights as safetensors",
+        remedy="load an older folder in transformers and save it again",
+    )
+
+
+def _plain_name(name: Any, folder: Path) -> str:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{folder / _INDEX}: {name!r} is not the name of a file in this folder")
+    return name
+
+
+def _licence_of_card(card: Path) -> str | None:
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    found = (
+        re.search(r"^license:\s*(\S+)\s*$", parts[1], re.MULTILINE)
+        if len(parts) == 3 and not parts[0].strip()
+        else None
+    )
+    return found.group(1) if found else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return data
+
+
+def _json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

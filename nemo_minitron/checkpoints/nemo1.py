@@ -1,0 +1,317 @@
+"""NeMo-1 checkpoints: a `.nemo` file (a tar), or the same unpacked, which we call a checkpoint folder.
+
+    model_config.yaml               NeMo-1 keys; everything of ours under `minitron:`
+    model_weights/                  torch_dist, keys with the prefix `model.`
+    <32 hex digits>_tokenizer.json  tokenizer artifacts, one file each, the digits from their content
+
+In torch_dist, layers of one size are stacked: `model.decoder.layers.mlp.linear_fc2.weight` is `[layers, h, ffn]`, one
+piece a layer. Layers that differ keep a key each: `model.decoder.layers.7.mlp.linear_fc2.weight`. Both are
+Megatron-Core's own conventions, so its `dist_checkpointing` loads the folder at any layout.
+"""
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import Weight, weight_named, weights
+from nemo_minitron.checkpoints.files import Files, FolderFiles, open_files, read_bytes, staged_file, staged_folder
+from nemo_minitron.checkpoints.parts import widest
+from nemo_minitron.checkpoints.source import (
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    TensorSource,
+    check_tokenizer_fits,
+    names_of,
+    stream,
+)
+from nemo_minitron.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
+from nemo_minitron.errors import CheckpointError
+
+CONFIG_FILE = "model_config.yaml"
+WEIGHTS_FOLDER = "model_weights"
+KEY_PREFIX = "model."
+
+_PREFIXES = (KEY_PREFIX, "module.", "")  # NeMo-1, NeMo-2, bare Megatron
+_EMBEDDING = "embedding.word_embeddings.weight"
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_ARTIFACT = re.compile(r"^[0-9a-f]{32}_(.+)$")
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
+
+
+class NemoSource:
+    """A `.nemo` file or checkpoint folder as canonical tensors; a tar is read in place.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, the weights are in an older layout, a weight is missing, unknown
+            or of the wrong shape, or the tokenizer does not fit the vocabulary.
+        SpecError: The architecture is not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder")
+        self.path = path
+        self._files = open_files(path)
+        self.config = read_config(self._files)
+        _refuse_old_layouts(self._files)
+        self._reader = TorchDistReader(self._files, WEIGHTS_FOLDER)
+        self._prefix = self._find_prefix()
+        rows = self._reader.shape(self._prefix + _EMBEDDING)[0]
+        self._spec = spec_from_nemo_config(self.config, vocab_size=rows)
+        self._stacked = not any(_LAYER.match(key.removeprefix(self._prefix)) for key in self._reader.tensors)
+        self._check_keys()
+        self._dtype = widest([self._reader.dtype(self._key(weight)) for weight in weights(self._spec)])
+        self._tokenizer_files = tokenizer_files_in(self._files, self.config)
+        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(path))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture, from `model_config.yaml`."""
+        return self._spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that holds every stored weight exactly."""
+        return self._dtype
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What the writer recorded; for a foreign file its name."""
+        recorded = (self.config.get("minitron") or {}).get("lineage")
+        if isinstance(recorded, dict):
+            return dict(recorded)
+        known = (self.config.get("tokenizer") or {}).get("type")
+        return {"base_model": known or self.path.stem, "license": None, "format": "nemo"}
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names in table order."""
+        return names_of(self._spec)
+
+    def get(self, name: str) -> Tensor:
+        """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
+        weight = weight_named(self._spec, name)
+        key = self._key(weight)
+        if weight.layer is None or not self._stacked:
+            return self._reader.read(key, stop=weight.shape).to(self._dtype)
+        start = (weight.layer, *(0 for _ in weight.shape))
+        tensor = self._reader.read(key, start=start, stop=(weight.layer + 1, *weight.shape))
+        return tensor[0].to(self._dtype)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Tokenizer, generation defaults and licence files kept as artifacts."""
+        return dict(self._tokenizer_files)
+
+    def _key(self, weight: Weight) -> str:
+        return self._prefix + (_stacked_name(weight.name) if self._stacked else weight.name)
+
+    def _find_prefix(self) -> str:
+        for prefix in _PREFIXES:
+            if prefix + _EMBEDDING in self._reader.tensors:
+                return prefix
+        raise CheckpointError(f"{self._reader.label}: has no {_EMBEDDING}", rule="the weights of a GPT model")
+
+    def _check_keys(self) -> None:
+        expected = {}
+        for weight in weights(self._spec):
+            stacked = self._stacked and weight.layer is not None
+            expected[self._key(weight)] = (weight, ((self._spec.num_layers,) if stacked else ()) + weight.shape)
+        if self._stacked and not self._spec.is_uniform:
+            raise CheckpointError(f"{self._reader.label}: layers are stacked, but model_config.yaml says they differ")
+        found = {key for key in self._reader.tensors if not key.startswith("optimizer.")}
+        if missing := sorted(set(expected) - found):
+            raise CheckpointError(f"{self._reader.label}: {len(missing)} weight(s) missing, {missing[0]} first")
+        if extra := sorted(found - set(expected)):
+            raise CheckpointError(
+                f"{self._reader.label}: {len(extra)} weight(s) that model_config.yaml does not imply, {extra[0]} first",
+                rule="no weight is left out in silence",
+            )
+        for key, (weight, shape) in expected.items():
+            stored = self._reader.shape(key)
+            padded = weight.row.axes[0] is Axis.VOCAB and stored[0] >= shape[0]
+            if stored != shape and not (padded and stored[1:] == shape[1:]):
+                raise CheckpointError(f"{self._reader.label}: {key} is shaped {stored}", rule=f"{shape} by its config")
+
+
+def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint folder, one tensor in memory at a time. Equal sources give equal bytes.
+
+    Args:
+        source: What to write.
+        folder: Where; a folder of that name is replaced once the new one is whole.
+        dtype: Type of the weights; None keeps the source's.
+    """
+    dtype = dtype or source.dtype
+    spec = source.spec
+    with staged_folder(folder) as partial:
+        (partial / WEIGHTS_FOLDER).mkdir()
+        with TorchDistWriter(partial / WEIGHTS_FOLDER) as writer:
+            for name, tensor in stream(source):
+                layer = weight_named(spec, name).layer
+                tensor = tensor.to(dtype)  # noqa: PLW2901
+                if layer is None or not spec.is_uniform:
+                    writer.add(KEY_PREFIX + name, tensor)
+                else:
+                    writer.add(
+                        KEY_PREFIX + _stacked_name(name),
+                        tensor[None],
+                        offsets=(layer, *(0 for _ in tensor.shape)),
+                        shape=(spec.num_layers, *tensor.shape),
+                    )
+            for key in extra_state_keys(spec):
+                writer.add_object(key, _empty_state())
+        write_folder_files(
+            partial, spec=spec, dtype=dtype, tokenizer_files=source.tokenizer_files(), lineage=source.lineage
+        )
+
+
+def write_folder_files(
+    folder: Path,
+    *,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    tokenizer_files: Mapping[str, bytes],
+    lineage: Mapping[str, Any],
+) -> None:
+    """Write all of a checkpoint folder but `model_weights/`, for weights that Megatron saves from all ranks.
+
+    Artifact names begin with digits of their content's hash (NeMo takes random ones), so that equal input gives equal
+    bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts = {name: f"{hashlib.sha256(data).hexdigest()[:32]}_{name}" for name, data in tokenizer_files.items()}
+    config = nemo_config(
+        spec,
+        precision=_PRECISIONS.get(dtype, "32"),
+        tokenizer=_tokenizer_section(artifacts, lineage),
+        minitron={
+            "lineage": dict(lineage),
+            "tokenizer_files": {name: f"nemo:{artifact}" for name, artifact in sorted(artifacts.items())},
+        },
+    )
+    for name, data in tokenizer_files.items():
+        with staged_file(folder / artifacts[name]) as partial:
+            partial.write_bytes(data)
+    with staged_file(folder / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def pack_nemo(folder: Path, file: Path) -> None:
+    """Pack a checkpoint folder into a `.nemo` file. Equal folders give equal bytes.
+
+    Raises:
+        CheckpointError: The folder is not a whole checkpoint.
+    """
+    NemoSource(folder)
+    names = sorted(FolderFiles(folder).names(), key=lambda name: (name != CONFIG_FILE, "/" in name, name))
+    with staged_file(file) as partial, tarfile.open(partial, "w:", format=tarfile.PAX_FORMAT) as archive:
+        for directory in ("./", f"./{WEIGHTS_FOLDER}"):
+            entry = tarfile.TarInfo(directory)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(entry)
+        for name in names:
+            entry = tarfile.TarInfo(f"./{name}")
+            entry.size, entry.mode = (folder / name).stat().st_size, 0o644
+            with (folder / name).open("rb") as stream_:
+                archive.addfile(entry, stream_)
+
+
+def read_config(files: Files) -> dict[str, Any]:
+    """`model_config.yaml` as plain data.
+
+    Raises:
+        CheckpointError: It is missing or not YAML.
+    """
+    try:
+        config = yaml.safe_load(read_bytes(files, CONFIG_FILE))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{files.label}: {CONFIG_FILE} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{files.label}: {CONFIG_FILE} is not a mapping")
+    for key in ("minitron", "tokenizer"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"{files.label}: {CONFIG_FILE}: {key} is not a mapping")
+    return config
+
+
+def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Tokenizer files kept as artifacts: those that `minitron.tokenizer_files` names, else those whose names say so.
+
+    Raises:
+        CheckpointError: A named artifact is missing.
+    """
+    named = (config.get("minitron") or {}).get("tokenizer_files")
+    if isinstance(named, dict):
+        return {name: read_bytes(files, str(value).removeprefix("nemo:")) for name, value in named.items()}
+    found = {match.group(1): name for name in files.names() if (match := _ARTIFACT.match(name))}
+    return {name: read_bytes(files, found[name]) for name in (*TOKENIZER_FILES, *LICENCE_FILES) if name in found}
+
+
+def extra_state_keys(spec: ModelSpec) -> Iterator[str]:
+    """Keys of the empty per-layer states that Megatron-Core asks for beside each linear layer's weight."""
+    for weight in weights(spec):
+        module = weight.name.removesuffix(".weight")
+        if weight.layer is None or not module.rpartition(".")[2].startswith("linear_") or module == weight.name:
+            continue
+        if spec.is_uniform:
+            yield f"{KEY_PREFIX}{_stacked_name(module)}._extra_state/shard_{weight.layer}_{spec.num_layers}"
+        else:
+            yield f"{KEY_PREFIX}{module}._extra_state/shard_0_1"
+
+
+def _empty_state() -> io.BytesIO:
+    """No FP8 state, as Transformer Engine saves it: bytes that hold None."""
+    state = io.BytesIO()
+    torch.save(None, state)
+    state.seek(0)
+    return state
+
+
+def _stacked_name(name: str) -> str:
+    return _LAYER.sub("decoder.layers.", name)
+
+
+def _tokenizer_section(artifacts: Mapping[str, str], lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """NeMo-1's `tokenizer` keys: Hugging Face tokenizers by hub name, a sentencepiece model as an artifact."""
+    if "tokenizer.model" in artifacts and "tokenizer.json" not in artifacts:
+        model = f"nemo:{artifacts['tokenizer.model']}"
+        return {"library": "sentencepiece", "type": None, "model": model, "vocab_file": None, "merge_file": None}
+    return {
+        "library": "huggingface",
+        "type": lineage.get("base_model"),
+        "model": None,
+        "vocab_file": None,
+        "merge_file": None,
+        "use_fast": True,
+    }
+
+
+def _refuse_old_layouts(files: Files) -> None:
+    old = [name for name in files.names() if name.endswith("model_weights.ckpt")]
+    if old:
+        raise CheckpointError(
+            f"{files.label}: weights are stored as {old[0]}, a pickle of one rank",
+            rule="model_weights/ as a distributed checkpoint",
+            remedy="load and save it once with the NeMo that wrote it, dist_ckpt_format: torch_dist",
+        )
+
+
+__all__ = [
+    "NemoSource",
+    "extra_state_keys",
+    "pack_nemo",
+    "read_config",
+    "tokenizer_files_in",
+    "write_folder",
+    "write_folder_files",
+]

@@ -1,0 +1,155 @@
+"""What every checkpoint is to the rest of the package: a spec, and canonical tensors one at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import weights
+from nemo_minitron.errors import CheckpointError
+
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
+"""Files that travel with a model from reader to writer: the tokenizer's, and the generation defaults."""
+
+LICENCE_FILES: tuple[str, ...] = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+"""Terms of the base model; they travel too."""
+
+
+class TensorSource(Protocol):
+    """A checkpoint, or a lazy view of one.
+
+    Attributes:
+        spec: The architecture.
+        dtype: Type of every tensor that `get` returns.
+        lineage: JSON data about where the model comes from (base model, licence, plan digest, parents).
+    """
+
+    @property
+    def spec(self) -> ModelSpec: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+
+    @property
+    def lineage(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names in table order, exactly those of `arch.weights.weights(spec)`."""
+        ...
+
+    def get(self, name: str) -> Tensor:
+        """One canonical tensor: unsharded, contiguous, on the CPU. Nothing is kept between calls.
+
+        Raises:
+            KeyError: The model has no such weight.
+            CheckpointError: Its bytes cannot be read.
+        """
+        ...
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Hugging Face tokenizer files (and `generation_config.json`, licence) by name; empty when there are none."""
+        ...
+
+
+def names_of(spec: ModelSpec) -> tuple[str, ...]:
+    """Canonical names of a model's weights in table order."""
+    return tuple(weight.name for weight in weights(spec))
+
+
+def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a source in table order; one tensor is alive at a time if the caller keeps none."""
+    for name in source.names():
+        yield name, source.get(name)
+
+
+def open_checkpoint(path: Path) -> TensorSource:
+    """Open a checkpoint of any readable format, found out by looking at it.
+
+    Args:
+        path: A Hugging Face folder, a `.gguf` file, a `.nemo` file or an unpacked `.nemo` folder.
+
+    Raises:
+        CheckpointError: The path does not exist, is of no known format, or is damaged.
+        SpecError: It holds an architecture that is not supported.
+    """
+    from nemo_minitron.checkpoints.gguf import GgufSource
+    from nemo_minitron.checkpoints.hf import HfSource
+    from nemo_minitron.checkpoints.nemo1 import NemoSource
+
+    if path.is_dir():
+        if (path / "model_config.yaml").is_file():
+            return NemoSource(path)
+        if (path / "config.json").is_file():
+            return HfSource(path)
+        raise CheckpointError(
+            f"{path}: not a checkpoint folder",
+            rule="config.json (Hugging Face) or model_config.yaml (unpacked .nemo) lies in it",
+            remedy="name the folder that holds the weights themselves",
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder", remedy="check model.source")
+    if _starts_with(path, b"GGUF"):
+        return GgufSource(path)
+    if path.suffix == ".nemo" or _starts_with(path, b"ustar", offset=257):
+        return NemoSource(path)
+    raise CheckpointError(
+        f"{path}: not a checkpoint file", rule="a .gguf or .nemo file; for Hugging Face models name the folder"
+    )
+
+
+def tokenizer_digest(files: Mapping[str, bytes]) -> str:
+    """SHA-256 over what decides the token ids, 64 hex digits; "" when there is no tokenizer.
+
+    Chat template and generation defaults are left out: they change no token id.
+    """
+    deciding = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    digest = hashlib.sha256()
+    found = [name for name in deciding if name in files]
+    for name in found:
+        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+    return digest.hexdigest() if found else ""
+
+
+def check_tokenizer_fits(files: Mapping[str, bytes], spec: ModelSpec, *, where: str) -> None:
+    """Compare the tokenizer's largest token id with the vocabulary.
+
+    Raises:
+        CheckpointError: `tokenizer.json` is damaged, or knows an id that has no embedding row.
+    """
+    if "tokenizer.json" not in files:
+        return
+    try:
+        data = json.loads(files["tokenizer.json"])
+        vocabulary = data["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = (token["id"] for token in data.get("added_tokens") or ())
+        largest = max([*ids, *added], default=-1)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: tokenizer.json cannot be read ({error})") from error
+    if largest >= spec.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer's largest token id is {largest}, but vocab_size is {spec.vocab_size}",
+            rule="every token id has an embedding row",
+            remedy="use the tokenizer that the model was trained with",
+        )
+
+
+def _starts_with(path: Path, magic: bytes, *, offset: int = 0) -> bool:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(len(magic)) == magic

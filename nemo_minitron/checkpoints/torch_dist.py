@@ -1,0 +1,247 @@
+"""The torch_dist folder (torch distributed checkpoint, as Megatron-Core lays it out), tensor by tensor.
+
+torch's own writer keeps every tensor of a file until the file is closed, and takes part in collectives; its reader runs
+foreign pickles. The format is small: records made by `torch.save`, one after another, and a pickled index of where each
+piece of each tensor lies. So we write and read it ourselves, with torch's own index classes.
+
+Equal input gives equal bytes: no time stamps, no random identifiers, no paths.
+"""
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from nemo_minitron.checkpoints.files import Files, Window, read_bytes
+from nemo_minitron.checkpoints.pickles import read_metadata, read_tensor_header
+from nemo_minitron.checkpoints.tensors import read_tensor
+from nemo_minitron.errors import CheckpointError
+
+_DATA_FILE = "__0_0.distcp"
+_MARKER = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+Shape = tuple[int, ...]
+
+
+class TorchDistWriter:
+    """Appends tensors to a folder; the index and `metadata.json` (the sign of completeness) are written at the end.
+
+    Args:
+        folder: An empty folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tensors: dict[str, Any] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._file = (folder / _DATA_FILE).open("wb")
+
+    def add(self, key: str, tensor: Tensor, *, offsets: Shape | None = None, shape: Shape | None = None) -> None:
+        """Append one piece of a tensor.
+
+        Args:
+            key: Name of the whole tensor.
+            tensor: The piece.
+            offsets: Where the piece begins in the whole; None for a whole tensor.
+            shape: Shape of the whole; None for a whole tensor.
+        """
+        whole = torch.Size(tensor.shape if shape is None else shape)
+        at = torch.Size(offsets or (0,) * len(whole))
+        entry = self._tensors.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), whole, chunks=[])
+        )
+        entry.chunks.append(ChunkStorageMetadata(at, tensor.shape))
+        start = self._file.tell()
+        # torch.save writes the whole storage of a view; a clone has a storage of its own size.
+        fits = tensor.untyped_storage().nbytes() == tensor.nbytes
+        torch.save(tensor.detach() if fits else tensor.detach().clone(), self._file)
+        self._place(MetadataIndex(key, at, len(entry.chunks) - 1), start)
+
+    def add_object(self, key: str, value: Any) -> None:
+        """Append a small object in the form Megatron-Core stores one of its sharded objects."""
+        self._tensors[key] = BytesStorageMetadata()
+        start = self._file.tell()
+        torch.save([value], self._file)
+        self._place(MetadataIndex(key), start)
+
+    def _place(self, index: MetadataIndex, start: int) -> None:
+        self._places[index] = _StorageInfo(_DATA_FILE, start, self._file.tell() - start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is not None:
+            return
+        index = Metadata(
+            self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
+        )
+        (self._folder / ".metadata").write_bytes(pickle.dumps(index, protocol=4))
+        torch.save({}, self._folder / "common.pt")
+        (self._folder / "metadata.json").write_text(json.dumps(_MARKER))
+
+
+class TorchDistReader:
+    """Reads boxes of tensors from a torch_dist folder, wherever and however many pieces they are stored in.
+
+    Args:
+        files: What holds the folder: a directory or a `.nemo` tar.
+        folder: Its name there, "" for the top.
+
+    Raises:
+        CheckpointError: The folder is incomplete, of another format, damaged, or its index is no plain data.
+    """
+
+    def __init__(self, files: Files, folder: str = "") -> None:
+        self._files = files
+        self._prefix = f"{folder}/" if folder else ""
+        self.label = f"{files.label}/{folder}" if folder else files.label
+        self._check_marker()
+        index = read_metadata(read_bytes(files, self._prefix + ".metadata"), where=f"{self.label}/.metadata")
+        self.tensors: Mapping[str, TensorStorageMetadata] = {
+            key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
+        self._places: Mapping[MetadataIndex, _StorageInfo] = index.storage_data
+        self._check_places()
+
+    def shape(self, key: str) -> Shape:
+        """Shape of a whole tensor."""
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of a tensor."""
+        return self.tensors[key].properties.dtype
+
+    def read(self, key: str, *, start: Shape | None = None, stop: Shape | None = None) -> Tensor:
+        """A box of a tensor, as a tensor of its own.
+
+        Args:
+            key: Name of the tensor.
+            start: First index of each dimension; None for 0.
+            stop: One past the last index of each dimension; None for all.
+
+        Raises:
+            CheckpointError: The stored pieces do not cover the box, or cannot be read.
+        """
+        entry = self.tensors[key]
+        low = start or (0,) * len(entry.size)
+        high = stop or tuple(entry.size)
+        box = tuple(b - a for a, b in zip(low, high, strict=True))
+        found: Tensor | None = None
+        covered = 0
+        for position, chunk in enumerate(entry.chunks):
+            cut_low = tuple(max(a, o) for a, o in zip(low, chunk.offsets, strict=True))
+            cut_high = tuple(min(b, o + s) for b, o, s in zip(high, chunk.offsets, chunk.sizes, strict=True))
+            if any(a >= b for a, b in zip(cut_low, cut_high, strict=True)):
+                continue
+            inner = tuple(slice(a - o, b - o) for a, b, o in zip(cut_low, cut_high, chunk.offsets, strict=True))
+            piece = self._read_piece(MetadataIndex(key, chunk.offsets, position), tuple(chunk.sizes), inner)
+            covered += piece.numel()
+            if tuple(piece.shape) == box:
+                return piece
+            found = torch.empty(box, dtype=entry.properties.dtype) if found is None else found
+            found[tuple(slice(a - o, b - o) for a, b, o in zip(cut_low, cut_high, low, strict=True))] = piece
+        if found is None or covered != found.numel():
+            raise CheckpointError(f"{self.label}: {key} is incomplete", remedy="write the checkpoint again")
+        return found
+
+    def _read_piece(self, index: MetadataIndex, sizes: Shape, inner: tuple[slice, ...]) -> Tensor:
+        """A box of one stored piece; of a row-major piece only the needed rows are read."""
+        where = f"{self.label}: {index.fqn}"
+        place = self._places[index]
+        with self._files.open(self._prefix + place.relative_path) as stream:
+            header, data_start = _open_record(stream, place, where)
+            if header.shape != sizes:
+                raise CheckpointError(f"{where}: a piece is shaped {header.shape}, the index says {sizes}")
+            if not header.is_contiguous or not sizes:
+                raise CheckpointError(
+                    f"{where}: stored with strides {header.stride}", rule="row-major pieces, no scalars"
+                )
+            rows, rest = inner[0], sizes[1:]
+            row_size = torch.Size(rest).numel()
+            stream.seek(data_start + (header.offset + rows.start * row_size) * header.dtype.itemsize)
+            piece = read_tensor(stream, (rows.stop - rows.start, *rest), header.dtype, where=where)
+        return piece[(slice(None), *inner[1:])].contiguous()
+
+    def _check_marker(self) -> None:
+        name = self._prefix + "metadata.json"
+        if name not in self._files.names():
+            raise CheckpointError(
+                f"{self.label}: metadata.json is missing", rule="it is written last, so this checkpoint is not complete"
+            )
+        try:
+            backend = json.loads(read_bytes(self._files, name))["sharded_backend"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.label}: metadata.json is damaged ({error})") from error
+        if backend != "torch_dist":
+            raise CheckpointError(
+                f"{self.label}: stored as {backend!r}",
+                rule="torch_dist",
+                remedy="load and save it once with the NeMo that wrote it, dist_ckpt_format: torch_dist",
+            )
+
+    def _check_places(self) -> None:
+        names = set(self._files.names())
+        for key, entry in self.tensors.items():
+            for position, chunk in enumerate(entry.chunks):
+                place = self._places.get(MetadataIndex(key, chunk.offsets, position))
+                if place is None:
+                    raise CheckpointError(f"{self.label}: the index has no place for a piece of {key}")
+                name = self._prefix + place.relative_path
+                if name not in names:
+                    raise CheckpointError(f"{self.label}: {place.relative_path} is missing")
+                if place.offset + place.length > self._files.size(name):
+                    raise CheckpointError(
+                        f"{self.label}: {place.relative_path} is truncated at {self._files.size(name)} bytes",
+                        remedy="fetch or write it again",
+                    )
+
+
+def _open_record(stream: BinaryIO, place: _StorageInfo, where: str) -> tuple[Any, int]:
+    """Header of the tensor saved at a place, and where in the stream its storage begins.
+
+    Raises:
+        CheckpointError: There is no sound, uncompressed `torch.save` archive of one tensor.
+    """
+    if place.transform_descriptors:
+        raise CheckpointError(f"{where}: stored through {place.transform_descriptors}", rule="plain records")
+    stream.seek(place.offset)
+    try:
+        with zipfile.ZipFile(Window(stream, place.offset, place.length)) as archive:
+            pickled = next(item for item in archive.namelist() if item.endswith("/data.pkl"))
+            header = read_tensor_header(archive.read(pickled), where=where)
+            record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{header.storage}")
+    except (zipfile.BadZipFile, StopIteration, KeyError, OSError, EOFError, struct.error) as error:
+        raise CheckpointError(f"{where}: its record is damaged ({error})", remedy="fetch or write it again") from error
+    stream.seek(place.offset + record.header_offset)
+    local = stream.read(30)
+    name_length, extra_length = struct.unpack("<26xHH", local)
+    needed = (header.offset + torch.Size(header.shape).numel()) * header.dtype.itemsize
+    if record.compress_type != zipfile.ZIP_STORED or record.file_size < needed:
+        raise CheckpointError(f"{where}: its record holds {record.file_size} of {needed} bytes")
+    return header, place.offset + record.header_offset + 30 + name_length + extra_length
