@@ -7,7 +7,7 @@ batch, so the way it is cut into micro-batches and ranks does not matter.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -120,22 +120,36 @@ def run(
         return _schedule(chunks, micro_batches, finish, runtime=runtime, forward_only=forward_only)
 
 
-@torch.no_grad()
 def collect_hidden(chunks: Sequence[nn.Module], micro_batches: Sequence[MicroBatch], runtime: Runtime) -> list[Tensor]:
     """The last stage's states after the final norm, `[s, b, h]` for each micro-batch; an empty list on other stages."""
+    return _collect(chunks, micro_batches, runtime, output="hidden")
 
-    def keep(output: Tensor, micro_batch: MicroBatch, index: int, non_loss_data: bool) -> Tensor:
-        return output
+
+def collect_logits(chunks: Sequence[nn.Module], micro_batches: Sequence[MicroBatch], runtime: Runtime) -> list[Tensor]:
+    """The last stage's logits, `[b, s, V/tp]` for each micro-batch; an empty list on other stages."""
+    return _collect(chunks, micro_batches, runtime, output="logits")
+
+
+@torch.no_grad()
+def _collect(
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    runtime: Runtime,
+    *,
+    output: Literal["hidden", "logits"],
+) -> list[Tensor]:
+    def keep(states: Tensor, micro_batch: MicroBatch, index: int, non_loss_data: bool) -> Tensor:
+        return states
 
     models = [unwrap(chunk) for chunk in chunks]
     before = [model.output for model in models]
     for model in models:
-        model.output = "hidden"
+        model.output = output
     try:
         return _schedule(chunks, micro_batches, keep, runtime=runtime, forward_only=True, collect_non_loss_data=True)
     finally:
-        for model, output in zip(models, before, strict=True):
-            model.output = output
+        for model, value in zip(models, before, strict=True):
+            model.output = value
 
 
 def reduce_report(reports: Sequence[dict[str, Tensor]], runtime: Runtime) -> dict[str, float]:

@@ -107,6 +107,31 @@ class TrainOptimizer:
         """Take over the model's weights as master weights, after something else has written them."""
         self.optimizer.reload_model_params()
 
+    def sharded_state(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """Master weights, moments, step counts and schedule, sharded like the model's weights in `model_state`."""
+        optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        return (
+            {"optimizer": optimizer} if loading else {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        )
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take up what `sharded_state` described, after it has been read."""
+        optimizer = state["optimizer"]
+        # Torch's AdamW keeps its step count with the moments, where Megatron's distributed optimizer, written for
+        # Apex's, expects none: it is put aside while the moments are filled in.
+        moments = optimizer.pop("param_state", None) if _torch_adams(self.optimizer) else None
+        self.optimizer.load_state_dict(optimizer)
+        steps = {id(moment): moment.pop("step", None) for moment in self._moments()}
+        if moments is not None:
+            self.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(moments)
+        self.scheduler.load_state_dict(state["scheduler"])
+        for moment in self._moments():
+            step = steps[id(moment)]
+            moment["step"] = torch.zeros(()) if step is None else step.detach().clone()
+
+    def _moments(self) -> list[dict[str, Any]]:
+        return [moment for adam in _torch_adams(self.optimizer) for moment in adam.state.values()]
+
 
 def build_optimizer(
     chunks: Sequence[nn.Module], config: OptimizerConfig, precision: Precision, steps: int
@@ -137,7 +162,7 @@ def build_optimizer(
         use_distributed_optimizer=config.distributed,
     )
     optimizer = get_megatron_optimizer(megatron_config, list(chunks), use_gloo_process_groups=False)
-    _use_fused_adam(optimizer)
+    _prepare_torch_adam(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -157,11 +182,24 @@ def build_optimizer(
     return TrainOptimizer(chunks, optimizer, scheduler, config.clip_grad)
 
 
-def _use_fused_adam(optimizer: Any) -> None:
-    """Let torch's AdamW, where Megatron falls back to it, update each parameter in one pass over memory."""
-    for part in optimizer.chained_optimizers:
-        inner = getattr(part, "optimizer", None)
-        if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-            inner.defaults.update(fused=True, foreach=False)
-            for group in inner.param_groups:
-                group.update(fused=True, foreach=False)
+def _prepare_torch_adam(optimizer: Any) -> None:
+    """Set up torch's AdamW where Megatron falls back to it.
+
+    Each parameter is updated in one pass over memory, and moments exist from the start, as in Apex's and Transformer
+    Engine's optimizers, so that a state can be saved or loaded before the first step.
+    """
+    for adam in _torch_adams(optimizer):
+        adam.defaults.update(fused=True, foreach=False)
+        for group in adam.param_groups:
+            group.update(fused=True, foreach=False)
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+    inner = [getattr(part, "optimizer", None) for part in optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]

@@ -9,6 +9,7 @@ threads, and loses their errors when they die.
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,13 +79,8 @@ def save_training(
         CheckpointError: It could not be written.
     """
     model = _model_state(chunks)
-    state = {
-        "model": model,
-        "optimizer": optimizer.optimizer.sharded_state_dict(model, metadata=_metadata(chunks)),
-        "scheduler": optimizer.scheduler.state_dict(),
-        "common": common,
-    }
-    _write(state, folder)
+    training = optimizer.sharded_state(model, _metadata(chunks), loading=False)
+    _write({"model": model, "training": training, "common": common}, folder)
 
 
 def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder: Path) -> dict[str, Any]:
@@ -95,14 +91,10 @@ def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder
     """
     _check_complete(folder)
     model = _model_state(chunks, extra_state=False)
-    state = {
-        "model": model,
-        "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(chunks)),
-    }
-    loaded = _read(state, folder)
+    training = optimizer.sharded_state(model, _metadata(chunks), loading=True)
+    loaded = _read({"model": model, "training": training}, folder)
     _fill(chunks, loaded["model"])
-    optimizer.optimizer.load_state_dict(loaded["optimizer"])
-    optimizer.scheduler.load_state_dict(loaded["scheduler"])
+    optimizer.load_sharded_state(loaded["training"])
     return dict(loaded["common"])
 
 
@@ -200,7 +192,10 @@ class _InProcessWriter(SaveShardedStrategy):
 def _errors_of(path: Path, what: str) -> Iterator[None]:
     # torch's CheckpointException is no Exception: it passes by every handler that is not made for it.
     try:
-        yield
+        with warnings.catch_warnings():
+            # Megatron uses what torch is about to retire.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     except (OSError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"{path} {what}: {_first_cause(error)}") from error
 
