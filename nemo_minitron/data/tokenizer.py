@@ -74,7 +74,7 @@ def end_of_document(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> in
 def encode_documents(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast", vocab_size: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Token ids of each text as the tokenizer writes a sequence (with its BOS, if it has one), then one end of document.
+    """Token ids of each text as the tokenizer writes a sequence (BOS first, if it has one), then one end of document.
 
     All texts are encoded at once, on all cores.
 

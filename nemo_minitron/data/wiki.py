@@ -1,8 +1,8 @@
 """MediaWiki markup to readable text: mwparserfromhell makes the tree, and here is decided what each node says.
 
 Kept: prose, headings, list items (`- `), link texts, formulas (as TeX between dollars), and the few templates that
-carry words of the sentence around them (`lang`, `convert`, `nowrap`, `as of`...). Left out: references, tables, pictures
-with their captions, all other templates, comments, categories, and the sections that only list links.
+carry words of the sentence around them (`lang`, `convert`, `nowrap`, `as of`...). Left out: references, tables,
+pictures with their captions, all other templates, comments, categories, and the sections that only list links.
 """
 
 import html
