@@ -1,0 +1,221 @@
+"""What the fused output layers share: chunks of tokens, reused buffers, and the gradient of the matrix product.
+
+An output layer followed by a loss over the vocabulary would hold several `[tokens, vocabulary]` tensors. Here the
+logits of one chunk of tokens at a time are formed, turned into their own gradient in place, and multiplied back into
+the gradients of hidden states and weight; the backward pass has nothing left to do but scale them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_minitron.parallel.collectives import gather, group_rank, sum_over
+
+# Measured on two cores with AMX (1024 tokens, 49152 x 576, bfloat16), see benchmarks/: the matrix products want tall
+# chunks, the element-wise passes want blocks that stay in a core's cache.
+CHUNK_BYTES = 128 << 20
+"""One buffer of logits."""
+_BLOCK_ELEMENTS_A_THREAD = 1 << 17
+_BLOCK_ELEMENTS_SPLIT = 1 << 22  # every block costs a collective when the vocabulary is split
+_HIDDEN_GRAD_ROWS = 256  # oneDNN's tall-and-thin product is twice as fast in pieces of this height
+_WEIGHT_GRAD_ROWS = 4096
+
+EMPTY = -1e30
+"""Stands for the maximum of no logits; unlike -inf it can be subtracted from itself."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(tokens: int, columns: int, dtype: torch.dtype, wanted: int | None) -> int:
+    """Tokens a chunk: the wanted number, or even shares of at most CHUNK_BYTES of logits."""
+    if wanted is not None:
+        return max(1, min(wanted, tokens))
+    most = max(1, CHUNK_BYTES // (dtype.itemsize * max(columns, 1)))
+    return max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
+
+
+def block_rows(rows: int, columns: int, device: torch.device, tp: ProcessGroup | None) -> int:
+    """Tokens an element-wise block: what fits in cache on a CPU, the whole chunk elsewhere."""
+    if device.type != "cpu":
+        return rows
+    elements = _BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads() if tp is None else _BLOCK_ELEMENTS_SPLIT
+    return max(1, min(rows, elements // max(columns, 1)))
+
+
+def pieces(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover `range(total)`."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+class Workspace:
+    """Buffers that outlive a call. On a CPU fresh memory costs as much as a matrix product: the system zeroes it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer with arbitrary contents; the next call with the same name and dtype may return the same memory."""
+        if device.type != "cpu":  # accelerators' allocators keep memory themselves
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = shape[0] * shape[1]
+        held = self._buffers.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+
+
+WORKSPACE = Workspace()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Which tokens of a micro-batch count."""
+
+    total: int
+    kept: Tensor | None
+    """Their indices; None if all do."""
+    count: Tensor
+    """How many, int64."""
+
+    @classmethod
+    def select(cls, total: int, keep: Tensor | None, device: torch.device) -> "Tokens":
+        """Read the mask, which costs an accelerator one wait a micro-batch and saves the work of every masked token."""
+        if keep is None:
+            return cls(total, None, torch.tensor(total, device=device))
+        kept = keep.nonzero().flatten()
+        return cls(total, None if kept.numel() == total else kept, torch.tensor(kept.numel(), device=device))
+
+    def of(self, x: Tensor) -> Tensor:
+        """The kept rows."""
+        return x if self.kept is None else x.index_select(0, self.kept)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The inverse of `of`: all rows, 0 where masked."""
+        return x if self.kept is None else x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.kept, x)
+
+
+@dataclass(slots=True)
+class LinearGradient:
+    """Gradients of `logits = hidden @ weight.T`, filled chunk by chunk from the gradient of the logits."""
+
+    hidden: Tensor
+    weight: Tensor
+    """This rank's rows that belong to real tokens, `[columns, h]`."""
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+    """`[columns, h]`: in the weight's dtype when one chunk writes it, in the wide one when several add to it."""
+    several: bool
+
+    @classmethod
+    def begin(cls, hidden: Tensor, weight: Tensor, *, wanted: tuple[bool, bool], several: bool) -> "LinearGradient":
+        """Nothing added yet. `wanted`: whether hidden and weight need a gradient; `several`: chunks will follow."""
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = None
+        if wanted[1]:
+            dtype = wide_dtype(weight.dtype) if several else weight.dtype
+            one_writes = not several and hidden.shape[0] > 0
+            d_weight = torch.empty_like(weight) if one_writes else torch.zeros_like(weight, dtype=dtype)
+        return cls(hidden, weight, d_hidden, d_weight, several)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to fill."""
+        return self.d_hidden is not None or self.d_weight is not None
+
+    def add(self, rows: slice, d_logits: Tensor) -> None:
+        """Take in the gradient of one chunk's logits."""
+        if self.d_hidden is not None:
+            target = self.d_hidden[rows]
+            height = _HIDDEN_GRAD_ROWS if d_logits.device.type == "cpu" else d_logits.shape[0]
+            for piece in pieces(d_logits.shape[0], height):
+                torch.mm(d_logits[piece], self.weight, out=target[piece])
+        if self.d_weight is not None and not self.several:
+            torch.mm(d_logits.t(), self.hidden[rows], out=self.d_weight)
+        elif self.d_weight is not None:
+            for piece in pieces(d_logits.shape[1], _WEIGHT_GRAD_ROWS):
+                self.d_weight[piece] += torch.mm(d_logits[:, piece].t(), self.hidden[rows])
+
+    def finish(self, tokens: Tokens, columns: int, tp: ProcessGroup | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients in the shapes and dtypes of the arguments: all tokens, padded columns, summed over `tp`."""
+        d_hidden, d_weight = self.d_hidden, self.d_weight
+        if d_hidden is not None:
+            if tp is not None:
+                d_hidden = sum_over(d_hidden.to(wide_dtype(d_hidden.dtype)), tp).to(self.hidden.dtype)
+            d_hidden = tokens.spread(d_hidden)
+        if d_weight is not None:
+            d_weight = d_weight.to(self.weight.dtype)
+            if columns > d_weight.shape[0]:
+                d_weight = torch.nn.functional.pad(d_weight, (0, 0, 0, columns - d_weight.shape[0]))
+        return d_hidden, d_weight
+
+
+def project(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits of a chunk of tokens in a reused buffer, `[rows, columns]`."""
+    logits = WORKSPACE.take(name, (hidden.shape[0], weight.shape[0]), hidden.dtype, hidden.device)
+    return torch.mm(hidden, weight.t(), out=logits)
+
+
+def widened(name: str, logits: Tensor) -> Tensor:
+    """The block itself if its dtype is one to sum in, else a copy in a reused buffer; meant to be overwritten."""
+    wide = wide_dtype(logits.dtype)
+    if logits.dtype == wide:
+        return logits
+    return WORKSPACE.take(name, (logits.shape[0], logits.shape[1]), wide, logits.device).copy_(logits)
+
+
+def label_columns(labels: Tensor, *, columns: int, real: int, tp: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Column of each label in this rank's shard, 0 where it is not among the real ones, and whether it is."""
+    local = labels - group_rank(tp) * columns
+    mine = (local >= 0) & (local < real)
+    return torch.where(mine, local, 0), mine
+
+
+def label_logits(logits: Tensor, local: Tensor, mine: Tensor) -> Tensor:
+    """Each label's logit in the wide dtype; 0 where the label is another rank's."""
+    if not logits.shape[1]:
+        return torch.zeros(mine.shape, dtype=wide_dtype(logits.dtype), device=logits.device)
+    picked = logits.gather(1, local.unsqueeze(1)).squeeze(1)
+    return torch.where(mine, picked.to(wide_dtype(logits.dtype)), 0)
+
+
+def labelled(values_N: Tensor, found_RN: Tensor) -> Tensor:
+    """The values, NaN where a kept token's label is no token of the vocabulary: a wrong label must not pass unseen."""
+    return torch.where(found_RN.sum(0) == 1, values_N, torch.nan)
+
+
+def row_max(x: Tensor, out: Tensor) -> None:
+    """Maximum of each row; EMPTY for rows without columns."""
+    if x.shape[1]:
+        torch.amax(x, -1, out=out)
+    else:
+        out.fill_(EMPTY)
+
+
+def share(peak: Tensor, mass: Tensor, tp: ProcessGroup | None) -> Tensor:
+    """What turns a rank's `exp(x - peak)` into probabilities over the whole vocabulary; `mass` is their sum.
+
+    Any shape, the same in and out.
+    """
+    if tp is None:
+        return mass.reciprocal()
+    both = gather(torch.stack([peak, mass]).double(), tp)
+    return (peak - torch.logsumexp(both[:, 0] + both[:, 1].log(), 0)).exp().to(mass.dtype)
+
+
+def scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """The gradient times the incoming scalar. Where looking is free, a factor of 1 costs nothing."""
+    if gradient is None or (factor.device.type == "cpu" and factor.item() == 1):
+        return gradient
+    return gradient * factor.to(gradient.dtype)
