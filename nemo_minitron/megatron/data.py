@@ -213,7 +213,7 @@ def loader(
         drop_last=drop_last,
     )
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # collate_fn makes MicroBatches of its items
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,

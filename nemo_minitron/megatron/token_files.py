@@ -93,8 +93,8 @@ def write_token_files(
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tokens-"))
     try:
         files = {split: _SplitFiles(temporary / split, dtype) for split in requested(config)}
-        for texts, splits in _batches(_share_out(documents, config, seed)):
-            for text, split, tokens in zip(texts, splits, encode_documents(texts, tokenizer, vocab_size), strict=True):
+        for texts, owners in _batches(_share_out(documents, config, seed)):
+            for text, split, tokens in zip(texts, owners, encode_documents(texts, tokenizer, vocab_size), strict=True):
                 files[split].add(text, tokens)
         splits = {str(split): file.finish() for split, file in files.items()}
         if empty := [name for name, split in splits.items() if not split["documents"]]:

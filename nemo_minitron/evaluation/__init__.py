@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity and text, at any parallel layout."""
