@@ -168,6 +168,12 @@ def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None =
     return spec
 
 
+def lineage_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model comes from (base model, licence, plan), as its writer recorded it; {} when nobody did."""
+    recorded = (config.get("minitron") or {}).get("lineage")
+    return dict(recorded) if isinstance(recorded, Mapping) else {}
+
+
 def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelSpec:
     try:
         heads = config["num_attention_heads"]

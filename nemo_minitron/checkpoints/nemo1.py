@@ -12,6 +12,7 @@ Megatron-Core's own conventions, so its `dist_checkpointing` loads the folder at
 import hashlib
 import io
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,10 +23,18 @@ import yaml
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis
-from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
+from nemo_minitron.arch.nemo_config import lineage_of, nemo_config, spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
-from nemo_minitron.checkpoints.files import Files, FolderFiles, open_files, read_bytes, staged_file, staged_folder
+from nemo_minitron.checkpoints.files import (
+    Files,
+    FolderFiles,
+    TarFiles,
+    open_files,
+    read_bytes,
+    staged_file,
+    staged_folder,
+)
 from nemo_minitron.checkpoints.parts import widest
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
@@ -88,11 +97,8 @@ class NemoSource:
     @property
     def lineage(self) -> dict[str, Any]:
         """What the writer recorded; for a foreign file its name."""
-        recorded = (self.config.get("minitron") or {}).get("lineage")
-        if isinstance(recorded, dict):
-            return dict(recorded)
         known = (self.config.get("tokenizer") or {}).get("type")
-        return {"base_model": known or self.path.stem, "license": None, "format": "nemo"}
+        return lineage_of(self.config) or {"base_model": known or self.path.stem, "license": None, "format": "nemo"}
 
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
@@ -226,6 +232,23 @@ def pack_nemo(folder: Path, file: Path) -> None:
                 archive.addfile(entry, stream_)
 
 
+def unpack_nemo(file: Path, folder: Path, *, config_only: bool = False) -> None:
+    """Unpack a `.nemo` file into an existing folder; with `config_only`, its `model_config.yaml` alone.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds links, devices or names that lead outside.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    files = TarFiles(file)
+    for name in (CONFIG_FILE,) if config_only else files.names():
+        if name not in files.names():
+            raise CheckpointError(f"{file}: {name} is missing")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with files.open(name) as stream_, (folder / name).open("wb") as target:
+            shutil.copyfileobj(stream_, target, 1 << 20)
+
+
 def read_config(files: Files) -> dict[str, Any]:
     """`model_config.yaml` as plain data.
 
@@ -244,15 +267,20 @@ def read_config(files: Files) -> dict[str, Any]:
     return config
 
 
+def tokenizer_artifacts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Tokenizer file name to where it lies (`nemo:ARTIFACT`), as our writer recorded it; {} for a foreign config."""
+    named = (config.get("minitron") or {}).get("tokenizer_files")
+    return {str(name): str(value) for name, value in named.items()} if isinstance(named, Mapping) else {}
+
+
 def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """Tokenizer files kept as artifacts: those that `minitron.tokenizer_files` names, else those whose names say so.
+    """Tokenizer files kept as artifacts: those that the config names, else those whose own names say so.
 
     Raises:
         CheckpointError: A named artifact is missing.
     """
-    named = (config.get("minitron") or {}).get("tokenizer_files")
-    if isinstance(named, dict):
-        return {name: read_bytes(files, str(value).removeprefix("nemo:")) for name, value in named.items()}
+    if named := tokenizer_artifacts(config):
+        return {name: read_bytes(files, value.removeprefix("nemo:")) for name, value in named.items()}
     found = {match.group(1): name for name in files.names() if (match := _ARTIFACT.match(name))}
     return {name: read_bytes(files, found[name]) for name in (*TOKENIZER_FILES, *LICENCE_FILES) if name in found}
 
@@ -304,14 +332,3 @@ def _refuse_old_layouts(files: Files) -> None:
             rule="model_weights/ as a distributed checkpoint",
             remedy="load and save it once with the NeMo that wrote it, dist_ckpt_format: torch_dist",
         )
-
-
-__all__ = [
-    "NemoSource",
-    "extra_state_keys",
-    "pack_nemo",
-    "read_config",
-    "tokenizer_files_in",
-    "write_folder",
-    "write_folder_files",
-]
