@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
@@ -30,7 +30,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(str(path), [" ".join(str(error).split())]) from error
     if not isinstance(data, dict):
         raise ConfigError(str(path), ["a recipe is a mapping of sections"])
-    return check(RunConfig, {str(key): value for key, value in data.items()}, source=str(path))
+    return check(RunConfig, _without_missing(data), source=str(path))
 
 
 def check(model: type[SectionT], data: dict[str, Any], *, source: str) -> SectionT:
@@ -55,6 +55,15 @@ def _checked(overrides: list[str]) -> list[str]:
     if wrong:
         raise ConfigError("command line", [f"{item!r} is not of the form key=value" for item in wrong])
     return overrides
+
+
+def _without_missing(data: dict[Any, Any]) -> dict[str, Any]:
+    """Leave out values marked `???`, OmegaConf's sign for "to be given", so that they are reported as missing."""
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        if value != MISSING:
+            kept[str(key)] = _without_missing(value) if isinstance(value, dict) else value
+    return kept
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

@@ -1,0 +1,100 @@
+"""Saving and restoring `.nemo`: `model_weights/` in torch_dist form, by all ranks, at any layout."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron.arch.nemo_config import nemo_config
+from nemo_minitron.checkpoints.nemo1 import NemoSource, pack_nemo, write_folder_files
+from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.from_source import fill_from
+from nemo_minitron.megatron.sharded_io import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from nemo_minitron.models.gpt import MegatronGPTModel
+
+
+class MegatronConnector(SaveRestoreConnector):
+    """NeMo's connector for sharded Megatron weights.
+
+    `save_to("x.nemo")` packs an archive; any other path becomes the unpacked folder. Both are whole or absent.
+    `restore_from` also reads Hugging Face folders and GGUF files.
+    """
+
+    def save_to(self, model: "MegatronGPTModel", save_path: str) -> None:
+        """Write configuration, tokenizer and weights. Every rank calls it; the path must be on a shared file system."""
+        target = Path(save_path)
+        partial = target.with_name(f".{target.name}.saving")
+        runtime = model.runtime
+        if runtime.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            write_folder_files(
+                partial,
+                spec=model.spec,
+                dtype=model.chunks[0].config.params_dtype,
+                tokenizer_files=model.tokenizer_files,
+                lineage=model.lineage,
+            )
+        megatron_runtime.barrier()
+        save_weights(model.chunks, partial)
+        megatron_runtime.barrier()
+        if runtime.rank == 0:
+            _publish(partial, target)
+        megatron_runtime.barrier()
+
+    def restore_from(  # noqa: PLR0917 - NeMo's signature
+        self,
+        calling_cls: "type[MegatronGPTModel]",
+        restore_path: str,
+        override_config_path: DictConfig | str | Mapping[str, Any] | None = None,
+        map_location: Any = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer: Any = None,
+        validate_access_integrity: bool = True,
+    ) -> Any:
+        """Build the model at the present layout and read this rank's shards.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, incomplete, or of no known format.
+        """
+        source = open_checkpoint(Path(self.model_extracted_dir or restore_path))
+        config = _configuration(source, override_config_path)
+        if return_config:
+            return config
+        calling_cls._set_model_restore_state(is_being_restored=True)
+        try:
+            model = calling_cls.from_config_dict(config, trainer=trainer)
+            model.configure_model()
+            if isinstance(source, NemoSource) and source.path.is_dir():
+                load_weights(model.chunks, source.path)
+            else:
+                fill_from(model.chunks, source, model.runtime)
+        finally:
+            calling_cls._set_model_restore_state(is_being_restored=False)
+        model.tokenizer_files = source.tokenizer_files()
+        model.lineage = dict(source.lineage)
+        return model
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Put a whole folder, or the archive of it, where it belongs."""
+    if target.suffix == ".nemo":
+        pack_nemo(partial, target)
+        shutil.rmtree(partial)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _configuration(source: TensorSource, override: DictConfig | str | Mapping[str, Any] | None) -> DictConfig:
+    if isinstance(override, str | Path):
+        return OmegaConf.load(override)
+    if override is not None:
+        return OmegaConf.create(OmegaConf.to_container(override, resolve=True))
+    return OmegaConf.create(source.config if isinstance(source, NemoSource) else nemo_config(source.spec))

@@ -1,0 +1,128 @@
+"""The student with its teacher: forward KL over the full vocabulary, at any TP x PP x DP layout.
+
+The teacher runs its own forward-only pass first and leaves its final hidden states on the last stage; then the
+student's ordinary schedule runs. So no message between stages changes, 1F1B and interleaved schedules both work, and
+the two models may split their layers differently. The teacher has no gradients, no optimizer state, and is never saved.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nemo_minitron.errors import TrainingError
+from nemo_minitron.megatron import forward
+from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.model import MinitronGPT
+from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
+from nemo_minitron.models.losses import DistillationLoss, tensor_group
+
+
+class MegatronGPTDistillationModel(MegatronGPTModel):
+    """A `MegatronGPTModel` that learns from a teacher instead of from the text.
+
+    Args:
+        cfg: The student's configuration. `minitron.distillation` holds `teacher` (a `.nemo` file or folder),
+            `temperature` and `loss_chunk_tokens`.
+        trainer: Optional; its strategy must be a `MegatronStrategy`.
+
+    A step logs `kl` in nats a token; with `statistics` also `ce`, `teacher_ce` and `agreement` (share of tokens whose
+    most likely next token is the same in both). Validation always has them.
+    """
+
+    objective = "kl"
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        self._teacher: list[MegatronGPTModel] = []
+        self.statistics = False
+
+    @property
+    def distillation(self) -> Any:
+        """The `minitron.distillation` block of the configuration."""
+        return self._cfg.get("minitron", {}).get("distillation", {})
+
+    @property
+    def teacher(self) -> list[MinitronGPT]:
+        """The teacher's chunks on this rank.
+
+        Raises:
+            TrainingError: None was attached.
+        """
+        if not self._teacher:
+            raise TrainingError("no teacher", rule="minitron.distillation.teacher names one, or call attach_teacher()")
+        return self._teacher[0].chunks
+
+    def attach_teacher(self, path: str | Path) -> None:
+        """Read a teacher at the student's layout and in its numbers; freeze it.
+
+        Raises:
+            TrainingError: Its vocabulary or tokenizer is not the student's.
+        """
+        config = MegatronGPTModel.restore_from(path, return_config=True)
+        for key in ("precision", "micro_batch_size"):
+            config[key] = self._cfg[key]
+        teacher = MegatronGPTModel.restore_from(path, override_config_path=config, trainer=self._trainer)
+        if teacher.spec.vocab_size != self.spec.vocab_size:
+            raise TrainingError(
+                f"teacher vocabulary {teacher.spec.vocab_size} is not the student's {self.spec.vocab_size}",
+                rule="logits are compared token by token",
+            )
+        if teacher.tokenizer_files.get("tokenizer.json") != self.tokenizer_files.get("tokenizer.json"):
+            raise TrainingError("teacher and student have different tokenizers", remedy="prune the student from it")
+        teacher.requires_grad_(False).eval()
+        # In a plain list, so that torch does not register the teacher's weights as the student's.
+        self._teacher = [teacher]
+
+    def configure_model(self) -> None:
+        """Build the student and, if the configuration names one, read the teacher."""
+        super().configure_model()
+        if not self._teacher and self.distillation.get("teacher"):
+            self.attach_teacher(self.distillation["teacher"])
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """One global batch; the first one also checks that the teacher is a trained model."""
+        watched = self.statistics
+        self.statistics = watched or self.trainer.global_step == 0
+        super().training_step(batch, batch_idx)
+        self.statistics = watched
+
+    def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:
+        """Teacher's pass, then the student's schedule; see the base class."""
+        report = super().run_schedule(batch, training=training)
+        if training and self.trainer.global_step == 0:
+            self._check_teacher(per_token(report)["teacher_ce"])
+        return report
+
+    def make_loss(self, micro_batches: list[MicroBatch], *, training: bool) -> DistillationLoss:
+        """Run the teacher over the micro-batches and bind its states to the loss."""
+        with torch.no_grad():
+            states: list[Tensor] = forward.collect_hidden(self.teacher, micro_batches, self.runtime)
+        return DistillationLoss(
+            student=self.chunks[-1],
+            teacher=self.teacher[-1],
+            teacher_states=states,
+            vocab_size=self.spec.vocab_size,
+            tensor_group=tensor_group(self.runtime),
+            temperature=self.distillation.get("temperature", 1.0),
+            chunk_tokens=self.distillation.get("loss_chunk_tokens"),
+            statistics=self.statistics or not training,
+        )
+
+    def _check_teacher(self, cross_entropy: float) -> None:
+        """A teacher whose weights were not read predicts no better than a uniform guess.
+
+        Raises:
+            TrainingError: Its loss on the first batch is that bad, or not a number.
+        """
+        uniform = math.log(self.spec.vocab_size)
+        if not cross_entropy < uniform:
+            raise TrainingError(
+                f"teacher loss on the first batch is {cross_entropy:.3f} nats a token",
+                rule=f"a trained teacher is below the uniform guess of {uniform:.3f}",
+                remedy="check that the teacher's weights were read and that the data was made with its tokenizer",
+            )

@@ -1,0 +1,235 @@
+"""A NeMo model around Megatron-Core's GPT: configuration in NeMo-1 keys, any TP x PP x DP layout, CPU or GPU."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from nemo.utils import AppState
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from nemo_minitron.arch.nemo_config import spec_from_nemo_config
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.errors import CheckpointError, MinitronError
+from nemo_minitron.megatron import build, forward, optim
+from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.model import MinitronGPT
+from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.connector import MegatronConnector
+from nemo_minitron.models.losses import LanguageModelLoss, tensor_group
+from nemo_minitron.models.optimizer import MegatronOptimizer
+
+Report = dict[str, float]
+
+
+class MegatronGPTModel(ModelPT):
+    """A decoder-only language model that Lightning trains and validates under Megatron.
+
+    Args:
+        cfg: NeMo-1 keys (`num_layers`, `hidden_size`, `kv_channels`, ...). `optim` is needed for training,
+            `micro_batch_size` for both. The trainer's `MegatronStrategy` decides the layout; without one,
+            `tensor_model_parallel_size` and its siblings do.
+        trainer: Optional; its strategy must be a `MegatronStrategy`.
+
+    Attributes:
+        spec: The architecture.
+        chunks: This rank's part of the model, one a virtual pipeline stage.
+        tokenizer_files: Hugging Face tokenizer files by name; saved with the model.
+        lineage: Where the model comes from (base model, licence, plan); saved with the model.
+
+    Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
+    A batch holds this data-parallel rank's share of one global batch; a step returns sums and counts over all ranks.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        # ModelPT's constructor sets the stock connector, which cannot write sharded weights.
+        self._save_restore_connector = MegatronConnector()
+        self.automatic_optimization = False
+        self.spec: ModelSpec = spec_from_nemo_config(OmegaConf.to_container(self._cfg, resolve=True))
+        self.tokenizer_files: dict[str, bytes] = {}
+        self.lineage: dict[str, Any] = {}
+        self.chunks: list[MinitronGPT] = []
+        self.training_chunks: list[torch.nn.Module] = []
+        self.validation_totals: Report = {}
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def parallel_config(self) -> ParallelConfig:
+        """Layout that the configuration asks for."""
+        return nemo_settings.parallel_config(self._cfg)
+
+    @property
+    def runtime(self) -> Runtime:
+        """This process's place in the layout: the strategy's, or one started from the configuration."""
+        strategy = getattr(self._trainer, "strategy", None) if self._trainer is not None else None
+        runtime = getattr(strategy, "runtime", None)
+        return runtime if runtime is not None else megatron_runtime.start(self.parallel_config(), seed=1234)
+
+    def configure_model(self) -> None:
+        """Build this rank's chunks, once."""
+        if self.chunks:
+            return
+        runtime = self.runtime
+        # NeMo saves through rank 0 alone unless it knows that the model is parallel; ours is saved by all ranks.
+        AppState().model_parallel_size = runtime.parallel.model_parallel_size
+        # While restoring, weights stay NaN until they are read: what is forgotten cannot go unnoticed.
+        seed = None if self._is_model_being_restored() else runtime.seed
+        self.chunks = build.build_chunks(self.spec, runtime, nemo_settings.precision(self._cfg), seed=seed)
+        for chunk in self.chunks:
+            chunk.output = "hidden"  # the losses hold the output layer
+        self.module = torch.nn.ModuleList(self.chunks)
+
+    def configure_optimizers(self) -> MegatronOptimizer:
+        """Wrap the chunks in Megatron's DDP and make its optimizer with the schedule inside.
+
+        Raises:
+            MinitronError: The configuration has no `optim`.
+        """
+        if self._cfg.get("optim") is None:
+            raise MinitronError("model configuration: optim is missing", rule="training needs optim.lr at least")
+        config = nemo_settings.optimizer_config(self._cfg.optim)
+        precision = nemo_settings.precision(self._cfg)
+        self.training_chunks = optim.wrap(self.chunks, config)
+        steps = self._cfg.optim.get("sched", {}).get("max_steps") or self.trainer.max_steps
+        return MegatronOptimizer(optim.build_optimizer(self.training_chunks, config, precision, steps))
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Forward, backward and update over one global batch; logs `train/*`."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        report = self.run_schedule(batch, training=True)
+        optimizer.step()
+        info = optimizer.optimizer.last
+        values = {f"train/{name}": value for name, value in per_token(report).items()}
+        values["train/loss"] = values[f"train/{self.objective}"]
+        values["train/lr"] = info.lr
+        values["train/grad_norm"] = info.grad_norm
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    objective = "ce"
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
+        """Forward over one global batch; returns sums over all ranks and adds them to the epoch's totals."""
+        report = self.run_schedule(batch, training=False)
+        for name, value in report.items():
+            self.validation_totals[name] = self.validation_totals.get(name, 0.0) + value
+        return report
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the totals anew."""
+        self.validation_totals = {}
+
+    def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
+        """Log means over all kept tokens of the epoch as `val/*`."""
+        means = per_token(self.validation_totals)
+        values = {f"val/{name}": value for name, value in means.items()}
+        values["val/loss"] = values[f"val/{self.objective}"]
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+
+    def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:
+        """Megatron's schedule over one global batch.
+
+        Returns:
+            Sums over all tokens of all ranks, the same on every rank; always with `tokens`.
+        """
+        micro_batches = batch.split(int(self._cfg.micro_batch_size))
+        chunks = self.training_chunks if training else self.chunks
+        loss = self.make_loss(micro_batches, training=training)
+        reports = forward.run(chunks, micro_batches, loss, runtime=self.runtime, forward_only=not training)
+        sums = forward.reduce_report(reports, self.runtime)
+        sums.pop("total", None)
+        return sums
+
+    def make_loss(self, micro_batches: list[MicroBatch], *, training: bool) -> Callable[..., Any]:
+        """The loss of one pass over the schedule."""
+        return LanguageModelLoss(
+            model=self.chunks[-1], vocab_size=self.spec.vocab_size, tensor_group=tensor_group(self.runtime)
+        )
+
+    def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Logits `[b, s, V / TP]` of tokens `[b, s]`; one pipeline stage only.
+
+        Raises:
+            MinitronError: The model is split over pipeline stages; use `run_schedule`.
+        """
+        if self.runtime.parallel.pipeline > 1 or len(self.chunks) != 1:
+            raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_schedule()")
+        return forward.logits(self.chunks[0], tokens, position_ids)
+
+    # -- data: loaders come from a data module; ModelPT wants these to exist -------------------------------------
+
+    def setup_training_data(self, train_data_config: DictConfig | dict[str, Any]) -> None:
+        """Keep the configuration; loaders are built by `TokenDataModule`, which knows the layout."""
+        self._update_dataset_config(dataset_name="train", config=train_data_config)
+
+    def setup_validation_data(self, val_data_config: DictConfig | dict[str, Any]) -> None:
+        """Keep the configuration; see `setup_training_data`."""
+        self._update_dataset_config(dataset_name="validation", config=val_data_config)
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None are published."""
+        return []
+
+    # -- saving and restoring ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> Self:
+        """Build this class, whatever `target` the configuration names.
+
+        Exported models carry NeMo-1's target so that NeMo-1 tools read them; newer NeMo refuses to import it.
+        """
+        return cls(cfg=config, trainer=trainer)
+
+    @classmethod
+    def restore_from(  # noqa: PLR0917 - NeMo's signature
+        cls,
+        restore_path: str | Path,
+        override_config_path: DictConfig | str | None = None,
+        map_location: torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        save_restore_connector: SaveRestoreConnector | None = None,
+        trainer: Trainer | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Read a `.nemo` file, its unpacked folder, a Hugging Face folder or a GGUF file at the trainer's layout.
+
+        Every rank calls it.
+
+        Raises:
+            CheckpointError: There is nothing readable at the path.
+        """
+        if not Path(restore_path).exists():
+            raise CheckpointError(f"{restore_path}: no such file or folder")
+        return super().restore_from(
+            restore_path=str(restore_path),
+            override_config_path=override_config_path,
+            map_location=map_location,
+            strict=strict,
+            return_config=return_config,
+            save_restore_connector=save_restore_connector or MegatronConnector(),
+            trainer=trainer,
+            **kwargs,
+        )
+
+    def update_settings(self, values: Mapping[str, Any]) -> None:
+        """Change configuration keys (micro-batch size, optim, ...) of a built model."""
+        with open_dict(self._cfg):
+            self._cfg.update(values)
+
+
+def per_token(report: Mapping[str, float]) -> Report:
+    """Sums divided by the number of kept tokens; a report without kept tokens gives zeros."""
+    count = max(report["tokens"], 1.0)
+    return {name: value / count for name, value in report.items() if name != "tokens"}

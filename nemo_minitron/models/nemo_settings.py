@@ -1,0 +1,95 @@
+"""NeMo-1 configuration keys to our sections and back: layout, numbers, batches, optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.config.load import check
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.training import OptimizerConfig, Schedule
+from nemo_minitron.errors import ConfigError
+
+_PARALLEL_KEYS = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "sequence_parallel": "sequence_parallel",
+}
+_PRECISIONS = {"bf16": Precision.BF16, "bf16-mixed": Precision.BF16, "32": Precision.FP32, "fp32": Precision.FP32}
+_SCHEDULES = {
+    "CosineAnnealing": Schedule.COSINE,
+    "WarmupAnnealing": Schedule.LINEAR,
+    "WarmupHoldPolicy": Schedule.CONSTANT,
+}
+
+
+def parallel_config(cfg: Mapping[str, Any]) -> ParallelConfig:
+    """The layout a NeMo configuration asks for; absent keys mean 1."""
+    wanted = {name: cfg[key] for name, key in _PARALLEL_KEYS.items() if cfg.get(key) is not None}
+    return check(ParallelConfig, wanted, source="model configuration")
+
+
+def parallel_keys(parallel: ParallelConfig) -> dict[str, Any]:
+    """The inverse of `parallel_config`."""
+    return {key: getattr(parallel, name) for name, key in _PARALLEL_KEYS.items()}
+
+
+def precision(cfg: Mapping[str, Any]) -> Precision:
+    """The numbers a NeMo configuration asks for.
+
+    Raises:
+        ConfigError: A precision we do not compute in.
+    """
+    value = str(cfg.get("precision", "32"))
+    if value not in _PRECISIONS:
+        raise ConfigError("model configuration", [f"precision = {value!r}: one of {', '.join(sorted(_PRECISIONS))}"])
+    return _PRECISIONS[value]
+
+
+def precision_key(value: Precision) -> str:
+    """The inverse of `precision`."""
+    return "bf16" if value is Precision.BF16 else "32"
+
+
+def optimizer_config(optim: Mapping[str, Any]) -> OptimizerConfig:
+    """`cfg.optim` (name, lr, weight_decay, betas, sched) as our section.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    sched = optim.get("sched") or {}
+    name = sched.get("name", "CosineAnnealing")
+    if name not in _SCHEDULES:
+        raise ConfigError("model configuration", [f"optim.sched.name = {name!r}: one of {', '.join(_SCHEDULES)}"])
+    beta1, beta2 = optim.get("betas", (0.9, 0.95))
+    values = {
+        "lr": optim["lr"],
+        "min_lr": sched.get("min_lr", 0.0),
+        "warmup_steps": sched.get("warmup_steps", 0),
+        "schedule": _SCHEDULES[name],
+        "weight_decay": optim.get("weight_decay", 0.01),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": optim.get("eps", 1e-8),
+        "clip_grad": optim.get("clip_grad", 1.0),
+        "distributed": optim.get("name") == "distributed_fused_adam",
+    }
+    return check(OptimizerConfig, values, source="model configuration: optim")
+
+
+def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
+    """The inverse of `optimizer_config`."""
+    names = {schedule: name for name, schedule in _SCHEDULES.items()}
+    return {
+        "name": "distributed_fused_adam" if config.distributed else "adamw",
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "betas": [config.beta1, config.beta2],
+        "eps": config.eps,
+        "clip_grad": config.clip_grad,
+        "sched": {
+            "name": names[config.schedule],
+            "warmup_steps": config.warmup_steps,
+            "min_lr": config.min_lr,
+        },
+    }

@@ -1,0 +1,196 @@
+"""Lightning strategy for Megatron: process groups, optimizer and checkpoints at any TP x PP x DP layout, on CPU or GPU.
+
+Lightning drives the loop; Megatron does forward, backward and the optimizer step inside the model's `training_step`
+(manual optimisation). A checkpoint is a folder in Megatron's torch_dist format that any other layout can read.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.trainer import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.errors import CheckpointError, TrainingError
+from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.optim import TrainOptimizer
+from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.megatron.sharded_io import load_training, save_training
+from nemo_minitron.models.optimizer import MegatronOptimizer
+
+ObjectT = TypeVar("ObjectT")
+
+
+class MegatronStrategy(Strategy):
+    """Run a `MegatronGPTModel` under Megatron's parallelism.
+
+    Args:
+        parallel: Parallel sizes. None takes them from the model's configuration (NeMo-1 keys).
+        seed: Seeds Megatron's random states and any weights that are not loaded.
+
+    Processes are started from outside (torchrun, Slurm, the NeMo launcher); one process alone is world size 1.
+    Give `Trainer(use_distributed_sampler=False)`: the data module already hands each data-parallel rank its share.
+    """
+
+    strategy_name = "megatron"
+
+    def __init__(self, parallel: ParallelConfig | None = None, *, seed: int = 1234) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.seed = seed
+        self._runtime: Runtime | None = None
+
+    # -- environment ---------------------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> Runtime:
+        """The process's place in the layout; started on first use.
+
+        Raises:
+            LayoutError: The sizes do not divide the number of processes.
+        """
+        if self._runtime is None:
+            self._runtime = megatron_runtime.start(self.parallel or ParallelConfig(), seed=self.seed)
+            rank_zero_only.rank = self._runtime.rank
+        return self._runtime
+
+    def setup_environment(self) -> None:
+        """Start the process groups before any module is configured."""
+        if self.parallel is None and self.lightning_module is not None:
+            self.parallel = self.lightning_module.parallel_config()
+        if self.accelerator is not None:
+            self.accelerator.setup_device(self.root_device)
+
+    @property
+    def root_device(self) -> torch.device:
+        """Device of this rank."""
+        return self.runtime.device
+
+    @property
+    def global_rank(self) -> int:
+        """Rank among all processes."""
+        return self._runtime.rank if self._runtime else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Rank among the processes of this node."""
+        return self._runtime.local_rank if self._runtime else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._runtime.world_size if self._runtime else 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the rank that writes logs and small files."""
+        return self.global_rank == 0
+
+    # -- set-up and tear-down ------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Make the optimizer when fitting; the chunks were built in the model's `configure_model`."""
+        if self.accelerator is not None:
+            self.accelerator.setup(trainer)
+        if trainer.state.fn == "fit":
+            self.setup_optimizers(trainer)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Leave batches where they are: Megatron's schedule moves each micro-batch when its turn comes."""
+        return batch
+
+    def model_to_device(self) -> None:
+        """Nothing to do: chunks are built on their device."""
+
+    def teardown(self) -> None:
+        """Leave the model where it is: the next trainer may go on with it."""
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.optimizers = []
+
+    # -- collectives Lightning asks for --------------------------------------------------------------------------
+
+    def reduce(self, tensor: Tensor | Any, *args: Any, **kwargs: Any) -> Any:
+        """Metrics of our models are global sums already, the same on every rank."""
+        return tensor
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for every rank."""
+        megatron_runtime.barrier()
+
+    def broadcast(self, obj: ObjectT, src: int = 0) -> ObjectT:
+        """Rank 0's object, on every rank."""
+        return megatron_runtime.broadcast_object(obj)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Stack a tensor of every rank along a new first dimension."""
+        if self.world_size == 1:
+            return tensor.unsqueeze(0)
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.stack(parts)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """One decision for every rank: all of them, or any of them."""
+        if all:
+            return megatron_runtime.agree(decision)
+        return not megatron_runtime.agree(not decision)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Sharded loading needs the chunks and the optimizer to exist."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Empty: weights are written sharded, not through Lightning's dictionary."""
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Empty: optimizer states are written sharded."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Done in `load_checkpoint`."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done in `load_checkpoint`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write weights, optimizer and Lightning's loop state to a folder, whole or not at all. Every rank calls it."""
+        common = {key: value for key, value in checkpoint.items() if not key.startswith("hyper_parameters")}
+        common.pop("hparams_name", None)
+        save_training(self._training_chunks(), self._megatron_optimizer(), Path(filepath), common=common)
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        """Read back what `save_checkpoint` wrote, at this run's layout; returns Lightning's part.
+
+        Raises:
+            CheckpointError: The folder is not a whole checkpoint of this model.
+        """
+        folder = Path(checkpoint_path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such checkpoint folder", remedy="give the path of a `.ckpt` folder")
+        return load_training(self._training_chunks(), self._megatron_optimizer(), folder)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint folder (rank 0)."""
+        if self.is_global_zero:
+            shutil.rmtree(filepath, ignore_errors=True)
+
+    def _training_chunks(self) -> list[torch.nn.Module]:
+        chunks: list[torch.nn.Module] = self.lightning_module.training_chunks
+        return chunks
+
+    def _megatron_optimizer(self) -> TrainOptimizer:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, MegatronOptimizer):
+                return optimizer.inner
+        raise TrainingError("there is no optimizer yet", rule="training checkpoints are written and read while fitting")

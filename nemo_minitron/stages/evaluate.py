@@ -1,0 +1,61 @@
+"""Evaluate: held-out perplexity of teacher, pruned and distilled model, and one text sample of each."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.evaluation.generate import greedy
+from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.files import write_json
+from nemo_minitron.stages.session import make_trainer, restore
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `evaluation.json`; returns perplexities, nats a token and samples, by model."""
+    folders = {
+        "teacher": context.run.stage("import") / "teacher",
+        "pruned": context.run.stage("prune") / "student",
+        "distilled": context.run.stage("distill") / "student",
+    }
+    result: dict[str, Any] = {"perplexity": {}, "nats": {}, "samples": {"prompt": context.config.evaluate.prompt}}
+    for name, folder in folders.items():
+        nats, tokens, text = _one(context, folder)
+        result["nats"][name] = nats
+        result["perplexity"][name] = math.exp(nats)
+        result["samples"][name] = text
+        result["tokens"] = tokens
+        context.reporter.line(f"{name}: perplexity {math.exp(nats):.2f}")
+    if context.rank == 0:
+        write_json(context.out / "evaluation.json", result)
+    ratio = result["perplexity"]["distilled"] / result["perplexity"]["teacher"]
+    return result | {"ratio": ratio, "summary": f"distilled perplexity is {ratio:.2f} times the teacher's"}
+
+
+def _one(context: StageContext, folder: Path) -> tuple[float, int, str]:
+    """Nats a token, tokens predicted, and greedy text of one checkpoint."""
+    settings = context.config.evaluate
+    trainer = make_trainer(context.config)
+    model = restore(
+        MegatronGPTModel,
+        folder,
+        config=context.config,
+        micro_batch_size=settings.micro_batch_size,
+        trainer=trainer,
+    )
+    samples = -(-settings.max_tokens // settings.sequence_length)
+    dataset = WindowDataset(context.run.stage("data"), "heldout", settings.sequence_length, samples)
+    batches = loader(
+        dataset,
+        global_batch_size=settings.micro_batch_size * model.runtime.dp_size,
+        dp_rank=model.runtime.dp_rank,
+        dp_size=model.runtime.dp_size,
+    )
+    metrics = trainer.validate(model, dataloaders=batches, verbose=False)[0]
+    tokenizer = load_tokenizer(model.tokenizer_files)
+    prompt = tokenizer.encode(settings.prompt)
+    tokens = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens)
+    counted = int(model.validation_totals["tokens"])
+    return metrics["val/ce"], counted, tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,34 @@
+"""Prune: scores and target sizes to a plan, and the plan applied to the teacher's weights, tensor by tensor."""
+
+from typing import Any
+
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.nemo1 import write_folder
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.pruning.apply import PrunedSource
+from nemo_minitron.pruning.build import build_plan
+from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.stages.base import StageContext
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `plan.json` and `student/`; returns the student's sizes and what was cut."""
+    teacher = open_checkpoint(context.run.stage("import") / "teacher")
+    scores_path = context.run.stage("score") / "scores.safetensors"
+    plan = build_plan(Scores.load(scores_path), context.config.target, teacher.spec)
+    plan.save(context.out / "plan.json")
+    write_folder(PrunedSource(teacher, plan), context.out / "student")
+    student = plan.student
+    parameters = parameter_count(student)
+    kept = {layer.source for layer in plan.layers}
+    return {
+        "spec": student.to_dict(),
+        "spec_digest": student.digest(),
+        "plan_digest": plan.digest(),
+        "parameters": parameters,
+        "non_embedding_parameters": parameter_count(student, embeddings=False),
+        "teacher_parameters": parameter_count(teacher.spec),
+        "dropped_layers": [index for index in range(teacher.spec.num_layers) if index not in kept],
+        "summary": f"{student.num_layers} layers, {parameters / 1e6:.1f}M parameters "
+        f"({parameters / parameter_count(teacher.spec):.0%} of the teacher)",
+    }

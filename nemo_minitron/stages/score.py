@@ -1,0 +1,50 @@
+"""Score: importance of every layer, channel, neuron and head, from one forward pass over calibration text."""
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.callbacks.importance import ImportanceCallback
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.session import make_trainer, restore
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `scores.safetensors`; returns how much text they rest on."""
+    info = context.run.result("data")
+    importance = ImportanceCallback(
+        context.out / "scores.safetensors",
+        provenance={"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]},
+    )
+    nats = calibrate(
+        context.run.stage("import") / "teacher",
+        context.run.stage("data"),
+        context.config,
+        importance,
+    )
+    scores = importance.scores
+    return {
+        "samples": int(scores.samples),
+        "tokens": int(scores.tokens),
+        "calibration_nats": nats,
+        "summary": f"{int(scores.samples)} samples, {int(scores.tokens):,} tokens",
+    }
+
+
+def calibrate(model_path: Path, data: Path, config: RunConfig, importance: ImportanceCallback) -> float:
+    """Validate a model over the calibration split with the callback attached; returns its nats a token."""
+    settings = config.score
+    trainer = make_trainer(config, [importance])
+    model = restore(
+        MegatronGPTModel, model_path, config=config, micro_batch_size=settings.micro_batch_size, trainer=trainer
+    )
+    dataset = WindowDataset(data, "calibration", settings.sequence_length, settings.samples)
+    batches = loader(
+        dataset,
+        global_batch_size=settings.micro_batch_size * model.runtime.dp_size,
+        dp_rank=model.runtime.dp_rank,
+        dp_size=model.runtime.dp_size,
+    )
+    return trainer.validate(model, dataloaders=batches, verbose=False)[0]["val/ce"]

@@ -1,0 +1,53 @@
+"""What the stages that run a model share: a Lightning trainer under Megatron, and models read at the run's settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from omegaconf import OmegaConf
+
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.models.strategy import MegatronStrategy
+
+ModelT = TypeVar("ModelT", bound=MegatronGPTModel)
+
+
+def make_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+    """A Lightning trainer with the run's layout and nothing switched on that writes or prints by itself."""
+    return Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        strategy=MegatronStrategy(config.parallel, seed=config.seed),
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=any("Checkpoint" in type(callback).__name__ for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+def restore(
+    kind: type[ModelT],
+    path: Path,
+    *,
+    config: RunConfig,
+    micro_batch_size: int,
+    trainer: Trainer,
+    extra: Mapping[str, Any] | None = None,
+) -> ModelT:
+    """Read a checkpoint folder as a model of some class, in the run's layout and numbers."""
+    settings = kind.restore_from(path, return_config=True)
+    values = {
+        **nemo_settings.parallel_keys(config.parallel),
+        "precision": nemo_settings.precision_key(config.precision),
+        "micro_batch_size": micro_batch_size,
+    }
+    merged = OmegaConf.merge(settings, values, extra or {})
+    return kind.restore_from(path, override_config_path=merged, trainer=trainer)

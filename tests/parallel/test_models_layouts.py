@@ -1,0 +1,62 @@
+"""The whole trainer and the whole scoring pass give the same numbers at every layout (fp32, tiny model)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_minitron.config.parallel import ParallelConfig
+from tests import jobs
+from tests.ranks import run_on_ranks
+from tests.tiny import write_corpus, write_llama
+
+LAYOUTS = {
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "dp2": (2, ParallelConfig()),
+    "tp2_pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
+}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def artefacts(request, tmp_path_factory) -> dict[str, Path]:
+    """Teacher, token files and student, made by the ordinary stages on one rank."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_llama(folder / "hf", tied=request.param == "tied", num_hidden_layers=4)
+    write_corpus(folder / "corpus")
+    run_on_ranks(1, jobs.prepare, folder)
+    return {"teacher": folder / "teacher", "data": folder / "data", "student": folder / "student", "root": folder}
+
+
+@pytest.fixture(scope="module")
+def one_rank(artefacts) -> dict[str, object]:
+    config = jobs.config_for(artefacts["root"] / "hf", artefacts["root"] / "corpus")
+    return {
+        "losses": run_on_ranks(
+            1, jobs.distill_losses, artefacts["student"], artefacts["teacher"], artefacts["data"], config
+        )[0],
+        "scores": run_on_ranks(1, jobs.score, artefacts["teacher"], artefacts["data"], config)[0],
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_distillation_steps_are_those_of_one_rank(artefacts, one_rank, layout):
+    world_size, parallel = LAYOUTS[layout]
+    config = jobs.config_for(artefacts["root"] / "hf", artefacts["root"] / "corpus", parallel=parallel)
+    found = run_on_ranks(
+        world_size, jobs.distill_losses, artefacts["student"], artefacts["teacher"], artefacts["data"], config
+    )
+    assert len(found[0]) == 20
+    assert one_rank["losses"][-1] < 0.9 * one_rank["losses"][0], "the student learns"
+    for losses in found:
+        np.testing.assert_allclose(losses, one_rank["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_are_those_of_one_rank(artefacts, one_rank, layout):
+    world_size, parallel = LAYOUTS[layout]
+    config = jobs.config_for(artefacts["root"] / "hf", artefacts["root"] / "corpus", parallel=parallel)
+    for scores in run_on_ranks(world_size, jobs.score, artefacts["teacher"], artefacts["data"], config):
+        assert scores.keys() == one_rank["scores"].keys()
+        for name, expected in one_rank["scores"].items():
+            np.testing.assert_allclose(scores[name], expected, rtol=1e-5, atol=1e-7, err_msg=name)
