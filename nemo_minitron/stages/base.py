@@ -6,19 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.callbacks.reporter import Reporter
-from nemo_minitron.config.run import RunConfig
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.run_folder import RunFolder
+
+if TYPE_CHECKING:  # pydantic takes longer to import than the command line may take to answer --help
+    from nemo_minitron.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
     """What a running stage is given; the same on every rank, but for `rank` and the reporter (silent above rank 0)."""
 
-    config: RunConfig
+    config: "RunConfig"
     run: RunFolder
     """`run.stage("prune")` is the folder of a whole stage, `run.result("prune")` what it returned."""
     out: Path
@@ -53,7 +55,7 @@ class Stage:
     saves_when_stopped: bool = False
     """Whether it polls `stop_requested` and saves; a signal ends any other stage at once."""
 
-    def settings(self, config: RunConfig) -> dict[str, Any]:
+    def settings(self, config: "RunConfig") -> dict[str, Any]:
         """The part of a recipe that the stage depends on, as dotted keys."""
         whole = config.model_dump(mode="json")
         found: dict[str, Any] = {}
@@ -64,7 +66,7 @@ class Stage:
             found.update(flatten(value, section))
         return found
 
-    def digest(self, config: RunConfig, upstream: Mapping[str, str]) -> str:
+    def digest(self, config: "RunConfig", upstream: Mapping[str, str]) -> str:
         """SHA-256 of everything the stage's result follows from: its settings and its upstream stages' digests."""
         inputs = {
             "stage": self.name,

@@ -16,7 +16,7 @@ from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.plan import Action, Step, decide, select
 from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import Alone, Team
+from nemo_minitron.stages.team import Alone, Team, as_echo
 from nemo_minitron.version import __version__
 
 T = TypeVar("T")
@@ -181,7 +181,7 @@ def _together(team: Team, folder: Path, work: Callable[[], T]) -> T:
             error if isinstance(error, (MinitronError, signals.Stopped, type(None))) else RuntimeError("rank 0 failed")
         )
         value, received = team.broadcast((value, sent))
-        error = error or received
+        error = error or (as_echo(received) if received is not None else None)
     if error is not None:
         raise error
     return cast("T", value)

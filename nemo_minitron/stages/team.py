@@ -9,6 +9,18 @@ from typing import Protocol, TypeVar
 from nemo_minitron.config.parallel import ParallelConfig
 
 T = TypeVar("T")
+_ECHO = "rank 0 has told the user"
+
+
+def as_echo(error: BaseException) -> BaseException:
+    """Mark an error that rank 0 shows, so that the other ranks end with it in silence."""
+    error.add_note(_ECHO)
+    return error
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether rank 0 shows this error."""
+    return _ECHO in getattr(error, "__notes__", ())
 
 
 class Team(Protocol):

@@ -1,0 +1,56 @@
+"""The first and the last lines of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.callbacks.reporter import duration
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.stages.run_folder import RunFolder
+from nemo_minitron.version import __version__
+
+
+def header(recipe: str, folder: Path, config: RunConfig, *, ranks: int) -> str:
+    """What runs, and where it goes."""
+    layout = ""
+    if ranks > 1:
+        sizes = config.parallel
+        layout = f" · {ranks} ranks (TP {sizes.tensor} x PP {sizes.pipeline} x DP {ranks // sizes.model_parallel_size})"
+    return f"nemo-minitron {__version__} · {recipe} · {shown(folder)}{layout}"
+
+
+def summary(run: RunFolder) -> str:
+    """Sizes, perplexities and where to look, as far as the run has come."""
+    lines = _table(run)
+    if (run.path / "report.html").is_file():
+        lines.append(f"report   {shown(run.path / 'report.html')}")
+    if run.is_whole("export"):
+        files = run.result("export").get("files", {})
+        lines.append("student  " + "  ".join(shown(run.stage("export") / name) for name in files.values()))
+    return "\n" + "\n".join(lines) if lines else ""
+
+
+def _table(run: RunFolder) -> list[str]:
+    if not run.is_whole("evaluate"):
+        return []
+    perplexity: dict[str, float] = run.result("evaluate")["perplexity"]
+    sizes = run.result("prune")
+    teacher, student = sizes["teacher_parameters"], sizes["parameters"]
+    rows: list[tuple[str, str, str, str]] = [("", "parameters", "perplexity", "to teacher")]
+    for name, value in perplexity.items():
+        count = teacher if name == "teacher" else student
+        ratio = "" if name == "teacher" else f"x {value / perplexity['teacher']:.2f}"
+        rows.append((name, f"{count / 1e6:,.1f}M", f"{value:,.2f}", ratio))
+    seconds = sum(_seconds(run))
+    return [*(f"{a:<10}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows), "", f"time     {duration(seconds)}"]
+
+
+def _seconds(run: RunFolder) -> list[float]:
+    names = [path.name for path in run.stages.iterdir() if not path.name.startswith(".")]
+    results: list[dict[str, Any]] = [run.result(name) for name in names if run.is_whole(name)]
+    return [float(result["seconds"]) for result in results]
+
+
+def shown(path: Path) -> str:
+    """A path as a user would type it from here."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)

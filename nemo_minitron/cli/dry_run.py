@@ -1,0 +1,168 @@
+"""`--dry-run`: what a recipe comes to, before anything is paid for. Reads the model's configuration; writes nothing."""
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.cli.job import Job
+from nemo_minitron.config.load import to_yaml
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.errors import PlanError
+from nemo_minitron.stages.chain import CHAIN
+from nemo_minitron.stages.plan import decide, select
+from nemo_minitron.stages.run_folder import RunFolder
+
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+_ROWS: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
+    ("parameters", parameter_count),
+    ("  without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
+    ("layers", lambda spec: spec.num_layers),
+    ("hidden size", lambda spec: spec.hidden_size),
+    ("FFN size", lambda spec: spec.layer.ffn_hidden_size),
+    ("query heads", lambda spec: spec.layer.num_attention_heads),
+    ("KV groups", lambda spec: spec.layer.num_query_groups),
+    ("head size", lambda spec: spec.head_dim),
+    ("vocabulary", lambda spec: spec.vocab_size),
+)
+
+
+def show(job: Job, *, console: Console) -> None:
+    """Print the resolved recipe, the steps, the sizes and how they fit the layout.
+
+    Raises:
+        MinitronError: The recipe cannot run as it is.
+    """
+    config = job.config()
+    console.print(Text(to_yaml(config).rstrip()), highlight=False)
+    console.print()
+    console.print(_stages(job, config))
+    teacher = _teacher(config)
+    if teacher is None:
+        console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
+    else:
+        student = student_spec(teacher, config.target)
+        console.print(Group(_sizes(teacher, student), _layout(teacher, student, config.parallel)))
+    console.print(_training(config))
+    if teacher is not None:
+        _check_layout(teacher, student, config.parallel)
+
+
+def student_spec(teacher: ModelSpec, target: TargetConfig) -> ModelSpec:
+    """The student's sizes.
+
+    Raises:
+        PlanError: A target is larger than what the teacher has.
+        SpecError: The sizes do not fit each other.
+    """
+    wanted = {name: getattr(target, name) for name in SIZES}
+    have = {"num_layers": teacher.num_layers, "hidden_size": teacher.hidden_size}
+    for name in SIZES[2:]:
+        have[name] = min(getattr(layer, name) for layer in teacher.layers)
+    larger = [
+        f"target.{name} = {size}, the teacher has {have[name]}"
+        for name, size in wanted.items()
+        if size and size > have[name]
+    ]
+    if larger:
+        raise PlanError(
+            "; ".join(larger), rule="pruning only takes away", remedy="lower it, or leave it out to keep it"
+        )
+    return teacher.with_sizes(**wanted)
+
+
+def _teacher(config: RunConfig) -> ModelSpec | None:
+    """The teacher's sizes; None when its files are still to be fetched."""
+    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.data.assets import location
+
+    path = location(config.model.source)
+    if config.model.source.startswith("package:") and not path.exists():
+        return None
+    return open_checkpoint(path).spec
+
+
+def _table(*headings: str, title: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column(headings[0])
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _stages(job: Job, config: RunConfig) -> RenderableType:
+    selected = select(CHAIN, first=job.redo_from, last=job.last, only=job.only)
+    folder = RunFolder(job.folder(config))
+    steps = decide(selected, config, folder, redo_from=job.redo_from)
+    table = _table("stage", "", title=f"run folder {folder.path}")
+    table.columns[1].justify = "left"
+    for step in steps:
+        table.add_row(step.stage.name, str(step.action), style="dim" if step.action == "skip" else "")
+    return table
+
+
+def _sizes(teacher: ModelSpec, student: ModelSpec) -> RenderableType:
+    table = _table("", "teacher", "student", "kept", title="sizes")
+    for label, size in _ROWS:
+        before, after = size(teacher), size(student)
+        style = "bold" if label == "parameters" else ("dim" if before == after else "")
+        table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.1%}", style=style)
+    return table
+
+
+def _layout(teacher: ModelSpec, student: ModelSpec, parallel: ParallelConfig) -> RenderableType:
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    table = _table("a rank holds", "divided by", "teacher", "student", title=_layout_title(parallel))
+    for label, name in (
+        ("query heads", "num_attention_heads"),
+        ("KV groups", "num_query_groups"),
+        ("FFN", "ffn_hidden_size"),
+    ):
+        sizes = (getattr(spec.layer, name) for spec in (teacher, student))
+        table.add_row(label, f"TP {parallel.tensor}", *(_share(size, parallel.tensor) for size in sizes))
+    layers = (_layer_share(spec.num_layers, chunks) for spec in (teacher, student))
+    table.add_row("layers", f"{chunks} stage{'s' if chunks > 1 else ''}", *layers)
+    return table
+
+
+def _layout_title(parallel: ParallelConfig) -> str:
+    sizes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context}"
+    return f"layout {sizes} ({parallel.model_parallel_size} rank(s) a copy)"
+
+
+def _share(size: int, ranks: int) -> Text:
+    return (
+        Text(f"{size // ranks:,}") if size % ranks == 0 else Text(f"{size} / {ranks} does not divide", style="bold red")
+    )
+
+
+def _layer_share(layers: int, chunks: int) -> Text:
+    if layers < chunks:
+        return Text(f"{layers} < {chunks}", style="bold red")
+    least, more = divmod(layers, chunks)
+    return Text(f"{least}-{least + 1}" if more else str(least))
+
+
+def _training(config: RunConfig) -> RenderableType:
+    distill, score = config.distill, config.score
+    copies = distill.batch.global_batch_size / distill.batch.micro_batch_size
+    table = _table("work", "steps", "tokens a step", "tokens", title="work")
+    table.add_row("score", "", "", f"<= {score.samples * score.sequence_length:,}")
+    total = distill.steps * distill.batch.tokens_per_step
+    table.add_row("distill", f"{distill.steps:,}", f"{distill.batch.tokens_per_step:,}", f"{total:,}")
+    table.add_row("evaluate", "", "", f"<= 3 x {config.evaluate.max_tokens:,}")
+    note = f"{copies:g} micro-batches a step, over the data-parallel ranks"
+    return Group(table, Text(note, style="dim"))
+
+
+def _check_layout(teacher: ModelSpec, student: ModelSpec, parallel: ParallelConfig) -> None:
+    from nemo_minitron.megatron.placement import check_layout
+
+    for spec in (teacher, student):
+        check_layout(spec, parallel)

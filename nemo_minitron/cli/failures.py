@@ -1,0 +1,63 @@
+"""How a command ends: one message and the right exit status, whatever happened.
+
+0 done; 1 a defect of ours (with its traceback); 2 something the user can mend (a message); 128 + n stopped by signal n.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.stages.signals import Stopped
+from nemo_minitron.stages.team import environment_rank, is_echo
+
+DEFECT = 1
+USER = 2
+
+
+@contextmanager
+def reported(*, debug: bool = False) -> Iterator[None]:
+    """Turn what escapes from a command into its message and exit status.
+
+    Args:
+        debug: Show the traceback of user errors too.
+    """
+    rank, size = environment_rank()
+    prefix = f"rank {rank}: " if size > 1 and rank > 0 else ""
+    try:
+        yield
+    except MinitronError as error:
+        if debug:
+            traceback.print_exc()
+        elif not is_echo(error):
+            _say(f"{prefix}{_styled('error:', '1;31')} {error}")
+        raise typer.Exit(USER) from None
+    except Stopped as stopped:
+        if rank == 0:
+            _say(f"stopped by {stopped.signal.name}; the same command goes on where this one stopped")
+        raise typer.Exit(stopped.exit_status) from None
+    except BrokenPipeError:
+        # Who read our output has gone. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(DEFECT) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if is_echo(error):
+            raise typer.Exit(DEFECT) from None
+        traceback.print_exc()
+        _say(f"\n{prefix}this is a defect of nemo_minitron or of a library under it; please report it with these lines")
+        raise typer.Exit(DEFECT) from None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _styled(text: str, code: str) -> str:
+    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"

@@ -1,0 +1,97 @@
+"""Carry out `run` and the stage verbs: read the recipe, meet or start the other processes, run the chain, sum up."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_minitron.cli import launch, quiet, recipes
+from nemo_minitron.config.load import load_recipe
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.errors import LayoutError
+from nemo_minitron.stages.team import environment_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the user typed."""
+
+    recipe: str
+    overrides: list[str]
+    run_dir: Path | None = None
+    redo_from: str | None = None
+    last: str | None = None
+    only: str | None = None
+    ranks: int | None = None
+    """Processes to start; None for as many as the layout needs."""
+    debug: bool = False
+
+    def config(self) -> RunConfig:
+        """The checked recipe with the overrides on top."""
+        return load_recipe(recipes.find(self.recipe), self.overrides)
+
+    def folder(self, config: RunConfig) -> Path:
+        """Where the run goes."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / config.name
+
+
+def run(job: Job) -> int:
+    """Run a job in this process, or in as many as it needs; returns the exit status.
+
+    Raises:
+        MinitronError: Something the user can mend.
+    """
+    config = job.config()
+    _, size = environment_rank()
+    ranks = _ranks(job, config, size)
+    if ranks > size:
+        return launch.start(sys.argv[1:], ranks=ranks)
+    if not job.debug:
+        quiet.install()
+    _run_here(job, config)
+    return 0
+
+
+def _ranks(job: Job, config: RunConfig, size: int) -> int:
+    """How many processes the job is for: those that are there already, those asked for, or those the layout needs.
+
+    Raises:
+        LayoutError: The layout does not fit that number.
+    """
+    needed = config.parallel.model_parallel_size
+    ranks = size if size > 1 else job.ranks or needed
+    if ranks % needed:
+        sizes = config.parallel
+        layout = f"parallel.tensor {sizes.tensor} x pipeline {sizes.pipeline} x context {sizes.context}"
+        raise LayoutError(
+            f"{ranks} process(es) for {layout}",
+            rule=f"the number of processes is a multiple of {needed}; what is left over is data parallel",
+            remedy=f"--nproc {needed}, or other sizes under parallel:",
+        )
+    return ranks
+
+
+def _run_here(job: Job, config: RunConfig) -> None:
+    from nemo_minitron.callbacks.reporter import Reporter
+    from nemo_minitron.cli import closing
+    from nemo_minitron.stages.chain import CHAIN
+    from nemo_minitron.stages.engine import Request, run_chain
+    from nemo_minitron.stages.run_folder import RunFolder
+    from nemo_minitron.stages.team import gather
+
+    folder = RunFolder(job.folder(config))
+    team = gather(config.parallel, seed=config.seed)
+    reporter = Reporter(silent=team.rank > 0)
+    reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))
+    request = Request(config=config, run=folder, redo_from=job.redo_from, last=job.last, only=job.only)
+    try:
+        run_chain(CHAIN, request, team=team, reporter=reporter)
+    finally:
+        _stop_runtime()
+    reporter.line(closing.summary(folder))
+
+
+def _stop_runtime() -> None:
+    """Take down what a stage or the team started; a run that started nothing has not even imported it."""
+    runtime = sys.modules.get("nemo_minitron.megatron.runtime")
+    if runtime is not None:
+        runtime.stop()

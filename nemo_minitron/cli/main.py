@@ -1,0 +1,206 @@
+"""`nemo-minitron`: run a recipe, one stage of it, or look at recipes and the machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.cli.failures import reported
+from nemo_minitron.stages.chain import CHAIN
+from nemo_minitron.version import __version__
+
+WHOLE, STAGES, AROUND = "The whole job", "One stage, with what it needs", "Recipes and the machine"
+
+app = typer.Typer(
+    name="nemo-minitron",
+    help="Make a large language model small: prune what matters least, then distill from the unpruned model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that `ls` shows.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Put on top of the recipe, as distill.tokens=1000000."),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Where the run goes. (default: runs/NAME)", show_default=False),
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, metavar="N", help="Processes to start here. (default: TP x PP x CP)", show_default=False
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the resolved recipe, sizes and steps; run and write nothing.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every library's own messages.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(rich_help_panel=WHOLE)
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Redo this stage and all after it.")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
+    nproc: Ranks = None,
+    debug: Debug = False,
+) -> None:
+    """Run all stages of a recipe. The same command again goes on where it stopped.
+
+    Inside torchrun or srun, this process is one rank of the job.
+    """
+    _go(
+        recipe,
+        overrides,
+        run_dir=run_dir,
+        redo_from=first,
+        last=last,
+        ranks=nproc,
+        dry_run=dry_run,
+        debug=debug,
+    )
+
+
+@app.command(rich_help_panel=WHOLE)
+def demo(overrides: Overrides = None, run_dir: RunDir = None, nproc: Ranks = None, debug: Debug = False) -> None:
+    """Prune and distill SmolLM2-135M on this machine: a real model, about ten minutes on two cores."""
+    _go("smollm2/demo", overrides, run_dir=run_dir or Path("runs/demo"), ranks=nproc, debug=debug)
+
+
+def _add_verb(name: str, title: str) -> None:
+    def verb(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        *,
+        run_dir: RunDir = None,
+        dry_run: DryRun = False,
+        redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+        nproc: Ranks = None,
+        debug: Debug = False,
+    ) -> None:
+        redo_from = name if redo else None
+        _go(
+            recipe,
+            overrides,
+            run_dir=run_dir,
+            redo_from=redo_from,
+            only=name,
+            ranks=nproc,
+            dry_run=dry_run,
+            debug=debug,
+        )
+
+    app.command(name=name, help=title, rich_help_panel=STAGES)(verb)
+
+
+for _stage in CHAIN:
+    _add_verb(_stage.name, _stage.title)
+
+
+@app.command(name="ls", rich_help_panel=AROUND)
+def list_recipes() -> None:
+    """List the recipes that come with the package."""
+    with reported():
+        from nemo_minitron.cli.recipes import bundled
+
+        recipes = bundled()
+        width = max((len(recipe.name) for recipe in recipes), default=0)
+        for recipe in recipes:
+            print(f"{recipe.name:<{width}}  {recipe.purpose}")
+
+
+@app.command(name="cp", rich_help_panel=AROUND)
+def copy_recipe(recipe: RecipeName, destination: Annotated[Path, typer.Argument(metavar="DEST")]) -> None:
+    """Copy a recipe, to edit it."""
+    with reported():
+        from nemo_minitron.cli.recipes import copy
+
+        print(copy(recipe, destination))
+
+
+@app.command(rich_help_panel=AROUND)
+def config(recipe: RecipeName, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Print a recipe with overrides and every default written out, or all that is wrong with it."""
+    with reported(debug=debug):
+        from nemo_minitron.cli.job import Job
+        from nemo_minitron.config.load import to_yaml
+
+        print(to_yaml(Job(recipe=recipe, overrides=overrides or []).config()), end="")
+
+
+@app.command(rich_help_panel=AROUND)
+def doctor(
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail for optional parts too; for container builds.")
+    ] = False,
+) -> None:
+    """Say what is installed, what is missing, and what that costs."""
+    with reported():
+        from rich.console import Console
+
+        from nemo_minitron.cli import doctor as examination
+
+        findings = examination.examine()
+        examination.show(findings, Console())
+        if not examination.healthy(findings, strict=strict):
+            raise typer.Exit(2)
+
+
+def _go(
+    recipe: str,
+    overrides: list[str] | None,
+    *,
+    run_dir: Path | None,
+    ranks: int | None,
+    redo_from: str | None = None,
+    last: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+    debug: bool = False,
+) -> None:
+    with reported(debug=debug):
+        from nemo_minitron.cli.job import Job
+        from nemo_minitron.cli.job import run as carry_out
+
+        job = Job(
+            recipe=recipe,
+            overrides=overrides or [],
+            run_dir=run_dir,
+            redo_from=redo_from,
+            last=last,
+            only=only,
+            ranks=ranks,
+            debug=debug,
+        )
+        if dry_run:
+            from rich.console import Console
+
+            from nemo_minitron.cli.dry_run import show
+
+            show(job, console=Console())
+        else:
+            raise typer.Exit(carry_out(job))
+
+
+def main() -> None:
+    """The console script."""
+    app()
