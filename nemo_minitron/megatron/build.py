@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.axes import Axis, Packing
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig, Precision
@@ -54,6 +54,7 @@ def build_chunks(
         chunk = _build_chunk(spec, runtime, config, virtual)
         chunk.requires_grad_(trainable)
         chunk.train(trainable)
+        _mark_shards(chunk)
         chunks.append(chunk.to(runtime.device))
     if seed is None:
         for parameter in _parameters(chunks):
@@ -175,6 +176,19 @@ def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, v
         vp_stage=virtual if parallel.virtual_pipeline is not None else None,
         spec=spec,
     )
+
+
+def _mark_shards(chunk: MinitronGPT) -> None:
+    """Say which parameters are split over tensor-parallel ranks.
+
+    Megatron does so while it draws random weights, which we leave out; without the marks gradient norms would count
+    the shards of the first rank only.
+    """
+    for weight, parameter in chunk.named_weights():
+        dim = weight.row.tensor_parallel_dim
+        parameter.tensor_model_parallel = dim is not None
+        parameter.partition_dim = -1 if dim is None else dim
+        parameter.partition_stride = 2 if weight.row.packing is Packing.GATE_UP else 1
 
 
 def _layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:

@@ -1,0 +1,126 @@
+"""What ranks do in the Megatron tests: train a small random model for a few steps at some layout."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.training import OptimizerConfig
+
+STEPS = 4
+ONE = ParallelConfig()
+SAMPLES, LENGTH = 8, 12
+
+# 94 tokens: padded at TP 2 and TP 3. 9 heads in 3 groups, wider than the hidden size, as after pruning.
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=94,
+    hidden_size=24,
+    head_dim=8,
+    layers=(LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=36),) * 4,
+    max_position_embeddings=64,
+    tied_embeddings=True,
+)
+EVEN = SPEC.with_sizes(num_attention_heads=8, num_query_groups=4)
+SPECS = {
+    "tied": EVEN,
+    "untied": replace(EVEN, tied_embeddings=False, qkv_bias=True, family="qwen2"),
+    "three groups": SPEC,
+    "uneven": replace(
+        EVEN,
+        layers=(
+            LayerSpec(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=36),
+            LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),
+            LayerSpec(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=44),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    spec: str
+    parallel: ParallelConfig = ONE
+    micro_batch_size: int = 1
+    distributed: bool = False
+    precision: Precision = Precision.FP32
+    load: Path | None = None
+    """Start from this training state instead of random weights."""
+    save: Path | None = None
+    """Write the training state here after half of the steps."""
+
+
+def optimizer_config(case: Case) -> OptimizerConfig:
+    # With the usual eps, Adam's first steps turn the rounding noise of tiny gradients into full-sized updates.
+    return OptimizerConfig(
+        lr=1e-2, min_lr=1e-3, warmup_steps=2, clip_grad=0.5, eps=1e-4, weight_decay=0.1, distributed=case.distributed
+    )
+
+
+def global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels and mask `[SAMPLES, LENGTH]`; samples keep unequal numbers of tokens, one of them none."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, SPEC.vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
+    keep = torch.rand(SAMPLES, LENGTH, generator=generator) < torch.linspace(0, 1, SAMPLES)[:, None]
+    return tokens[:, :-1], tokens[:, 1:], keep
+
+
+def train(case: Case) -> dict[str, Any]:
+    """Losses and gradient norms of each step, and this rank's weights by canonical name."""
+    from nemo_minitron.megatron import optim, runtime, sharded_io
+    from nemo_minitron.megatron.build import build_chunks
+    from nemo_minitron.megatron.forward import reduce_report, run
+
+    here = runtime.start(case.parallel, seed=0)
+    spec = SPECS[case.spec]
+    chunks = build_chunks(spec, here, case.precision, seed=7)
+    config = optimizer_config(case)
+    wrapped = optim.wrap(chunks, config)
+    optimizer = optim.build_optimizer(wrapped, config, case.precision, STEPS)
+    first = 0
+    if case.load is not None:
+        first = sharded_io.load_training(wrapped, optimizer, case.load)["step"]
+    losses, norms = [], []
+    batch = micro_batches(case, here)
+    for step in range(first, STEPS):
+        optimizer.zero_grad()
+        reports = run(wrapped, batch, loss, runtime=here, forward_only=False)
+        info = optimizer.step()
+        sums = reduce_report(reports, here)
+        losses.append(sums["total"] / sums["tokens"])
+        norms.append(info.grad_norm)
+        if case.save is not None and step + 1 == STEPS // 2:
+            sharded_io.save_training(wrapped, optimizer, case.save, common={"step": step + 1})
+    weights = {weight.name: parameter.detach() for chunk in chunks for weight, parameter in chunk.named_weights()}
+    place = {"tp": here.tp_rank, "pp": here.pp_rank, "dp": here.dp_rank}
+    runtime.stop()
+    return {"losses": losses, "norms": norms, "weights": weights, **place}
+
+
+def micro_batches(case: Case, here: Any) -> list[Any]:
+    from nemo_minitron.megatron.forward import MicroBatch
+
+    mine = [tensor[here.dp_rank :: here.dp_size] for tensor in global_batch()]
+    pieces = [tensor.split(case.micro_batch_size) for tensor in mine]
+    return [MicroBatch.of(*piece) for piece in zip(*pieces, strict=True)]
+
+
+def loss(logits: torch.Tensor, batch: Any, index: int) -> Any:
+    """Cross-entropy over the real vocabulary, gathered from the tensor-parallel ranks."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from nemo_minitron.megatron.forward import LossResult
+
+    full = gather_from_tensor_model_parallel_region(logits)[..., : SPEC.vocab_size]
+    per_token = torch.nn.functional.cross_entropy(full.mT.float(), batch.labels, reduction="none")
+    return LossResult(torch.where(batch.keep, per_token, 0).sum(), batch.keep.sum())
+
+
+def train_all(cases: list[Case]) -> list[dict[str, Any]]:
+    """Several runs one after the other, on one start-up of the ranks."""
+    return [train(case) for case in cases]
