@@ -1,0 +1,111 @@
+"""Applying a plan: a lazy view of a checkpoint whose tensors are cut when they are asked for."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.arch.axes import Axis, Packing
+from nemo_minitron.arch.spec import ModelSpec, Norm
+from nemo_minitron.arch.weights import Weight, weight_named
+from nemo_minitron.checkpoints.source import TensorSource, names_of
+from nemo_minitron.ops.packing import gate_up_rows, head_channels, qkv_rows
+from nemo_minitron.ops.slicing import slice_dims
+from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+
+
+class PrunedSource:
+    """What a plan leaves of a checkpoint; itself a `TensorSource`.
+
+    A view of a view is one view with the composed plan, so pruning twice rounds once.
+
+    Args:
+        source: The teacher's checkpoint.
+        plan: What stays.
+
+    Raises:
+        PlanError: The plan is for another model.
+    """
+
+    def __init__(self, source: TensorSource, plan: PruningPlan) -> None:
+        plan.check_fits(source.spec)
+        self._lineage = _lineage(source.lineage, plan)
+        self.plan: PruningPlan = source.plan.compose(plan) if isinstance(source, PrunedSource) else plan
+        self.teacher: TensorSource = source.teacher if isinstance(source, PrunedSource) else source
+        self._student = self.plan.student
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The student's architecture."""
+        return self._student
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The teacher's."""
+        return self.teacher.dtype
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """The teacher's, with the plan's digest added under `pruned`; unchanged when nothing is cut."""
+        return dict(self._lineage)
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the student in table order."""
+        return names_of(self._student)
+
+    def get(self, name: str) -> Tensor:
+        """One of the student's tensors, cut from the teacher's."""
+        weight = weight_named(self._student, name)
+        layer = None if weight.layer is None else self.plan.layers[weight.layer]
+        teacher_name = name if layer is None else weight.row.name.format(i=layer.source)
+        keep = {dim: self._kept(axis, weight, layer) for dim, axis in enumerate(weight.row.axes)}
+        tensor = slice_dims(
+            self.teacher.get(teacher_name), {dim: kept for dim, kept in keep.items() if kept is not None}
+        )
+        return self._rescaled(tensor) if self.plan.rescale_norms and _is_norm_scale(weight) else tensor
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The teacher's."""
+        return self.teacher.tokenizer_files()
+
+    def _kept(self, axis: Axis, weight: Weight, layer: LayerPlan | None) -> Tensor | None:
+        """Indices that stay along a dimension of the teacher's tensor; None when all do."""
+        if axis is Axis.HIDDEN:
+            return torch.tensor(self.plan.hidden)
+        if layer is None or axis not in (Axis.FFN, Axis.HEAD):
+            return None
+        sizes = self.plan.spec.layers[layer.source]
+        if axis is Axis.FFN:
+            neurons = torch.tensor(layer.ffn)
+            gated = weight.row.packing is Packing.GATE_UP
+            return gate_up_rows(neurons, ffn_hidden_size=sizes.ffn_hidden_size) if gated else neurons
+        heads = torch.tensor(layer.heads)
+        if weight.row.packing is not Packing.QKV:
+            return head_channels(heads, head_dim=self.plan.spec.head_dim)
+        return qkv_rows(
+            heads,
+            torch.tensor(layer.kv_groups),
+            num_heads=sizes.num_attention_heads,
+            num_groups=sizes.num_query_groups,
+            head_dim=self.plan.spec.head_dim,
+        )
+
+    def _rescaled(self, scale: Tensor) -> Tensor:
+        """RMSNorm weights for the smaller number of channels (`PruningPlan.rescale_norms`)."""
+        before, after = self.plan.spec.hidden_size, self._student.hidden_size
+        if before == after or self._student.norm is not Norm.RMSNORM:
+            return scale
+        return (scale.double() * math.sqrt(before / after)).to(scale.dtype)
+
+
+def _is_norm_scale(weight: Weight) -> bool:
+    """Whether a weight multiplies a normalised residual stream."""
+    return weight.row.axes == (Axis.HIDDEN,) and weight.name.endswith(("layer_norm_weight", "layernorm.weight"))
+
+
+def _lineage(lineage: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
+    if plan.is_identity:
+        return dict(lineage)
+    step = {"plan": plan.digest(), "from": plan.spec.digest()}
+    return {**lineage, "pruned": [*lineage.get("pruned", []), step]}
