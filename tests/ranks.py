@@ -1,7 +1,7 @@
 """Run a function on several ranks of one machine: gloo, a fresh process each, one thread each.
 
-The processes are forked from a server that has torch loaded and has never used it, so a rank starts in well under a
-second and still knows nothing of what earlier tests did.
+The processes are forked from a server that has torch, NeMo and Megatron loaded and has never used them, so a rank
+starts in well under a second and still knows nothing of what earlier tests did.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
         RankError: A rank raised, died or took too long.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch.distributed", "nemo_minitron.models.distillation"])
     with tempfile.TemporaryDirectory() as folder:
         job = pickle.dumps((function, args))
         readers: list[Connection] = []
