@@ -185,7 +185,11 @@ def _download_error(asset: _Asset, said: str) -> AssetError:
         newest = ", ".join(versions[-1].split(", ")[-8:])
         return AssetError(f"{what}: there is no such version", rule=f"the index has (newest last): {newest}")
     if "from versions: none" in said:
-        return AssetError(f"{what}: the package index has no such package, or none for this Python", rule=_FORM)
+        return AssetError(
+            f"{what}: the package index has no such package, or none for this Python",
+            rule=_FORM,
+            remedy="see to the name, and to pip's index settings",
+        )
     return AssetError(f"{what}; pip says:\n{said.strip()[-1500:]}", remedy="see to pip's settings")
 
 
