@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import ModelSpec, Norm
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named
 from nemo_minitron.checkpoints.source import TensorSource, names_of
 from nemo_minitron.ops.packing import gate_up_rows, head_channels, qkv_rows
@@ -60,10 +60,12 @@ class PrunedSource:
         layer = None if weight.layer is None else self.plan.layers[weight.layer]
         teacher_name = name if layer is None else weight.row.name.format(i=layer.source)
         keep = {dim: self._kept(axis, weight, layer) for dim, axis in enumerate(weight.row.axes)}
-        tensor = slice_dims(
-            self.teacher.get(teacher_name), {dim: kept for dim, kept in keep.items() if kept is not None}
-        )
-        return self._rescaled(tensor) if self.plan.rescale_norms and _is_norm_scale(weight) else tensor
+        cuts = {dim: kept for dim, kept in keep.items() if kept is not None}
+        tensor = slice_dims(self.teacher.get(teacher_name), cuts)
+        if self.plan.rescales_norms and _is_norm_scale(weight):
+            ratio = self.plan.spec.hidden_size / self._student.hidden_size
+            return (tensor.double() * math.sqrt(ratio)).to(tensor.dtype)
+        return tensor
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The teacher's."""
@@ -90,13 +92,6 @@ class PrunedSource:
             num_groups=sizes.num_query_groups,
             head_dim=self.plan.spec.head_dim,
         )
-
-    def _rescaled(self, scale: Tensor) -> Tensor:
-        """RMSNorm weights for the smaller number of channels (`PruningPlan.rescale_norms`)."""
-        before, after = self.plan.spec.hidden_size, self._student.hidden_size
-        if before == after or self._student.norm is not Norm.RMSNORM:
-            return scale
-        return (scale.double() * math.sqrt(before / after)).to(scale.dtype)
 
 
 def _is_norm_scale(weight: Weight) -> bool:

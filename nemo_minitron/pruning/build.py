@@ -1,7 +1,6 @@
 """From scores and wanted sizes to a plan: the decision, pure and the same on every machine."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +10,18 @@ from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.ops.ranking import top_heads, top_indices
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import LayerPlan, PruningPlan, narrowed
 from nemo_minitron.pruning.ranges import to_ranges
 from nemo_minitron.pruning.scores import Scores
 
 
-def student_spec(target: TargetConfig, teacher: ModelSpec, *, drop_layers: Sequence[int] | None = None) -> ModelSpec:
+def student_spec(
+    target: TargetConfig,
+    teacher: ModelSpec,
+    *,
+    drop_layers: Sequence[int] | None = None,
+    rescale_norms: bool = True,
+) -> ModelSpec:
     """The architecture that a target asks for; needs no scores.
 
     None keeps the teacher's size. KV groups without heads given keep their heads each, so the number of heads follows.
@@ -34,11 +39,8 @@ def student_spec(target: TargetConfig, teacher: ModelSpec, *, drop_layers: Seque
         )
     kept = _kept_layers(target, teacher, drop_layers)
     sizes = [teacher.layers[index] for index in kept or range(target.num_layers or teacher.num_layers)]
-    return replace(
-        teacher,
-        hidden_size=target.hidden_size or teacher.hidden_size,
-        layers=tuple(_student_layer(target, layer) for layer in sizes),
-    )
+    layers = tuple(_student_layer(target, layer) for layer in sizes)
+    return narrowed(teacher, target.hidden_size or teacher.hidden_size, layers, rescale_norms=rescale_norms)
 
 
 def build_plan(

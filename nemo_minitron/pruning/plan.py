@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec, Norm
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.pruning.ranges import from_ranges, to_ranges
+from nemo_minitron.pruning.table import size_table
 
 FORMAT = "nemo_minitron.plan"
 VERSION = 1
@@ -44,9 +44,9 @@ class PruningPlan:
     hidden: tuple[int, ...]
     layers: tuple[LayerPlan, ...]
     rescale_norms: bool = True
-    """Multiply RMSNorm weights by `sqrt(hidden before / hidden after)`. The norm divides by the mean square over all
-    channels, so leaving channels out would shrink what it passes on, by up to that factor, even when they carry
-    nothing. With it, cutting channels that are zero changes no logit."""
+    """Multiply RMSNorm weights by `sqrt(hidden before / hidden after)`, and its epsilon by that ratio. The norm divides
+    by the mean square over all channels, so leaving channels out would shrink what it passes on, by up to that factor,
+    even when they carry nothing. With it, cutting channels that are zero changes no logit."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where the decision comes from (JSON data). Not part of the digest."""
 
@@ -79,7 +79,12 @@ class PruningPlan:
             )
             for layer in self.layers
         )
-        return replace(self.spec, hidden_size=len(self.hidden), layers=layers)
+        return narrowed(self.spec, len(self.hidden), layers, rescale_norms=self.rescale_norms)
+
+    @property
+    def rescales_norms(self) -> bool:
+        """Whether norm weights really change."""
+        return self.rescale_norms and rescaling_applies(self.spec, len(self.hidden))
 
     @property
     def is_identity(self) -> bool:
@@ -201,20 +206,25 @@ class PruningPlan:
 
     def table(self) -> str:
         """Sizes before and after as a plain text table."""
-        before, after = self.spec, self.student
-        rows = [("", "teacher", "student", "kept")]
-        for label, old, new in _sizes(before, after):
-            rows.append((label, _shown(old), _shown(new), f"{sum(new) / sum(old) * len(old) / len(new):.1%}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells)
-            )
-            for cells in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
         kept = {layer.source for layer in self.layers}
-        dropped = [index for index in range(before.num_layers) if index not in kept]
-        return "\n".join([*lines, f"layers dropped: {to_ranges(dropped) or 'none'}"])
+        dropped = [index for index in range(self.spec.num_layers) if index not in kept]
+        return f"{size_table(self.spec, self.student)}\nlayers dropped: {to_ranges(dropped) or 'none'}"
+
+
+def narrowed(
+    teacher: ModelSpec, hidden_size: int, layers: tuple[LayerSpec, ...], *, rescale_norms: bool = True
+) -> ModelSpec:
+    """A teacher's architecture with other layers and fewer channels; see `PruningPlan.rescale_norms` for epsilon."""
+    eps = teacher.norm_eps
+    if rescale_norms and rescaling_applies(teacher, hidden_size):
+        # 12 digits: pruning twice then states the same number as pruning once.
+        eps = float(f"{eps * teacher.hidden_size / hidden_size:.12g}")
+    return replace(teacher, hidden_size=hidden_size, layers=layers, norm_eps=eps)
+
+
+def rescaling_applies(teacher: ModelSpec, hidden_size: int) -> bool:
+    """Whether the norms are RMSNorm and channels are cut."""
+    return teacher.norm is Norm.RMSNORM and hidden_size < teacher.hidden_size
 
 
 def _layer_from(item: Mapping[str, Any], spec: ModelSpec) -> LayerPlan:
@@ -269,24 +279,3 @@ def _head_problems(layer: LayerPlan, sizes: LayerSpec) -> list[str]:
     if len(set(counts.values())) > 1:
         return [f"KV groups keep unequal numbers of heads: {counts}"]
     return []
-
-
-def _sizes(before: ModelSpec, after: ModelSpec) -> Iterator[tuple[str, list[int], list[int]]]:
-    specs = (before, after)
-    yield "layers", [before.num_layers], [after.num_layers]
-    yield "hidden size", [before.hidden_size], [after.hidden_size]
-    for label, name in (
-        ("FFN size", "ffn_hidden_size"),
-        ("query heads", "num_attention_heads"),
-        ("KV groups", "num_query_groups"),
-    ):
-        old, new = ([getattr(layer, name) for layer in spec.layers] for spec in specs)
-        yield label, old, new
-    yield "parameters", [parameter_count(before)], [parameter_count(after)]
-    plain = [[parameter_count(spec, embeddings=False)] for spec in specs]
-    yield "without embeddings", plain[0], plain[1]
-
-
-def _shown(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,0 +1,39 @@
+"""Sizes of two models side by side, as plain text."""
+
+from collections.abc import Iterator
+from statistics import fmean
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+
+_LAYER_SIZES = {"FFN size": "ffn_hidden_size", "query heads": "num_attention_heads", "KV groups": "num_query_groups"}
+
+
+def size_rows(before: ModelSpec, after: ModelSpec) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Name of a size and its values in both models: one value, or one a layer."""
+    yield "layers", [before.num_layers], [after.num_layers]
+    yield "hidden size", [before.hidden_size], [after.hidden_size]
+    for label, name in _LAYER_SIZES.items():
+        yield label, [getattr(layer, name) for layer in before.layers], [getattr(layer, name) for layer in after.layers]
+    yield "parameters", [parameter_count(before)], [parameter_count(after)]
+    without = [parameter_count(spec, embeddings=False) for spec in (before, after)]
+    yield "without embeddings", without[:1], without[1:]
+
+
+def size_table(before: ModelSpec, after: ModelSpec) -> str:
+    """Teacher, student and what share is kept (for sizes of layers: of their means), one line a size."""
+    rows = [("", "teacher", "student", "kept")]
+    rows += [
+        (name, _shown(old), _shown(new), f"{fmean(new) / fmean(old):.1%}")
+        for name, old, new in size_rows(before, after)
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
+        for row in rows
+    )
+
+
+def _shown(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
