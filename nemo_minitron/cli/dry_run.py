@@ -12,22 +12,19 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.cli.job import Job
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import RunConfig, TargetConfig
-from nemo_minitron.errors import PlanError
+from nemo_minitron.config.run import RunConfig
 from nemo_minitron.stages.chain import CHAIN
 from nemo_minitron.stages.plan import decide, select
 from nemo_minitron.stages.run_folder import RunFolder
-
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 _ROWS: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
     ("parameters", parameter_count),
     ("  without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
     ("layers", lambda spec: spec.num_layers),
     ("hidden size", lambda spec: spec.hidden_size),
-    ("FFN size", lambda spec: spec.layer.ffn_hidden_size),
-    ("query heads", lambda spec: spec.layer.num_attention_heads),
-    ("KV groups", lambda spec: spec.layer.num_query_groups),
+    ("FFN size", lambda spec: spec.layers[0].ffn_hidden_size),
+    ("query heads", lambda spec: spec.layers[0].num_attention_heads),
+    ("KV groups", lambda spec: spec.layers[0].num_query_groups),
     ("head size", lambda spec: spec.head_dim),
     ("vocabulary", lambda spec: spec.vocab_size),
 )
@@ -47,34 +44,13 @@ def show(job: Job, *, console: Console) -> None:
     if teacher is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
     else:
-        student = student_spec(teacher, config.target)
+        from nemo_minitron.pruning.build import student_spec
+
+        student = student_spec(config.target, teacher)
         console.print(Group(_sizes(teacher, student), _layout(teacher, student, config.parallel)))
     console.print(_training(config))
     if teacher is not None:
         _check_layout(teacher, student, config.parallel)
-
-
-def student_spec(teacher: ModelSpec, target: TargetConfig) -> ModelSpec:
-    """The student's sizes.
-
-    Raises:
-        PlanError: A target is larger than what the teacher has.
-        SpecError: The sizes do not fit each other.
-    """
-    wanted = {name: getattr(target, name) for name in SIZES}
-    have = {"num_layers": teacher.num_layers, "hidden_size": teacher.hidden_size}
-    for name in SIZES[2:]:
-        have[name] = min(getattr(layer, name) for layer in teacher.layers)
-    larger = [
-        f"target.{name} = {size}, the teacher has {have[name]}"
-        for name, size in wanted.items()
-        if size and size > have[name]
-    ]
-    if larger:
-        raise PlanError(
-            "; ".join(larger), rule="pruning only takes away", remedy="lower it, or leave it out to keep it"
-        )
-    return teacher.with_sizes(**wanted)
 
 
 def _teacher(config: RunConfig) -> ModelSpec | None:
@@ -100,11 +76,8 @@ def _stages(job: Job, config: RunConfig) -> RenderableType:
     selected = select(CHAIN, first=job.redo_from, last=job.last, only=job.only)
     folder = RunFolder(job.folder(config))
     steps = decide(selected, config, folder, redo_from=job.redo_from)
-    table = _table("stage", "", title=f"run folder {folder.path}")
-    table.columns[1].justify = "left"
-    for step in steps:
-        table.add_row(step.stage.name, str(step.action), style="dim" if step.action == "skip" else "")
-    return table
+    actions = "  ".join(f"{step.stage.name}: {step.action}" for step in steps)
+    return Group(Text(f"run folder {folder.path}", style="bold"), Text(actions), Text())
 
 
 def _sizes(teacher: ModelSpec, student: ModelSpec) -> RenderableType:
@@ -124,7 +97,7 @@ def _layout(teacher: ModelSpec, student: ModelSpec, parallel: ParallelConfig) ->
         ("KV groups", "num_query_groups"),
         ("FFN", "ffn_hidden_size"),
     ):
-        sizes = (getattr(spec.layer, name) for spec in (teacher, student))
+        sizes = (getattr(spec.layers[0], name) for spec in (teacher, student))
         table.add_row(label, f"TP {parallel.tensor}", *(_share(size, parallel.tensor) for size in sizes))
     layers = (_layer_share(spec.num_layers, chunks) for spec in (teacher, student))
     table.add_row("layers", f"{chunks} stage{'s' if chunks > 1 else ''}", *layers)

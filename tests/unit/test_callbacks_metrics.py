@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from nemo_minitron.callbacks.metrics import MetricsFile, read_rows
+from nemo_minitron.callbacks.metrics_file import MetricsFile, read_rows
 from nemo_minitron.callbacks.reporter import Reporter, clock, compact, duration
 from nemo_minitron.callbacks.throughput import Throughput
 

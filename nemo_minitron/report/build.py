@@ -1,0 +1,203 @@
+"""Put a run's content into `report.html`, `summary.json` and `README.md`."""
+
+import base64
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.callbacks.reporter import compact, duration
+from nemo_minitron.report import figures
+from nemo_minitron.report.content import MODELS, ReportContent, Row
+
+_ARCHITECTURE: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
+    ("parameters", parameter_count),
+    ("without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
+    ("layers", lambda spec: spec.num_layers),
+    ("hidden size", lambda spec: spec.hidden_size),
+    ("FFN size", lambda spec: spec.layers[0].ffn_hidden_size),
+    ("query heads", lambda spec: spec.layers[0].num_attention_heads),
+    ("KV groups", lambda spec: spec.layers[0].num_query_groups),
+    ("head size", lambda spec: spec.head_dim),
+    ("vocabulary", lambda spec: spec.vocab_size),
+)
+
+
+def html(content: ReportContent) -> str:
+    """The report as one file: style and pictures inside, nothing fetched when it is opened."""
+    style = resources.files("nemo_minitron.report").joinpath("style.css").read_text(encoding="utf-8")
+    return _render("report.html.j2", content, style=style, sections=_sections(content))
+
+
+def readme(content: ReportContent) -> str:
+    """A card for the run folder, in Markdown."""
+    return _render("readme.md.j2", content, files=content.results.get("export", {}).get("files", {}))
+
+
+def _render(template: str, content: ReportContent, **more: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("nemo_minitron.report", ""),
+        autoescape=select_autoescape(["html.j2"], default_for_string=False),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(
+        content=content,
+        subtitle=_subtitle(content),
+        tiles=_tiles(content),
+        architecture=_architecture(content),
+        dropped=_dropped(content),
+        quality=_quality(content),
+        quality_note=_quality_note(content),
+        samples=_samples(content),
+        provenance=_provenance(content),
+        **more,
+    )
+
+
+def _subtitle(content: ReportContent) -> str:
+    cut = 1 - content.parameters["student"] / content.parameters["teacher"]
+    return f"{cut:.0%} fewer parameters than {content.source}, pruned and then distilled from it"
+
+
+def _tiles(content: ReportContent) -> list[Row]:
+    before, after = content.parameters["teacher"], content.parameters["student"]
+    tiles = [{"value": f"{compact(before)} → {compact(after)}", "label": "parameters, teacher → student"}]
+    perplexity = content.perplexity
+    if len(perplexity) == len(MODELS):
+        ratio = perplexity["distilled"] / perplexity["teacher"]
+        change = f"{perplexity['teacher']:.1f} → {perplexity['distilled']:.1f}"
+        tiles.append({"value": change, "label": f"held-out perplexity, {ratio:.2f} x the teacher"})
+        tiles.append({"value": f"{perplexity['pruned']:,.0f}", "label": "perplexity before distillation"})
+    if tokens := content.results.get("distill", {}).get("tokens"):
+        tiles.append({"value": compact(tokens), "label": "tokens distilled on"})
+    if content.seconds:
+        tiles.append({"value": duration(sum(content.seconds.values())), "label": _where(content)})
+    return tiles
+
+
+def _where(content: ReportContent) -> str:
+    hardware = content.manifest.get("hardware", {})
+    gpus = hardware.get("gpus") or []
+    return f"on {len(gpus)} x {gpus[0]}" if gpus else f"on {hardware.get('cores', '?')} CPU cores"
+
+
+def _architecture(content: ReportContent) -> list[Row]:
+    rows = []
+    for label, size in _ARCHITECTURE:
+        before, after = size(content.teacher), size(content.student)
+        style = "strong" if label == "parameters" else ("same" if before == after else "")
+        values = {"teacher": f"{before:,}", "student": f"{after:,}", "kept": f"{after / before:.1%}"}
+        rows.append({"label": label, "style": style, **values})
+    return rows
+
+
+def _dropped(content: ReportContent) -> str:
+    return ", ".join(map(str, content.importance.dropped_layers)) if content.importance else ""
+
+
+def _quality(content: ReportContent) -> list[Row]:
+    nats = content.results.get("evaluate", {}).get("nats", {})
+    rows = []
+    for name, value in content.perplexity.items():
+        count = content.parameters["teacher" if name == "teacher" else "student"]
+        rows.append(
+            {
+                "name": name,
+                "style": "strong" if name == "distilled" else "",
+                "parameters": compact(count),
+                "nats": f"{nats[name]:.4f}" if name in nats else "",
+                "perplexity": f"{value:,.2f}",
+                "ratio": f"{value / content.perplexity['teacher']:.2f} x" if "teacher" in content.perplexity else "",
+            }
+        )
+    return rows
+
+
+def _quality_note(content: ReportContent) -> str:
+    tokens = content.results.get("evaluate", {}).get("tokens")
+    counted = f"{tokens:,} tokens of " if tokens else ""
+    return f"Measured on {counted}documents that nothing was trained or scored on."
+
+
+def _samples(content: ReportContent) -> list[Row]:
+    texts = content.results.get("evaluate", {}).get("samples", {})
+    prompt = texts.get("prompt", "")
+    found = []
+    for name in MODELS:
+        if name in texts:
+            text = texts[name].removeprefix(prompt)
+            found.append({"name": name, "colour": figures.COLOURS[name], "prompt": prompt, "text": text})
+    return found
+
+
+def _sections(content: ReportContent) -> list[Row]:
+    sections: list[Row] = []
+    validated = [row for row in content.metrics if "val/kl" in row or "train/kl" in row]
+    if validated:
+        caption = "Forward KL over the full vocabulary. The dotted line is where the pruned model starts."
+        curve = _figure("", caption, figures.distillation(content.metrics))
+        sections.append({"title": "Distillation", "figures": [curve], "table": None})
+    if content.importance is not None:
+        sections.append({"title": "What matters in the teacher", "figures": _importance(content), "table": None})
+    if content.seconds:
+        figure = _figure("", "All attempts of a stage together.", figures.stage_seconds(content.seconds))
+        sections.append({"title": "Time and memory", "figures": [figure], "table": _costs(content)})
+    return sections
+
+
+def _importance(content: ReportContent) -> list[Row]:
+    found = content.importance
+    assert found is not None
+    samples = content.results.get("score", {}).get("samples")
+    basis = f" From {samples:,} calibration samples." if samples else ""
+    return [
+        _figure(
+            "Layers",
+            "How much a layer turns the residual stream: a low bar is a layer that changes little." + basis,
+            figures.layer_importance(found),
+        ),
+        _figure(
+            "FFN neurons",
+            "A row is a layer, its neurons sorted. Left of the red mark they stayed; pale rows are dropped layers.",
+            figures.ffn_importance(found),
+        ),
+        _figure("Hidden channels", "Summed over both norms of all layers.", figures.hidden_importance(found)),
+        _figure(
+            "Query heads",
+            "L2 norm of a head's output against its layer's mean. Crosses were cut; pale columns are dropped layers.",
+            figures.head_importance(found),
+        ),
+    ]
+
+
+def _figure(title: str, caption: str, svg: str) -> Row:
+    encoded = base64.b64encode(svg.encode()).decode()
+    return {"title": title, "caption": caption, "uri": f"data:image/svg+xml;base64,{encoded}"}
+
+
+def _costs(content: ReportContent) -> Row:
+    rows = []
+    for name, result in content.results.items():
+        memory = f"{result['peak_memory_gb']:.2f} GB" if "peak_memory_gb" in result else ""
+        speed = f"{compact(result['tokens_per_second'])} tokens/s" if result.get("tokens_per_second") else ""
+        rows.append((name, duration(result.get("seconds", 0.0)), memory, speed))
+    return {"headings": ("stage", "time", "peak memory (rank 0)", "speed"), "rows": rows}
+
+
+def _provenance(content: ReportContent) -> list[tuple[str, str]]:
+    manifest = content.manifest
+    hardware = manifest.get("hardware", {})
+    machine = f"{hardware.get('processor')}, {hardware.get('cores')} cores, {hardware.get('memory_gb')} GB memory"
+    gpus = hardware.get("gpus") or []
+    found = [
+        ("seed", str(manifest.get("seed"))),
+        ("commit", str(manifest.get("git") or "not run from a git checkout")),
+        ("machine", machine + (f", {', '.join(gpus)}" if gpus else ", no GPU")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())),
+    ]
+    commands = manifest.get("commands", [])
+    return [*found, ("started", str(commands[0]["start"]))] if commands else found

@@ -1,0 +1,111 @@
+"""What a report is made from: the stages' results as plain data. Whatever is missing is left out of the report."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+
+MODELS = ("teacher", "pruned", "distilled")
+
+Row = dict[str, Any]
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """Scores of the teacher's units, and which of them stayed. Layers are the teacher's, in order."""
+
+    block_influence: Vector
+    """`[layers]`; mean of 1 - cos(input, output) over calibration tokens."""
+    hidden: Vector
+    """`[hidden_size]`."""
+    ffn: tuple[Vector, ...]
+    """One `[ffn_hidden_size]` a layer."""
+    heads: tuple[Vector, ...]
+    """One `[num_attention_heads]` a layer."""
+    kept_hidden: tuple[int, ...]
+    kept_ffn: dict[int, tuple[int, ...]]
+    """By layer; a dropped layer has no entry."""
+    kept_heads: dict[int, tuple[int, ...]]
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """Layers that are gone."""
+        return [layer for layer in range(len(self.block_influence)) if layer not in self.kept_ffn]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportContent:
+    """A run, as far as it has come."""
+
+    name: str
+    teacher: ModelSpec
+    student: ModelSpec
+    results: dict[str, Row]
+    """Each stage's `result.json`."""
+    manifest: Row
+    recipe: str
+    """The resolved recipe as YAML."""
+    source: str = ""
+    """Where the teacher came from."""
+    importance: Importance | None = None
+    metrics: list[Row] = field(default_factory=list)
+    """Rows of the distillation's `metrics.jsonl`."""
+
+    @property
+    def perplexity(self) -> dict[str, float]:
+        """Held-out perplexity by model, in the order teacher, pruned, distilled."""
+        measured = self.results.get("evaluate", {}).get("perplexity", {})
+        return {name: float(measured[name]) for name in MODELS if name in measured}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, all attempts together."""
+        return {name: float(result["seconds"]) for name, result in self.results.items() if "seconds" in result}
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters of teacher and student; a tied embedding counts once."""
+        return {"teacher": parameter_count(self.teacher), "student": parameter_count(self.student)}
+
+    @property
+    def command(self) -> str:
+        """The newest command of the run."""
+        commands = self.manifest.get("commands", [])
+        return str(commands[-1]["command"]) if commands else ""
+
+
+def summary(content: ReportContent) -> Row:
+    """What other programs read: `summary.json`."""
+    distill, evaluate = content.results.get("distill", {}), content.results.get("evaluate", {})
+    perplexity = content.perplexity
+    ratios = {name: value / perplexity["teacher"] for name, value in perplexity.items() if "teacher" in perplexity}
+    return {
+        "name": content.name,
+        "source": content.source,
+        "params": content.parameters,
+        "params_non_embedding": {
+            "teacher": parameter_count(content.teacher, embeddings=False),
+            "student": parameter_count(content.student, embeddings=False),
+        },
+        "architecture": {"teacher": content.teacher.to_dict(), "student": content.student.to_dict()},
+        "dropped_layers": content.importance.dropped_layers if content.importance else None,
+        "perplexity": perplexity,
+        "perplexity_ratio": ratios,
+        "nats": evaluate.get("nats", {}),
+        "heldout_tokens": evaluate.get("tokens"),
+        "tokens": distill.get("tokens"),
+        "tokens_per_second": distill.get("tokens_per_second"),
+        "validation": distill.get("validation"),
+        "seconds": content.seconds,
+        "seconds_total": round(sum(content.seconds.values()), 3),
+        "peak_memory_gb": {
+            name: result["peak_memory_gb"] for name, result in content.results.items() if "peak_memory_gb" in result
+        },
+        "command": content.command,
+        **{key: content.manifest.get(key) for key in ("seed", "version", "git", "versions", "hardware")},
+    }

@@ -1,0 +1,150 @@
+"""The report: what it must show, that it is one file, and that it survives odd content."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from nemo_minitron.report import build, figures
+from nemo_minitron.report.content import summary
+from tests.unit import report_sample
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return build.html(report_sample.content())
+
+
+class Page(HTMLParser):
+    """Collects text and addresses, and checks that every element is closed."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(" ".join(data.split()))
+
+
+def test_everything_is_inside_one_wellformed_file(html):
+    page = Page(html)
+    assert page.open == []
+    assert len(page.addresses) == 6
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
+    for address in page.addresses:
+        picture = base64.b64decode(address.partition(",")[2])
+        assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_numbers_are_there(html):
+    words = " ".join(Page(html).words)
+    for expected in (
+        "134,515,008",  # the model's published size
+        "97,351,488",  # 26 layers of (576*(6+6)*64 + 6*64*576 + 3*576*1152 + 2*576) + 49152*576 + 576
+        "dropped",
+        "3, 5, 14, 17",
+        "3.7500",
+        f"{math.exp(3.75):.2f}",
+        f"{math.exp(0.35):.2f} x",
+        "6 min 50 s",
+        "4.40 GB",
+        "512 tokens/s",
+        "nemo-minitron demo",
+        "0123abcd",
+        "name: small seed: 1234",
+    ):
+        assert expected in words or expected in html, expected
+
+
+def test_the_students_size_is_what_the_shapes_say():
+    attention = 576 * (6 + 2 * 3) * 64 + 6 * 64 * 576
+    layer = attention + 3 * 576 * 1152 + 2 * 576
+    assert report_sample.content().parameters["student"] == 26 * layer + 49152 * 576 + 576
+
+
+def test_samples_are_escaped_and_the_prompt_is_shown_once(html):
+    assert "&lt;b&gt;of&lt;/b&gt; &amp; the" in html
+    assert html.count("The history of the city begins") == 3
+
+
+def test_summary_has_what_programs_look_for():
+    found = json.loads(json.dumps(summary(report_sample.content())))
+    assert found["params"] == {"teacher": 134_515_008, "student": 97_351_488}
+    assert found["perplexity"] == pytest.approx(
+        {"teacher": math.exp(3.4), "pruned": math.exp(6.1), "distilled": math.exp(3.75)}
+    )
+    assert found["tokens"] == 204_800
+    assert found["tokens_per_second"] == 512.3
+    assert found["seconds"]["distill"] == 410.2
+    assert found["seconds_total"] == pytest.approx(541.2)
+    assert found["dropped_layers"] == [3, 5, 14, 17]
+    assert found["perplexity_ratio"]["distilled"] == pytest.approx(math.exp(0.35))
+
+
+def test_readme_is_a_markdown_table_with_a_row_a_model():
+    text = build.readme(report_sample.content())
+    rows = [line for line in text.splitlines() if line.startswith(("| teacher", "| pruned", "| distilled"))]
+    assert [len(row.split("|")) for row in rows] == [6, 6, 6]
+    assert 'folder = "stages/export/small_hf"' in text
+    assert "&" not in text.replace("|", "")
+
+
+def test_a_run_that_has_not_come_far_still_has_a_report():
+    content = report_sample.content(
+        results={"import": {"seconds": 1.0}}, importance=None, metrics=[], manifest={"version": "0"}
+    )
+    page = Page(build.html(content))
+    assert page.open == []
+    assert len(page.addresses) == 1
+    assert summary(content)["tokens"] is None
+    assert "small" in build.readme(content)
+
+
+def test_the_same_content_gives_the_same_bytes():
+    first = build.html(report_sample.content())
+    assert first == build.html(report_sample.content())
+
+
+def test_dropped_layers_have_their_own_colour():
+    svg = figures.layer_importance(report_sample.importance())
+    bars = len(re.findall(rf'style="fill: {figures.CUT}"', svg))
+    assert bars == len(report_sample.DROPPED) + 2  # the layers, an invisible one for the legend, and the legend's patch
+
+
+def test_dead_units_and_a_model_that_is_kept_whole_can_be_drawn():
+    whole = report_sample.importance()
+    layers = range(30)
+    values = {
+        **vars(whole),
+        "ffn": tuple(np.zeros(1536) for _ in layers),
+        "hidden": np.zeros(576),
+        "block_influence": np.zeros(30),
+        "kept_ffn": {layer: tuple(range(1536)) for layer in layers},
+        "kept_heads": {layer: tuple(range(9)) for layer in layers},
+    }
+    content = report_sample.content(importance=type(whole)(**values))
+    assert Page(build.html(content)).open == []
+
+
+def test_metrics_without_validation_can_be_drawn():
+    rows = [row for row in report_sample.metrics() if "train/kl" in row]
+    ElementTree.fromstring(figures.distillation(rows))
