@@ -98,6 +98,11 @@ def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder
     return dict(loaded["common"])
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a finished checkpoint: its markers are written last."""
+    return (folder / "metadata.json").is_file() and (folder / ".metadata").is_file()
+
+
 def _model_state(chunks: Sequence[nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
     """The sharded state of each chunk under `chunk{i}`.
 
