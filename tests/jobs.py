@@ -113,3 +113,13 @@ def prepare(folder: Path) -> None:
     calibrate(folder / "teacher", folder / "data", config, importance)
     teacher = open_checkpoint(folder / "teacher")
     write_folder(PrunedSource(teacher, build_plan(importance.scores, config.target, teacher.spec)), folder / "student")
+
+
+def save_nemo(source: Path, target: Path) -> None:
+    """Any checkpoint to a `.nemo` file or folder through the model class, in fp32."""
+    from nemo_minitron.models.gpt import MegatronGPTModel
+    from nemo_minitron.stages.session import make_trainer, restore
+
+    config = config_for(source, source)
+    model = restore(MegatronGPTModel, source, config=config, micro_batch_size=1, trainer=make_trainer(config))
+    model.save_to(target)
