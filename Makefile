@@ -1,0 +1,54 @@
+# Everything lives in .venv here; models and texts are cached in ~/.cache/nemo_minitron (or $NEMO_MINITRON_CACHE).
+
+PYTHON ?= python3
+RUN ?= runs/demo
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## show this list
+	@echo "make TARGET  (PYTHON=$(PYTHON) RUN=$(RUN) TESTS=$(TESTS))"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 15
+
+.PHONY: install
+install: $(STAMP)  ## make .venv and install the tested set into it (minutes)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[train,test]' --constraint constraints.txt
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP)  ## prune and distill a real model, SmolLM2-135M, into RUN
+	$(BIN)/nemo-minitron demo --run-dir $(RUN)
+
+.PHONY: test
+test: lint  ## lint, then run the tests in TESTS
+	$(BIN)/python -m pytest -q $(TESTS)
+
+.PHONY: lint
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: constraints
+constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(PIP) freeze --exclude-editable | sed -n '/==/s/+.*//p' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
+	mv constraints.new constraints.txt
+
+.PHONY: clean
+clean:  ## remove caches and build products; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
