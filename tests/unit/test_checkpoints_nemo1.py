@@ -1,4 +1,4 @@
-"""Checkpoint folders and `.nemo` files: torch and Megatron-Core read ours, we read theirs, equal input gives equal bytes."""
+"""Checkpoint folders and `.nemo` files: torch and Megatron-Core read ours, we read theirs; equal bytes for equal input."""
 
 import hashlib
 import io

