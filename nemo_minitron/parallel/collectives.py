@@ -13,6 +13,11 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup, ReduceOp
 
 
+def split_group(group: ProcessGroup | None) -> ProcessGroup | None:
+    """The group, or None if it has a single rank: then nothing is split and no collective is worth calling."""
+    return None if group is None or distributed.get_world_size(group) == 1 else group
+
+
 def group_size(group: ProcessGroup | None) -> int:
     """Number of ranks; 1 when not split."""
     return 1 if group is None else distributed.get_world_size(group)

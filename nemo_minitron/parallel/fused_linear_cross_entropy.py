@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_minitron.parallel.collectives import gather
+from nemo_minitron.parallel.collectives import gather, split_group
 from nemo_minitron.parallel.fused_linear import (
     LinearGradient,
     Tokens,
@@ -73,7 +73,7 @@ def fused_linear_cross_entropy(
         tokens=tokens,
         real=real_columns(weight.shape[0], vocab_size=vocab_size, tp=tp),
         chunk_tokens=chunk_tokens,
-        tp=tp,
+        tp=split_group(tp),
         wanted=(grad and hidden.requires_grad, grad and weight.requires_grad),
     )
     ce_sum, correct = _FusedLinearCrossEntropy.apply(hidden, weight, job)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_minitron.parallel.collectives import gather
+from nemo_minitron.parallel.collectives import gather, split_group
 from nemo_minitron.parallel.fused_linear import (
     WORKSPACE,
     LinearGradient,
@@ -101,7 +101,7 @@ def fused_linear_kl(  # noqa: PLR0917 - two pairs and their mask and labels, in 
         temperature=temperature,
         real=real_columns(student_weight.shape[0], vocab_size=vocab_size, tp=tp),
         chunk_tokens=chunk_tokens,
-        tp=tp,
+        tp=split_group(tp),
         statistics=statistics,
         wanted=(grad and student_hidden.requires_grad, grad and student_weight.requires_grad),
     )

@@ -1,0 +1,80 @@
+"""What ranks do in the tests of the importance collector: score a small random model at some layout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from tests.parallel.megatron_jobs import ONE, SPECS, global_batch
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """One scoring run."""
+
+    spec: str
+    parallel: ParallelConfig = ONE
+    micro_batch_size: int = 1
+    rounds: int = 2
+    """The global batch is split into this many smaller ones."""
+    poison: int | None = None
+    """Layer whose MLP weight is made infinite."""
+
+
+def score(case: ScoreCase) -> dict[str, torch.Tensor]:
+    from nemo_minitron.megatron import runtime
+    from nemo_minitron.megatron.build import build_chunks
+    from nemo_minitron.megatron.forward import MicroBatch, collect_hidden
+    from nemo_minitron.megatron.hooks import ImportanceCollector
+
+    here = runtime.start(case.parallel, seed=0)
+    spec = SPECS[case.spec]
+    try:
+        chunks = build_chunks(spec, here, Precision.FP32, trainable=False, seed=3)
+        for chunk in chunks:
+            for layer in chunk.decoder.layers:
+                sharpen(layer)
+                if layer.layer_number - 1 == case.poison:
+                    layer.mlp.linear_fc1.weight.data.fill_(torch.inf)
+        tokens, labels, keep = global_batch()
+        mine = slice(here.dp_rank, None, here.dp_size)
+        whole = MicroBatch.of(tokens[mine], labels[mine], keep[mine])
+        with ImportanceCollector(chunks, here, spec) as collector:
+            for part in whole.split(len(whole.tokens) // case.rounds):
+                micro_batches = part.split(case.micro_batch_size)
+                collector.expect([micro_batch.keep for micro_batch in micro_batches])
+                collect_hidden(chunks, micro_batches, here)
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for chunk in chunks for m in chunk.modules()]
+        assert sum(hooks) == 0, "hooks were left behind"
+        return collector.result()
+    finally:
+        runtime.stop()
+
+
+def sharpen(layer: Any) -> None:
+    """Make attention and norms of a freshly drawn layer do something, the same at every layout."""
+    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+        norm.weight.data.mul_(torch.linspace(0.5, 1.5, norm.weight.numel()))
+    for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+        linear.weight.data.mul_(12)
+
+
+def score_all(cases: list[ScoreCase]) -> list[dict[str, torch.Tensor]]:
+    return [score(case) for case in cases]
+
+
+def activations() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """Weights of the tied model by parameter name, and what one rank's scoring says of it; the mask last."""
+    from nemo_minitron.megatron import runtime
+    from nemo_minitron.megatron.build import build_chunks
+
+    here = runtime.start(ParallelConfig(), seed=0)
+    try:
+        (chunk,) = build_chunks(SPECS["tied"], here, Precision.FP32, trainable=False, seed=3)
+        for layer in chunk.decoder.layers:
+            sharpen(layer)
+        weights = {weight.name: parameter.detach().clone() for weight, parameter in chunk.named_weights()}
+    finally:
+        runtime.stop()
+    return weights, score(ScoreCase("tied", micro_batch_size=4)), global_batch()[2]
