@@ -1,4 +1,4 @@
-"""The four formulas a decoder layer spends its time in, with backward passes written for the CPU.
+"""The formulas a decoder layer spends its time in, with backward passes written for the CPU.
 
 Plain PyTorch is memory-bound here: every element-wise step is a pass over `[tokens, channels]`, autograd keeps each
 intermediate, and the CPU backward of scaled-dot-product attention in bf16 is slow. The functions below do their sums in
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-EXPLICIT_ATTENTION_LIMIT = 1024
-"""Longest sequence whose attention weights are kept for the backward pass: they take S * S numbers a head."""
+QUERY_BLOCK = 128
+"""Queries a head that attention's backward pass takes at a time: 64 and 128 are fastest, 256 leaves the cache."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -27,22 +27,24 @@ def _wide(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
+        wide, weight_wide = _wide(x), _wide(weight)
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = torch.mul(wide, scale) if wide is x else wide.mul_(scale)
+        if not any(ctx.needs_input_grad):
+            return normed.mul_(weight_wide).to(x.dtype)
         ctx.save_for_backward(normed, scale, weight)
-        return (normed * weight).to(x.dtype)
+        return (normed * weight_wide).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normed, scale, weight = ctx.saved_tensors
-        wide = _wide(grad)
+        wide, weight_wide = _wide(grad), _wide(weight)
         product = wide * normed
         grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         # d x = scale * (w g - n * mean(w g n)), from n = x * scale(x).
-        mean = (product @ weight.to(product.dtype).unsqueeze(-1)).div_(-normed.shape[-1])
-        wide = torch.mul(wide, weight) if wide is grad else wide.mul_(weight)
+        mean = (product @ weight_wide.unsqueeze(-1)).div_(-normed.shape[-1])
+        wide = torch.mul(wide, weight_wide) if wide is grad else wide.mul_(weight_wide)
         return wide.addcmul_(normed, mean).mul_(scale).to(grad.dtype), grad_weight, None
 
 
@@ -56,30 +58,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return result
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2F] = [gate; up]`; shape `[..., F]`. Source: Shazeer, arXiv:2002.05202, eq. 6."""
-    if gate_up.is_cuda:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,7 +98,7 @@ def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _heads_first(qkv: Tensor, groups: int, head_dim: int) -> Tensor:
-    """`[S, B, G * (R + 2) * D]` as a contiguous `[B * G, R + 2, S, D]`."""
+    """`[S, B, G * (R + 2) * D]` as `[B * G, R + 2, S, D]`."""
     length, batch, width = qkv.shape
     split = qkv.view(length, batch, groups, width // groups // head_dim, head_dim)
     return split.permute(1, 2, 3, 0, 4).reshape(batch * groups, -1, length, head_dim)
@@ -129,54 +111,64 @@ def _tokens_first(x: Tensor, batch: int) -> Tensor:
     return split.permute(3, 0, 1, 2, 4).reshape(length, batch, -1)
 
 
-class _ExplicitAttention(torch.autograd.Function):
-    """Attention weights computed, kept and reused; the query heads of a KV group share one matrix product."""
+class _Attention(torch.autograd.Function):
+    """The fused kernel forward; backward, attention weights are computed again for one block of queries at a time.
+
+    A block looks at no key behind its last query, which spares almost half of the work, and stays in the cache. The
+    query heads of a KV group share their matrix products. Memory does not grow with the square of the sequence.
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], groups: int, head_dim: int) -> Tensor:
         x = _heads_first(qkv, groups, head_dim)
-        heads, length = x.shape[1] - 2, x.shape[2]
         turned = _rotate(x[:, :-1], *tables)
-        q, k, v = turned[:, :-1].flatten(1, 2), turned[:, -1], x[:, -1]
-        scores = torch.bmm(q, k.mT).view(-1, heads, length, length)
-        weights = torch.add(_causal_bias(scores), scores, alpha=head_dim**-0.5)
-        torch.softmax(weights, -1, out=weights)
-        weights = weights.to(qkv.dtype).flatten(1, 2)
-        out = torch.bmm(weights, v)
-        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.save_for_backward(turned, x)
         ctx.tables, ctx.groups, ctx.batch = tables, groups, qkv.shape[1]
-        return _tokens_first(out.view(-1, heads, length, head_dim), ctx.batch)
+        return _fused_attention(turned, x[:, -1], ctx.batch)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        q, k, v, weights, out = ctx.saved_tensors
-        length, head_dim = k.shape[1:]
-        heads = q.shape[1] // length
-        grad_out = _heads_first(grad, ctx.groups, head_dim).flatten(1, 2)
-        grad_scores = torch.bmm(grad_out, v.mT)
-        # Softmax backward: p * (dp - sum(p dp)), and sum(p dp) = out . d out.
-        grad_scores.sub_((grad_out * out).sum(-1, keepdim=True)).mul_(weights)
-        grad_qk = k.new_empty(k.shape[0], heads + 1, length, head_dim)
-        grad_qk[:, :-1] = torch.bmm(grad_scores, k).view(-1, heads, length, head_dim)
-        grad_qk[:, -1] = torch.bmm(grad_scores.mT, q)
-        grad_qk.mul_(head_dim**-0.5)
-        grad_v = torch.bmm(weights.mT, grad_out).unsqueeze(1)
-        grad_qkv = torch.cat([_rotate_back(grad_qk, *ctx.tables), grad_v], dim=1)
-        return _tokens_first(grad_qkv, ctx.batch), None, None, None
+        turned, x = ctx.saved_tensors
+        heads, length, head_dim = x.shape[1] - 2, *x.shape[2:]
+        queries, keys, values = turned[:, :-1], turned[:, -1], x[:, -1]
+        grad_out = _heads_first(grad, ctx.groups, head_dim)
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_keys = _wide(torch.zeros_like(keys))
+        grad_values = torch.zeros_like(grad_keys)
+        for start in range(0, length, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, length)
+            q = queries[:, :, start:end].flatten(1, 2)
+            d_out = grad_out[:, :, start:end].flatten(1, 2)
+            k, v = keys[:, :end], values[:, :end]
+            weights = _attention_weights(q, k, heads)
+            grad_values[:, :end] += weights.mT @ d_out
+            grad_scores = torch.ops.aten._softmax_backward_data(d_out @ v.mT, weights, -1, weights.dtype)
+            result[:, :-2, start:end] = (grad_scores @ k).unflatten(1, (heads, end - start))
+            grad_keys[:, :end] += grad_scores.mT @ q
+        result[:, -2] = grad_keys
+        result[:, :-1] = _rotate_back(result[:, :-1].mul_(head_dim**-0.5), *ctx.tables)
+        result[:, -1] = grad_values
+        return _tokens_first(result, ctx.batch), None, None, None
 
 
-_biases: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+def _attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """Softmax of `[BG, R * block, D]` queries, the last ones, over `[BG, keys, D]`: `[BG, R * block, keys]`."""
+    rows, keys = q.shape[1] // heads, k.shape[1]
+    # A product of bf16 comes back in bf16; the new fp32 tensor may be written over.
+    scores = _wide(q @ k.mT).mul_(q.shape[-1] ** -0.5)
+    future = torch.full((rows, rows), -torch.inf, dtype=scores.dtype).triu_(1)
+    scores.unflatten(1, (heads, rows))[..., keys - rows :].add_(future)
+    return torch.softmax(scores, -1, out=scores).to(q.dtype)
 
 
-def _causal_bias(scores: Tensor) -> Tensor:
-    """`[S, S]` with 0 where a token may look and minus infinity where it may not, at least fp32."""
-    length = scores.shape[-1]
-    dtype = torch.float64 if scores.dtype is torch.float64 else torch.float32
-    key = (length, dtype, scores.device)
-    if key not in _biases:
-        _biases.clear()
-        _biases[key] = torch.full((length, length), -torch.inf, dtype=dtype, device=scores.device).triu_(1)
-    return _biases[key]
+def _fused_attention(turned: Tensor, values: Tensor, batch: int) -> Tensor:
+    """Attention of `[B * G, R + 1, S, D]` rotated queries and keys and `[B * G, S, D]` values: `[S, B, G * R * D]`."""
+    length, head_dim = values.shape[1:]
+    q = turned[:, :-1].reshape(batch, -1, length, head_dim)
+    k = turned[:, -1].reshape(batch, -1, length, head_dim)
+    v = values.reshape(batch, -1, length, head_dim)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
 def causal_attention(qkv: Tensor, tables: tuple[Tensor, Tensor], *, groups: int, head_dim: int) -> Tensor:
@@ -191,13 +183,7 @@ def causal_attention(qkv: Tensor, tables: tuple[Tensor, Tensor], *, groups: int,
     Returns:
         `[S, B, G * R * D]`, query heads in the order of their groups.
     """
-    length, batch = qkv.shape[:2]
-    if torch.is_grad_enabled() and qkv.requires_grad and not qkv.is_cuda and length <= EXPLICIT_ATTENTION_LIMIT:
-        return _ExplicitAttention.apply(qkv, tables, groups, head_dim)
+    if torch.is_grad_enabled() and qkv.requires_grad and not qkv.is_cuda:
+        return _Attention.apply(qkv, tables, groups, head_dim)
     x = _heads_first(qkv, groups, head_dim)
-    turned = _rotate(x[:, :-1], *tables)
-    q = turned[:, :-1].reshape(batch, -1, length, head_dim)
-    k = turned[:, -1].view(batch, groups, length, head_dim)
-    v = x[:, -1].view(batch, groups, length, head_dim)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
+    return _fused_attention(_rotate(x[:, :-1], *tables), x[:, -1], qkv.shape[1])
