@@ -70,6 +70,8 @@ class MegatronConnector(SaveRestoreConnector):
         calling_cls._set_model_restore_state(is_being_restored=True)
         try:
             model = calling_cls.from_config_dict(config, trainer=trainer)
+            model.tokenizer_files = source.tokenizer_files()
+            model.lineage = dict(source.lineage)
             model.configure_model()
             if isinstance(source, NemoSource) and source.path.is_dir():
                 load_weights(model.chunks, source.path)
@@ -77,8 +79,6 @@ class MegatronConnector(SaveRestoreConnector):
                 fill_from(model.chunks, source, model.runtime)
         finally:
             calling_cls._set_model_restore_state(is_being_restored=False)
-        model.tokenizer_files = source.tokenizer_files()
-        model.lineage = dict(source.lineage)
         return model
 
 

@@ -16,7 +16,14 @@ def run(context: StageContext) -> dict[str, Any]:
     teacher = open_checkpoint(context.run.stage("import") / "teacher")
     tokenizer = load_tokenizer(teacher.tokenizer_files())
     config = context.config
-    info = write_token_files(_documents(context), tokenizer, context.out, config.data, seed=config.seed)
+    info = write_token_files(
+        _documents(context),
+        tokenizer,
+        context.out,
+        config.data,
+        seed=config.seed,
+        vocab_size=teacher.spec.vocab_size,
+    )
     return info | {"summary": ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in info["splits"].items())}
 
 

@@ -56,6 +56,6 @@ def _one(context: StageContext, folder: Path) -> tuple[float, int, str]:
     metrics = trainer.validate(model, dataloaders=batches, verbose=False)[0]
     tokenizer = load_tokenizer(model.tokenizer_files)
     prompt = tokenizer.encode(settings.prompt)
-    tokens = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens)
+    tokens = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens, end=tokenizer.eos_token_id)
     counted = int(model.validation_totals["tokens"])
     return metrics["val/ce"], counted, tokenizer.decode(tokens, skip_special_tokens=True)
