@@ -1,0 +1,114 @@
+"""Norm, gate and attention of the local layer, against float64 references written with loops or by torch."""
+
+import math
+
+import pytest
+import torch
+
+from nemo_minitron.megatron import functional
+from nemo_minitron.megatron.functional import causal_attention, rms_norm, rotary_tables, swiglu
+from tests.tolerances import TOL
+
+GROUPS, HEADS, DIM = 2, 3, 8  # KV groups, query heads of a group, channels of a head
+
+
+def angles(length: int, rotated: int = DIM) -> torch.Tensor:
+    frequencies = 100.0 ** (-torch.arange(0, rotated, 2) / rotated)
+    half = torch.outer(torch.arange(length).double(), frequencies.double())
+    return torch.cat([half, half], dim=-1)[:, None, None]
+
+
+def reference_attention(qkv: torch.Tensor, rotated: int) -> torch.Tensor:
+    """One query at a time, pairs of channels turned as complex numbers."""
+    length, batch, _ = qkv.shape
+    x = qkv.reshape(length, batch, GROUPS, HEADS + 2, DIM)
+    half = rotated // 2
+    turns = torch.polar(torch.ones(length, half, dtype=torch.float64), angles(length, rotated)[:, 0, 0, :half])
+
+    def turn(vector: torch.Tensor, position: int) -> torch.Tensor:
+        pairs = torch.complex(vector[..., :half], vector[..., half:rotated]) * turns[position]
+        return torch.cat([pairs.real, pairs.imag, vector[..., rotated:]], dim=-1)
+
+    rows = []
+    for position in range(length):
+        heads = []
+        for group in range(GROUPS):
+            keys = torch.stack([turn(x[p, :, group, HEADS], p) for p in range(position + 1)])
+            for head in range(HEADS):
+                query = turn(x[position, :, group, head], position)
+                weights = torch.softmax((keys * query).sum(-1) / math.sqrt(DIM), dim=0)
+                heads.append((weights[..., None] * x[: position + 1, :, group, HEADS + 1]).sum(0))
+        rows.append(torch.cat(heads, dim=-1))
+    return torch.stack(rows)
+
+
+def random_qkv(length: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    qkv = torch.randn(length, batch, GROUPS * (HEADS + 2) * DIM, generator=generator, dtype=torch.float64)
+    return qkv.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("rotated", [DIM, DIM // 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_and_its_gradient(dtype: torch.dtype, rotated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "QUERY_BLOCK", 4)  # several blocks, the last one shorter
+    qkv = random_qkv(11, dtype=dtype)
+    exact = qkv.detach().double().requires_grad_()
+    tables = rotary_tables(angles(11, rotated), dtype)
+    out = causal_attention(qkv, tables, groups=GROUPS, head_dim=DIM)
+    expected = reference_attention(exact, rotated)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out.backward(grad.to(dtype))
+    expected.backward(grad)
+    # bf16 rounds the products inside the gradient twice more.
+    loose = {"rtol": 3e-2, "atol": 3e-2} if dtype is torch.bfloat16 else TOL[dtype]
+    torch.testing.assert_close(out.double(), expected, **loose)
+    torch.testing.assert_close(qkv.grad.double(), exact.grad, **loose)
+
+
+def test_attention_without_a_graph_is_the_same() -> None:
+    qkv = random_qkv(9)
+    tables = rotary_tables(angles(9), torch.float64)
+    with torch.no_grad():
+        silent = causal_attention(qkv, tables, groups=GROUPS, head_dim=DIM)
+    torch.testing.assert_close(silent, causal_attention(qkv, tables, groups=GROUPS, head_dim=DIM), **TOL[torch.float64])
+
+
+def test_gradients_by_finite_differences() -> None:
+    tables = rotary_tables(angles(5), torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda qkv: causal_attention(qkv, tables, groups=GROUPS, head_dim=DIM), random_qkv(5, batch=1)
+    )
+    x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 6), (6,)))
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-3), (x, weight))
+    assert torch.autograd.gradcheck(swiglu, x)
+
+
+def test_norm_of_a_known_vector() -> None:
+    # Mean square of (3, 4, 0, 0) is 25 / 4; with eps 6.0 the root is 3.5.
+    x = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
+    normed = rms_norm(x, torch.tensor([1.0, 2.0, 1.0, 1.0]), 6.0)
+    torch.testing.assert_close(normed, torch.tensor([[3.0, 8.0, 0.0, 0.0]]) / 3.5)
+
+
+def test_inputs_are_left_alone() -> None:
+    x, weight = torch.randn(4, 2, 6), torch.randn(6)
+    copies = x.clone(), weight.clone()
+    rms_norm(x, weight, 1e-5)
+    swiglu(x)
+    qkv = random_qkv(4, dtype=torch.float32).detach()
+    before = qkv.clone()
+    causal_attention(qkv, rotary_tables(angles(4), torch.float32), groups=GROUPS, head_dim=DIM)
+    assert torch.equal(x, copies[0])
+    assert torch.equal(weight, copies[1])
+    assert torch.equal(qkv, before)
+
+
+def test_a_token_does_not_see_later_ones() -> None:
+    qkv = random_qkv(8).detach()
+    changed = qkv.clone()
+    changed[5:] += 1.0
+    tables = rotary_tables(angles(8), torch.float64)
+    outs = [causal_attention(x, tables, groups=GROUPS, head_dim=DIM) for x in (qkv, changed)]
+    assert torch.equal(outs[0][:5], outs[1][:5])
+    assert not torch.allclose(outs[0][5:], outs[1][5:])
