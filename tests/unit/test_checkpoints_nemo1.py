@@ -1,4 +1,4 @@
-"""Checkpoint folders and `.nemo` files: torch and Megatron-Core read ours, we read theirs; equal bytes for equal input."""
+"""Checkpoint folders and `.nemo` files: torch and Megatron-Core read ours, we read theirs; bytes are reproducible."""
 
 import hashlib
 import io

@@ -2,10 +2,11 @@
 
 from nemo_minitron.arch.families.base import Family
 from nemo_minitron.arch.families.llama import LLAMA
+from nemo_minitron.arch.families.mistral import MISTRAL
 from nemo_minitron.arch.families.qwen2 import QWEN2
 from nemo_minitron.errors import SpecError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 
 
 def family_named(name: str) -> Family:

@@ -98,7 +98,15 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     return read_llama_like(config, family="llama", qkv_bias=False)
 
 
+def write_mistral(spec: ModelSpec) -> dict[str, Any]:
+    """`config.json` data for the Mistral class without a sliding window."""
+    return write_llama_like(spec, model_type="mistral", architecture="MistralForCausalLM") | {"sliding_window": None}
+
+
 def _write(spec: ModelSpec) -> dict[str, Any]:
+    if spec.hidden_size % spec.layer.num_attention_heads:
+        # transformers refuses such a LlamaConfig, explicit head_dim or not. Its Mistral class computes the same.
+        return write_mistral(spec)
     extra = {"attention_bias": False, "mlp_bias": False}
     return write_llama_like(spec, model_type="llama", architecture="LlamaForCausalLM") | extra
 
