@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.callbacks.reporter import duration
+from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.version import __version__
@@ -39,7 +39,7 @@ def _table(run: RunFolder) -> list[str]:
     for name, value in perplexity.items():
         count = teacher if name == "teacher" else student
         ratio = "" if name == "teacher" else f"x {value / perplexity['teacher']:.2f}"
-        rows.append((name, f"{count / 1e6:,.1f}M", f"{value:,.2f}", ratio))
+        rows.append((name, compact(count), f"{value:,.2f}", ratio))
     seconds = sum(_seconds(run))
     return [*(f"{a:<10}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows), "", f"time     {duration(seconds)}"]
 

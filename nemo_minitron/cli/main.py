@@ -41,13 +41,19 @@ DryRun = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every library's own messages.")]
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command(rich_help_panel=WHOLE)

@@ -16,7 +16,7 @@ from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.plan import Action, Step, decide, select
 from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import Alone, Team, as_echo
+from nemo_minitron.stages.team import Alone, Team, as_echo, start_collectives
 from nemo_minitron.version import __version__
 
 T = TypeVar("T")
@@ -114,6 +114,7 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
     with signals.deferred() if stage.saves_when_stopped else nullcontext():
         try:
             if stage.collective:
+                start_collectives(request.config.parallel, seed=request.config.seed)
                 result = _guarded(stage, context)
                 team.barrier()
             else:

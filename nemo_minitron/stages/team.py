@@ -82,6 +82,13 @@ class Ranks:
         self._runtime.barrier()
 
 
+def start_collectives(parallel: ParallelConfig, *, seed: int) -> None:
+    """Before a stage that all ranks run: groups, seeds and the CPU bridge, for one process too. Idempotent."""
+    from nemo_minitron.megatron import runtime
+
+    runtime.start(parallel, seed=seed)
+
+
 def environment_rank() -> tuple[int, int]:
     """Rank and world size that torchrun or srun gave this process; `(0, 1)` when started alone.
 

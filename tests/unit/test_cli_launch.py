@@ -1,0 +1,156 @@
+"""Starting several ranks: their environment, their errors, their signals, and that none is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from nemo_minitron.cli import launch
+module = Path(sys.argv[1])
+launch.sys.executable = str(module / "python")
+sys.exit(launch.start(["x"], ranks=3))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts three ranks of a given program in place of `python -m nemo_minitron`."""
+
+    def begin(program: str) -> "subprocess.Popen[str]":
+        (tmp_path / "program.py").write_text(textwrap.dedent(program))
+        (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/program.py {tmp_path}\n")
+        (tmp_path / "python").chmod(0o755)
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return begin
+
+
+def finish(process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def test_every_rank_knows_its_place_and_rank_zero_owns_the_output(start, tmp_path):
+    status, out, err = finish(
+        start(
+            """
+            import os, sys
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+            open(sys.argv[1] + "/rank" + os.environ["RANK"], "w").write(" ".join(os.environ[name] for name in names))
+            print("said by", os.environ["RANK"]); print("complained", os.environ["RANK"], file=sys.stderr)
+            """
+        )
+    )
+    assert status == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(3)] == [f"{r} {r} 3 127.0.0.1" for r in range(3)]
+    assert out == "said by 0\n"
+    assert err == "complained 0\n"
+
+
+def test_an_error_of_all_ranks_is_shown_once(start):
+    status, _, err = finish(
+        start(
+            """
+            import os, sys
+            print("error: bad key", file=sys.stderr); sys.exit(2)
+            """
+        )
+    )
+    assert status == 2
+    assert err == "error: bad key\n"
+
+
+def test_an_error_of_one_rank_is_shown_and_ends_the_others(start):
+    began = time.monotonic()
+    status, _, err = finish(
+        start(
+            """
+            import os, sys, time
+            if os.environ["RANK"] == "2":
+                print("rank 2: out of memory", file=sys.stderr); sys.exit(1)
+            time.sleep(60)
+            """
+        )
+    )
+    assert status == 1
+    assert err == "rank 2: out of memory\n"
+    assert time.monotonic() - began < 20
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_reach_every_rank(start, tmp_path, number):
+    process = start(
+        """
+        import os, signal, sys, time
+        from pathlib import Path
+        rank, folder = os.environ["RANK"], Path(sys.argv[1])
+        def stop(number, frame):
+            (folder / ("saved" + rank)).touch()
+            sys.exit(128 + number)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, stop)
+        (folder / ("ready" + rank)).touch()
+        time.sleep(60)
+        """
+    )
+    for rank in range(3):
+        wait_for(tmp_path / f"ready{rank}")
+    process.send_signal(number)
+    status, _, err = finish(process)
+    assert status == 128 + number
+    assert all((tmp_path / f"saved{rank}").exists() for rank in range(3))
+    assert err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends orphans on Linux only")
+def test_no_rank_outlives_a_killed_launcher(start, tmp_path):
+    process = start(
+        """
+        import os, sys, time
+        from pathlib import Path
+        path = Path(sys.argv[1]) / ("pid" + os.environ["RANK"])
+        path.with_suffix(".tmp").write_text(str(os.getpid()))
+        path.with_suffix(".tmp").rename(path)
+        time.sleep(60)
+        """
+    )
+    for rank in range(3):
+        wait_for(tmp_path / f"pid{rank}")
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(3)]
+    process.kill()
+    finish(process)
+    end = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_threads_are_shared_out_unless_the_user_said(start, monkeypatch):
+    program = """
+        import os
+        print(os.environ["OMP_NUM_THREADS"])
+        """
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert finish(start(program))[1] == f"{max(1, len(os.sched_getaffinity(0)) // 3)}\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert finish(start(program))[1] == "7\n"
