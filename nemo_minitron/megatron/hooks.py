@@ -53,6 +53,9 @@ class _Chunk:
     next_micro_batch: int = 0
     masks: _Masks | None = None
     moments: dict[Site, SequenceMoments] = field(default_factory=dict)
+    sums: SiteSums | None = None
+    """Of all sites side by side, in the order of `widths`."""
+    widths: dict[Site, int] = field(default_factory=dict)
 
 
 class ImportanceCollector:
@@ -72,7 +75,6 @@ class ImportanceCollector:
         self._chunks = [unwrap(chunk) for chunk in chunks]
         self._runtime = runtime
         self._spec = spec
-        self._sums: dict[Site, SiteSums] = {}
         self._influence: dict[int, Tensor] = {}
         self._samples = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=runtime.device)
@@ -151,10 +153,11 @@ class ImportanceCollector:
 
     def _end(self, state: _Chunk) -> Callable[..., None]:
         def hook(chunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for site, moments in self._over_sequence(state.moments).items():
-                if site not in self._sums:
-                    self._sums[site] = SiteSums.zeros(moments.sum.shape[-1], moments.sum.device)
-                self._sums[site].add_(moments)
+            moments = SequenceMoments.joined(list(self._over_sequence(state.moments).values()))
+            if state.sums is None:
+                state.widths = {site: value.sums.shape[-1] for site, value in state.moments.items()}
+                state.sums = SiteSums.zeros(sum(state.widths.values()), moments.sums.device)
+            state.sums.add_(moments)
             state.moments.clear()
 
         return hook
@@ -225,19 +228,28 @@ class ImportanceCollector:
             yield (number, site), channels, slice(start, start + size)
             start += size
 
+    def _own_sums(self) -> dict[Site, Tensor]:
+        """The six rows of each site that this rank has seen."""
+        found: dict[Site, Tensor] = {}
+        for state in self._states:
+            if state.sums is not None:
+                parts = state.sums.values.split(list(state.widths.values()), dim=1)
+                found |= dict(zip(state.widths, parts, strict=True))
+        return found
+
     def _reduced(self) -> Tensor:
         """Every sum of the whole model in one flat tensor, added up over all ranks, each part counted once."""
         runtime, parallel = self._runtime, self._runtime.parallel
-        places = list(self._layout())
+        places, mine = list(self._layout()), self._own_sums()
         size = places[-1][2].stop
         flat = torch.zeros(size + self._spec.num_layers + 2, dtype=torch.float64, device=runtime.device)
         once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
         for site, channels, place in places:
-            sums = self._sums.get(site)
-            if sums is None or not once_a_copy or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
+            values = mine.get(site)
+            if values is None or not once_a_copy or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
                 continue
-            first = 0 if site[1] in HIDDEN_SITES else runtime.tp_rank * sums.values.shape[1]
-            flat[place].view(-1, channels)[:, first : first + sums.values.shape[1]] = sums.values
+            first = 0 if site[1] in HIDDEN_SITES else runtime.tp_rank * values.shape[1]
+            flat[place].view(-1, channels)[:, first : first + values.shape[1]] = values
         if parallel.sequence_parallel or runtime.tp_rank == 0:
             for number, total in self._influence.items():
                 flat[size + number] = total
@@ -265,12 +277,12 @@ def _announced(state: _Chunk) -> _Masks:
 
 def _summed(moments: dict[Site, SequenceMoments], group: dist.ProcessGroup) -> dict[Site, SequenceMoments]:
     """The moments of all sites added up over a group, in one transfer."""
-    parts = [part for value in moments.values() for part in (value.abs_sum, value.square_sum, value.sum, value.count)]
+    parts = [part for value in moments.values() for part in (value.sums, value.count)]
     flat = sum_over(torch.cat([part.flatten() for part in parts]), group)
     summed = iter(
         piece.view_as(part) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
     )
-    return {site: SequenceMoments(next(summed), next(summed), next(summed), next(summed)) for site in moments}
+    return {site: SequenceMoments(next(summed), next(summed)) for site in moments}
 
 
 def _check_finite(sums: Tensor, place: str) -> None:

@@ -18,19 +18,18 @@ def token_dissimilarity(x_in_SBH: Tensor, x_out_SBH: Tensor) -> Tensor:
     """
     x_in, x_out = x_in_SBH.flatten(0, 1), x_out_SBH.flatten(0, 1)
     tokens, hidden = x_in.shape
+    wide = torch.float64 if x_in.dtype == torch.float64 else torch.float32
     rows = max(1, _BLOCK_ELEMENTS // hidden) if x_in.device.type == "cpu" else max(1, tokens)
-    result = torch.empty(tokens, dtype=_wide(x_in), device=x_in.device)
+    a_RH, b_RH = torch.empty((2, min(rows, tokens), hidden), dtype=wide, device=x_in.device)
+    norms_3N = torch.empty((3, tokens), dtype=wide, device=x_in.device)
     for start in range(0, tokens, rows):
-        block = slice(start, start + rows)
-        result[block] = 1 - _cosine(x_in[block], x_out[block])
-    return result.view(x_in_SBH.shape[:2])
-
-
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.to(_wide(x)), y.to(_wide(y))
-    norms: Tensor = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-    return (x * y).sum(-1) / norms.clamp_min(_TINY)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        dot, in_norm, out_norm = norms_3N[:, start : start + rows].unbind()
+        a, b = (
+            a_RH[: dot.shape[0]].copy_(x_in[start : start + rows]),
+            b_RH[: dot.shape[0]].copy_(x_out[start : start + rows]),
+        )
+        torch.linalg.vector_norm(a, dim=-1, out=in_norm)
+        torch.linalg.vector_norm(b, dim=-1, out=out_norm)
+        torch.sum(a.mul_(b), -1, out=dot)
+    cosine: Tensor = norms_3N[0] / (norms_3N[1] * norms_3N[2]).clamp_min(_TINY)
+    return (1 - cosine).view(x_in_SBH.shape[:2])

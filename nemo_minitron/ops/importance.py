@@ -11,6 +11,7 @@ sequence) aggregations follow later, and which add up over micro-batches, ranks 
 Shapes: S sequence, B samples of a micro-batch, C channels of a site, H query heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,30 +32,28 @@ class Aggregation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceMoments:
-    """Sums over kept positions of a sequence, float64. Shards of a sequence (context parallelism) add up."""
+    """Sums over kept positions of a sequence. Shards of a sequence (context parallelism) add up."""
 
-    abs_sum: Tensor
-    """`[B, C]`, like the next two."""
-    square_sum: Tensor
-    sum: Tensor
+    sums: Tensor
+    """`[3, B, C]` float64: of |x|, of x^2, of x."""
     count: Tensor
-    """`[B]`: kept positions of each sample."""
+    """`[B]` float64: kept positions of each sample."""
 
     def plus(self, other: "SequenceMoments") -> "SequenceMoments":
         """The moments of both shards together."""
-        return SequenceMoments(
-            self.abs_sum + other.abs_sum,
-            self.square_sum + other.square_sum,
-            self.sum + other.sum,
-            self.count + other.count,
-        )
+        return SequenceMoments(self.sums + other.sums, self.count + other.count)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`m, n, v` of every sample, each `[B, C]`; zeros for a sample without kept positions."""
-        count_B1 = self.count.clamp_min(1)[:, None]
-        mean_BC = self.sum / count_B1
-        var_BC = (self.square_sum / count_B1 - mean_BC.square()).clamp_min(0)
-        return self.abs_sum / count_B1, self.square_sum.sqrt(), var_BC
+    def finish(self) -> Tensor:
+        """m, n and v of every sample, `[3, B, C]`; zeros for a sample without kept positions."""
+        abs_sum, square_sum, total = self.sums
+        share_B1 = self.count.clamp_min(1).reciprocal()[:, None]
+        variance = (square_sum * share_B1).sub_((total * share_B1).square_()).clamp_min_(0)
+        return torch.stack([abs_sum * share_B1, square_sum.sqrt(), variance])
+
+    @staticmethod
+    def joined(sites: Sequence["SequenceMoments"]) -> "SequenceMoments":
+        """The channels of several sites of the same samples side by side."""
+        return SequenceMoments(torch.cat([site.sums for site in sites], -1), sites[0].count)
 
 
 def sequence_moments(x_SBC: Tensor, keep_BS: Tensor | None = None) -> SequenceMoments:
@@ -68,28 +67,33 @@ def sequence_moments(x_SBC: Tensor, keep_BS: Tensor | None = None) -> SequenceMo
         keep_BS: True where a position counts; None keeps all, which is faster.
     """
     size, samples, channels = x_SBC.shape
+    width = samples * channels
+    wide = torch.float64 if x_SBC.dtype == torch.float64 else torch.float32
+    rows = max(1, min(size, _BLOCK_ELEMENTS // max(1, width)))
+    buffer = torch.empty((rows, width), dtype=wide, device=x_SBC.device)
+    starts = range(0, size, rows)
+    parts_3PD = torch.zeros((3, len(starts), width), dtype=wide, device=x_SBC.device)
+    for index, start in enumerate(starts):
+        x_RD = x_SBC[start : start + rows].reshape(-1, width)
+        block_RD = buffer[: x_RD.shape[0]]
+        if x_RD.dtype != wide or keep_BS is not None:
+            x_RD = block_RD.copy_(x_RD)
+        if keep_BS is not None:
+            dropped_RB1 = ~keep_BS[:, start : start + rows].t().unsqueeze(-1)
+            block_RD.view(-1, samples, channels).masked_fill_(dropped_RB1, 0)
+        torch.sum(x_RD, 0, out=parts_3PD[2, index])
+        torch.sum(torch.abs(x_RD, out=block_RD), 0, out=parts_3PD[0, index])
+        torch.sum(block_RD.mul_(block_RD), 0, out=parts_3PD[1, index])
     if keep_BS is None:
         count_B = torch.full((samples,), size, dtype=torch.float64, device=x_SBC.device)
     else:
         count_B = keep_BS.sum(-1, dtype=torch.float64)
-    wide = torch.float64 if x_SBC.dtype == torch.float64 else torch.float32
-    rows = max(1, min(size, _BLOCK_ELEMENTS // max(1, samples * channels)))
-    sums_3BC = x_SBC.new_zeros((3, samples, channels), dtype=torch.float64)
-    block_SBC = torch.empty((rows, samples, channels), dtype=wide, device=x_SBC.device)
-    for start in range(0, size, rows):
-        part = x_SBC[start : start + rows]
-        block = block_SBC[: part.shape[0]].copy_(part)
-        if keep_BS is not None:
-            block.masked_fill_(~keep_BS[:, start : start + rows].t().unsqueeze(-1), 0)
-        sums_3BC[2] += block.sum(0)
-        sums_3BC[0] += block.abs_().sum(0)
-        sums_3BC[1] += block.mul_(block).sum(0)
-    return SequenceMoments(sums_3BC[0], sums_3BC[1], sums_3BC[2], count_B)
+    return SequenceMoments(parts_3PD.sum(1, dtype=torch.float64).view(3, samples, channels), count_B)
 
 
 @dataclass(slots=True)
 class SiteSums:
-    """Sums over samples of one site, `[6, C]` float64 in the order of `ROWS`. Two of them add up."""
+    """Sums over samples, `[6, C]` float64 in the order of `ROWS`. Two of them add up."""
 
     values: Tensor
 
@@ -102,9 +106,9 @@ class SiteSums:
 
     def add_(self, moments: SequenceMoments) -> None:
         """Add the samples of a micro-batch. Samples without kept positions add nothing."""
-        for index, statistic_BC in enumerate(moments.finish()):
-            self.values[2 * index] += statistic_BC.sum(0)
-            self.values[2 * index + 1] += statistic_BC.square().sum(0)
+        statistics_3BC = moments.finish()
+        self.values[0::2] += statistics_3BC.sum(1)
+        self.values[1::2] += statistics_3BC.square_().sum(1)
 
     def named(self, prefix: str) -> dict[str, Tensor]:
         """The six vectors as `{prefix}.{mean|l2|var}.{sum|sumsq}`."""
