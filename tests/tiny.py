@@ -45,9 +45,15 @@ def write_tokenizer(path: Path, *, vocab_size: int = 256) -> PreTrainedTokenizer
     return fast
 
 
-def write_llama(path: Path, *, seed: int = 0, tied: bool = True, **sizes: int) -> LlamaForCausalLM:
-    """A random Llama with grouped queries: 4 layers, hidden 64, 8 heads in 4 groups of head_dim 8, FFN 96."""
-    return _write(path, LlamaConfig(**_sizes(sizes), tie_word_embeddings=tied), LlamaForCausalLM, seed)
+def write_llama(
+    path: Path, *, seed: int = 0, tied: bool = True, trained_steps: int = 0, **sizes: int
+) -> LlamaForCausalLM:
+    """A Llama with grouped queries: 4 layers, hidden 64, 8 heads in 4 groups of head_dim 8, FFN 96.
+
+    Random, or trained for some steps on sentences like the corpus's, so that it beats a uniform guess.
+    """
+    config = LlamaConfig(**_sizes(sizes), tie_word_embeddings=tied)
+    return _write(path, config, LlamaForCausalLM, seed, trained_steps)
 
 
 def write_qwen2(path: Path, *, seed: int = 0, **sizes: int) -> Qwen2ForCausalLM:
@@ -72,7 +78,7 @@ def _sizes(sizes: dict[str, int]) -> dict[str, object]:
     }
 
 
-def _write(path: Path, config: object, kind: type, seed: int):
+def _write(path: Path, config: object, kind: type, seed: int, trained_steps: int = 0):
     torch.manual_seed(seed)
     model = kind(config).float()
     with torch.no_grad():
@@ -81,6 +87,19 @@ def _write(path: Path, config: object, kind: type, seed: int):
             parameter.normal_(std=0.15 if parameter.ndim > 1 else 0.3)
             if "norm" in name:
                 parameter.add_(1.0)
+    tokenizer = write_tokenizer(path, vocab_size=config.vocab_size)
+    if trained_steps:
+        _train(model, tokenizer, trained_steps)
     model.save_pretrained(path)
-    write_tokenizer(path, vocab_size=config.vocab_size)
     return model.eval()
+
+
+def _train(model, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    ids = torch.tensor(tokenizer.encode(" ".join(sentences(2000 + seed, 100) for seed in range(10))))
+    windows = ids[: len(ids) // 64 * 64].view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        rows = torch.arange(step * 16, step * 16 + 16) % len(windows)
+        model(windows[rows], labels=windows[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -22,7 +22,7 @@ LAYOUTS = {
 def artefacts(request, tmp_path_factory) -> dict[str, Path]:
     """Teacher, token files and student, made by the ordinary stages on one rank."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_llama(folder / "hf", tied=request.param == "tied", num_hidden_layers=4)
+    write_llama(folder / "hf", tied=request.param == "tied", trained_steps=100)
     write_corpus(folder / "corpus")
     run_on_ranks(1, jobs.prepare, folder)
     return {"teacher": folder / "teacher", "data": folder / "data", "student": folder / "student", "root": folder}

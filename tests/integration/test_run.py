@@ -1,0 +1,138 @@
+"""The whole job from the command line on a tiny model: once undisturbed, once killed in every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nemo_minitron.checkpoints.source import open_checkpoint, stream
+from nemo_minitron.stages.chain import NAMES
+from tests.tiny import write_corpus, write_llama
+
+RECIPE = Path(__file__).parents[2] / "recipes/tiny/tiny_cpu.yaml"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """Overrides that name a model and a corpus."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_llama(folder / "hf", trained_steps=100)
+    write_corpus(folder / "corpus")
+    return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finished = subprocess.run(command(run, inputs), capture_output=True, text=True, env=environment(), check=False)
+    assert finished.returncode == 0, finished.stderr
+    return run
+
+
+def command(run: Path, inputs: list[str]) -> list[str]:
+    return [sys.executable, "-m", "nemo_minitron", "run", str(RECIPE), *inputs, "--run-dir", str(run)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return dict(stream(open_checkpoint(run / "stages/distill/student")))
+
+
+def test_summary_has_what_is_promised(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["params"]["student"] < summary["params"]["teacher"]
+    assert summary["perplexity"]["distilled"] < summary["perplexity"]["pruned"]
+    assert summary["tokens"] == 10240
+    assert summary["tokens_per_second"] > 0
+    assert set(summary["seconds"]) >= set(NAMES) - {"report"}
+
+
+def test_run_folder_is_complete(undisturbed):
+    for name in ("config.resolved.yaml", "manifest.json", "metrics.jsonl", "report.html", "README.md"):
+        assert (undisturbed / name).stat().st_size > 0, name
+    assert any((undisturbed / "tensorboard").iterdir())
+    assert all((undisturbed / "stages" / name / "DONE").is_file() for name in NAMES)
+    assert not list((undisturbed / "stages").glob(".*.partial")), "nothing half-done stays behind"
+
+
+def test_exports_load_elsewhere(undisturbed):
+    export = undisturbed / "stages/export"
+    model = AutoModelForCausalLM.from_pretrained(export / "tiny_hf")
+    assert model.config.num_hidden_layers == 3
+    assert model.config.head_dim == 8
+    exported = load_file(export / "tiny_hf/model.safetensors")
+    torch.testing.assert_close(exported["model.norm.weight"], weights(undisturbed)["decoder.final_layernorm.weight"])
+    assert open_checkpoint(export / "tiny.nemo").spec == open_checkpoint(undisturbed / "stages/distill/student").spec
+
+
+def test_killed_in_every_stage_the_same_command_finishes_with_the_same_weights(undisturbed, inputs, tmp_path):
+    run = tmp_path / "run"
+    for stage in NAMES:
+        kill_in(stage, run, inputs)
+        assert not (run / "stages" / stage / "DONE").is_file(), f"killed too late in {stage}"
+    finished = subprocess.run(command(run, inputs), capture_output=True, text=True, env=environment(), check=False)
+    assert finished.returncode == 0, finished.stderr
+    expected = weights(undisturbed)
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_training_saves_and_goes_on_from_there(undisturbed, inputs, tmp_path, number):
+    run = tmp_path / "run"
+    process = start(run, inputs)
+    wait_for(lambda: len(training_rows(run)) >= 7, process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    steps = len(training_rows(run))
+    assert steps < 20
+    assert list((run / "stages/.distill.partial/checkpoints").glob(f"{steps:08d}.ckpt"))
+    finished = subprocess.run(command(run, inputs), capture_output=True, text=True, env=environment(), check=False)
+    assert finished.returncode == 0, finished.stderr
+    expected = weights(undisturbed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+    rows = [row["step"] for row in training_rows(run)]
+    assert rows == list(range(1, 21)), "every step is logged once"
+
+
+def kill_in(stage: str, run: Path, inputs: list[str]) -> None:
+    """SIGKILL as soon as a stage has begun; in training, after a checkpoint and a few more steps."""
+    process = start(run, inputs)
+    partial = run / "stages" / f".{stage}.partial"
+    wait_for(lambda: len(training_rows(run)) >= 8 if stage == "distill" else partial.is_dir(), process)
+    process.kill()
+    process.communicate()
+
+
+def start(run: Path, inputs: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(run, inputs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+
+
+def wait_for(happened, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing happened for two minutes"
+        time.sleep(0.02)
+
+
+def training_rows(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [row for row in rows if "train/loss" in row]
