@@ -24,7 +24,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -168,7 +167,7 @@ def _write(state: dict[str, Any], path: Path) -> None:
     _check_space(state, path)
     with _errors_of(path, "could not be written"):
         _on_first_rank(lambda: _make_room(partial))
-        dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcessWriter("torch_dist", 1))
+        dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcessWriter())
         _on_first_rank(lambda: _take_place(partial, path))
 
 
@@ -177,14 +176,14 @@ def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
         return dict(dist_checkpointing.load(state, str(path)))
 
 
-class _InProcessWriter(SaveShardedStrategy):
+class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
     """Megatron's torch_dist format through torch's own file writer."""
 
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
+    def __init__(self) -> None:
+        # The parent's arguments differ between versions and configure the writer that is replaced here.
+        self.backend, self.version = "torch_dist", 1
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *unused: Any) -> None:
         state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             torch_strategy.mcore_to_pyt_state_dict(state, False),

@@ -78,7 +78,7 @@ def test_cuda_tensors_are_made_on_the_cpu_inside_megatron_only() -> None:
         with pytest.raises((AssertionError, RuntimeError)):
             torch.zeros([], device="cuda")
     with pytest.raises((AssertionError, RuntimeError)):
-        get_default_causal_mask(3)
+        get_default_causal_mask(4)
 
 
 def test_clipping_accepts_cpu_gradients() -> None:
