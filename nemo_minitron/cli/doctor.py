@@ -16,8 +16,8 @@ from rich.table import Table
 from nemo_minitron.stages.manifest import processor_name
 from nemo_minitron.version import __version__
 
-OK, WARN, BAD = "ok", "costs", "needed"
-_STYLES = {OK: "green", WARN: "yellow", BAD: "bold red"}
+OK, EXTRA, WARN, BAD = "ok", "extra", "costs", "needed"
+_STYLES = {OK: "green", EXTRA: "dim", WARN: "yellow", BAD: "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Part:
     module: str
     needed: bool
     cost: str
+    extra: bool = False
+    """Wanted by some only: its absence is told, and is no reason to fail."""
 
 
 PARTS: tuple[Part, ...] = (
@@ -56,7 +58,7 @@ PARTS: tuple[Part, ...] = (
     Part("gguf", "gguf", False, "no GGUF import: pip install gguf"),
     Part("pyarrow", "pyarrow", False, "no parquet texts: pip install pyarrow"),
     Part("tensorboard", "tensorboard", False, "metrics.jsonl only: pip install tensorboard"),
-    Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install 'nemo_minitron[eval]'"),
+    Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install 'nemo_minitron[eval]'", extra=True),
 )
 GPU_PARTS: tuple[Part, ...] = (
     Part(
@@ -123,7 +125,8 @@ def _part(part: Part, *, relevant: bool = True) -> Finding:
     if not relevant:
         return Finding(part.distribution, OK, "absent", "nothing here: there is no GPU")
     found = f"{version} is installed but fails: {error}" if version else "absent"
-    return Finding(part.distribution, BAD if part.needed else WARN, found, part.cost)
+    state = BAD if part.needed else EXTRA if part.extra and not version else WARN
+    return Finding(part.distribution, state, found, part.cost)
 
 
 def _import_error(module: str) -> str | None:

@@ -32,6 +32,7 @@ WARNINGS: tuple[tuple[str, str], ...] = (
     (r".*sequential order, dataloader is not resumable|.*your dataloader is not resumable", "lightning"),
     (r".*Checkpoint directory .* exists and is not empty", "lightning"),
     (r".*You called `self\.log\(", "lightning"),
+    (r".*It is recommended to use `self\.log\(.*sync_dist=True", "lightning"),  # what we log is reduced already
     # Checkpoints of one process, which are wanted.
     (r".*torch\.distributed is disabled, unavailable or uninitialized", "torch"),
     (r".*No device id is provided via `?init_process_group", "torch"),
@@ -103,7 +104,7 @@ def is_known_record(name: str, level: int, text: str) -> bool:
     return any((name == prefix or name.startswith(prefix + ".")) and level < lowest for prefix, lowest in LOGGERS)
 
 
-_FORWARDED_WARNING = re.compile(r"(?P<file>[^\n]*?):\d+: \w*Warning: (?P<text>.*)", re.DOTALL)
+_FORWARDED_WARNING = re.compile(r"(?P<file>[^\n]*?\.py):\d+: (\w*Warning: )?(?P<text>.*)", re.DOTALL)
 
 
 def _quiet_warnings(show: Callable[..., None]) -> Callable[..., None]:

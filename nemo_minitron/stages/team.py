@@ -4,9 +4,10 @@ One process alone needs none of torch, so `gather` loads it only where there are
 """
 
 import os
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from nemo_minitron.config.parallel import ParallelConfig
+if TYPE_CHECKING:  # no pydantic before a command needs a recipe
+    from nemo_minitron.config.parallel import ParallelConfig
 
 T = TypeVar("T")
 _ECHO = "rank 0 has told the user"
@@ -60,7 +61,7 @@ class Alone:
 class Ranks:
     """Several processes, met through `nemo_minitron.megatron.runtime`."""
 
-    def __init__(self, parallel: ParallelConfig, seed: int) -> None:
+    def __init__(self, parallel: "ParallelConfig", seed: int) -> None:
         from nemo_minitron.megatron import runtime
 
         self._runtime = runtime
@@ -82,7 +83,7 @@ class Ranks:
         self._runtime.barrier()
 
 
-def start_collectives(parallel: ParallelConfig, *, seed: int) -> None:
+def start_collectives(parallel: "ParallelConfig", *, seed: int) -> None:
     """Before a stage that all ranks run: groups, seeds and the CPU bridge, for one process too. Idempotent."""
     from nemo_minitron.megatron import runtime
 
@@ -103,7 +104,7 @@ def environment_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def gather(parallel: ParallelConfig, *, seed: int) -> Team:
+def gather(parallel: "ParallelConfig", *, seed: int) -> Team:
     """Meet the other processes of this run, if there are any.
 
     Raises:
