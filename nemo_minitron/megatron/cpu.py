@@ -146,6 +146,9 @@ class _CudaOnCpu:
     def current_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def current_stream(self, device: Any = None) -> Any:
+        return torch.cpu.current_stream()
+
     def synchronize(self, device: Any = None) -> None:
         pass
 

@@ -81,7 +81,7 @@ class LocalSelfAttention(SelfAttention):
 class LocalMLP(MLP):
     """Megatron's MLP with the gated activation in one function."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
