@@ -15,13 +15,13 @@ from torch.distributed import ProcessGroup
 
 from nemo_minitron.parallel.collectives import gather, group_rank, sum_over
 
-# Measured on two cores with AMX (1024 tokens, 49152 x 576, bfloat16), see benchmarks/: the matrix products want tall
+# Measured on two cores with AMX (1024 tokens, weights 49152 x 576, bfloat16): the matrix products want tall
 # chunks, the element-wise passes want blocks that stay in a core's cache.
 CHUNK_BYTES = 128 << 20
 """One buffer of logits."""
 _BLOCK_ELEMENTS_A_THREAD = 1 << 17
 _BLOCK_ELEMENTS_SPLIT = 1 << 22  # every block costs a collective when the vocabulary is split
-_HIDDEN_GRAD_ROWS = 256  # oneDNN's tall-and-thin product is twice as fast in pieces of this height
+_HIDDEN_GRAD_ROWS = 256  # several threads finish oneDNN's long, thin product in half the time in such pieces
 _WEIGHT_GRAD_ROWS = 4096
 
 EMPTY = -1e30
@@ -138,8 +138,8 @@ class LinearGradient:
         """Take in the gradient of one chunk's logits."""
         if self.d_hidden is not None:
             target = self.d_hidden[rows]
-            height = _HIDDEN_GRAD_ROWS if d_logits.device.type == "cpu" else d_logits.shape[0]
-            for piece in pieces(d_logits.shape[0], height):
+            in_pieces = d_logits.device.type == "cpu" and torch.get_num_threads() > 1
+            for piece in pieces(d_logits.shape[0], _HIDDEN_GRAD_ROWS if in_pieces else d_logits.shape[0]):
                 torch.mm(d_logits[piece], self.weight, out=target[piece])
         if self.d_weight is not None and not self.several:
             torch.mm(d_logits.t(), self.hidden[rows], out=self.d_weight)

@@ -207,7 +207,7 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _Job, *, want_
     teacher_share, student_share = share(peaks, values[_Value.TEACHER_MASS : _Value.STUDENT_MASS + 1 : 2], job.tp)
     if job.temperature != 1:
         teacher_share, student_share = teacher_share * job.temperature, student_share * job.temperature
-    s.mul_(student_share.unsqueeze(1)).sub_(p.mul_(teacher_share.unsqueeze(1)))
+    s.mul_(student_share.unsqueeze(1)).addcmul_(p, teacher_share.unsqueeze(1), value=-1)
     if s is not student:
         student.copy_(s)
 

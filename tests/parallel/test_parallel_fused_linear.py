@@ -365,3 +365,21 @@ def test_no_tokens_by_vocabulary_tensor_exists_and_validation_skips_the_gradient
     assert watch.matrices == tokens // 8 * 2
     assert not same.kl_sum.requires_grad
     torch.testing.assert_close(same.kl_sum, loss.kl_sum.detach())
+
+
+def group_of_one():
+    data = problem()
+    values = []
+    for tp in (None, distributed.group.WORLD):
+        hidden = data["student_hidden"].clone().requires_grad_()
+        rest = data["student_weight"], data["teacher_hidden"], data["teacher_weight"]
+        loss = fused_linear_kl(hidden, *rest, vocab_size=14, tp=tp)
+        loss.kl_sum.backward()
+        values.append((loss.kl_sum.item(), hidden.grad))
+    return values
+
+
+def test_a_group_of_one_rank_is_the_same_as_none():
+    ((alone, grouped),) = run_on_ranks(1, group_of_one)
+    assert alone[0] == grouped[0]
+    assert torch.equal(alone[1], grouped[1])
