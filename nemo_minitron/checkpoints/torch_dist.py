@@ -11,7 +11,8 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -30,8 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_minitron.checkpoints.files import Files, Window, read_bytes
-from nemo_minitron.checkpoints.pickles import read_metadata, read_tensor_header
+from nemo_minitron.checkpoints.pickles import TensorHeader, read_metadata, read_tensor_header
 from nemo_minitron.checkpoints.tensors import read_tensor
+from nemo_minitron.checkpoints.torch_dist_index import Piece, Shape, check_files, stored_tensors
 from nemo_minitron.errors import CheckpointError
 
 _DATA_FILE = "__0_0.distcp"
@@ -42,7 +44,19 @@ _MARKER = {
     "common_backend_version": 1,
 }
 
-Shape = tuple[int, ...]
+# What Python's zip reader raises on damaged archives, beside its own error.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    StopIteration,
+    KeyError,
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 class TorchDistWriter:
@@ -123,19 +137,17 @@ class TorchDistReader:
         self.label = f"{files.label}/{folder}" if folder else files.label
         self._check_marker()
         index = read_metadata(read_bytes(files, self._prefix + ".metadata"), where=f"{self.label}/.metadata")
-        self.tensors: Mapping[str, TensorStorageMetadata] = {
-            key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-        }
-        self._places: Mapping[MetadataIndex, _StorageInfo] = index.storage_data
-        self._check_places()
+        self.tensors = stored_tensors(index, label=self.label)
+        sizes = {name.removeprefix(self._prefix): files.size(name) for name in files.names()}
+        check_files(self.tensors, sizes, label=self.label)
 
     def shape(self, key: str) -> Shape:
         """Shape of a whole tensor."""
-        return tuple(self.tensors[key].size)
+        return self.tensors[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
         """Type of a tensor."""
-        return self.tensors[key].properties.dtype
+        return self.tensors[key].dtype
 
     def read(self, key: str, *, start: Shape | None = None, stop: Shape | None = None) -> Tensor:
         """A box of a tensor, as a tensor of its own.
@@ -148,45 +160,39 @@ class TorchDistReader:
         Raises:
             CheckpointError: The stored pieces do not cover the box, or cannot be read.
         """
-        entry = self.tensors[key]
-        low = start or (0,) * len(entry.size)
-        high = stop or tuple(entry.size)
+        tensor = self.tensors[key]
+        low = start or (0,) * len(tensor.shape)
+        high = stop or tensor.shape
         box = tuple(b - a for a, b in zip(low, high, strict=True))
         found: Tensor | None = None
         covered = 0
-        for position, chunk in enumerate(entry.chunks):
-            cut_low = tuple(max(a, o) for a, o in zip(low, chunk.offsets, strict=True))
-            cut_high = tuple(min(b, o + s) for b, o, s in zip(high, chunk.offsets, chunk.sizes, strict=True))
+        for piece in tensor.pieces:
+            cut_low = tuple(max(a, o) for a, o in zip(low, piece.offsets, strict=True))
+            cut_high = tuple(min(b, o + s) for b, o, s in zip(high, piece.offsets, piece.sizes, strict=True))
             if any(a >= b for a, b in zip(cut_low, cut_high, strict=True)):
                 continue
-            inner = tuple(slice(a - o, b - o) for a, b, o in zip(cut_low, cut_high, chunk.offsets, strict=True))
-            piece = self._read_piece(MetadataIndex(key, chunk.offsets, position), tuple(chunk.sizes), inner)
-            covered += piece.numel()
-            if tuple(piece.shape) == box:
-                return piece
-            found = torch.empty(box, dtype=entry.properties.dtype) if found is None else found
-            found[tuple(slice(a - o, b - o) for a, b, o in zip(cut_low, cut_high, low, strict=True))] = piece
+            inner = tuple(slice(a - o, b - o) for a, b, o in zip(cut_low, cut_high, piece.offsets, strict=True))
+            part = self._read_piece(key, piece, inner)
+            covered += part.numel()
+            if tuple(part.shape) == box:
+                return part
+            found = torch.empty(box, dtype=tensor.dtype) if found is None else found
+            found[tuple(slice(a - o, b - o) for a, b, o in zip(cut_low, cut_high, low, strict=True))] = part
         if found is None or covered != found.numel():
-            raise CheckpointError(f"{self.label}: {key} is incomplete", remedy="write the checkpoint again")
+            raise CheckpointError(f"{self.label}: pieces of {key} overlap or leave holes", remedy="write it again")
         return found
 
-    def _read_piece(self, index: MetadataIndex, sizes: Shape, inner: tuple[slice, ...]) -> Tensor:
-        """A box of one stored piece; of a row-major piece only the needed rows are read."""
-        where = f"{self.label}: {index.fqn}"
-        place = self._places[index]
-        with self._files.open(self._prefix + place.relative_path) as stream:
-            header, data_start = _open_record(stream, place, where)
-            if header.shape != sizes:
-                raise CheckpointError(f"{where}: a piece is shaped {header.shape}, the index says {sizes}")
-            if not header.is_contiguous or not sizes:
-                raise CheckpointError(
-                    f"{where}: stored with strides {header.stride}", rule="row-major pieces, no scalars"
-                )
-            rows, rest = inner[0], sizes[1:]
-            row_size = torch.Size(rest).numel()
-            stream.seek(data_start + (header.offset + rows.start * row_size) * header.dtype.itemsize)
-            piece = read_tensor(stream, (rows.stop - rows.start, *rest), header.dtype, where=where)
-        return piece[(slice(None), *inner[1:])].contiguous()
+    def _read_piece(self, key: str, piece: Piece, inner: tuple[slice, ...]) -> Tensor:
+        """A box of one stored piece; only the needed rows are read."""
+        where = f"{self.label}: {key}"
+        with self._files.open(self._prefix + piece.file) as stream:
+            header, data_start = _open_record(stream, piece, where)
+            if (header.shape, header.dtype) != (piece.sizes, self.tensors[key].dtype):
+                raise CheckpointError(f"{where}: stored {header.shape} {header.dtype}, the index says {piece.sizes}")
+            rows, rest = inner[0], piece.sizes[1:]
+            stream.seek(data_start + (header.offset + rows.start * prod(rest)) * header.dtype.itemsize)
+            part = read_tensor(stream, (rows.stop - rows.start, *rest), header.dtype, where=where)
+        return part[(slice(None), *inner[1:])].contiguous()
 
     def _check_marker(self) -> None:
         name = self._prefix + "metadata.json"
@@ -205,43 +211,26 @@ class TorchDistReader:
                 remedy="load and save it once with the NeMo that wrote it, dist_ckpt_format: torch_dist",
             )
 
-    def _check_places(self) -> None:
-        names = set(self._files.names())
-        for key, entry in self.tensors.items():
-            for position, chunk in enumerate(entry.chunks):
-                place = self._places.get(MetadataIndex(key, chunk.offsets, position))
-                if place is None:
-                    raise CheckpointError(f"{self.label}: the index has no place for a piece of {key}")
-                name = self._prefix + place.relative_path
-                if name not in names:
-                    raise CheckpointError(f"{self.label}: {place.relative_path} is missing")
-                if place.offset + place.length > self._files.size(name):
-                    raise CheckpointError(
-                        f"{self.label}: {place.relative_path} is truncated at {self._files.size(name)} bytes",
-                        remedy="fetch or write it again",
-                    )
 
-
-def _open_record(stream: BinaryIO, place: _StorageInfo, where: str) -> tuple[Any, int]:
-    """Header of the tensor saved at a place, and where in the stream its storage begins.
+def _open_record(stream: BinaryIO, piece: Piece, where: str) -> tuple[TensorHeader, int]:
+    """Header of the tensor that a piece's record holds, and where in the stream its elements' storage begins.
 
     Raises:
-        CheckpointError: There is no sound, uncompressed `torch.save` archive of one tensor.
+        CheckpointError: It is not a sound, uncompressed `torch.save` archive of one row-major tensor.
     """
-    if place.transform_descriptors:
-        raise CheckpointError(f"{where}: stored through {place.transform_descriptors}", rule="plain records")
-    stream.seek(place.offset)
     try:
-        with zipfile.ZipFile(Window(stream, place.offset, place.length)) as archive:
+        with zipfile.ZipFile(Window(stream, piece.start, piece.length)) as archive:
             pickled = next(item for item in archive.namelist() if item.endswith("/data.pkl"))
             header = read_tensor_header(archive.read(pickled), where=where)
             record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{header.storage}")
-    except (zipfile.BadZipFile, StopIteration, KeyError, OSError, EOFError, struct.error) as error:
+        stream.seek(piece.start + record.header_offset)
+        name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
+    except _ZIP_ERRORS as error:
         raise CheckpointError(f"{where}: its record is damaged ({error})", remedy="fetch or write it again") from error
-    stream.seek(place.offset + record.header_offset)
-    local = stream.read(30)
-    name_length, extra_length = struct.unpack("<26xHH", local)
-    needed = (header.offset + torch.Size(header.shape).numel()) * header.dtype.itemsize
-    if record.compress_type != zipfile.ZIP_STORED or record.file_size < needed:
+    needed = (header.offset + prod(header.shape)) * header.dtype.itemsize
+    inside = header.offset >= 0 and record.header_offset + record.file_size <= piece.length
+    if record.compress_type != zipfile.ZIP_STORED or record.file_size < needed or not inside:
         raise CheckpointError(f"{where}: its record holds {record.file_size} of {needed} bytes")
-    return header, place.offset + record.header_offset + 30 + name_length + extra_length
+    if not header.is_contiguous:
+        raise CheckpointError(f"{where}: stored with strides {header.stride}", rule="row-major pieces")
+    return header, piece.start + record.header_offset + 30 + name_length + extra_length
