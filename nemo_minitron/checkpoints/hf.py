@@ -82,7 +82,7 @@ class HfSource:
         recorded = self._config.get("minitron")
         if isinstance(recorded, dict) and isinstance(recorded.get("lineage"), dict):
             return dict(recorded["lineage"])
-        name = self._config.get("_name_or_path") or self.folder.resolve().name
+        name = self._config.get("_name_or_path") or _name_of(self.folder)
         return {"base_model": name, "license": _licence_of_card(self.folder / "README.md"), "format": "hf"}
 
     def names(self) -> tuple[str, ...]:
@@ -243,6 +243,13 @@ def _plain_name(name: Any, folder: Path) -> str:
     if not isinstance(name, str) or Path(name).name != name:
         raise CheckpointError(f"{folder / _INDEX}: {name!r} is not the name of a file in this folder")
     return name
+
+
+def _name_of(folder: Path) -> str:
+    """Hub name of a folder in the hub's cache (`models--ORG--NAME/snapshots/HASH`), else the folder's own name."""
+    path = folder.absolute()
+    cached = path.parent.parent.name
+    return "/".join(cached.split("--")[1:]) if cached.startswith("models--") else path.name
 
 
 def _licence_of_card(card: Path) -> str | None:

@@ -238,6 +238,24 @@ def test_the_real_model_equals_the_conversion_of_transformers() -> None:
     assert torch.equal(source.get("embedding.word_embeddings.weight"), theirs["model.embed_tokens.weight"])
 
 
+@pytest.mark.model
+def test_the_real_tokenizer_behaves_as_its_file_says(tmp_path: Path) -> None:
+    """Ids by hand from the file's own vocabulary and merges; no BOS, EOS is <|im_end|>, digits one by one."""
+    from nemo_minitron.data.assets import resolve
+
+    path = resolve(SMOLLM2)
+    for name, data in GgufSource(path).tokenizer_files().items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokens = gguf.GGUFReader(path).get_field("tokenizer.ggml.tokens").contents()
+    pieces = ["The", "Ġhistory", "Ġof", "Ġ", "1", "2", "3", "4"]
+    assert tokenizer("The history of 1234").input_ids == [tokens.index(piece) for piece in pieces]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
+    assert tokens[2] == tokenizer.eos_token == "<|im_end|>"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
 def _empty_model(source: GgufSource) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 

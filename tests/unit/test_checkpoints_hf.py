@@ -104,6 +104,14 @@ def test_licence_of_the_model_card_is_kept(broken: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
 
 
+def test_a_folder_of_the_hubs_cache_is_known_by_its_hub_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--some-model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for file in folders["tied"].iterdir():
+        (snapshot / file.name).symlink_to(file)
+    assert HfSource(snapshot).lineage["base_model"] == "org/some-model"
+
+
 def test_a_failed_write_leaves_the_previous_folder_whole(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
