@@ -12,6 +12,7 @@ import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nemo_minitron.stages.manifest import processor_name
 from nemo_minitron.version import __version__
@@ -97,7 +98,8 @@ def show(findings: list[Finding], console: Console) -> None:
     for heading in ("", "state", "found", "what that costs"):
         table.add_column(heading, overflow="fold")
     for finding in findings:
-        table.add_row(finding.subject, f"[{_STYLES[finding.state]}]{finding.state}[/]", finding.found, finding.cost)
+        state = Text(finding.state, style=_STYLES[finding.state])
+        table.add_row(finding.subject, state, Text(finding.found), Text(finding.cost))
     console.print(table)
     worst = [finding.subject for finding in findings if finding.state == BAD]
     console.print(

@@ -165,8 +165,10 @@ class MegatronStrategy(Strategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write weights, optimizer and Lightning's loop state to a folder, whole or not at all. Every rank calls it."""
-        common = {key: value for key, value in checkpoint.items() if not key.startswith("hyper_parameters")}
-        common.pop("hparams_name", None)
+        # Without Lightning's copy of the configuration and the class it has: neither is plain data.
+        common = {
+            key: value for key, value in checkpoint.items() if not key.startswith(("hyper_parameters", "hparams_"))
+        }
         save_training(self._training_chunks(), self._megatron_optimizer(), Path(filepath), common=common)
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
