@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 LOG_INTERVAL = 5.0
@@ -65,43 +64,6 @@ class Reporter:
         self._stream = stream
         self._terminal = terminal
         self._live: Any = None
-        self._stage = ""
-        self._metrics: Path | None = None
-        self._tensorboard: Path | None = None
-
-    def record_to(self, metrics: Path, tensorboard: Path) -> None:
-        """Let training write its metrics to a run's files, besides the stage's own."""
-        self._metrics, self._tensorboard = metrics, tensorboard
-
-    def callbacks(self, out: Path, *, total_steps: int, tokens_per_step: int, log_every: int = 1) -> list[Any]:
-        """Lightning callbacks of a training stage: metrics files and progress. The same on every rank.
-
-        Put them after a `Throughput`, whose speed they show.
-
-        Args:
-            out: The stage's folder; `metrics.jsonl` goes there.
-            total_steps: Optimizer steps of the whole stage.
-            tokens_per_step: Tokens of one optimizer step over all ranks.
-            log_every: Steps between rows of metrics.
-        """
-        from nemo_minitron.callbacks.metrics import MetricsLogger
-
-        logger = MetricsLogger(
-            [out / "metrics.jsonl", *([self._metrics] if self._metrics else [])],
-            tensorboard=self._tensorboard / self._stage if self._tensorboard else None,
-            tokens_per_step=tokens_per_step,
-            every_n_steps=log_every,
-            last_step=total_steps,
-            labels={"stage": self._stage} if self._stage else {},
-            reporter=self,
-        )
-        return [logger, *self.display()]
-
-    def display(self, label: str = "") -> list[Any]:
-        """The Lightning callback that shows progress only; for stages that call `trainer.validate`."""
-        from nemo_minitron.callbacks.progress import ProgressDisplay
-
-        return [ProgressDisplay(self, label or self._stage or "training")]
 
     @property
     def terminal(self) -> bool:
@@ -123,7 +85,6 @@ class Reporter:
 
     def stage_started(self, name: str, position: int, count: int, *, resumed: bool = False) -> None:
         """A stage begins; on a terminal its line appears when it ends, so a start is said only in logs."""
-        self._stage = name
         if resumed or not self.terminal:
             self.line(f"{position}/{count} {name:<9} {'goes on where it stopped' if resumed else 'starts'}")
 

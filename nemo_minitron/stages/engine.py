@@ -48,7 +48,6 @@ def run_chain(
     """
     team = team or Alone()
     reporter = reporter or Reporter(silent=team.rank > 0)
-    reporter.record_to(request.run.metrics, request.run.tensorboard)
     with ExitStack() as stack:
         stack.enter_context(signals.handled())
         steps = _together(team, request.run.path, lambda: _prepare(chain, request, stack))

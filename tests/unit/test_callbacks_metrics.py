@@ -8,7 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from nemo_minitron.callbacks.metrics import MetricsLogger
 from nemo_minitron.callbacks.metrics_file import MetricsFile, read_rows
+from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.callbacks.reporter import Reporter, clock, compact, duration
 from nemo_minitron.callbacks.throughput import Throughput
 
@@ -46,8 +48,6 @@ class OneWeight(LightningModule):
 
 
 def fit(tmp_path, reporter, *, steps, log_every=1, ckpt_path=None):
-    reporter.record_to(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
-    reporter.stage_started("distill", 5, 8)
     throughput = Throughput(TOKENS)
     out = tmp_path / "stage"
     out.mkdir(exist_ok=True)
@@ -63,7 +63,16 @@ def fit(tmp_path, reporter, *, steps, log_every=1, ckpt_path=None):
         check_val_every_n_epoch=None,
         callbacks=[
             throughput,
-            *reporter.callbacks(out, total_steps=steps, tokens_per_step=TOKENS, log_every=log_every),
+            MetricsLogger(
+                [tmp_path / "metrics.jsonl", out / "metrics.jsonl"],
+                tensorboard=tmp_path / "tensorboard",
+                tokens_per_step=TOKENS,
+                every_n_steps=log_every,
+                last_step=steps,
+                labels={"stage": "distill"},
+                reporter=reporter,
+            ),
+            ProgressDisplay(reporter, "distill"),
         ],
     )
     trainer.fit(OneWeight(), ckpt_path=ckpt_path)
@@ -93,7 +102,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, log):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     fit(tmp_path, Reporter(stream=log), steps=4)
-    board = EventAccumulator(str(tmp_path / "tensorboard" / "distill"))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     values = {event.step: event.value for event in board.Scalars("train/loss")}
     assert values == pytest.approx(
@@ -156,7 +165,9 @@ def test_ranks_above_zero_write_and_say_nothing(tmp_path, log):
 
 def test_validation_alone_is_shown(log):
     reporter = Reporter(stream=log)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=reporter.display("score"))
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=ProgressDisplay(reporter, "score")
+    )
     trainer.validate(OneWeight(), verbose=False)
     assert "score 3/3 batches" in log.getvalue()
 
