@@ -64,6 +64,7 @@ class Reporter:
         self._stream = stream
         self._terminal = terminal
         self._live: Any = None
+        self._status: Any = None
 
     @property
     def terminal(self) -> bool:
@@ -78,15 +79,27 @@ class Reporter:
         """One line for the user, above a bar if there is one."""
         if self.silent:
             return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+        shown = self._live or self._status
+        if shown is not None:
+            shown.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._out, flush=True)
 
     def stage_started(self, name: str, position: int, count: int, *, resumed: bool = False) -> None:
-        """A stage begins; on a terminal its line appears when it ends, so a start is said only in logs."""
+        """A stage begins: a line in a log; a spinner on a terminal, where its line appears when it ends."""
         if resumed or not self.terminal:
             self.line(f"{position}/{count} {name:<9} {'goes on where it stopped' if resumed else 'starts'}")
+        if self.terminal and not self.silent:
+            from rich.console import Console
+
+            self._status = Console(file=self._out, force_terminal=True).status(f"{position}/{count} {name}")
+            self._status.start()
+
+    def rest(self) -> None:
+        """Take the spinner away; a stage has ended, however it did."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
 
     def stage_skipped(self, name: str, position: int, count: int) -> None:
         """A stage was whole already."""
@@ -94,6 +107,7 @@ class Reporter:
 
     def stage_finished(self, name: str, position: int, count: int, *, seconds: float, summary: str = "") -> None:
         """A stage is whole."""
+        self.rest()
         self.line(f"{position}/{count} {name:<9} {duration(seconds):>8}  {summary}".rstrip())
 
     @contextmanager
@@ -102,6 +116,7 @@ class Reporter:
         if self.silent:
             yield Progress(lambda progress: None, label=label, total=total, unit=unit, done=done)
         elif self.terminal:
+            self.rest()
             with _Bar(self, label, total, unit, done) as progress:
                 yield progress
         else:

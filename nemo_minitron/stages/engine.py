@@ -62,6 +62,7 @@ def run_chain(
             outcome = f"failed: {error.what.splitlines()[0]}"
             raise
         finally:
+            reporter.rest()
             if team.rank == 0:
                 _close(request, outcome)
 
