@@ -97,14 +97,15 @@ def is_known_warning(text: str, filename: str) -> bool:
 
 def is_known_record(name: str, level: int, text: str) -> bool:
     """Whether a log record is on the list."""
-    if forwarded := _FORWARDED_WARNING.match(text):
+    forwarded = _FORWARDED_WARNING.match(text) if name == "nemo_logger" else None
+    if forwarded:
         return is_known_warning(forwarded["text"], forwarded["file"])
     if any(re.match(pattern, text) for pattern in MESSAGES):
         return True
     return any((name == prefix or name.startswith(prefix + ".")) and level < lowest for prefix, lowest in LOGGERS)
 
 
-_FORWARDED_WARNING = re.compile(r"(?P<file>[^\n]*?\.py):\d+: (\w*Warning: )?(?P<text>.*)", re.DOTALL)
+_FORWARDED_WARNING = re.compile(r"(?P<file>[^\n]*?):\d+: (\w*Warning: )?(?P<text>.*)", re.DOTALL)
 
 
 def _quiet_warnings(show: Callable[..., None]) -> Callable[..., None]:
