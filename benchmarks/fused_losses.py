@@ -37,7 +37,7 @@ def cases(sizes: argparse.Namespace) -> dict[str, Callable[[], None]]:
         pair = (student, weight, teacher, teacher_weight)
         loss = fused_linear_kl(*pair, labels=labels, vocab_size=sizes.vocabulary, **options)
         if backward:
-            loss.kl_sum.backward()
+            loss.loss_sum.backward()
 
     def cross_entropy() -> None:
         student.grad = weight.grad = None

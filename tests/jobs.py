@@ -91,15 +91,14 @@ def logits(folder: Path, config: RunConfig, tokens: list[list[int]]) -> Any:
 
 def prepare(folder: Path) -> None:
     """`hf/` and `corpus/` to `teacher/`, `data/` and `student/`, by the functions the stages are made of."""
-    from nemo_minitron.pruning.apply import PrunedSource
-    from nemo_minitron.pruning.build import build_plan
-
     from nemo_minitron.callbacks.importance import ImportanceCallback
     from nemo_minitron.checkpoints.nemo1 import write_folder
     from nemo_minitron.checkpoints.source import open_checkpoint
     from nemo_minitron.data.documents import read_documents
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.megatron.data import write_token_files
+    from nemo_minitron.pruning.apply import PrunedSource
+    from nemo_minitron.pruning.build import build_plan
     from nemo_minitron.stages.score import calibrate
 
     config = config_for(folder / "hf", folder / "corpus")

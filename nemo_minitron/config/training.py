@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
+from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, Positive, Section
 
 
 class Schedule(StrEnum):
@@ -91,9 +91,19 @@ class TrainingConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """Forward KL between teacher and student over the full vocabulary, in nats a token."""
+    """`kd_weight` times the forward KL from teacher to student, plus `lm_weight` times the student's cross-entropy.
 
+    Both are over the full vocabulary, in nats a token. The papers take the KL alone (arXiv:2407.14679, table 15).
+    """
+
+    kd_weight: NonNegativeFloat = 1.0
+    """Factor of the KL; 0 for plain training on the text."""
+    lm_weight: NonNegativeFloat = 0.0
+    """Factor of the next-token cross-entropy on the text."""
     temperature: Positive = 1.0
-    """Divides both models' logits; the loss is multiplied by its square (arXiv:1503.02531, section 2)."""
+    """Divides both models' logits; the KL is multiplied by its square (arXiv:1503.02531, section 2)."""
+    freeze_embeddings: bool = False
+    """Keep embedding and output layer as the teacher has them: faster steps, and they need no repair when hidden
+    channels are not cut."""
     loss_chunk_tokens: Count | None = None
     """Tokens whose logits exist at one time; None chooses from the vocabulary and the device."""

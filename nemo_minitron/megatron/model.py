@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
 
@@ -71,6 +72,13 @@ class MinitronGPT(GPTModel):
             if rest.startswith(local):
                 rest = canonical + rest.removeprefix(local)
         return LAYER_PREFIX.format(i=self.decoder.layers[int(index)].layer_number - 1) + rest
+
+
+def freeze_vocabulary(model: MinitronGPT) -> None:
+    """Take embedding and output layer out of training, before the model is wrapped."""
+    for weight, parameter in model.named_weights():
+        if Axis.VOCAB in weight.row.axes:
+            parameter.requires_grad_(False)
 
 
 def unwrap(chunk: nn.Module) -> MinitronGPT:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_minitron.errors import TrainingError
 from nemo_minitron.megatron import forward
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.model import MinitronGPT
+from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
 from nemo_minitron.models.losses import DistillationLoss, tensor_group
 
@@ -27,14 +27,14 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
 
     Args:
         cfg: The student's configuration. `minitron.distillation` holds `teacher` (a `.nemo` file or folder),
-            `temperature` and `loss_chunk_tokens`.
+            `temperature`, `kd_weight`, `lm_weight`, `freeze_embeddings` and `loss_chunk_tokens`.
         trainer: Optional; its strategy must be a `MegatronStrategy`.
 
     A step logs `kl` in nats a token; with `statistics` also `ce`, `teacher_ce` and `agreement` (share of tokens whose
     most likely next token is the same in both). Validation always has them.
     """
 
-    objective = "kl"
+    objective = "loss"
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
@@ -81,6 +81,9 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def configure_model(self) -> None:
         """Build the student and, if the configuration names one, read the teacher."""
         super().configure_model()
+        if self.distillation.get("freeze_embeddings"):
+            for chunk in self.chunks:
+                freeze_vocabulary(chunk)
         if not self._teacher and self.distillation.get("teacher"):
             self.attach_teacher(self.distillation["teacher"])
 
@@ -109,6 +112,8 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             vocab_size=self.spec.vocab_size,
             tensor_group=tensor_group(self.runtime),
             temperature=self.distillation.get("temperature", 1.0),
+            kd_weight=self.distillation.get("kd_weight", 1.0),
+            lm_weight=self.distillation.get("lm_weight", 0.0),
             chunk_tokens=self.distillation.get("loss_chunk_tokens"),
             statistics=self.statistics or not training,
         )

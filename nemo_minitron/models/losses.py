@@ -53,13 +53,15 @@ class LanguageModelLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
-    """Forward KL between teacher and student over the full vocabulary, in nats, summed over kept tokens.
+    """`kd_weight * KL + lm_weight * CE` over the full vocabulary, in nats, summed over kept tokens.
 
     Attributes:
         student: The student's chunk that owns the output layer.
         teacher: The teacher's.
         teacher_states: The teacher's final hidden states `[s, b, H]` of each micro-batch, in order.
-        temperature: Divides both models' logits; its square multiplies the loss.
+        temperature: Divides both models' logits; its square multiplies the KL.
+        kd_weight: Factor of the forward KL from teacher to student.
+        lm_weight: Factor of the student's next-token cross-entropy.
         statistics: Also report both cross-entropies and top-1 agreement (one more pass over each chunk of logits).
     """
 
@@ -69,6 +71,8 @@ class DistillationLoss:
     vocab_size: int
     tensor_group: ProcessGroup | None
     temperature: float = 1.0
+    kd_weight: float = 1.0
+    lm_weight: float = 0.0
     chunk_tokens: int | None = None
     statistics: bool = False
 
@@ -80,19 +84,21 @@ class DistillationLoss:
             self.teacher_states[index].flatten(0, 1),
             self.teacher.output_weight(),
             keep=sequence_first(micro_batch.keep),
-            labels=sequence_first(micro_batch.labels) if self.statistics else None,
+            labels=sequence_first(micro_batch.labels),
             temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            lm_weight=self.lm_weight,
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
             statistics=self.statistics,
         )
-        report = {"kl": result.kl_sum.detach()}
+        report = {"loss": result.loss_sum.detach(), "kl": result.kl_sum}
         if self.statistics:
             report["ce"] = result.student_ce_sum
             report["teacher_ce"] = result.teacher_ce_sum
             report["agreement"] = result.top1_agreement
-        return LossResult(total=result.kl_sum, tokens=result.tokens, report=report)
+        return LossResult(total=result.loss_sum, tokens=result.tokens, report=report)
 
 
 def tensor_group(runtime: Runtime) -> ProcessGroup | None:

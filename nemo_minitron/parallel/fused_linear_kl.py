@@ -1,7 +1,8 @@
 """Forward KL between teacher and student over the whole vocabulary, with both output layers inside.
 
-    loss = T^2 * sum over kept tokens of KL(softmax(teacher_hidden @ teacher_weight.T / T)
-                                            || softmax(student_hidden @ student_weight.T / T))
+    KL = T^2 * sum over kept tokens of KL(softmax(teacher_hidden @ teacher_weight.T / T)
+                                          || softmax(student_hidden @ student_weight.T / T))
+    loss = kd_weight * KL + lm_weight * (the student's cross-entropy with the labels, at temperature 1)
 
 Per token, with p and q the two distributions and t, s the logits over T,
 `KL = sum p (t - s) - logsumexp(t) + logsumexp(s)`, and its gradient with respect to the student's logits is `T (q - p)`
@@ -45,12 +46,14 @@ from nemo_minitron.parallel.vocab import real_columns
 class FusedLoss:
     """Sums over kept tokens, the same on every tensor-parallel rank. Divide by the global number of tokens, once."""
 
+    loss_sum: Tensor
+    """`kd_weight * KL + lm_weight * CE`: scalar in nats, with gradient; float32, or float64 for float64 states."""
     kl_sum: Tensor
-    """Scalar in nats, with gradient; float32, or float64 for float64 states."""
+    """The KL alone, with its T^2. Detached, like all below."""
     tokens: Tensor
     """Number of kept tokens, int64."""
     student_ce_sum: Tensor | None = None
-    """-log p(label) of the student at temperature 1; None without labels or statistics. Detached, like those below."""
+    """-log p(label) of the student at temperature 1; None without `statistics` and labels."""
     teacher_ce_sum: Tensor | None = None
     top1_agreement: Tensor | None = None
     """How many tokens the student's best token is the teacher's best (the lowest id among the teacher's equals)."""
@@ -65,6 +68,8 @@ def fused_linear_kl(  # noqa: PLR0917 - two pairs and their mask and labels, in 
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    lm_weight: float = 0.0,
     vocab_size: int,
     chunk_tokens: int | None = None,
     tp: ProcessGroup | None = None,
@@ -84,8 +89,10 @@ def fused_linear_kl(  # noqa: PLR0917 - two pairs and their mask and labels, in 
         teacher_weight: `[V, H]`, split as the student's.
         keep: `[N]` bool, tokens that count; None keeps all. The others are not computed, and may hold NaN.
             All False gives 0 with a graph.
-        labels: `[N]` token ids, only for the cross-entropies of `statistics`.
+        labels: `[N]` token ids, for the cross-entropies of `lm_weight` and `statistics`.
         temperature: T above.
+        kd_weight: Factor of the KL.
+        lm_weight: Factor of the student's cross-entropy; above 0 it needs `labels`.
         vocab_size: Real tokens; columns beyond it carry no probability and receive a gradient of 0.
         chunk_tokens: Tokens a chunk; None takes what `fused_linear.CHUNK_BYTES` allows.
         tp: Ranks that share the vocabulary.
@@ -93,24 +100,29 @@ def fused_linear_kl(  # noqa: PLR0917 - two pairs and their mask and labels, in 
     """
     tokens = Tokens.select(student_hidden.shape[0], keep, student_hidden.device)
     grad = torch.is_grad_enabled()
+    if lm_weight and labels is None:
+        raise ValueError("lm_weight above 0 needs labels")
     job = _Job(
         teacher_hidden=tokens.of(teacher_hidden.detach()),
         teacher_weight=teacher_weight.detach(),
-        labels=tokens.of(labels) if statistics and labels is not None else None,
+        labels=tokens.of(labels) if labels is not None and (statistics or lm_weight) else None,
         tokens=tokens,
         temperature=temperature,
+        kd_weight=kd_weight,
+        lm_weight=lm_weight,
         real=real_columns(student_weight.shape[0], vocab_size=vocab_size, tp=tp),
         chunk_tokens=chunk_tokens,
         tp=split_group(tp),
         statistics=statistics,
         wanted=(grad and student_hidden.requires_grad, grad and student_weight.requires_grad),
     )
-    kl_sum, agreement, student_ce, teacher_ce = _FusedLinearKL.apply(student_hidden, student_weight, job)  # type: ignore[no-untyped-call]
+    sums = _FusedLinearKL.apply(student_hidden, student_weight, job)  # type: ignore[no-untyped-call]
+    loss_sum, kl_sum, agreement, student_ce, teacher_ce = sums
     if not statistics:
-        return FusedLoss(kl_sum, tokens.count)
+        return FusedLoss(loss_sum, kl_sum, tokens.count)
     if labels is None:
-        return FusedLoss(kl_sum, tokens.count, top1_agreement=agreement)
-    return FusedLoss(kl_sum, tokens.count, student_ce, teacher_ce, agreement)
+        return FusedLoss(loss_sum, kl_sum, tokens.count, top1_agreement=agreement)
+    return FusedLoss(loss_sum, kl_sum, tokens.count, student_ce, teacher_ce, agreement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +132,8 @@ class _Job:
     labels: Tensor | None
     tokens: Tokens
     temperature: float
+    kd_weight: float
+    lm_weight: float
     real: int
     """Columns of this rank's shard that belong to real tokens."""
     chunk_tokens: int | None
@@ -145,13 +159,17 @@ class _FusedLinearKL(torch.autograd.Function):
                 _pick_labels(values, student, teacher, local, mine)
             for block in pieces(student.shape[0], block_rows(student.shape[0], columns, hidden.device, job.tp)):
                 _block(student[block], teacher[block], values[:, block], job, want_gradient=gradient.wanted)
+            if gradient.wanted and job.labels is not None and job.lm_weight and job.real:
+                # The one-hot target of the cross-entropy; the block has done the softmax's part.
+                student.scatter_add_(1, local.unsqueeze(1), mine.unsqueeze(1).to(student.dtype).mul_(-job.lm_weight))
             sums += _token_sums(gather(values, job.tp).double(), job)
             gradient.add(chunk, student)
         ctx.save_for_backward(*gradient.finish(job.tokens, columns, job.tp))
-        kl_sum, *extra = sums.to(wide_dtype(hidden.dtype)).unbind()
-        extra = [value.clone() for value in extra]
-        ctx.mark_non_differentiable(*extra)
-        return kl_sum.clone(), *extra
+        loss_sum = job.kd_weight * sums[0] + job.lm_weight * sums[2]
+        wide = torch.cat([loss_sum[None], sums]).to(wide_dtype(hidden.dtype))
+        loss_sum, *rest = (value.clone() for value in wide.unbind())
+        ctx.mark_non_differentiable(*rest)
+        return loss_sum, *rest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,6 +207,7 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _Job, *, want_
     """Fill in the values of a block of tokens and turn the student's logits into their gradient, in place."""
     s, t = widened("student block", student), widened("teacher block", teacher)
     p = WORKSPACE.take("probabilities", (s.shape[0], s.shape[1]), s.dtype, s.device)
+    cold = None  # the student's softmax at temperature 1, where the loss needs it beside the one at T
     _peaks(s, t, values, statistics=job.statistics)
     s.sub_(values[_Value.STUDENT_PEAK].unsqueeze(1))
     t.sub_(values[_Value.TEACHER_PEAK].unsqueeze(1))
@@ -196,6 +215,7 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _Job, *, want_
         if job.labels is not None:
             torch.sum(torch.exp(t, out=p), -1, out=values[_Value.TEACHER_MASS_1])
             torch.sum(torch.exp(s, out=p), -1, out=values[_Value.STUDENT_MASS_1])
+            cold = p.clone() if want_gradient and job.lm_weight else None
         s.mul_(1 / job.temperature)
         t.mul_(1 / job.temperature)
     torch.sum(torch.exp(t, out=p), -1, out=values[_Value.TEACHER_MASS])
@@ -205,9 +225,13 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _Job, *, want_
         return
     peaks = values[: _Value.STUDENT_PEAK + 1 : 2] / job.temperature
     teacher_share, student_share = share(peaks, values[_Value.TEACHER_MASS : _Value.STUDENT_MASS + 1 : 2], job.tp)
-    if job.temperature != 1:
-        teacher_share, student_share = teacher_share * job.temperature, student_share * job.temperature
-    s.mul_(student_share.unsqueeze(1)).addcmul_(p, teacher_share.unsqueeze(1), value=-1)
+    weight = job.kd_weight * job.temperature
+    student_weight = weight + (job.lm_weight if cold is None else 0)
+    s.mul_((student_share * student_weight).unsqueeze(1)).addcmul_(p, (teacher_share * weight).unsqueeze(1), value=-1)
+    if cold is not None:
+        rows = slice(_Value.STUDENT_PEAK, _Value.STUDENT_PEAK + 1), slice(_Value.STUDENT_MASS_1, None)
+        (cold_share,) = share(values[rows[0]], values[rows[1]], job.tp)
+        s.addcmul_(cold, (cold_share * job.lm_weight).unsqueeze(1))
     if s is not student:
         student.copy_(s)
 

@@ -118,6 +118,9 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
             "distillation": {
                 "teacher": str(teacher),
                 "temperature": settings.temperature,
+                "kd_weight": settings.kd_weight,
+                "lm_weight": settings.lm_weight,
+                "freeze_embeddings": settings.freeze_embeddings,
                 "loss_chunk_tokens": settings.loss_chunk_tokens,
             }
         },

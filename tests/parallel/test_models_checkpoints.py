@@ -18,7 +18,13 @@ TOKENS = torch.randint(1, 256, (2, 48), generator=torch.Generator().manual_seed(
 def saved(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
     """A `.nemo` of six layers with nine heads in three groups, and its logits by `transformers`."""
     folder = tmp_path_factory.mktemp(request.param)
-    sizes = {"num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "vocab_size": 320}
+    sizes = {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 72,
+        "vocab_size": 320,
+    }
     reference = write_llama(folder / "hf", tied=request.param == "tied", **sizes)
     run_on_ranks(1, jobs.save_nemo, folder / "hf", folder / "model.nemo")
     with torch.no_grad():

@@ -46,7 +46,7 @@ def problem(dtype=torch.float64, vocab_size=14):
     }
 
 
-def reference_kl(data, vocab_size, temperature, scale=1.0):
+def reference_kl(data, vocab_size, temperature, scale=1.0, weights=(1.0, 0.0)):
     """Value, gradients of student states and weight, and the statistics, from whole float64 tensors."""
     hidden = data["student_hidden"].double().clone().requires_grad_()
     weight = data["student_weight"].double().clone().requires_grad_()
@@ -54,10 +54,12 @@ def reference_kl(data, vocab_size, temperature, scale=1.0):
     student = (hidden @ weight.t())[keep, :vocab_size]
     teacher = (data["teacher_hidden"].double() @ data["teacher_weight"].double().t())[keep, :vocab_size]
     log_q, log_p = (functional.log_softmax(x / temperature, -1) for x in (student, teacher))
-    loss = functional.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
+    kl = functional.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
+    loss = weights[0] * kl + weights[1] * functional.cross_entropy(student, labels, reduction="sum")
     (loss * scale).backward()
     return {
-        "kl": loss.detach(),
+        "loss": loss.detach(),
+        "kl": kl.detach(),
         "tokens": keep.sum(),
         "d_hidden": hidden.grad,
         "d_weight": weight.grad,
@@ -71,7 +73,7 @@ def shard(weight, rank, world):
     return weight.chunk(world)[rank].clone()
 
 
-def fused_on_rank(data, vocab_size, temperature, chunk_tokens, scale=1.0):
+def fused_on_rank(data, vocab_size, temperature, chunk_tokens, scale=1.0, weights=(1.0, 0.0)):  # noqa: PLR0917
     rank, world = distributed.get_rank(), distributed.get_world_size()
     tp = distributed.group.WORLD if world > 1 else None
     hidden = data["student_hidden"].clone().requires_grad_()
@@ -85,15 +87,18 @@ def fused_on_rank(data, vocab_size, temperature, chunk_tokens, scale=1.0):
         data["keep"],
         data["labels"],
         temperature=temperature,
+        kd_weight=weights[0],
+        lm_weight=weights[1],
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
         tp=tp,
         statistics=True,
     )
-    (loss.kl_sum * scale).backward()
+    (loss.loss_sum * scale).backward()
     assert all(torch.equal(a, data[name]) for a, name in zip(before, sorted(data), strict=True)), "an input was changed"
     return {
-        "kl": loss.kl_sum.detach(),
+        "loss": loss.loss_sum.detach(),
+        "kl": loss.kl_sum,
         "tokens": loss.tokens,
         "d_hidden": hidden.grad,
         "d_weight": weight.grad,
@@ -133,17 +138,23 @@ def test_fused_kl_equals_the_reference_in_value_and_gradient(world, dtype):
     if PADDED % world:
         pytest.skip("the padded vocabulary is a multiple of every world size")
     cases = [
-        (problem(dtype, vocab_size), vocab_size, temperature, chunk, scale)
+        (problem(dtype, vocab_size), vocab_size, temperature, chunk, scale, weights)
         for vocab_size in (14, PADDED)
-        for temperature, chunk, scale in ((1.0, None, 1.0), (2.5, 4, 0.3))
+        for temperature, chunk, scale, weights in (
+            (1.0, None, 1.0, (1.0, 0.0)),
+            (2.5, 4, 0.3, (1.0, 0.0)),
+            (1.0, 4, 1.0, (0.7, 0.3)),
+            (2.5, None, 1.0, (0.0, 1.0)),
+            (2.5, 4, 1.0, (0.5, 2.0)),
+        )
     ]
     answers = run_on_ranks(world, every_case, cases)
-    for index, (data, vocab_size, temperature, _, scale) in enumerate(cases):
-        expected = reference_kl(data, vocab_size, temperature, scale)
+    for index, (data, vocab_size, temperature, _, scale, weights) in enumerate(cases):
+        expected = reference_kl(data, vocab_size, temperature, scale, weights)
         fused = [rank[0][index] for rank in answers]
         dense = [rank[1][index] for rank in answers]
         for answer in fused:
-            for name in ("kl", "tokens", "d_hidden", "student_ce", "teacher_ce", "agreement"):
+            for name in ("loss", "kl", "tokens", "d_hidden", "student_ce", "teacher_ce", "agreement"):
                 torch.testing.assert_close(
                     answer[name], expected[name], check_dtype=False, **TOL[dtype], msg=name_of(name)
                 )
@@ -155,6 +166,8 @@ def test_fused_kl_equals_the_reference_in_value_and_gradient(world, dtype):
                 torch.testing.assert_close(
                     answer[name], expected[name], check_dtype=False, **TOL[dtype], msg=name_of(name)
                 )
+        if weights != (1.0, 0.0):
+            continue
         d_logits = torch.cat([answer["d_logits"] for answer in dense], -1).double()
         d_hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
         d_hidden[data["keep"]] = d_logits @ data["student_weight"].double() * scale
@@ -209,7 +222,7 @@ def test_fused_kl_matches_the_loop_oracle():
             oracle.kl(oracle.softmax(t, temperature), oracle.softmax(s, temperature))
             for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
         )
-        got = fused_alone(data, temperature=temperature, chunk_tokens=5).kl_sum.item()
+        got = fused_alone(data, temperature=temperature, chunk_tokens=5).loss_sum.item()
         assert got == pytest.approx(expected, rel=1e-10)
 
 
@@ -219,7 +232,9 @@ def test_gradcheck(chunk_tokens):
 
     def kl(hidden, weight):
         rest = data["teacher_hidden"], data["teacher_weight"], data["keep"]
-        return fused_linear_kl(hidden, weight, *rest, temperature=1.7, vocab_size=14, chunk_tokens=chunk_tokens).kl_sum
+        return fused_linear_kl(
+            hidden, weight, *rest, temperature=1.7, vocab_size=14, chunk_tokens=chunk_tokens
+        ).loss_sum
 
     def cross_entropy(hidden, weight):
         return fused_linear_cross_entropy(
@@ -237,7 +252,7 @@ def test_a_tied_weight_collects_both_gradients():
     weight = data["student_weight"].clone().requires_grad_()
     fused_linear_kl(
         functional.embedding(ids, weight), weight, data["teacher_hidden"], data["teacher_weight"], vocab_size=14
-    ).kl_sum.backward()
+    ).loss_sum.backward()
     twin = data["student_weight"].clone().requires_grad_()
     log_q = functional.log_softmax((functional.embedding(ids, twin) @ twin.t())[:, :14], -1)
     log_p = functional.log_softmax((data["teacher_hidden"] @ data["teacher_weight"].t())[:, :14], -1)
@@ -252,8 +267,8 @@ def test_nothing_kept_gives_zero_with_a_graph():
     keep = torch.zeros(TOKENS, dtype=torch.bool)
     kl = fused_alone(data, keep=keep)
     ce = fused_linear_cross_entropy(data["student_hidden"], data["student_weight"], data["labels"], keep, vocab_size=14)
-    assert (kl.kl_sum.item(), kl.tokens.item(), ce.ce_sum.item(), ce.tokens.item()) == (0, 0, 0, 0)
-    (kl.kl_sum + ce.ce_sum).backward()
+    assert (kl.loss_sum.item(), kl.tokens.item(), ce.ce_sum.item(), ce.tokens.item()) == (0, 0, 0, 0)
+    (kl.loss_sum + ce.ce_sum).backward()
     for name in ("student_hidden", "student_weight"):
         assert torch.equal(data[name].grad, torch.zeros_like(data[name]))
 
@@ -267,18 +282,18 @@ def test_masked_tokens_may_hold_anything():
     for data in (clean, dirty):
         data["student_hidden"].requires_grad_()
         loss = fused_alone(data, keep=keep)
-        loss.kl_sum.backward()
-        values.append((loss.kl_sum.detach(), data["student_hidden"].grad))
+        loss.loss_sum.backward()
+        values.append((loss.loss_sum.detach(), data["student_hidden"].grad))
     torch.testing.assert_close(values[1], values[0], **TOL[torch.float64])
     assert not values[1][1][~keep].any()
 
 
 def test_padded_columns_carry_no_probability():
     data = problem()
-    expected = fused_alone(data).kl_sum
+    expected = fused_alone(data).loss_sum
     for name in ("student_weight", "teacher_weight"):
         data[name][14:] = 1e3
-    torch.testing.assert_close(fused_alone(data).kl_sum, expected, **TOL[torch.float64])
+    torch.testing.assert_close(fused_alone(data).loss_sum, expected, **TOL[torch.float64])
 
 
 def test_equal_models_give_zero_loss_and_gradient():
@@ -286,8 +301,8 @@ def test_equal_models_give_zero_loss_and_gradient():
     hidden = data["student_hidden"].requires_grad_()
     weight = data["student_weight"]
     loss = fused_linear_kl(hidden, weight, hidden, weight, vocab_size=14, statistics=True)
-    loss.kl_sum.backward()
-    assert loss.kl_sum.item() == pytest.approx(0, abs=1e-12)
+    loss.loss_sum.backward()
+    assert loss.loss_sum.item() == pytest.approx(0, abs=1e-12)
     assert loss.top1_agreement.item() == TOKENS
     assert hidden.grad.abs().max() < 1e-14
 
@@ -297,8 +312,8 @@ def test_huge_logits_stay_finite():
     for name in ("student_hidden", "teacher_hidden"):
         data[name] = (data[name] * 1e4).requires_grad_(name == "student_hidden")
     loss = fused_alone(data)
-    loss.kl_sum.backward()
-    assert math.isfinite(loss.kl_sum.item())
+    loss.loss_sum.backward()
+    assert math.isfinite(loss.loss_sum.item())
     assert data["student_hidden"].grad.isfinite().all()
 
 
@@ -319,9 +334,9 @@ def test_bfloat16_stays_near_the_float64_reference():
         data[name].requires_grad_()
     expected = reference_kl({k: v.detach() for k, v in data.items()}, 14, 1.0)
     loss = fused_alone(data, keep=data["keep"], chunk_tokens=4)
-    loss.kl_sum.backward()
-    assert loss.kl_sum.dtype == torch.float32
-    torch.testing.assert_close(loss.kl_sum.detach().double(), expected["kl"], **TOL[torch.bfloat16])
+    loss.loss_sum.backward()
+    assert loss.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(loss.loss_sum.detach().double(), expected["kl"], **TOL[torch.bfloat16])
     for name in ("hidden", "weight"):
         got, want = data[f"student_{name}"].grad.double(), expected[f"d_{name}"]
         # Logits of magnitude 10 are rounded to 8 bits, so the gradient is judged as a whole, not entry by entry.
@@ -363,8 +378,8 @@ def test_no_tokens_by_vocabulary_tensor_exists_and_validation_skips_the_gradient
     with torch.no_grad():
         watch, same = largest()
     assert watch.matrices == tokens // 8 * 2
-    assert not same.kl_sum.requires_grad
-    torch.testing.assert_close(same.kl_sum, loss.kl_sum.detach())
+    assert not same.loss_sum.requires_grad
+    torch.testing.assert_close(same.loss_sum, loss.loss_sum.detach())
 
 
 def group_of_one():
@@ -374,8 +389,8 @@ def group_of_one():
         hidden = data["student_hidden"].clone().requires_grad_()
         rest = data["student_weight"], data["teacher_hidden"], data["teacher_weight"]
         loss = fused_linear_kl(hidden, *rest, vocab_size=14, tp=tp)
-        loss.kl_sum.backward()
-        values.append((loss.kl_sum.item(), hidden.grad))
+        loss.loss_sum.backward()
+        values.append((loss.loss_sum.item(), hidden.grad))
     return values
 
 
