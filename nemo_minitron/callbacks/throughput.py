@@ -44,7 +44,7 @@ class Throughput(Callback):
             self.steps += 1
             self.seconds += seconds
         self._first = False
-        pl_module.log("train/tokens_per_second", self.tokens_per_step / seconds, batch_size=1)
+        pl_module.log("train/tokens_per_second", self.tokens_per_step / seconds, batch_size=1, sync_dist=True)
 
     def summary(self) -> dict[str, float | None]:
         """Mean `tokens_per_second` and `step_seconds`; None before the second step."""

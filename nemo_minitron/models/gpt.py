@@ -114,7 +114,7 @@ class MegatronGPTModel(ModelPT):
         values["train/loss"] = values[f"train/{self.objective}"]
         values["train/lr"] = info.lr
         values["train/grad_norm"] = info.grad_norm
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
 
     objective = "ce"
 
@@ -134,7 +134,7 @@ class MegatronGPTModel(ModelPT):
         means = per_token(self.validation_totals)
         values = {f"val/{name}": value for name, value in means.items()}
         values["val/loss"] = values[f"val/{self.objective}"]
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:
         """Megatron's schedule over one global batch.

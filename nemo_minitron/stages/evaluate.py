@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.evaluation.generate import greedy
 from nemo_minitron.megatron.data import WindowDataset, loader
@@ -22,7 +23,7 @@ def run(context: StageContext) -> dict[str, Any]:
     }
     result: dict[str, Any] = {"perplexity": {}, "nats": {}, "samples": {"prompt": context.config.evaluate.prompt}}
     for name, folder in folders.items():
-        nats, tokens, text = _one(context, folder)
+        nats, tokens, text = _one(context, name, folder)
         result["nats"][name] = nats
         result["perplexity"][name] = math.exp(nats)
         result["samples"][name] = text
@@ -34,10 +35,10 @@ def run(context: StageContext) -> dict[str, Any]:
     return result | {"ratio": ratio, "summary": f"distilled perplexity is {ratio:.2f} times the teacher's"}
 
 
-def _one(context: StageContext, folder: Path) -> tuple[float, int, str]:
+def _one(context: StageContext, name: str, folder: Path) -> tuple[float, int, str]:
     """Nats a token, tokens predicted, and greedy text of one checkpoint."""
     settings = context.config.evaluate
-    trainer = make_trainer(context.config)
+    trainer = make_trainer(context.config, [ProgressDisplay(context.reporter, name)])
     model = restore(
         MegatronGPTModel,
         folder,

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
+
 from nemo_minitron.callbacks.importance import ImportanceCallback
+from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.models.gpt import MegatronGPTModel
@@ -23,6 +26,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.run.stage("data"),
         context.config,
         importance,
+        ProgressDisplay(context.reporter, "score"),
     )
     scores = importance.scores
     return {
@@ -33,10 +37,12 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
-def calibrate(model_path: Path, data: Path, config: RunConfig, importance: ImportanceCallback) -> float:
+def calibrate(
+    model_path: Path, data: Path, config: RunConfig, importance: ImportanceCallback, *others: Callback
+) -> float:
     """Validate a model over the calibration split with the callback attached; returns its nats a token."""
     settings = config.score
-    trainer = make_trainer(config, [importance])
+    trainer = make_trainer(config, [importance, *others])
     model = restore(
         MegatronGPTModel, model_path, config=config, micro_batch_size=settings.micro_batch_size, trainer=trainer
     )
