@@ -61,11 +61,17 @@ class TargetConfig(Section):
     """Sizes of the student; None keeps the teacher's."""
 
     num_layers: Count | None = None
+    """Layers to keep; those with the least block influence go."""
+    drop_layers: tuple[int, ...] | None = None
+    """Exactly these layers go, counted from 0, instead of a choice by block influence."""
     hidden_size: Count | None = None
     ffn_hidden_size: Count | None = None
     num_attention_heads: Count | None = None
     """Query heads of a layer; a multiple of its KV groups."""
     num_query_groups: Count | None = None
+    rescale_norms: bool = True
+    """When hidden channels go, scale RMSNorm's weight and epsilon so that channels that were zero could go without a
+    trace. Left alone, the norm of fewer channels is another one."""
     batch_aggregation: Aggregation = Aggregation.L2
     sequence_aggregation: Aggregation = Aggregation.MEAN
 

@@ -1,6 +1,6 @@
 """From scores and wanted sizes to a plan: the decision, pure and the same on every machine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,17 +11,10 @@ from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.ops.ranking import top_heads, top_indices
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan, narrowed
-from nemo_minitron.pruning.ranges import to_ranges
 from nemo_minitron.pruning.scores import Scores
 
 
-def student_spec(
-    target: TargetConfig,
-    teacher: ModelSpec,
-    *,
-    drop_layers: Sequence[int] | None = None,
-    rescale_norms: bool = True,
-) -> ModelSpec:
+def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
     """The architecture that a target asks for; needs no scores.
 
     None keeps the teacher's size. KV groups without heads given keep their heads each, so the number of heads follows.
@@ -30,27 +23,20 @@ def student_spec(
     Raises:
         PlanError: With every size that cannot be.
     """
-    problems = list(_problems(target, teacher, drop_layers))
+    problems = list(_problems(target, teacher))
     if problems:
         raise PlanError(
             "target: " + "; ".join(problems),
             rule="a student is cut out of its teacher: no size grows, every KV group keeps as many heads as the others",
             remedy="change the sizes under target",
         )
-    kept = _kept_layers(target, teacher, drop_layers)
+    kept = _kept_layers(target, teacher)
     sizes = [teacher.layers[index] for index in kept or range(target.num_layers or teacher.num_layers)]
     layers = tuple(_student_layer(target, layer) for layer in sizes)
-    return narrowed(teacher, target.hidden_size or teacher.hidden_size, layers, rescale_norms=rescale_norms)
+    return narrowed(teacher, target.hidden_size or teacher.hidden_size, layers, rescale_norms=target.rescale_norms)
 
 
-def build_plan(
-    scores: Scores,
-    target: TargetConfig,
-    spec: ModelSpec,
-    *,
-    drop_layers: Sequence[int] | None = None,
-    rescale_norms: bool = True,
-) -> PruningPlan:
+def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> PruningPlan:
     """Keep what scores highest; ties go to the lower index.
 
     Layers are chosen first, by Block Influence, unless they are named. Hidden channels are ranked over the whole model,
@@ -58,16 +44,14 @@ def build_plan(
 
     Args:
         scores: Scores of `spec`.
-        target: Wanted sizes and aggregations.
+        target: Wanted sizes, or the layers to drop, and aggregations.
         spec: The teacher.
-        drop_layers: Layers to leave out, by index, in place of ranking them.
-        rescale_norms: See `PruningPlan.rescale_norms`.
 
     Raises:
         PlanError: A size that cannot be.
         ScoresError: The scores are another model's.
     """
-    student_spec(target, spec, drop_layers=drop_layers)
+    student_spec(target, spec)
     if scores.spec != spec:
         raise ScoresError(
             f"scores of another model (spec {scores.spec.digest()[:12]}, this model {spec.digest()[:12]})",
@@ -75,15 +59,15 @@ def build_plan(
             remedy="score this model",
         )
     how = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
-    layers = _kept_layers(target, spec, drop_layers)
+    layers = _kept_layers(target, spec)
     if layers is None:
         layers = _indices(scores.block_influence(), target.num_layers or spec.num_layers)
     return PruningPlan(
         spec=spec,
         hidden=_indices(scores.hidden(**how), target.hidden_size or spec.hidden_size),
         layers=tuple(_layer_plan(scores, layer, _student_layer(target, spec.layers[layer]), how) for layer in layers),
-        rescale_norms=rescale_norms,
-        provenance=_provenance(scores, target, drop_layers),
+        rescale_norms=target.rescale_norms,
+        provenance=_provenance(scores, target),
     )
 
 
@@ -122,20 +106,20 @@ def _student_layer(target: TargetConfig, layer: LayerSpec) -> LayerSpec:
     )
 
 
-def _kept_layers(target: TargetConfig, teacher: ModelSpec, drop_layers: Sequence[int] | None) -> tuple[int, ...] | None:
+def _kept_layers(target: TargetConfig, teacher: ModelSpec) -> tuple[int, ...] | None:
     """Layers that are decided without scores; None when they are to be ranked."""
-    if drop_layers is None:
+    if target.drop_layers is None:
         return None
-    return tuple(index for index in range(teacher.num_layers) if index not in set(drop_layers))
+    return tuple(index for index in range(teacher.num_layers) if index not in set(target.drop_layers))
 
 
-def _problems(target: TargetConfig, teacher: ModelSpec, drop_layers: Sequence[int] | None) -> Iterator[str]:
+def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
     for name, size in (("num_layers", teacher.num_layers), ("hidden_size", teacher.hidden_size)):
         wanted = getattr(target, name)
         if wanted is not None and not 1 <= wanted <= size:
             yield f"{name} = {wanted}, the teacher has {size}"
-    if drop_layers is not None:
-        yield from _drop_problems(target, teacher, list(drop_layers))
+    if target.drop_layers is not None:
+        yield from _drop_problems(target, teacher, list(target.drop_layers))
     for sizes in dict.fromkeys(teacher.layers):
         yield from _layer_problems(target, sizes)
 
@@ -168,9 +152,8 @@ def _layer_problems(target: TargetConfig, sizes: LayerSpec) -> Iterator[str]:
         yield f"num_attention_heads = {heads}, but {groups} KV groups have {groups * per_group} heads"
 
 
-def _provenance(scores: Scores, target: TargetConfig, drop_layers: Sequence[int] | None) -> dict[str, Any]:
+def _provenance(scores: Scores, target: TargetConfig) -> dict[str, Any]:
     return {
         "target": target.model_dump(mode="json"),
-        "drop_layers": None if drop_layers is None else to_ranges(sorted(drop_layers)),
         "scores": {"samples": scores.samples, "tokens": scores.tokens, **scores.provenance},
     }
