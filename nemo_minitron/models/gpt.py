@@ -42,6 +42,7 @@ class MegatronGPTModel(ModelPT):
         spec: The architecture.
         chunks: This rank's part of the model, one a virtual pipeline stage.
         tokenizer_files: Hugging Face tokenizer files by name; saved with the model.
+        validation_reports: What each batch of the latest validation summed up to.
         lineage: Where the model comes from (base model, licence, plan); saved with the model.
 
     Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
@@ -58,7 +59,7 @@ class MegatronGPTModel(ModelPT):
         self.lineage: dict[str, Any] = {}
         self.chunks: list[MinitronGPT] = []
         self.training_chunks: list[torch.nn.Module] = []
-        self.validation_totals: Report = {}
+        self.validation_reports: list[Report] = []
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -119,19 +120,19 @@ class MegatronGPTModel(ModelPT):
     objective = "ce"
 
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
-        """Forward over one global batch; returns sums over all ranks and adds them to the epoch's totals."""
+        """Forward over one global batch; returns sums over all ranks and keeps them for the epoch."""
         report = self.run_schedule(batch, training=False)
-        for name, value in report.items():
-            self.validation_totals[name] = self.validation_totals.get(name, 0.0) + value
+        self.validation_reports.append(report)
         return report
 
     def on_validation_epoch_start(self) -> None:
-        """Start the totals anew."""
-        self.validation_totals = {}
+        """Start anew."""
+        self.validation_reports = []
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
         """Log means over all kept tokens of the epoch as `val/*`."""
-        means = per_token(self.validation_totals)
+        totals = {name: sum(report[name] for report in self.validation_reports) for name in self.validation_reports[0]}
+        means = per_token(totals)
         values = {f"val/{name}": value for name, value in means.items()}
         values["val/loss"] = values[f"val/{self.objective}"]
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)

@@ -1,12 +1,12 @@
 """Evaluate: held-out perplexity of teacher, pruned and distilled model, and one text sample of each."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.evaluation.generate import greedy
+from nemo_minitron.evaluation.perplexity import Perplexity, perplexity
 from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
@@ -21,22 +21,24 @@ def run(context: StageContext) -> dict[str, Any]:
         "pruned": context.run.stage("prune") / "student",
         "distilled": context.run.stage("distill") / "student",
     }
-    result: dict[str, Any] = {"perplexity": {}, "nats": {}, "samples": {"prompt": context.config.evaluate.prompt}}
+    result: dict[str, Any] = {"perplexity": {}, "standard_error": {}, "nats": {}}
+    result["samples"] = {"prompt": context.config.evaluate.prompt}
     for name, folder in folders.items():
-        nats, tokens, text = _one(context, name, folder)
-        result["nats"][name] = nats
-        result["perplexity"][name] = math.exp(nats)
+        measured, text = _one(context, name, folder)
+        result["nats"][name] = measured.nats_per_token
+        result["perplexity"][name] = measured.value
+        result["standard_error"][name] = measured.standard_error
         result["samples"][name] = text
-        result["tokens"] = tokens
-        context.reporter.line(f"{name}: perplexity {math.exp(nats):.2f}")
+        result["tokens"] = measured.tokens
+        context.reporter.line(f"          {name:<9} perplexity {measured.value:.2f}")
     if context.rank == 0:
         write_json(context.out / "evaluation.json", result)
     ratio = result["perplexity"]["distilled"] / result["perplexity"]["teacher"]
     return result | {"ratio": ratio, "summary": f"distilled perplexity is {ratio:.2f} times the teacher's"}
 
 
-def _one(context: StageContext, name: str, folder: Path) -> tuple[float, int, str]:
-    """Nats a token, tokens predicted, and greedy text of one checkpoint."""
+def _one(context: StageContext, name: str, folder: Path) -> tuple[Perplexity, str]:
+    """Perplexity and greedy text of one checkpoint."""
     settings = context.config.evaluate
     trainer = make_trainer(context.config, [ProgressDisplay(context.reporter, name)])
     model = restore(
@@ -54,9 +56,10 @@ def _one(context: StageContext, name: str, folder: Path) -> tuple[float, int, st
         dp_rank=model.runtime.dp_rank,
         dp_size=model.runtime.dp_size,
     )
-    metrics = trainer.validate(model, dataloaders=batches, verbose=False)[0]
+    trainer.validate(model, dataloaders=batches, verbose=False)
+    reports = model.validation_reports
+    measured = perplexity([report["ce"] for report in reports], [report["tokens"] for report in reports])
     tokenizer = load_tokenizer(model.tokenizer_files)
     prompt = tokenizer.encode(settings.prompt)
     tokens = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens, end=tokenizer.eos_token_id)
-    counted = int(model.validation_totals["tokens"])
-    return metrics["val/ce"], counted, tokenizer.decode(tokens, skip_special_tokens=True)
+    return measured, tokenizer.decode(tokens, skip_special_tokens=True)
