@@ -100,7 +100,8 @@ def _dropped(content: ReportContent) -> str:
 
 
 def _quality(content: ReportContent) -> list[Row]:
-    nats = content.results.get("evaluate", {}).get("nats", {})
+    evaluated = content.results.get("evaluate", {})
+    nats, errors = evaluated.get("nats", {}), evaluated.get("standard_error", {})
     rows = []
     for name, value in content.perplexity.items():
         count = content.parameters["teacher" if name == "teacher" else "student"]
@@ -110,7 +111,7 @@ def _quality(content: ReportContent) -> list[Row]:
                 "style": "strong" if name == "distilled" else "",
                 "parameters": compact(count),
                 "nats": f"{nats[name]:.4f}" if name in nats else "",
-                "perplexity": f"{value:,.2f}",
+                "perplexity": f"{value:,.2f}" + (f" ± {errors[name]:.2f}" if errors.get(name) else ""),
                 "ratio": f"{value / content.perplexity['teacher']:.2f} x" if "teacher" in content.perplexity else "",
             }
         )
@@ -138,7 +139,8 @@ def _sections(content: ReportContent) -> list[Row]:
     sections: list[Row] = []
     validated = [row for row in content.metrics if "val/kl" in row or "train/kl" in row]
     if validated:
-        caption = "Forward KL over the full vocabulary. The dotted line is where the pruned model starts."
+        objective = content.results.get("distill", {}).get("objective", "forward KL over the full vocabulary")
+        caption = f"Trained on {objective}. The dotted line is where the pruned model starts."
         curve = _figure("", caption, figures.distillation(content.metrics))
         sections.append({"title": "Distillation", "figures": [curve], "table": None})
     if content.importance is not None:

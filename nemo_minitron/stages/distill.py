@@ -66,6 +66,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "steps": settings.steps,
         "tokens": settings.steps * settings.batch.tokens_per_step,
         **throughput.summary(),
+        "objective": _objective(settings),
         "validation": last,
         "history": monitor.history,
         "summary": f"KL to the teacher {monitor.history[0]['kl']:.3f} -> {last['kl']:.3f} nats a token",
@@ -76,6 +77,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint with the most steps; half-written ones are passed over."""
     whole = [path for path in sorted(folder.glob("*.ckpt")) if is_whole(path)]
     return whole[-1] if whole else None
+
+
+def _objective(settings: DistillConfig) -> str:
+    """The loss in words."""
+    parts = {"forward KL over the full vocabulary": settings.kd_weight, "cross-entropy on the text": settings.lm_weight}
+    named = {name: weight for name, weight in parts.items() if weight}
+    if list(named.values()) == [1.0]:
+        return next(iter(named))
+    return " + ".join(f"{weight:g} x {name}" for name, weight in named.items())
 
 
 def _metrics(context: StageContext) -> MetricsLogger:
