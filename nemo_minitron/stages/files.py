@@ -59,6 +59,12 @@ def as_user_error(error: BaseException, folder: Path) -> MinitronError | None:
     for item in chain:
         if isinstance(item, OSError) and item.errno in (errno.ENOSPC, errno.EDQUOT):
             return _full_disk(item.filename, folder)
+        if isinstance(item, OSError) and item.errno == errno.EFBIG:
+            return RunFolderError(
+                f"{_shown(item.filename) if item.filename is not None else folder}: file too large",
+                rule="a checkpoint's files fit the limits of the file system and of `ulimit -f`",
+                remedy="raise the limit or name a run folder elsewhere, and repeat the command",
+            )
     if any(word in str(item).lower() for item in chain for word in _FULL_DISK_WORDS):
         return _full_disk(None, folder)
     for item in chain:
