@@ -12,7 +12,6 @@ Megatron-Core's own conventions, so its `dist_checkpointing` loads the folder at
 import hashlib
 import io
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +28,6 @@ from nemo_minitron.arch.weights import Weight, weight_named, weights
 from nemo_minitron.checkpoints.files import (
     Files,
     FolderFiles,
-    TarFiles,
     open_files,
     read_bytes,
     staged_file,
@@ -230,23 +228,6 @@ def pack_nemo(folder: Path, file: Path) -> None:
             entry.size, entry.mode = (folder / name).stat().st_size, 0o644
             with (folder / name).open("rb") as stream_:
                 archive.addfile(entry, stream_)
-
-
-def unpack_nemo(file: Path, folder: Path, *, config_only: bool = False) -> None:
-    """Unpack a `.nemo` file into an existing folder; with `config_only`, its `model_config.yaml` alone.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or holds links, devices or names that lead outside.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    files = TarFiles(file)
-    for name in (CONFIG_FILE,) if config_only else files.names():
-        if name not in files.names():
-            raise CheckpointError(f"{file}: {name} is missing")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with files.open(name) as stream_, (folder / name).open("wb") as target:
-            shutil.copyfileobj(stream_, target, 1 << 20)
 
 
 def read_config(files: Files) -> dict[str, Any]:

@@ -135,6 +135,7 @@ class MegatronGPTModel(ModelPT):
         means = per_token(totals)
         values = {f"val/{name}": value for name, value in means.items()}
         values["val/loss"] = values[f"val/{self.objective}"]
+        values["val_loss"] = values["val/loss"]  # the name that NeMo's exp_manager looks for
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:

@@ -1,0 +1,52 @@
+"""The example scripts run as their docstrings say, on a tiny model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.checkpoints.source import open_checkpoint
+from tests import jobs
+from tests.ranks import run_on_ranks
+from tests.tiny import write_corpus, write_llama
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("artefacts")
+    write_llama(folder / "hf", trained_steps=60)
+    write_corpus(folder / "corpus")
+    run_on_ranks(1, jobs.prepare, folder)
+    return folder
+
+
+def distill(artefacts: Path, where: Path, *more: str) -> str:
+    command = [
+        *(sys.executable, str(EXAMPLES / "megatron_gpt_distillation.py")),
+        *(f"model.{name}={artefacts / name}" for name in ("teacher", "student", "data")),
+        *("model.precision=32", "model.encoder_seq_length=64", "trainer.val_check_interval=3"),
+        f"exp_manager.exp_dir={where}",
+        *more,
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=where, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
+
+
+def test_exp_manager_logs_checkpoints_resumes_and_leaves_a_nemo(artefacts, tmp_path):
+    distill(artefacts, tmp_path, "trainer.max_steps=6")
+    checkpoints = next(tmp_path.rglob("checkpoints"))
+    assert [path for path in checkpoints.iterdir() if path.name.endswith("-last.ckpt") and path.is_dir()]
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    student = open_checkpoint(artefacts / "student").spec
+    assert open_checkpoint(checkpoints / "minitron_student.nemo").spec == student
+    log = tmp_path.rglob("version_0")
+    where = f"exp_manager.explicit_log_dir={next(log)}"
+    said = distill(artefacts, tmp_path, "trainer.max_steps=9", "exp_manager.resume_if_exists=true", where)
+    assert "step=6" in said or "Restored" in said or "Restoring states" in said
