@@ -23,6 +23,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nemo_minitron.errors import MinitronError
 
@@ -112,6 +113,46 @@ def bridged() -> Iterator[bool]:
     finally:
         if not before:
             uninstall()
+
+
+@contextmanager
+def local_objects() -> Iterator[None]:
+    """Where there is only one rank, exchange Python objects with oneself by handing them over.
+
+    Gloo copies large ones in threads of its own, each of which keeps an OpenMP team from then on. OpenMP then counts
+    more threads than cores and lets idle ones sleep at once instead of waiting a moment for the next operation: after
+    a checkpoint, training went on at two thirds of its speed.
+    """
+    if dist.get_world_size() > 1:
+        yield
+        return
+
+    def all_gather_object(object_list: list[Any], obj: Any, *unused: Any, **also_unused: Any) -> None:
+        object_list[0] = obj
+
+    def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *unused: Any, **also_unused: Any) -> None:
+        if object_gather_list is not None:
+            object_gather_list[0] = obj
+
+    def scatter_object_list(
+        scatter_object_output_list: list[Any], scatter_object_input_list: list[Any], *unused: Any, **also_unused: Any
+    ) -> None:
+        scatter_object_output_list[0] = scatter_object_input_list[0]
+
+    replaced = {
+        "all_gather_object": all_gather_object,
+        "broadcast_object_list": lambda *unused, **also_unused: None,
+        "gather_object": gather_object,
+        "scatter_object_list": scatter_object_list,
+    }
+    before = {name: getattr(dist, name) for name in replaced}
+    try:
+        for name, function in replaced.items():
+            setattr(dist, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
 
 
 def check_version() -> None:

@@ -32,6 +32,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import runtime
+from nemo_minitron.megatron.cpu import local_objects
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.optim import TrainOptimizer
 
@@ -165,14 +166,14 @@ def _write(state: dict[str, Any], path: Path) -> None:
     """Save collectively under a temporary name, then take the old folder's place."""
     partial = path.with_name(f".{path.name}.partial")
     _check_space(state, path)
-    with _errors_of(path, "could not be written"):
+    with _errors_of(path, "could not be written"), local_objects():
         _on_first_rank(lambda: _make_room(partial))
         dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcessWriter())
         _on_first_rank(lambda: _take_place(partial, path))
 
 
 def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    with _errors_of(path, "could not be read"):
+    with _errors_of(path, "could not be read"), local_objects():
         return dict(dist_checkpointing.load(state, str(path)))
 
 

@@ -1,5 +1,6 @@
 """Weights and training states on disk: what is written, that a resume is exact, and that damage is told."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +16,10 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import runtime, sharded_io
 from nemo_minitron.megatron.build import build_chunks
+from nemo_minitron.megatron.cpu import local_objects
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.sharded_io import load_weights, save_weights, stored_shapes
+from tests.ranks import run_on_ranks
 
 SPEC = ModelSpec(
     family="llama",
@@ -141,3 +144,28 @@ def test_a_folder_that_cannot_be_made_is_told(here: Runtime, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="could not be written"):
         save_weights(build_chunks(SPEC, here, Precision.FP32, seed=2), tmp_path / "file")
     assert not sharded_io.WEIGHTS.startswith(".")
+
+
+def test_saving_leaves_gloo_no_threads_of_its_own(tmp_path):
+    """Each would keep an OpenMP team, and every small operation after a checkpoint would wait for a sleeping thread."""
+    assert run_on_ranks(1, threads_around_large_objects) == [0]
+
+
+def threads_around_large_objects() -> int:
+    """How many more threads there are after large objects went through the collectives that checkpoints use."""
+    large = list(range(100_000))
+    gathered: list[object] = [None]
+
+    def exchange() -> None:
+        torch.distributed.all_gather_object(gathered, large)
+        torch.distributed.gather_object(large, gathered)
+        torch.distributed.scatter_object_list([None], [large])
+        torch.distributed.broadcast_object_list([large])
+
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).add_(1)
+    before = len(os.listdir("/proc/self/task"))
+    with local_objects():
+        exchange()
+    assert gathered[0] is large
+    return len(os.listdir("/proc/self/task")) - before
