@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.parallel import ParallelConfig
@@ -22,7 +23,7 @@ TEXT = "The history of the city begins with a small settlement on the bank of th
 def test_imported_teacher_has_the_logits_of_transformers_alone_and_over_stages(tmp_path):
     gguf = resolve(load_recipe(DEMO).model.source)
     tokens = [AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).encode(TEXT)]
-    reference = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    reference = theirs(gguf)
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
     del reference
@@ -31,3 +32,13 @@ def test_imported_teacher_has_the_logits_of_transformers_alone_and_over_stages(t
         config = jobs.config_for(tmp_path, tmp_path, parallel=parallel)
         found = run_on_ranks(world_size, jobs.logits, tmp_path / "teacher", config, tokens)[0]
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def theirs(gguf: Path) -> LlamaForCausalLM:
+    """The model as `transformers` dequantises and names it."""
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)).float()
+    tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return model.eval()
