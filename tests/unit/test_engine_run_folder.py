@@ -13,6 +13,7 @@ from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import RunFolderError
 from nemo_minitron.stages import files, manifest
 from nemo_minitron.stages.run_folder import RunFolder
+from tests.ranks import run_on_ranks
 
 HOLDER = textwrap.dedent(
     """
@@ -97,11 +98,18 @@ def test_the_manifest_tells_every_command(tmp_path):
 
 
 def test_peak_memory_sees_an_allocation_and_can_be_reset():
+    """In a fresh process: in one that has worked, a block may find room in memory that is resident already."""
+    before, held, after = run_on_ranks(1, peaks)[0]
+    assert held >= before + 0.29
+    assert after < before + 0.25
+
+
+def peaks() -> tuple[float, float, float]:
     manifest.reset_peak_memory()
     before = manifest.peak_memory_gb()
     block = bytearray(300_000_000)
     block[::4096] = b"x" * len(block[::4096])
-    assert manifest.peak_memory_gb() >= before + 0.29
+    held = manifest.peak_memory_gb()
     del block
     manifest.reset_peak_memory()
-    assert manifest.peak_memory_gb() < before + 0.25
+    return before, held, manifest.peak_memory_gb()
