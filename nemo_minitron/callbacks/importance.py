@@ -21,7 +21,7 @@ class ImportanceCallback(Callback):
     Attributes:
         scores: The result, the same on every rank; None before validation has ended.
 
-    Scores do not depend on the layout or the micro-batch size beyond rounding (sites and statistics: `docs/scores.md`).
+    Scores do not depend on the layout or the micro-batch size beyond rounding (sites and statistics: `ops.importance`).
     """
 
     def __init__(self, path: str | Path | None = None, *, provenance: dict[str, Any] | None = None) -> None:
