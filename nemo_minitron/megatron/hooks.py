@@ -59,7 +59,7 @@ class _Chunk:
 
 
 class ImportanceCollector:
-    """Context manager that collects the statistics of `docs/scores.md` from forward passes of a model.
+    """Context manager that collects the statistics of `ops.importance` from forward passes of a model.
 
     Before each global batch the caller tells with `expect` which positions count. Costs a few passes over each site's
     activations, and one transfer of masks a micro-batch; no layer waits for the device. Nothing is changed in the
