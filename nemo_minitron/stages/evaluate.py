@@ -7,11 +7,11 @@ from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.evaluation.generate import greedy
 from nemo_minitron.evaluation.perplexity import Perplexity, perplexity
-from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.files import write_json
-from nemo_minitron.stages.session import make_trainer, restore
+from nemo_minitron.stages.session import make_trainer, restore, validate
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -49,14 +49,8 @@ def _one(context: StageContext, name: str, folder: Path) -> tuple[Perplexity, st
         trainer=trainer,
     )
     samples = -(-settings.max_tokens // settings.sequence_length)
-    dataset = WindowDataset(context.run.stage("data"), "heldout", settings.sequence_length, samples)
-    batches = loader(
-        dataset,
-        global_batch_size=settings.micro_batch_size * model.runtime.dp_size,
-        dp_rank=model.runtime.dp_rank,
-        dp_size=model.runtime.dp_size,
-    )
-    trainer.validate(model, dataloaders=batches, verbose=False)
+    windows = WindowDataset(context.run.stage("data"), "heldout", settings.sequence_length, samples)
+    validate(model, windows, micro_batch_size=settings.micro_batch_size, trainer=trainer)
     reports = model.validation_reports
     measured = perplexity([report["ce"] for report in reports], [report["tokens"] for report in reports])
     tokenizer = load_tokenizer(model.tokenizer_files)

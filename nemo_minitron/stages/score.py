@@ -8,10 +8,10 @@ from lightning.pytorch import Callback
 from nemo_minitron.callbacks.importance import ImportanceCallback
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.session import make_trainer, restore
+from nemo_minitron.stages.session import make_trainer, restore, validate
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -46,11 +46,5 @@ def calibrate(
     model = restore(
         MegatronGPTModel, model_path, config=config, micro_batch_size=settings.micro_batch_size, trainer=trainer
     )
-    dataset = WindowDataset(data, "calibration", settings.sequence_length, settings.samples)
-    batches = loader(
-        dataset,
-        global_batch_size=settings.micro_batch_size * model.runtime.dp_size,
-        dp_rank=model.runtime.dp_rank,
-        dp_size=model.runtime.dp_size,
-    )
-    return trainer.validate(model, dataloaders=batches, verbose=False)[0]["val/ce"]
+    windows = WindowDataset(data, "calibration", settings.sequence_length, settings.samples)
+    return validate(model, windows, micro_batch_size=settings.micro_batch_size, trainer=trainer)["val/ce"]

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
 
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.models.strategy import MegatronStrategy
@@ -51,3 +52,17 @@ def restore(
     }
     merged = OmegaConf.merge(settings, values, extra or {})
     return kind.restore_from(path, override_config_path=merged, trainer=trainer)
+
+
+def validate(
+    model: MegatronGPTModel, windows: WindowDataset, *, micro_batch_size: int, trainer: Trainer
+) -> Mapping[str, float]:
+    """Validate over a split's windows, one micro-batch a data-parallel rank at a time; returns the `val/*` means."""
+    runtime = model.runtime
+    batches = loader(
+        windows,
+        global_batch_size=micro_batch_size * runtime.dp_size,
+        dp_rank=runtime.dp_rank,
+        dp_size=runtime.dp_size,
+    )
+    return trainer.validate(model, dataloaders=batches, verbose=False)[0]
