@@ -67,6 +67,10 @@ class PlanError(MinitronError):
     """A pruning plan that cannot be made, or does not fit what it is applied to."""
 
 
+class CacheError(MinitronError):
+    """A teacher's cached targets that are missing, damaged, or of other data."""
+
+
 class DataError(MinitronError):
     """Text or token files that are missing, empty, too short, or made with another tokenizer."""
 
