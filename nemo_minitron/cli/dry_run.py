@@ -44,7 +44,7 @@ def show(job: Job, *, console: Console) -> None:
     if teacher is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
     else:
-        from nemo_minitron.pruning.build import student_spec
+        from nemo_minitron.pruning.sizes import student_spec
 
         student = student_spec(config.target, teacher)
         console.print(Group(_sizes(teacher, student), _layout(teacher, student, config.parallel)))

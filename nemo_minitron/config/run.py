@@ -1,9 +1,9 @@
 """A whole recipe: the sections every stage reads."""
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.parallel import ParallelConfig, Precision
@@ -57,23 +57,52 @@ class ScoreConfig(Section):
     micro_batch_size: Count = 1
 
 
-class TargetConfig(Section):
-    """Sizes of the student; None keeps the teacher's."""
+def _size(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not (whole or (isinstance(value, float) and 0 < value < 1)):
+        raise ValueError("an integer of at least 1, or a share of the teacher's between 0 and 1, such as 0.75")
+    return value
 
-    num_layers: Count | None = None
+
+Size = Annotated[int | float, BeforeValidator(_size)]
+"""An integer: so many units. A number between 0 and 1: that share of the teacher's, rounded to `target.multiple_of`."""
+
+
+class MultipleOf(Section):
+    """What sizes are multiples of: shares are rounded to it (to the nearest, halves up), explicit sizes must be it."""
+
+    num_layers: Count = 1
+    hidden_size: Count = 1
+    ffn_hidden_size: Count = 1
+    num_attention_heads: Count = 1
+    num_query_groups: Count = 1
+
+
+class TargetConfig(Section):
+    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's."""
+
+    num_layers: Size | None = None
     """Layers to keep; those with the least block influence go."""
     drop_layers: tuple[int, ...] | None = None
     """Exactly these layers go, counted from 0, instead of a choice by block influence."""
-    hidden_size: Count | None = None
-    ffn_hidden_size: Count | None = None
-    num_attention_heads: Count | None = None
+    hidden_size: Size | None = None
+    ffn_hidden_size: Size | None = None
+    num_attention_heads: Size | None = None
     """Query heads of a layer; a multiple of its KV groups."""
-    num_query_groups: Count | None = None
+    num_query_groups: Size | None = None
+    multiple_of: MultipleOf = MultipleOf()
+    """A divisor for each axis, as `{hidden_size: 64, ffn_hidden_size: 128}`; an integer stands for these two axes."""
     rescale_norms: bool = True
     """When hidden channels go, scale RMSNorm's weight and epsilon so that channels that were zero could go without a
     trace. Left alone, the norm of fewer channels is another one."""
     batch_aggregation: Aggregation = Aggregation.L2
     sequence_aggregation: Aggregation = Aggregation.MEAN
+
+    @field_validator("multiple_of", mode="before")
+    @classmethod
+    def _for_both_widths(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return {"hidden_size": value, "ffn_hidden_size": value} if whole else value
 
 
 class EvaluateConfig(Section):

@@ -13,9 +13,10 @@ import torch
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec, Norm
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
-from nemo_minitron.pruning.build import build_plan, student_spec
+from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.pruning.sizes import student_spec
 from tests.unit.test_pruning_scores import sums
 
 SPEC = ModelSpec(
@@ -149,9 +150,71 @@ def test_layers_that_cannot_be_dropped(drop: list[int], target: dict[str, int], 
         plan_for(scores_with(), target | {"drop_layers": drop})
 
 
-def test_zero_sizes_do_not_pass_the_recipe() -> None:
-    with pytest.raises(ValueError, match="greater than or equal to 1"):
-        TargetConfig(num_layers=0)
+@pytest.mark.parametrize("size", [0, -1, 0.0, 1.0, 1.5, -0.5, True, "80%", float("nan")])
+@pytest.mark.parametrize("name", ["num_layers", "ffn_hidden_size"])
+def test_sizes_that_are_neither_a_count_nor_a_share_do_not_pass_the_recipe(name: str, size: Any) -> None:
+    with pytest.raises(ValueError, match="at least 1, or a share of the teacher's between 0 and 1"):
+        TargetConfig(**{name: size})
+
+
+# -- shares and divisors ----------------------------------------------------------------------------------------------
+
+LARGE = replace(
+    SPEC,
+    hidden_size=96,
+    head_dim=4,
+    layers=(LayerSpec(num_attention_heads=12, num_query_groups=4, ffn_hidden_size=150),) * 10,
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "changed"),
+    [
+        ({"hidden_size": 0.5}, {"hidden_size": 48}),
+        ({"hidden_size": 0.51}, {"hidden_size": 49}),
+        ({"ffn_hidden_size": 0.55}, {"ffn_hidden_size": 83}),  # 82.5: halves up
+        ({"ffn_hidden_size": 0.001}, {"ffn_hidden_size": 1}),
+        ({"num_layers": 0.75}, {"num_layers": 8}),  # 7.5
+        ({"num_attention_heads": 0.5}, {"num_attention_heads": 8}),  # 6 is no multiple of 4 groups; 8 as near as 4
+        ({"num_attention_heads": 0.2}, {"num_attention_heads": 4}),
+        ({"num_query_groups": 0.5}, {"num_query_groups": 2, "num_attention_heads": 6}),
+        ({"num_query_groups": 0.5, "num_attention_heads": 0.9}, {"num_query_groups": 2, "num_attention_heads": 6}),
+        ({"num_query_groups": 3, "num_attention_heads": 0.5}, {"num_query_groups": 3, "num_attention_heads": 6}),
+        ({"hidden_size": 0.6, "multiple_of": 32}, {"hidden_size": 64}),  # 57.6
+        ({"hidden_size": 0.99, "multiple_of": 64}, {"hidden_size": 64}),  # never more than there is
+        ({"hidden_size": 0.1, "multiple_of": 32}, {"hidden_size": 32}),  # never none
+        ({"ffn_hidden_size": 0.5, "multiple_of": {"ffn_hidden_size": 50}}, {"ffn_hidden_size": 100}),
+        ({"hidden_size": 0.5, "multiple_of": {"ffn_hidden_size": 50}}, {"hidden_size": 48}),
+        ({"num_layers": 0.5, "multiple_of": {"num_layers": 4}}, {"num_layers": 4}),
+        ({"num_attention_heads": 0.8, "multiple_of": {"num_attention_heads": 6}}, {"num_attention_heads": 12}),
+        ({"hidden_size": 64, "multiple_of": 32}, {"hidden_size": 64}),
+        ({"multiple_of": 7}, {}),  # what is not asked for stays
+    ],
+)
+def test_shares_of_the_teacher(target: dict[str, Any], changed: dict[str, int]) -> None:
+    expected = LARGE.with_sizes(**changed)
+    found = student_spec(TargetConfig(**target, rescale_norms=False), LARGE)
+    assert found == expected
+
+
+def test_a_share_is_taken_of_each_layer() -> None:
+    layers = tuple(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=size) for size in (10, 20))
+    student = student_spec(TargetConfig(ffn_hidden_size=0.7), replace(SPEC, layers=layers))
+    assert [layer.ffn_hidden_size for layer in student.layers] == [7, 14]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"hidden_size": 50, "multiple_of": 32}, "hidden_size = 50 is not a multiple of multiple_of.hidden_size = 32"),
+        ({"hidden_size": 0.5, "multiple_of": 128}, "hidden_size = 0.5 is 128 as a multiple of 128, the teacher has 96"),
+        ({"num_attention_heads": 0.5, "multiple_of": {"num_attention_heads": 7}}, "28, but 4 KV groups have 12 heads"),
+        ({"num_layers": 0.5, "drop_layers": [0]}, "num_layers = 0.5, but drop_layers leaves 9"),
+    ],
+)
+def test_divisors_that_cannot_be(target: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        student_spec(TargetConfig(**target), LARGE)
 
 
 def test_scores_of_another_model_are_refused() -> None:
