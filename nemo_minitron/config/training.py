@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, Positive, Section
+from nemo_minitron.config.parallel import Precision
 
 
 class Schedule(StrEnum):
@@ -105,5 +106,9 @@ class DistillConfig(TrainingConfig):
     freeze_embeddings: bool = False
     """Keep embedding and output layer as the teacher has them: faster steps, and they need no repair when hidden
     channels are not cut."""
+    teacher_precision: Precision | None = None
+    """Numbers of the teacher; None for those of the run."""
+    offload_teacher: bool = False
+    """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
     loss_chunk_tokens: Count | None = None
     """Tokens whose logits exist at one time; None chooses from the vocabulary and the device."""

@@ -6,6 +6,7 @@ the two models may split their layers differently. The teacher has no gradients,
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemo_minitron.errors import TrainingError
 from nemo_minitron.megatron import forward
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
+from nemo_minitron.megatron.offload import OffloadedLayers
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
 from nemo_minitron.models.losses import DistillationLoss, tensor_group
 
@@ -27,7 +29,8 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
 
     Args:
         cfg: The student's configuration. `minitron.distillation` holds `teacher` (a `.nemo` file or folder),
-            `temperature`, `kd_weight`, `lm_weight`, `freeze_embeddings` and `loss_chunk_tokens`.
+            `temperature`, `kd_weight`, `lm_weight`, `freeze_embeddings`, `loss_chunk_tokens`, `teacher_precision`
+            (None for the student's) and `offload_teacher` (its layers wait in host memory between passes).
         trainer: Optional; its strategy must be a `MegatronStrategy`.
 
     A step logs `kl` in nats a token; with `statistics` also `ce`, `teacher_ce` and `agreement` (share of tokens whose
@@ -39,6 +42,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         self._teacher: list[MegatronGPTModel] = []
+        self._offloaded: OffloadedLayers | None = None
         self.statistics = False
 
     @property
@@ -58,7 +62,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         return self._teacher[0].chunks
 
     def attach_teacher(self, path: str | Path) -> None:
-        """Read a teacher at the student's layout and in its numbers; freeze it.
+        """Read a teacher at the student's layout, in its numbers unless told otherwise; freeze it.
 
         Raises:
             TrainingError: Its vocabulary or tokenizer is not the student's.
@@ -66,6 +70,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         config = MegatronGPTModel.restore_from(path, return_config=True)
         for key in ("precision", "micro_batch_size"):
             config[key] = self._cfg[key]
+        config["precision"] = self.distillation.get("teacher_precision") or config["precision"]
         teacher = MegatronGPTModel.restore_from(path, override_config_path=config, trainer=self._trainer)
         if teacher.spec.vocab_size != self.spec.vocab_size:
             raise TrainingError(
@@ -77,6 +82,8 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         teacher.requires_grad_(False).eval()
         # In a plain list, so that torch does not register the teacher's weights as the student's.
         self._teacher = [teacher]
+        if self.distillation.get("offload_teacher"):
+            self._offloaded = OffloadedLayers(teacher.chunks, self.runtime.device)
 
     def configure_model(self) -> None:
         """Build the student and, if the configuration names one, read the teacher."""
@@ -103,7 +110,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
 
     def make_loss(self, micro_batches: list[MicroBatch], *, training: bool) -> DistillationLoss:
         """Run the teacher over the micro-batches and bind its states to the loss."""
-        with torch.no_grad():
+        with self._offloaded.on_device() if self._offloaded else nullcontext(), torch.no_grad():
             states: list[Tensor] = forward.collect_hidden(self.teacher, micro_batches, self.runtime)
         return DistillationLoss(
             student=self.chunks[-1],

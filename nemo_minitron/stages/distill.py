@@ -33,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
             throughput,
             monitor,
             _metrics(context),
-            ProgressDisplay(context.reporter, "distill"),
+            ProgressDisplay(context.reporter, context.stage.name),
             *_checkpointing(context, checkpoints),
         ],
         max_steps=settings.steps,
@@ -44,13 +44,13 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     model = restore(
         MegatronGPTDistillationModel,
-        context.run.stage("prune") / "student",
+        context.input("student"),
         config=context.config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra=training_keys(settings, context.run.stage("import") / "teacher"),
+        extra=training_keys(settings, context.input("teacher")),
     )
-    data = TokenDataModule(context.run.stage("data"), settings, seed=context.config.seed)
+    data = TokenDataModule(context.input("data"), settings, seed=context.config.seed + context.stage.round - 1)
     resume_from = newest_checkpoint(checkpoints)
     with signals.deferred():
         if resume_from is None:
@@ -92,11 +92,11 @@ def _metrics(context: StageContext) -> MetricsLogger:
     settings = context.config.distill
     return MetricsLogger(
         [context.out / "metrics.jsonl", context.run.path / "metrics.jsonl"],
-        tensorboard=context.run.path / "tensorboard",
+        tensorboard=context.run.path / "tensorboard" / context.stage.name,
         tokens_per_step=settings.batch.tokens_per_step,
         every_n_steps=settings.log_every,
         last_step=settings.steps,
-        labels={"stage": "distill"},
+        labels={"stage": context.stage.name},
         reporter=context.reporter,
     )
 
@@ -132,6 +132,9 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
                 "lm_weight": settings.lm_weight,
                 "freeze_embeddings": settings.freeze_embeddings,
                 "loss_chunk_tokens": settings.loss_chunk_tokens,
+                "teacher_precision": settings.teacher_precision
+                and nemo_settings.precision_key(settings.teacher_precision),
+                "offload_teacher": settings.offload_teacher,
             }
         },
     }

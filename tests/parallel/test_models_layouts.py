@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, Precision
 from tests import jobs
 from tests.ranks import run_on_ranks
 from tests.tiny import write_corpus, write_llama
@@ -50,6 +50,18 @@ def test_twenty_distillation_steps_are_those_of_one_rank(artefacts, one_rank, la
     assert one_rank["losses"][-1] < 0.9 * one_rank["losses"][0], "the student learns"
     for losses in found:
         np.testing.assert_allclose(losses, one_rank["losses"], rtol=1e-5)
+
+
+def test_a_teacher_that_waits_in_host_memory_or_computes_in_bf16_teaches_the_same(artefacts, one_rank):
+    config = jobs.config_for(artefacts["root"] / "hf", artefacts["root"] / "corpus")
+    distill = config.distill.model_copy(update={"offload_teacher": True})
+    places = artefacts["student"], artefacts["teacher"], artefacts["data"]
+    offloaded = run_on_ranks(1, jobs.distill_losses, *places, config.model_copy(update={"distill": distill}))[0]
+    assert offloaded == one_rank["losses"]
+    distill = config.distill.model_copy(update={"teacher_precision": Precision.BF16})
+    coarse = run_on_ranks(1, jobs.distill_losses, *places, config.model_copy(update={"distill": distill}))[0]
+    assert coarse != one_rank["losses"]
+    np.testing.assert_allclose(coarse, one_rank["losses"], rtol=0.03)  # a bf16 number has 8 bits
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
