@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
+from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import DistillConfig
 
@@ -55,6 +56,7 @@ class ScoreConfig(Section):
     """Calibration samples (the paper uses 1024)."""
     sequence_length: Count = 512
     micro_batch_size: Count = 1
+    depth: DepthConfig = DepthConfig()
 
 
 def _size(value: Any) -> Any:
@@ -82,9 +84,13 @@ class TargetConfig(Section):
     """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's."""
 
     num_layers: Size | None = None
-    """Layers to keep; those with the least block influence go."""
+    """Layers to keep; those that are worth least by `depth_metric` go."""
     drop_layers: tuple[int, ...] | None = None
-    """Exactly these layers go, counted from 0, instead of a choice by block influence."""
+    """Exactly these layers go, counted from 0, instead of a choice by scores."""
+    depth_metric: str = BLOCK_INFLUENCE
+    """What layers are chosen by: `block_influence`, or one that `score.depth.metrics` measures."""
+    depth_contiguous: bool = False
+    """Drop the best block of consecutive layers instead of the layers that are worth least one by one."""
     hidden_size: Size | None = None
     ffn_hidden_size: Size | None = None
     num_attention_heads: Size | None = None
@@ -147,3 +153,10 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _layers_can_be_chosen(self) -> Self:
+        target = self.target
+        if problems := target_problems(self.score.depth, target.depth_metric, contiguous=target.depth_contiguous):
+            raise ValueError("; ".join(problems))
+        return self
