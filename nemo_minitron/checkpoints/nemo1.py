@@ -21,10 +21,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.nemo_config import lineage_of, nemo_config, spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import Weight, weight_named, weights
+from nemo_minitron.arch.weights import weight_named, weights
 from nemo_minitron.checkpoints.files import (
     Files,
     FolderFiles,
@@ -33,7 +32,7 @@ from nemo_minitron.checkpoints.files import (
     staged_file,
     staged_folder,
 )
-from nemo_minitron.checkpoints.parts import widest
+from nemo_minitron.checkpoints.megatron_weights import DistributedWeights, stacked_name
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
     TOKENIZER_FILES,
@@ -49,9 +48,6 @@ CONFIG_FILE = "model_config.yaml"
 WEIGHTS_FOLDER = "model_weights"
 KEY_PREFIX = "model."
 
-_PREFIXES = (KEY_PREFIX, "module.", "")  # NeMo-1, NeMo-2, bare Megatron
-_EMBEDDING = "embedding.word_embeddings.weight"
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _ARTIFACT = re.compile(r"^[0-9a-f]{32}_(.+)$")
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 
@@ -72,13 +68,10 @@ class NemoSource:
         self._files = open_files(path)
         self.config = read_config(self._files)
         _refuse_old_layouts(self._files)
-        self._reader = TorchDistReader(self._files, WEIGHTS_FOLDER)
-        self._prefix = self._find_prefix()
-        rows = self._reader.shape(self._prefix + _EMBEDDING)[0]
-        self._spec = spec_from_nemo_config(self.config, vocab_size=rows)
-        self._stacked = not any(_LAYER.match(key.removeprefix(self._prefix)) for key in self._reader.tensors)
-        self._check_keys()
-        self._dtype = widest([self._reader.dtype(self._key(weight)) for weight in weights(self._spec)])
+        self._weights = DistributedWeights(TorchDistReader(self._files, WEIGHTS_FOLDER))
+        self._spec = spec_from_nemo_config(self.config, vocab_size=self._weights.vocab_rows())
+        self._weights.check(self._spec)
+        self._dtype = self._weights.dtype(self._spec)
         self._tokenizer_files = tokenizer_files_in(self._files, self.config)
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(path))
 
@@ -104,47 +97,11 @@ class NemoSource:
 
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        weight = weight_named(self._spec, name)
-        key = self._key(weight)
-        if weight.layer is None or not self._stacked:
-            return self._reader.read(key, stop=weight.shape).to(self._dtype)
-        start = (weight.layer, *(0 for _ in weight.shape))
-        tensor = self._reader.read(key, start=start, stop=(weight.layer + 1, *weight.shape))
-        return tensor[0].to(self._dtype)
+        return self._weights.get(weight_named(self._spec, name)).to(self._dtype)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Tokenizer, generation defaults and licence files kept as artifacts."""
         return dict(self._tokenizer_files)
-
-    def _key(self, weight: Weight) -> str:
-        return self._prefix + (_stacked_name(weight.name) if self._stacked else weight.name)
-
-    def _find_prefix(self) -> str:
-        for prefix in _PREFIXES:
-            if prefix + _EMBEDDING in self._reader.tensors:
-                return prefix
-        raise CheckpointError(f"{self._reader.label}: has no {_EMBEDDING}", rule="the weights of a GPT model")
-
-    def _check_keys(self) -> None:
-        expected = {}
-        for weight in weights(self._spec):
-            stacked = self._stacked and weight.layer is not None
-            expected[self._key(weight)] = (weight, ((self._spec.num_layers,) if stacked else ()) + weight.shape)
-        if self._stacked and not self._spec.is_uniform:
-            raise CheckpointError(f"{self._reader.label}: layers are stacked, but model_config.yaml says they differ")
-        found = {key for key in self._reader.tensors if not key.startswith("optimizer.")}
-        if missing := sorted(set(expected) - found):
-            raise CheckpointError(f"{self._reader.label}: {len(missing)} weight(s) missing, {missing[0]} first")
-        if extra := sorted(found - set(expected)):
-            raise CheckpointError(
-                f"{self._reader.label}: {len(extra)} weight(s) that model_config.yaml does not imply, {extra[0]} first",
-                rule="no weight is left out in silence",
-            )
-        for key, (weight, shape) in expected.items():
-            stored = self._reader.shape(key)
-            padded = weight.row.axes[0] is Axis.VOCAB and stored[0] >= shape[0]
-            if stored != shape and not (padded and stored[1:] == shape[1:]):
-                raise CheckpointError(f"{self._reader.label}: {key} is shaped {stored}", rule=f"{shape} by its config")
 
 
 def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -167,7 +124,7 @@ def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | Non
                     writer.add(KEY_PREFIX + name, tensor)
                 else:
                     writer.add(
-                        KEY_PREFIX + _stacked_name(name),
+                        KEY_PREFIX + stacked_name(name),
                         tensor[None],
                         offsets=(layer, *(0 for _ in tensor.shape)),
                         shape=(spec.num_layers, *tensor.shape),
@@ -273,7 +230,7 @@ def extra_state_keys(spec: ModelSpec) -> Iterator[str]:
         if weight.layer is None or not module.rpartition(".")[2].startswith("linear_") or module == weight.name:
             continue
         if spec.is_uniform:
-            yield f"{KEY_PREFIX}{_stacked_name(module)}._extra_state/shard_{weight.layer}_{spec.num_layers}"
+            yield f"{KEY_PREFIX}{stacked_name(module)}._extra_state/shard_{weight.layer}_{spec.num_layers}"
         else:
             yield f"{KEY_PREFIX}{module}._extra_state/shard_0_1"
 
@@ -284,10 +241,6 @@ def _empty_state() -> io.BytesIO:
     torch.save(None, state)
     state.seek(0)
     return state
-
-
-def _stacked_name(name: str) -> str:
-    return _LAYER.sub("decoder.layers.", name)
 
 
 def _tokenizer_section(artifacts: Mapping[str, str], lineage: Mapping[str, Any]) -> dict[str, Any]:

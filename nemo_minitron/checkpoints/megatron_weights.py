@@ -1,0 +1,152 @@
+"""Canonical weights out of Megatron's distributed checkpoints, whatever stores them and whatever their prefix.
+
+Layers of one size are stacked under one key, `decoder.layers.mlp.linear_fc2.weight` shaped `[layers, h, ffn]`; layers
+that differ keep a key each, `decoder.layers.7.mlp.linear_fc2.weight`. Both are Megatron-Core's own conventions.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import Weight, weights
+from nemo_minitron.checkpoints.parts import widest
+from nemo_minitron.checkpoints.torch_dist_index import Shape, StoredTensor
+from nemo_minitron.errors import CheckpointError
+
+PREFIXES = ("model.", "module.", "")
+"""NeMo-1, NeMo-2, bare Megatron."""
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+class Weights(Protocol):
+    """Weights in Megatron's names, in whatever layout they are stored."""
+
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        ...
+
+    def check(self, spec: ModelSpec) -> None:
+        """Compare names and shapes with those that a model has.
+
+        Raises:
+            CheckpointError: A weight is missing, unknown or of another shape.
+        """
+        ...
+
+    def dtype(self, spec: ModelSpec) -> torch.dtype:
+        """Type that holds every weight of the model exactly."""
+        ...
+
+    def get(self, weight: Weight) -> Tensor:
+        """One canonical tensor in its stored type; of a padded vocabulary only the real rows."""
+        ...
+
+
+class Store(Protocol):
+    """Whole tensors by key, of which boxes can be read."""
+
+    label: str
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Shape and type of each tensor."""
+        ...
+
+    def read(self, key: str, *, start: Shape | None = None, stop: Shape | None = None) -> Tensor:
+        """A box of a tensor, as a tensor of its own."""
+        ...
+
+
+class DistributedWeights:
+    """Weights of a distributed checkpoint.
+
+    Args:
+        store: Its tensors.
+
+    Raises:
+        CheckpointError: There is no word embedding among them.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.prefix = self._find_prefix()
+        self._keys = frozenset(key for key in store.tensors if not is_training_state(key))
+        self.stacked = not any(_LAYER.match(key.removeprefix(self.prefix)) for key in self._keys)
+
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return self.store.tensors[self.prefix + EMBEDDING].shape[0]
+
+    def key(self, weight: Weight) -> str:
+        """Where a weight is stored."""
+        return self.prefix + (stacked_name(weight.name) if self.stacked else weight.name)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Compare names and shapes with those that a model has.
+
+        Raises:
+            CheckpointError: A weight is missing, unknown or of another shape.
+        """
+        label = self.store.label
+        if self.stacked and not spec.is_uniform:
+            raise CheckpointError(f"{label}: layers are stacked, but its configuration says they differ")
+        expected = {}
+        for weight in weights(spec):
+            stacked = self.stacked and weight.layer is not None
+            expected[self.key(weight)] = (weight, ((spec.num_layers,) if stacked else ()) + weight.shape)
+        if missing := sorted(set(expected) - self._keys):
+            raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
+        if extra := sorted(self._keys - set(expected)):
+            raise CheckpointError(
+                f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
+                rule="no weight is left out in silence",
+            )
+        for key, (weight, shape) in expected.items():
+            check_shape(weight, self.store.tensors[key].shape, shape, where=f"{label}: {key}")
+
+    def dtype(self, spec: ModelSpec) -> torch.dtype:
+        """Type that holds every weight of the model exactly."""
+        return widest([self.store.tensors[self.key(weight)].dtype for weight in weights(spec)])
+
+    def get(self, weight: Weight) -> Tensor:
+        """One canonical tensor in its stored type; of a stacked key only its layer is read."""
+        key = self.key(weight)
+        if weight.layer is None or not self.stacked:
+            return self.store.read(key, stop=weight.shape)
+        start = (weight.layer, *(0 for _ in weight.shape))
+        return self.store.read(key, start=start, stop=(weight.layer + 1, *weight.shape))[0]
+
+    def _find_prefix(self) -> str:
+        for prefix in PREFIXES:
+            if prefix + EMBEDDING in self.store.tensors:
+                return prefix
+        raise CheckpointError(f"{self.store.label}: has no {EMBEDDING}", rule="the weights of a GPT model")
+
+
+def check_shape(weight: Weight, stored: Shape, expected: Shape, *, where: str) -> None:
+    """Compare shapes; more rows than the vocabulary are padding.
+
+    Raises:
+        CheckpointError: They differ otherwise.
+    """
+    padded = weight.row.axes[0] is Axis.VOCAB and stored[:1] >= expected[:1]
+    if stored != expected and not (padded and stored[1:] == expected[1:]):
+        raise CheckpointError(f"{where} is shaped {stored}", rule=f"{expected} by its configuration")
+
+
+def stacked_name(name: str) -> str:
+    """A layer's weight name without the layer's number."""
+    return _LAYER.sub("decoder.layers.", name)
+
+
+def is_training_state(key: str) -> bool:
+    """Whether a key belongs to an optimizer, a scheduler or random states, not to the model."""
+    return key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))
