@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
-from nemo_minitron.parallel.fused_linear_kl import fused_linear_kl
+from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
 
 
 def cases(sizes: argparse.Namespace) -> dict[str, Callable[[], None]]:
@@ -35,7 +36,7 @@ def cases(sizes: argparse.Namespace) -> dict[str, Callable[[], None]]:
     def kl(*, backward: bool = True, **options: Any) -> None:
         student.grad = weight.grad = None
         pair = (student, weight, teacher, teacher_weight)
-        loss = fused_linear_kl(*pair, labels=labels, vocab_size=sizes.vocabulary, **options)
+        loss = fused_linear_kd(*pair, labels=labels, vocab_size=sizes.vocabulary, **options)
         if backward:
             loss.loss_sum.backward()
 
@@ -53,7 +54,7 @@ def cases(sizes: argparse.Namespace) -> dict[str, Callable[[], None]]:
     return {
         "fused KL": kl,
         "fused KL with statistics": lambda: kl(statistics=True),
-        "fused KL, temperature 2": lambda: kl(temperature=2.0),
+        "fused KL, temperature 2": lambda: kl(divergence=Divergence(temperature=2.0)),
         "fused KL, validation": torch.no_grad()(lambda: kl(backward=False)),
         "fused cross-entropy": cross_entropy,
         "dense KL (autograd)": dense,

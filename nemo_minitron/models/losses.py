@@ -13,8 +13,9 @@ from torch.distributed import ProcessGroup
 from nemo_minitron.megatron.forward import LossResult, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
-from nemo_minitron.parallel.fused_linear_kl import fused_linear_kl
+from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +79,14 @@ class DistillationLoss:
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
         """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
-        result = fused_linear_kl(
+        result = fused_linear_kd(
             hidden_SBH.flatten(0, 1),
             self.student.output_weight(),
             self.teacher_states[index].flatten(0, 1),
             self.teacher.output_weight(),
             keep=sequence_first(micro_batch.keep),
             labels=sequence_first(micro_batch.labels),
-            temperature=self.temperature,
+            divergence=Divergence(temperature=self.temperature),
             kd_weight=self.kd_weight,
             lm_weight=self.lm_weight,
             vocab_size=self.vocab_size,
@@ -93,7 +94,7 @@ class DistillationLoss:
             tp=self.tensor_group,
             statistics=self.statistics,
         )
-        report = {"loss": result.loss_sum.detach(), "kl": result.kl_sum}
+        report = {"loss": result.loss_sum.detach(), "kl": result.kd_sum}
         if self.statistics:
             report["ce"] = result.student_ce_sum
             report["teacher_ce"] = result.teacher_ce_sum

@@ -8,19 +8,23 @@ the gradients of hidden states and weight; the backward pass has nothing left to
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_minitron.parallel.collectives import gather, group_rank, sum_over
+from nemo_minitron.parallel.collectives import gather, group_rank, split_group, sum_over
+from nemo_minitron.parallel.vocab import real_columns
 
-# Measured on two cores with AMX (1024 tokens, weights 49152 x 576, bfloat16): the matrix products want tall
-# chunks, the element-wise passes want blocks that stay in a core's cache.
-CHUNK_BYTES = 128 << 20
-"""One buffer of logits."""
+# The matrix products want tall chunks, the element-wise passes want blocks that stay in a core's cache.
+CHUNK_BYTES_LEAST = 64 << 20
+CHUNK_BYTES_MOST = 256 << 20
+CHUNK_SHARE = 1 / 6
+"""Memory of all buffers of logits together: this share of one float32 `[tokens, columns]` tensor, within the bounds.
+With the element-wise blocks it stays below a quarter of that tensor wherever that matters."""
 _BLOCK_ELEMENTS_A_THREAD = 1 << 17
-_BLOCK_ELEMENTS_SPLIT = 1 << 22  # every block costs a collective when the vocabulary is split
+_BLOCK_ELEMENTS_SPLIT = 1 << 21  # every block costs a collective when the vocabulary is split
 _HIDDEN_GRAD_ROWS = 256  # several threads finish oneDNN's long, thin product in half the time in such pieces
 _WEIGHT_GRAD_ROWS = 4096
 
@@ -33,19 +37,19 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(tokens: int, columns: int, dtype: torch.dtype, wanted: int | None) -> int:
-    """Tokens a chunk: the wanted number, or even shares of at most CHUNK_BYTES of logits."""
+def chunk_rows(tokens: int, columns: int, bytes_a_logit: int, wanted: int | None) -> int:
+    """Tokens a chunk: the wanted number, or even shares whose buffers of logits fit the memory given above."""
     if wanted is not None:
         return max(1, min(wanted, tokens))
-    most = max(1, CHUNK_BYTES // (dtype.itemsize * max(columns, 1)))
+    budget = min(max(int(CHUNK_SHARE * 4 * tokens * columns), CHUNK_BYTES_LEAST), CHUNK_BYTES_MOST)
+    most = max(1, budget // (bytes_a_logit * max(columns, 1)))
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
 
 
 def block_rows(rows: int, columns: int, device: torch.device, tp: ProcessGroup | None) -> int:
-    """Tokens an element-wise block: what fits in cache on a CPU, the whole chunk elsewhere."""
-    if device.type != "cpu":
-        return rows
-    elements = _BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads() if tp is None else _BLOCK_ELEMENTS_SPLIT
+    """Tokens an element-wise block: what fits in cache on a CPU, what keeps the scratch buffers small elsewhere."""
+    in_cache = device.type == "cpu" and tp is None
+    elements = _BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads() if in_cache else _BLOCK_ELEMENTS_SPLIT
     return max(1, min(rows, elements // max(columns, 1)))
 
 
@@ -115,18 +119,17 @@ class LinearGradient:
     """This rank's rows that belong to real tokens, `[columns, h]`."""
     d_hidden: Tensor | None
     d_weight: Tensor | None
-    """`[columns, h]`: in the weight's dtype when one chunk writes it, in the wide one when several add to it."""
+    """`[V, h]`: in the weight's dtype when one chunk writes it, in the wide one when several add to it."""
     several: bool
 
     @classmethod
-    def begin(cls, hidden: Tensor, weight: Tensor, *, wanted: tuple[bool, bool], several: bool) -> "LinearGradient":
-        """Nothing added yet. `wanted`: whether hidden and weight need a gradient; `several`: chunks will follow."""
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    def begin(cls, hidden: Tensor, weight: Tensor, *, layer: "OutputLayer", several: bool) -> "LinearGradient":
+        """Nothing added yet; `several`: chunks will follow."""
+        d_hidden = torch.empty_like(hidden) if layer.wanted[0] else None
         d_weight = None
-        if wanted[1]:
+        if layer.wanted[1]:
             dtype = wide_dtype(weight.dtype) if several else weight.dtype
-            one_writes = not several and hidden.shape[0] > 0
-            d_weight = torch.empty_like(weight) if one_writes else torch.zeros_like(weight, dtype=dtype)
+            d_weight = weight.new_zeros(layer.columns, weight.shape[1], dtype=dtype)
         return cls(hidden, weight, d_hidden, d_weight, several)
 
     @property
@@ -141,24 +144,111 @@ class LinearGradient:
             in_pieces = d_logits.device.type == "cpu" and torch.get_num_threads() > 1
             for piece in pieces(d_logits.shape[0], _HIDDEN_GRAD_ROWS if in_pieces else d_logits.shape[0]):
                 torch.mm(d_logits[piece], self.weight, out=target[piece])
-        if self.d_weight is not None and not self.several:
-            torch.mm(d_logits.t(), self.hidden[rows], out=self.d_weight)
-        elif self.d_weight is not None:
+        if self.d_weight is None:
+            return
+        d_weight = self.d_weight[: self.weight.shape[0]]
+        if not self.several:
+            torch.mm(d_logits.t(), self.hidden[rows], out=d_weight)
+        elif d_weight.dtype == d_logits.dtype:
+            d_weight.addmm_(d_logits.t(), self.hidden[rows])
+        else:
             for piece in pieces(d_logits.shape[1], _WEIGHT_GRAD_ROWS):
-                self.d_weight[piece] += torch.mm(d_logits[:, piece].t(), self.hidden[rows])
+                d_weight[piece] += torch.mm(d_logits[:, piece].t(), self.hidden[rows])
 
-    def finish(self, tokens: Tokens, columns: int, tp: ProcessGroup | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients in the shapes and dtypes of the arguments: all tokens, padded columns, summed over `tp`."""
+    def finish(self, tokens: Tokens, tp: ProcessGroup | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients in the shapes and dtypes of the arguments: all tokens, all columns, summed over `tp`."""
         d_hidden, d_weight = self.d_hidden, self.d_weight
         if d_hidden is not None:
             if tp is not None:
                 d_hidden = sum_over(d_hidden.to(wide_dtype(d_hidden.dtype)), tp).to(self.hidden.dtype)
             d_hidden = tokens.spread(d_hidden)
-        if d_weight is not None:
-            d_weight = d_weight.to(self.weight.dtype)
-            if columns > d_weight.shape[0]:
-                d_weight = torch.nn.functional.pad(d_weight, (0, 0, 0, columns - d_weight.shape[0]))
-        return d_hidden, d_weight
+        return d_hidden, None if d_weight is None else d_weight.to(self.weight.dtype)
+
+
+class ChunkLoss(Protocol):
+    """A loss over the vocabulary, seen by the output layer."""
+
+    logits_held: int
+    """Buffers of logits that exist at one time, the student's included."""
+    sums: int
+    """How many numbers it returns."""
+
+    def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
+        """Sums over a chunk's tokens, float64 and the same on every rank; the loss itself comes first.
+
+        `chunk` are its rows among the kept tokens. `logits` `[rows, columns]` are overwritten: with the gradient of the
+        loss, if that is wanted.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputLayer:
+    """How hidden states become logits: which tokens, which columns, in what pieces, shared with whom."""
+
+    tokens: Tokens
+    real: int
+    """Columns of this rank's shard that belong to real tokens."""
+    columns: int
+    chunk_tokens: int | None
+    tp: ProcessGroup | None
+    wanted: tuple[bool, bool]
+    """Whether hidden states and weight need a gradient."""
+
+    @classmethod
+    def of(  # noqa: PLR0917 - the arguments of every fused loss, in their order
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        keep: Tensor | None,
+        vocab_size: int,
+        chunk_tokens: int | None,
+        tp: ProcessGroup | None,
+    ) -> "OutputLayer":
+        """The layer of `hidden` `[N, h]` and `weight` `[V, h]`; see `fused_linear_kd` for the arguments."""
+        grad = torch.is_grad_enabled()
+        return cls(
+            tokens=Tokens.select(hidden.shape[0], keep, hidden.device),
+            real=real_columns(weight.shape[0], vocab_size=vocab_size, tp=tp),
+            columns=weight.shape[0],
+            chunk_tokens=chunk_tokens,
+            tp=split_group(tp),
+            wanted=(grad and hidden.requires_grad, grad and weight.requires_grad),
+        )
+
+    def blocks(self, logits: Tensor) -> Iterator[slice]:
+        """Rows of a chunk that are worked on at one time."""
+        yield from pieces(logits.shape[0], block_rows(logits.shape[0], self.columns, logits.device, self.tp))
+
+    def apply(self, hidden: Tensor, weight: Tensor, loss: ChunkLoss) -> tuple[Tensor, ...]:
+        """The loss's sums in the dtype that sums are taken in; the first has a gradient, the others are detached."""
+        result: tuple[Tensor, ...] = _FusedOutputLayer.apply(hidden, weight, loss, self)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _FusedOutputLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, all_hidden: Tensor, all_weight: Tensor, loss: ChunkLoss, layer: OutputLayer
+    ) -> tuple[Tensor, ...]:
+        hidden, weight = layer.tokens.of(all_hidden), all_weight[: layer.real]
+        bytes_a_logit = loss.logits_held * hidden.dtype.itemsize
+        rows = chunk_rows(hidden.shape[0], layer.columns, bytes_a_logit, layer.chunk_tokens)
+        gradient = LinearGradient.begin(hidden, weight, layer=layer, several=rows < hidden.shape[0])
+        sums = torch.zeros(loss.sums, dtype=torch.float64, device=hidden.device)
+        for chunk in pieces(hidden.shape[0], rows):
+            logits = project("student", hidden[chunk], weight)
+            sums += loss(logits, chunk, want_gradient=gradient.wanted)
+            gradient.add(chunk, logits)
+        ctx.save_for_backward(*gradient.finish(layer.tokens, layer.tp))
+        loss_sum, *rest = (value.clone() for value in sums.to(wide_dtype(hidden.dtype)).unbind())
+        ctx.mark_non_differentiable(*rest)
+        return loss_sum, *rest
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return scaled(d_hidden, grads[0]), scaled(d_weight, grads[0]), None, None
 
 
 def project(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -208,10 +298,15 @@ def share(peak: Tensor, mass: Tensor, tp: ProcessGroup | None) -> Tensor:
 
     Any shape, the same in and out.
     """
+    return mass.reciprocal() if tp is None else log_share(peak, mass, tp).exp()
+
+
+def log_share(peak: Tensor, mass: Tensor, tp: ProcessGroup | None) -> Tensor:
+    """What turns a rank's `x - peak` into log-probabilities: finite where `share` itself would be too small."""
     if tp is None:
-        return mass.reciprocal()
+        return -mass.log()
     both = gather(torch.stack([peak, mass]).double(), tp)
-    return (peak - torch.logsumexp(both[:, 0] + both[:, 1].log(), 0)).exp().to(mass.dtype)
+    return (peak - torch.logsumexp(both[:, 0] + both[:, 1].log(), 0)).to(mass.dtype)
 
 
 def scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:

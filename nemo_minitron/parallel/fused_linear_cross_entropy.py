@@ -1,33 +1,25 @@
-"""Cross-entropy over the whole vocabulary with the output layer inside; the sibling of `fused_linear_kl`.
+"""Cross-entropy over the whole vocabulary with the output layer inside; the sibling of `fused_linear_kd`.
 
 Shapes: N tokens, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_minitron.parallel.collectives import gather, split_group
+from nemo_minitron.parallel.collectives import gather
 from nemo_minitron.parallel.fused_linear import (
-    LinearGradient,
-    Tokens,
-    block_rows,
-    chunk_rows,
+    OutputLayer,
     label_columns,
     label_logits,
     labelled,
-    pieces,
-    project,
     row_max,
-    scaled,
     share,
     wide_dtype,
     widened,
 )
-from nemo_minitron.parallel.vocab import real_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +46,7 @@ def fused_linear_cross_entropy(
 ) -> FusedCrossEntropy:
     """Sum of -log p(label) over kept tokens, without a `[tokens, vocabulary]` tensor.
 
-    Gradients, precision, masking and the arguments are those of `fused_linear_kl`. A kept token whose label is no
+    Gradients, precision, masking and the arguments are those of `fused_linear_kd`. A kept token whose label is no
     token of the vocabulary makes the sum NaN.
 
     Args:
@@ -63,74 +55,44 @@ def fused_linear_cross_entropy(
         labels: `[N]` token ids.
         keep: `[N]` bool; None keeps all.
         vocab_size: Real tokens; columns beyond it carry no probability.
-        chunk_tokens: Tokens a chunk; None takes what `fused_linear.CHUNK_BYTES` allows.
+        chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
     """
-    tokens = Tokens.select(hidden.shape[0], keep, hidden.device)
-    grad = torch.is_grad_enabled()
-    job = _Job(
-        labels=tokens.of(labels),
-        tokens=tokens,
-        real=real_columns(weight.shape[0], vocab_size=vocab_size, tp=tp),
-        chunk_tokens=chunk_tokens,
-        tp=split_group(tp),
-        wanted=(grad and hidden.requires_grad, grad and weight.requires_grad),
-    )
-    ce_sum, correct = _FusedLinearCrossEntropy.apply(hidden, weight, job)  # type: ignore[no-untyped-call]
-    return FusedCrossEntropy(ce_sum, tokens.count, correct)
+    layer = OutputLayer.of(hidden, weight, keep, vocab_size, chunk_tokens, tp)
+    ce_sum, correct = layer.apply(hidden, weight, _ChunkCrossEntropy(layer.tokens.of(labels), layer))
+    return FusedCrossEntropy(ce_sum, layer.tokens.count, correct)
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _ChunkCrossEntropy:
     labels: Tensor
-    tokens: Tokens
-    real: int
-    chunk_tokens: int | None
-    tp: ProcessGroup | None
-    wanted: tuple[bool, bool]
+    layer: OutputLayer
+    logits_held: int = 1
+    sums: int = 2
+
+    def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
+        layer = self.layer
+        local, mine = label_columns(self.labels[chunk], columns=layer.columns, real=layer.real, tp=layer.tp)
+        values = torch.zeros(4, logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
+        values[2], values[3] = label_logits(logits, local, mine), mine
+        for block in layer.blocks(logits):
+            _block(logits[block], values[:, block], local[block], layer.tp, want_gradient=want_gradient)
+        return _token_sums(gather(values, layer.tp).double())
 
 
-class _FusedLinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, all_hidden: Tensor, all_weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
-        columns = all_weight.shape[0]
-        hidden, weight = job.tokens.of(all_hidden), all_weight[: job.real]
-        rows = chunk_rows(hidden.shape[0], columns, hidden.dtype, job.chunk_tokens)
-        gradient = LinearGradient.begin(hidden, weight, wanted=job.wanted, several=rows < hidden.shape[0])
-        sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        for chunk in pieces(hidden.shape[0], rows):
-            logits = project("student", hidden[chunk], weight)
-            local, mine = label_columns(job.labels[chunk], columns=columns, real=job.real, tp=job.tp)
-            values = torch.zeros(4, logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
-            values[2], values[3] = label_logits(logits, local, mine), mine
-            for block in pieces(logits.shape[0], block_rows(logits.shape[0], columns, hidden.device, job.tp)):
-                _block(logits[block], values[:, block], local[block], job, want_gradient=gradient.wanted)
-            sums += _token_sums(gather(values, job.tp).double())
-            gradient.add(chunk, logits)
-        ctx.save_for_backward(*gradient.finish(job.tokens, columns, job.tp))
-        ce_sum, correct = (value.clone() for value in sums.to(wide_dtype(hidden.dtype)).unbind())
-        ctx.mark_non_differentiable(correct)
-        return ce_sum, correct
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return scaled(d_hidden, grads[0]), scaled(d_weight, grads[0]), None
-
-
-def _block(logits: Tensor, values: Tensor, local: Tensor, job: _Job, *, want_gradient: bool) -> None:
+def _block(logits: Tensor, values: Tensor, local: Tensor, tp: ProcessGroup | None, *, want_gradient: bool) -> None:
     """Fill in peak and mass of a block of tokens and turn its logits into their gradient, in place."""
     s = widened("student block", logits)
     peak, mass, _, found = values
     row_max(s, peak)
     torch.sum(s.sub_(peak.unsqueeze(1)).exp_(), -1, out=mass)
     if want_gradient and s.shape[1]:
-        s.mul_(share(peak, mass, job.tp).unsqueeze(1))
+        s.mul_(share(peak, mass, tp).unsqueeze(1))
         s.scatter_add_(1, local.unsqueeze(1), -found.unsqueeze(1))
         if s is not logits:
             logits.copy_(s)
     elif want_gradient:
-        share(peak, mass, job.tp)  # the other ranks wait for this one, whose shard is all padding
+        share(peak, mass, tp)  # the other ranks wait for this one, whose shard is all padding
 
 
 def _token_sums(values_RKN: Tensor) -> Tensor:

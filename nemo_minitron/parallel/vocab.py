@@ -4,8 +4,8 @@ Shapes: `...V` where V is this rank's shard of the (padded) vocabulary; rank r o
 token results are `...` and the same on every rank. One formula for every world size, in value and in gradient; inputs
 are never changed. Computed in float32, or float64 for float64 logits.
 
-These are the dense forms, which hold several `[tokens, V]` tensors. Training uses `fused_linear_kl` and
-`fused_linear_cross_entropy`, which hold none and are tested against these.
+These are the dense forms, which hold several `[tokens, V]` tensors. Training uses `fused_linear_kd`,
+`fused_linear_sparse_kd` and `fused_linear_cross_entropy`, which hold none and are tested against these.
 """
 
 import math
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_minitron.ops.divergence import forward_kl
+from nemo_minitron.ops.divergence import Divergence
+from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.collectives import (
     gather,
     group_rank,
@@ -57,16 +58,34 @@ def vocab_cross_entropy(logits: Tensor, labels: Tensor, *, tp: ProcessGroup | No
     return -sum_fwd_identity_bwd(picked, tp)
 
 
-def vocab_forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, tp: ProcessGroup | None
+def vocab_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, *, tp: ProcessGroup | None
 ) -> Tensor:
-    """`T^2 KL(softmax(teacher / T) || softmax(student / T))` of every token in nats.
+    """`T^2 D(softmax(teacher / T), softmax(student / T))` of every token in nats."""
+    student, teacher = (
+        vocab_log_softmax(_wide(logits) / divergence.temperature, tp=tp) for logits in (student_logits, teacher_logits)
+    )
+    return sum_fwd_identity_bwd(divergence.per_token(student, teacher), tp)
 
-    With its square the gradient keeps its size as the temperature rises (arXiv:1503.02531, sec. 2.1).
+
+def vocab_sparse_divergence(
+    student_logits: Tensor, targets: SparseTargets, divergence: Divergence, *, tp: ProcessGroup | None
+) -> Tensor:
+    """The same between the targets' entries, with their tail, and the student's probabilities of the same buckets.
+
+    Logits are `[N, V]`; the temperature is that of the targets.
     """
-    student = vocab_log_softmax(_wide(student_logits) / temperature, tp=tp)
-    teacher = vocab_log_softmax(_wide(teacher_logits) / temperature, tp=tp)
-    return sum_fwd_identity_bwd(forward_kl(student, teacher), tp) * temperature**2
+    logp = vocab_log_softmax(_wide(student_logits) / divergence.temperature, tp=tp)
+    first = group_rank(tp) * logp.shape[1]
+    mine = (targets.ids >= first) & (targets.ids < first + logp.shape[1])
+    column = torch.where(mine, targets.ids - first, 0).long()
+    picked = sum_fwd_identity_bwd(torch.where(mine, logp.gather(1, column), 0), tp)
+    taken = torch.zeros_like(logp).scatter_add_(1, column, mine.to(logp.dtype)) > 0
+    rest = sum_fwd_identity_bwd(torch.where(taken, 0, logp.exp()).sum(1, keepdim=True), tp)
+    # Where every id is taken the tail is impossible; its logarithm must not be differentiated.
+    tail = torch.where(rest > 0, torch.where(rest > 0, rest, 1).log(), -math.inf)
+    student = torch.cat([torch.where(targets.ids >= 0, picked, -math.inf), tail], 1)
+    return divergence.per_token(student, targets.bucket_logp(logp.dtype))
 
 
 def top1_agreement(student_logits: Tensor, teacher_logits: Tensor, *, tp: ProcessGroup | None) -> Tensor:

@@ -11,13 +11,14 @@ from torch import distributed
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
-from nemo_minitron.parallel.fused_linear_kl import fused_linear_kl
+from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
 from nemo_minitron.parallel.vocab import (
     mask_padding,
     top1_agreement,
     vocab_cross_entropy,
-    vocab_forward_kl,
+    vocab_divergence,
 )
 from tests.oracles import divergence as oracle
 from tests.ranks import run_on_ranks
@@ -79,14 +80,14 @@ def fused_on_rank(data, vocab_size, temperature, chunk_tokens, scale=1.0, weight
     hidden = data["student_hidden"].clone().requires_grad_()
     weight = shard(data["student_weight"], rank, world).requires_grad_()
     before = [data[name].clone() for name in sorted(data)]
-    loss = fused_linear_kl(
+    loss = fused_linear_kd(
         hidden,
         weight,
         data["teacher_hidden"],
         shard(data["teacher_weight"], rank, world),
         data["keep"],
         data["labels"],
-        temperature=temperature,
+        divergence=Divergence(temperature=temperature),
         kd_weight=weights[0],
         lm_weight=weights[1],
         vocab_size=vocab_size,
@@ -98,7 +99,7 @@ def fused_on_rank(data, vocab_size, temperature, chunk_tokens, scale=1.0, weight
     assert all(torch.equal(a, data[name]) for a, name in zip(before, sorted(data), strict=True)), "an input was changed"
     return {
         "loss": loss.loss_sum.detach(),
-        "kl": loss.kl_sum,
+        "kl": loss.kd_sum,
         "tokens": loss.tokens,
         "d_hidden": hidden.grad,
         "d_weight": weight.grad,
@@ -117,7 +118,7 @@ def dense_on_rank(data, vocab_size, temperature):
     )
     student.requires_grad_()
     masked = [mask_padding(x, vocab_size=vocab_size, tp=tp) for x in (student, teacher)]
-    kl = vocab_forward_kl(*masked, temperature=temperature, tp=tp).sum()
+    kl = vocab_divergence(*masked, Divergence(temperature=temperature), tp=tp).sum()
     kl.backward()
     return {
         "kl": kl.detach(),
@@ -211,7 +212,7 @@ def test_fused_cross_entropy_equals_the_reference(world, dtype):
 def fused_alone(data, **changes):
     arguments = {"vocab_size": 14, **changes}
     keep = arguments.pop("keep", None)
-    return fused_linear_kl(*(data[k] for k in list(data)[:4]), keep, **arguments)
+    return fused_linear_kd(*(data[k] for k in list(data)[:4]), keep, **arguments)
 
 
 def test_fused_kl_matches_the_loop_oracle():
@@ -222,7 +223,7 @@ def test_fused_kl_matches_the_loop_oracle():
             oracle.kl(oracle.softmax(t, temperature), oracle.softmax(s, temperature))
             for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
         )
-        got = fused_alone(data, temperature=temperature, chunk_tokens=5).loss_sum.item()
+        got = fused_alone(data, divergence=Divergence(temperature=temperature), chunk_tokens=5).loss_sum.item()
         assert got == pytest.approx(expected, rel=1e-10)
 
 
@@ -232,8 +233,8 @@ def test_gradcheck(chunk_tokens):
 
     def kl(hidden, weight):
         rest = data["teacher_hidden"], data["teacher_weight"], data["keep"]
-        return fused_linear_kl(
-            hidden, weight, *rest, temperature=1.7, vocab_size=14, chunk_tokens=chunk_tokens
+        return fused_linear_kd(
+            hidden, weight, *rest, divergence=Divergence(temperature=1.7), vocab_size=14, chunk_tokens=chunk_tokens
         ).loss_sum
 
     def cross_entropy(hidden, weight):
@@ -250,7 +251,7 @@ def test_a_tied_weight_collects_both_gradients():
     data = problem()
     ids = torch.arange(TOKENS) % 14
     weight = data["student_weight"].clone().requires_grad_()
-    fused_linear_kl(
+    fused_linear_kd(
         functional.embedding(ids, weight), weight, data["teacher_hidden"], data["teacher_weight"], vocab_size=14
     ).loss_sum.backward()
     twin = data["student_weight"].clone().requires_grad_()
@@ -300,7 +301,7 @@ def test_equal_models_give_zero_loss_and_gradient():
     data = problem()
     hidden = data["student_hidden"].requires_grad_()
     weight = data["student_weight"]
-    loss = fused_linear_kl(hidden, weight, hidden, weight, vocab_size=14, statistics=True)
+    loss = fused_linear_kd(hidden, weight, hidden, weight, vocab_size=14, statistics=True)
     loss.loss_sum.backward()
     assert loss.loss_sum.item() == pytest.approx(0, abs=1e-12)
     assert loss.top1_agreement.item() == TOKENS
@@ -356,7 +357,7 @@ class LargestTensor(TorchDispatchMode):
         for value in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(value, torch.Tensor):
                 self.most = max(self.most, value.numel())
-        self.matrices += func.overloadpacket is torch.ops.aten.mm
+        self.matrices += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         return result
 
 
@@ -369,7 +370,7 @@ def test_no_tokens_by_vocabulary_tensor_exists_and_validation_skips_the_gradient
 
     def largest():
         with LargestTensor() as watch:
-            loss = fused_linear_kl(student, weights[0], teacher, weights[1], vocab_size=vocabulary, chunk_tokens=8)
+            loss = fused_linear_kd(student, weights[0], teacher, weights[1], vocab_size=vocabulary, chunk_tokens=8)
         return watch, loss
 
     watch, loss = largest()
@@ -388,7 +389,7 @@ def group_of_one():
     for tp in (None, distributed.group.WORLD):
         hidden = data["student_hidden"].clone().requires_grad_()
         rest = data["student_weight"], data["teacher_hidden"], data["teacher_weight"]
-        loss = fused_linear_kl(hidden, *rest, vocab_size=14, tp=tp)
+        loss = fused_linear_kd(hidden, *rest, vocab_size=14, tp=tp)
         loss.loss_sum.backward()
         values.append((loss.loss_sum.item(), hidden.grad))
     return values
