@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.version import __version__
 
@@ -18,9 +19,9 @@ def header(recipe: str, folder: Path, config: RunConfig, *, ranks: int) -> str:
     return f"nemo-minitron {__version__} · {recipe} · {shown(folder)}{layout}"
 
 
-def summary(run: RunFolder) -> str:
+def summary(run: RunFolder, config: RunConfig) -> str:
     """Sizes, perplexities and where to look, as far as the run has come."""
-    lines = _table(run)
+    lines = _table(run, config)
     if (run.path / "report.html").is_file():
         lines.append(f"report   {shown(run.path / 'report.html')}")
     if run.is_whole("export"):
@@ -29,7 +30,7 @@ def summary(run: RunFolder) -> str:
     return "\n" + "\n".join(lines) if lines else ""
 
 
-def _table(run: RunFolder) -> list[str]:
+def _table(run: RunFolder, config: RunConfig) -> list[str]:
     if not run.is_whole("evaluate"):
         return []
     perplexity: dict[str, float] = run.result("evaluate")["perplexity"]
@@ -40,12 +41,12 @@ def _table(run: RunFolder) -> list[str]:
         count = teacher if name == "teacher" else student
         ratio = "" if name == "teacher" else f"x {value / perplexity['teacher']:.2f}"
         rows.append((name, compact(count), f"{value:,.2f}", ratio))
-    seconds = sum(_seconds(run))
+    seconds = sum(_seconds(run, config))
     return [*(f"{a:<10}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows), "", f"time     {duration(seconds)}"]
 
 
-def _seconds(run: RunFolder) -> list[float]:
-    names = [path.name for path in run.stages.iterdir() if not path.name.startswith(".")]
+def _seconds(run: RunFolder, config: RunConfig) -> list[float]:
+    names = [stage.name for stage in chain_for(config)]
     results: list[dict[str, Any]] = [run.result(name) for name in names if run.is_whole(name)]
     return [float(result["seconds"]) for result in results]
 

@@ -1,6 +1,6 @@
 """`--dry-run`: what a recipe comes to, before anything is paid for. Reads the model's configuration; writes nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -13,7 +13,8 @@ from nemo_minitron.cli.job import Job
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.stages.chain import CHAIN
+from nemo_minitron.config.training import TrainingConfig
+from nemo_minitron.stages.chain import MODELS, chain_for
 from nemo_minitron.stages.plan import decide, select
 from nemo_minitron.stages.run_folder import RunFolder
 
@@ -44,13 +45,19 @@ def show(job: Job, *, console: Console) -> None:
     if teacher is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
     else:
-        from nemo_minitron.pruning.sizes import student_spec
+        from nemo_minitron.pruning.rounds import round_specs
 
-        student = student_spec(config.target, teacher)
-        console.print(Group(_sizes(teacher, student), _layout(teacher, student, config.parallel)))
+        models = {"teacher": teacher, **_named(round_specs(config.target, teacher, config.steps))}
+        console.print(Group(_sizes(models), _layout(models, config.parallel)))
     console.print(_training(config))
     if teacher is not None:
-        _check_layout(teacher, student, config.parallel)
+        _check_layout(models.values(), config.parallel)
+
+
+def _named(students: Sequence[ModelSpec]) -> dict[str, ModelSpec]:
+    """The model after each round; the last one is the student."""
+    names = [f"round {number}" for number in range(1, len(students))]
+    return dict(zip([*names, "student"], students, strict=True))
 
 
 def _teacher(config: RunConfig) -> ModelSpec | None:
@@ -73,33 +80,34 @@ def _table(*headings: str, title: str) -> Table:
 
 
 def _stages(job: Job, config: RunConfig) -> RenderableType:
-    selected = select(CHAIN, first=job.redo_from, last=job.last, only=job.only)
+    selected = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
     folder = RunFolder(job.folder(config))
     steps = decide(selected, config, folder, redo_from=job.redo_from)
     actions = "  ".join(f"{step.stage.name}: {step.action}" for step in steps)
     return Group(Text(f"run folder {folder.path}", style="bold"), Text(actions), Text())
 
 
-def _sizes(teacher: ModelSpec, student: ModelSpec) -> RenderableType:
-    table = _table("", "teacher", "student", "kept", title="sizes")
+def _sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
+    table = _table("", *models, "kept", title="sizes")
     for label, size in _ROWS:
-        before, after = size(teacher), size(student)
+        sizes = [size(spec) for spec in models.values()]
+        before, after = sizes[0], sizes[-1]
         style = "bold" if label == "parameters" else ("dim" if before == after else "")
-        table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.1%}", style=style)
+        table.add_row(label, *(f"{value:,}" for value in sizes), f"{after / before:.1%}", style=style)
     return table
 
 
-def _layout(teacher: ModelSpec, student: ModelSpec, parallel: ParallelConfig) -> RenderableType:
+def _layout(models: Mapping[str, ModelSpec], parallel: ParallelConfig) -> RenderableType:
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    table = _table("a rank holds", "divided by", "teacher", "student", title=_layout_title(parallel))
+    table = _table("a rank holds", "divided by", *models, title=_layout_title(parallel))
     for label, name in (
         ("query heads", "num_attention_heads"),
         ("KV groups", "num_query_groups"),
         ("FFN", "ffn_hidden_size"),
     ):
-        sizes = (getattr(spec.layers[0], name) for spec in (teacher, student))
+        sizes = (getattr(spec.layers[0], name) for spec in models.values())
         table.add_row(label, f"TP {parallel.tensor}", *(_share(size, parallel.tensor) for size in sizes))
-    layers = (_layer_share(spec.num_layers, chunks) for spec in (teacher, student))
+    layers = (_layer_share(spec.num_layers, chunks) for spec in models.values())
     table.add_row("layers", f"{chunks} stage{'s' if chunks > 1 else ''}", *layers)
     return table
 
@@ -123,19 +131,25 @@ def _layer_share(layers: int, chunks: int) -> Text:
 
 
 def _training(config: RunConfig) -> RenderableType:
-    distill, score = config.distill, config.score
-    copies = distill.batch.global_batch_size / distill.batch.micro_batch_size
+    score, batch = config.score, config.distill.batch
+    copies = batch.global_batch_size / batch.micro_batch_size
     table = _table("work", "steps", "tokens a step", "tokens", title="work")
-    table.add_row("score", "", "", f"<= {score.samples * score.sequence_length:,}")
-    total = distill.steps * distill.batch.tokens_per_step
-    table.add_row("distill", f"{distill.steps:,}", f"{distill.batch.tokens_per_step:,}", f"{total:,}")
-    table.add_row("evaluate", "", "", f"<= 3 x {config.evaluate.max_tokens:,}")
+    for stage in chain_for(config):
+        section = getattr(config, stage.kind, None)
+        if stage.kind == "score":
+            table.add_row(stage.name, "", "", f"<= {score.samples * score.sequence_length:,}")
+        elif isinstance(section, TrainingConfig):
+            each = section.batch.tokens_per_step
+            table.add_row(stage.name, f"{section.steps:,}", f"{each:,}", f"{section.steps * each:,}")
+        elif stage.kind == "evaluate":
+            models = len(set(MODELS) & stage.inputs.keys())
+            table.add_row(stage.name, "", "", f"<= {models} x {config.evaluate.max_tokens:,}")
     note = f"{copies:g} micro-batches a step, over the data-parallel ranks"
     return Group(table, Text(note, style="dim"))
 
 
-def _check_layout(teacher: ModelSpec, student: ModelSpec, parallel: ParallelConfig) -> None:
+def _check_layout(models: Iterable[ModelSpec], parallel: ParallelConfig) -> None:
     from nemo_minitron.megatron.placement import check_layout
 
-    for spec in (teacher, student):
+    for spec in models:
         check_layout(spec, parallel)

@@ -73,7 +73,7 @@ def _ranks(job: Job, config: RunConfig, size: int) -> int:
 def _run_here(job: Job, config: RunConfig) -> None:
     from nemo_minitron.callbacks.reporter import Reporter
     from nemo_minitron.cli import closing
-    from nemo_minitron.stages.chain import CHAIN
+    from nemo_minitron.stages.chain import chain_for
     from nemo_minitron.stages.engine import Request, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
     from nemo_minitron.stages.team import gather
@@ -84,10 +84,10 @@ def _run_here(job: Job, config: RunConfig) -> None:
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))
     request = Request(config=config, run=folder, redo_from=job.redo_from, last=job.last, only=job.only)
     try:
-        run_chain(CHAIN, request, team=team, reporter=reporter)
+        run_chain(chain_for(config), request, team=team, reporter=reporter)
     finally:
         _stop_runtime()
-    reporter.line(closing.summary(folder))
+    reporter.line(closing.summary(folder, config))
 
 
 def _stop_runtime() -> None:

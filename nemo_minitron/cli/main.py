@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from nemo_minitron.cli.failures import reported
-from nemo_minitron.stages.chain import CHAIN
+from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
 
 WHOLE, STAGES, AROUND = "The whole job", "One stage, with what it needs", "Recipes and the machine"
@@ -118,8 +118,8 @@ def _add_verb(name: str, title: str) -> None:
     app.command(name=name, help=title, rich_help_panel=STAGES)(verb)
 
 
-for _stage in CHAIN:
-    _add_verb(_stage.name, _stage.title)
+for _name, _title in TITLES.items():
+    _add_verb(_name, _title)
 
 
 @app.command(name="ls", rich_help_panel=AROUND)

@@ -101,6 +101,11 @@ class TargetConfig(Section):
     rescale_norms: bool = True
     """When hidden channels go, scale RMSNorm's weight and epsilon so that channels that were zero could go without a
     trace. Left alone, the norm of fewer channels is another one."""
+    merge_head_residuals: bool = False
+    """Fold what a dropped query head differs by from a kept one into that one's weights: `2 kept - dropped`, the paper's
+    residual merging (section 2.3). With grouped queries, in query weights and inside a group only."""
+    random_seed: NonNegative | None = None
+    """Draw what stays by lot, whatever the scores are: the baseline."""
     batch_aggregation: Aggregation = Aggregation.L2
     sequence_aggregation: Aggregation = Aggregation.MEAN
 
@@ -144,6 +149,9 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the student."""
     seed: NonNegative = 1234
+    steps: Count = 1
+    """Rounds of scoring, pruning and distilling on the way to the target; each scores the model it finds anew, and each
+    distillation takes `distill.tokens` and learns from the original teacher."""
     precision: Precision = Precision.BF16
     parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig

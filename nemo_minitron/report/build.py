@@ -72,7 +72,7 @@ def _tiles(content: ReportContent) -> list[Row]:
         change = f"{perplexity['teacher']:.1f} → {perplexity['distilled']:.1f}"
         tiles.append({"value": change, "label": f"held-out perplexity, {ratio:.2f} x the teacher"})
         tiles.append({"value": f"{perplexity['pruned']:,.0f}", "label": "perplexity before distillation"})
-    if tokens := content.results.get("distill", {}).get("tokens"):
+    if tokens := sum(row["tokens"] or 0 for row in content.rounds) or content.results.get("distill", {}).get("tokens"):
         tiles.append({"value": compact(tokens), "label": "tokens distilled on"})
     if content.seconds:
         tiles.append({"value": duration(sum(content.seconds.values())), "label": _where(content)})
@@ -143,6 +143,8 @@ def _sections(content: ReportContent) -> list[Row]:
         caption = f"Trained on {objective}. The dotted line is where the pruned model starts."
         curve = _figure("", caption, figures.distillation(content.metrics))
         sections.append({"title": "Distillation", "figures": [curve], "table": None})
+    if len(content.rounds) > 1:
+        sections.append({"title": "Round by round", "figures": [], "table": _rounds(content)})
     if content.importance is not None:
         sections.append({"title": "What matters in the teacher", "figures": _importance(content), "table": None})
     if content.seconds:
@@ -151,10 +153,22 @@ def _sections(content: ReportContent) -> list[Row]:
     return sections
 
 
+def _rounds(content: ReportContent) -> Row:
+    headings = ("after round", "parameters", "layers", "hidden", "FFN", "heads", "KL pruned", "KL distilled")
+    rows = []
+    for number, row in enumerate(content.rounds, start=1):
+        spec = ModelSpec.from_dict(row["spec"])
+        layer = spec.layers[0]
+        sizes = (spec.num_layers, spec.hidden_size, layer.ffn_hidden_size, layer.num_attention_heads)
+        kl = ("" if value is None else f"{value:.3f}" for value in row["kl"].values())
+        rows.append((str(number), compact(row["parameters"]), *map(str, sizes), *kl))
+    return {"headings": headings, "rows": rows}
+
+
 def _importance(content: ReportContent) -> list[Row]:
     found = content.importance
     assert found is not None
-    samples = content.results.get("score", {}).get("samples")
+    samples = next((row["samples"] for name, row in content.results.items() if name.startswith("score")), None)
     basis = f" From {samples:,} calibration samples." if samples else ""
     return [
         _figure(

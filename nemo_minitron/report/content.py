@@ -55,6 +55,8 @@ class ReportContent:
     importance: Importance | None = None
     metrics: list[Row] = field(default_factory=list)
     """Rows of the distillation's `metrics.jsonl`."""
+    rounds: list[Row] = field(default_factory=list)
+    """Sizes (`spec`, `parameters`), `tokens` and `kl` before and after distillation of each round."""
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -93,12 +95,13 @@ def summary(content: ReportContent) -> Row:
             "student": parameter_count(content.student, embeddings=False),
         },
         "architecture": {"teacher": content.teacher.to_dict(), "student": content.student.to_dict()},
+        "rounds": [{key: value for key, value in row.items() if key != "spec"} for row in content.rounds],
         "dropped_layers": content.importance.dropped_layers if content.importance else None,
         "perplexity": perplexity,
         "perplexity_ratio": ratios,
         "nats": evaluate.get("nats", {}),
         "heldout_tokens": evaluate.get("tokens"),
-        "tokens": distill.get("tokens"),
+        "tokens": sum(row["tokens"] or 0 for row in content.rounds) or distill.get("tokens"),
         "tokens_per_second": distill.get("tokens_per_second"),
         "validation": distill.get("validation"),
         "seconds": content.seconds,

@@ -25,6 +25,8 @@ class StageContext:
     """`run.stage("prune")` is the folder of a whole stage, `run.result("prune")` what it returned."""
     out: Path
     """Where the stage writes. It survives a kill and is renamed when the stage returns."""
+    stage: "Stage"
+    """Which stage this is: its name, its round, what it reads."""
     resumed: bool = False
     """Whether `out` holds what an earlier attempt with the same inputs left."""
     rank: int = 0
@@ -36,6 +38,15 @@ class StageContext:
     stop: Callable[[], None] = signals.follow
     """Ends the run if `stop_requested()` (raises `signals.Stopped`)."""
 
+    def input(self, role: str) -> Path:
+        """Where what the stage reads under a name lies (`input("teacher")`); the chain says which stage made it.
+
+        Raises:
+            RunFolderError: That stage is not finished.
+        """
+        name, _, file = self.stage.inputs[role].partition("/")
+        return self.run.stage(name) / file
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -46,14 +57,27 @@ class Stage:
     """Returns JSON data, saved as `result.json`. `summary`, if there, is one line shown to the user."""
     title: str = ""
     """What it does, in a few words; the help text of its verb."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What it reads, by the stage's own word for it: `{"teacher": "import/teacher"}` is that folder of stage import."""
     needs: tuple[str, ...] = ()
-    """Stages whose files it reads."""
+    """Stages whose files it reads; those of `inputs` are added."""
+    round: int = 1
+    """Which round of scoring, pruning and distilling it belongs to."""
     sections: tuple[str, ...] = ()
     """Keys of the recipe its result depends on (`"distill"`, `"data.text_key"`); never parallel sizes."""
     collective: bool = False
     """Whether all ranks run it; otherwise rank 0 does and the others wait."""
     saves_when_stopped: bool = False
     """Whether it polls `stop_requested` and saves; a signal ends any other stage at once."""
+
+    def __post_init__(self) -> None:
+        named = (path.partition("/")[0] for path in self.inputs.values())
+        object.__setattr__(self, "needs", tuple(dict.fromkeys([*self.needs, *named])))
+
+    @property
+    def kind(self) -> str:
+        """What it does: its name without the round (`prune` of `prune.1`)."""
+        return self.name.partition(".")[0]
 
     def settings(self, config: "RunConfig") -> dict[str, Any]:
         """The part of a recipe that the stage depends on, as dotted keys."""

@@ -1,70 +1,90 @@
-"""The pipeline as a table: every stage, what it reads, and which keys of the recipe it depends on, in order."""
+"""The pipeline as a function of the recipe: every stage, what it reads, and which keys it depends on, in order.
+
+With `steps: 3` the stages score, prune and distill come three times. Those of the earlier rounds are called `score.1`,
+`prune.1`, `distill.1`, `score.2` and so on; the last round's have the plain names, so that `distill` is where the
+finished student comes from, whatever the recipe.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.stages.base import Stage, lazy
 
-_STAGES = "nemo_minitron.stages."
+if TYPE_CHECKING:  # pydantic takes longer to import than the command line may take to answer --help
+    from nemo_minitron.config.run import RunConfig
 
-CHAIN: tuple[Stage, ...] = (
-    Stage(
-        name="import",
-        run=lazy(_STAGES + "import_:run"),
-        title="Read the model into a checkpoint folder.",
-        sections=("model",),
-    ),
-    Stage(
-        name="data",
-        run=lazy(_STAGES + "data:run"),
-        title="Turn texts into token files with the model's own tokenizer.",
-        needs=("import",),
-        sections=("data", "seed"),
-    ),
-    Stage(
-        name="score",
-        run=lazy(_STAGES + "score:run"),
-        title="Measure the importance of layers, channels, neurons and heads.",
-        needs=("import", "data"),
-        sections=("score", "precision"),
-        collective=True,
-    ),
-    Stage(
-        name="prune",
-        run=lazy(_STAGES + "prune:run"),
-        title="Decide what stays, and cut the rest out.",
-        needs=("import", "score"),
-        sections=("target",),
-    ),
-    Stage(
-        name="distill",
-        run=lazy(_STAGES + "distill:run"),
-        title="Train the student on the teacher's predictions.",
-        needs=("import", "data", "prune"),
-        sections=("distill", "precision", "seed"),
-        collective=True,
-        saves_when_stopped=True,
-    ),
-    Stage(
-        name="evaluate",
-        run=lazy(_STAGES + "evaluate:run"),
-        title="Measure perplexity on held-out text, and let each model write a sample.",
-        needs=("import", "data", "prune", "distill"),
-        sections=("evaluate", "precision"),
-        collective=True,
-    ),
-    Stage(
-        name="export",
-        run=lazy(_STAGES + "export:run"),
-        title="Write the student as .nemo and Hugging Face, and check what was written.",
-        needs=("import", "data", "distill"),
-        sections=("export", "name"),
-        collective=True,
-    ),
-    Stage(
-        name="report",
-        run=lazy(_STAGES + "report:run"),
-        title="Put figures and numbers into one HTML file.",
-        needs=("import", "data", "score", "prune", "distill", "evaluate", "export"),
-        sections=("name",),
-    ),
-)
+TITLES: dict[str, str] = {
+    "import": "Read the model into a checkpoint folder.",
+    "data": "Turn texts into token files with the model's own tokenizer.",
+    "score": "Measure the importance of layers, channels, neurons and heads.",
+    "prune": "Decide what stays, and cut the rest out.",
+    "distill": "Train the student on the teacher's predictions.",
+    "evaluate": "Measure perplexity on held-out text, and let each model write a sample.",
+    "export": "Write the student as .nemo and Hugging Face, and check what was written.",
+    "report": "Put figures and numbers into one HTML file.",
+}
+"""Every stage that a recipe can have, in order, and the help text of its verb."""
 
-NAMES: tuple[str, ...] = tuple(stage.name for stage in CHAIN)
+MODELS = ("teacher", "pruned", "distilled")
+"""What stage evaluate reads, by role: the models it compares, in order."""
+
+ROUND = ("score", "prune", "distill")
+"""The stages that `steps` repeats."""
+
+
+def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
+    """The stages of a recipe, in order."""
+    teacher = "import/teacher"
+    stages = [
+        _stage("import", sections=("model",)),
+        _stage("data", inputs={"teacher": teacher}, sections=("data", "seed")),
+    ]
+    model = teacher
+    for number in range(1, config.steps + 1):
+        stages += _round(number, config.steps, teacher=teacher, model=model)
+        model = f"{stages[-1].name}/student"
+    models = {"teacher": teacher, "pruned": "prune/student", "distilled": "distill/student"}
+    stages += [
+        _stage("evaluate", inputs={**models, "data": "data"}, sections=("evaluate", "precision"), collective=True),
+        _stage("export", inputs={"student": model, "data": "data"}, sections=("export", "name"), collective=True),
+    ]
+    everything = tuple(stage.name for stage in stages)
+    return (*stages, _stage("report", needs=everything, sections=("name",)))
+
+
+def round_name(stage: str, number: int, steps: int) -> str:
+    """What a stage of round `number` (from 1) of `steps` is called."""
+    return stage if number == steps else f"{stage}.{number}"
+
+
+def _round(number: int, steps: int, *, teacher: str, model: str) -> list[Stage]:
+    """Score and prune the model that has come so far, then teach the result with the original teacher."""
+    score, prune, distill = (round_name(stage, number, steps) for stage in ROUND)
+    return [
+        _stage(
+            score,
+            inputs={"model": model, "data": "data"},
+            sections=("score", "precision"),
+            round=number,
+            collective=True,
+        ),
+        _stage(
+            prune,
+            inputs={"model": model, "scores": f"{score}/scores.safetensors", "teacher": teacher},
+            sections=("target", "steps"),
+            round=number,
+        ),
+        _stage(
+            distill,
+            inputs={"teacher": teacher, "data": "data", "student": f"{prune}/student"},
+            sections=("distill", "precision", "seed"),
+            round=number,
+            collective=True,
+            saves_when_stopped=True,
+        ),
+    ]
+
+
+def _stage(name: str, **settings: Any) -> Stage:
+    kind = name.partition(".")[0]
+    module = f"nemo_minitron.stages.{'import_' if kind == 'import' else kind}"
+    return Stage(name=name, run=lazy(f"{module}:run"), title=TITLES[kind], **settings)

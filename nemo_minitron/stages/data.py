@@ -13,7 +13,7 @@ from nemo_minitron.stages.base import StageContext
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `.bin/.idx` files and `data.json`; returns documents and tokens of each split."""
-    teacher = open_checkpoint(context.run.stage("import") / "teacher")
+    teacher = open_checkpoint(context.input("teacher"))
     tokenizer = load_tokenizer(teacher.tokenizer_files())
     config = context.config
     info = write_token_files(

@@ -106,6 +106,7 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
         config=request.config,
         run=run,
         out=run.partial(stage.name),
+        stage=stage,
         resumed=step.action is Action.CONTINUE,
         rank=team.rank,
         world_size=team.size,

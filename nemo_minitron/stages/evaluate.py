@@ -10,17 +10,14 @@ from nemo_minitron.evaluation.perplexity import Perplexity, perplexity
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.chain import MODELS
 from nemo_minitron.stages.files import write_json
 from nemo_minitron.stages.session import make_trainer, restore, validate
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `evaluation.json`; returns perplexities, nats a token and samples, by model."""
-    folders = {
-        "teacher": context.run.stage("import") / "teacher",
-        "pruned": context.run.stage("prune") / "student",
-        "distilled": context.run.stage("distill") / "student",
-    }
+    folders = {name: context.input(name) for name in MODELS if name in context.stage.inputs}
     result: dict[str, Any] = {"perplexity": {}, "standard_error": {}, "nats": {}}
     result["samples"] = {"prompt": context.config.evaluate.prompt}
     for name, folder in folders.items():
@@ -49,7 +46,7 @@ def _one(context: StageContext, name: str, folder: Path) -> tuple[Perplexity, st
         trainer=trainer,
     )
     samples = -(-settings.max_tokens // settings.sequence_length)
-    windows = WindowDataset(context.run.stage("data"), "heldout", settings.sequence_length, samples)
+    windows = WindowDataset(context.input("data"), "heldout", settings.sequence_length, samples)
     validate(model, windows, micro_batch_size=settings.micro_batch_size, trainer=trainer)
     reports = model.validation_reports
     measured = perplexity([report["ce"] for report in reports], [report["tokens"] for report in reports])

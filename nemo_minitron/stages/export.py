@@ -29,7 +29,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises:
         CheckpointError: What was written does not give the distilled model back.
     """
-    student = context.run.stage("distill") / "student"
+    student = context.input("student")
     if context.rank == 0:
         _write(context, student)
     megatron_runtime.barrier()
@@ -68,7 +68,7 @@ def _write(context: StageContext, student: Path) -> None:
 def _check_tokens(context: StageContext) -> Tensor:
     """The first held-out tokens, `[1, n]`."""
     length = min(CHECK_TOKENS, context.config.evaluate.sequence_length)
-    window = WindowDataset(context.run.stage("data"), "heldout", length, 1)[0]
+    window = WindowDataset(context.input("data"), "heldout", length, 1)[0]
     return window["tokens"].unsqueeze(0)
 
 

@@ -74,8 +74,9 @@ def decide(
 ) -> tuple[Step, ...]:
     """One step for each stage of `chain` (as `select` gives them).
 
-    A stage made with other settings is an error unless the user asked to redo it (`redo_from`): its settings are his
-    word, and hours may be in it. A stage whose own settings still hold, but whose upstream was redone, is redone.
+    A stage made with other settings, or from other stages (a recipe that got more rounds), is an error unless the user
+    asked to redo it (`redo_from`): its settings are his word, and hours may be in it. A stage whose own settings still
+    hold, but whose upstream was redone, is redone.
 
     Raises:
         RunFolderError: The folder holds stages of another recipe; names the keys that differ.
@@ -92,10 +93,8 @@ def decide(
         if stage.name in forced:
             action = Action.REDO if record else Action.DO
         else:
-            if record and (differing := _differences(record["settings"], settings)):
-                conflicts += [
-                    f"{key}: stage {stage.name} was made with {old}, now {new}" for key, old, new in differing
-                ]
+            if record:
+                conflicts += _conflicts(stage, record, settings)
             action = _action(record, digest, whole=run.is_whole(stage.name))
         steps.append(Step(stage=stage, action=action, digest=digest, settings=settings, upstream=upstream))
     if conflicts:
@@ -116,6 +115,18 @@ def _action(record: dict[str, Any] | None, digest: str, *, whole: bool) -> Actio
     if record["digest"] != digest:
         return Action.REDO
     return Action.SKIP if whole else Action.CONTINUE
+
+
+def _conflicts(stage: Stage, record: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """How what was made, or begun, differs from what the recipe now says."""
+    found = [
+        f"{key}: stage {stage.name} was made with {old}, now {new}"
+        for key, old, new in _differences(record["settings"], settings)
+    ]
+    if set(record["upstream"]) != set(stage.needs):
+        before, now = (", ".join(sorted(names)) for names in (record["upstream"], stage.needs))
+        found.append(f"stages: stage {stage.name} was made from {before}; now from {now}")
+    return found
 
 
 def _forced(chain: Sequence[Stage], redo_from: str | None) -> set[str]:

@@ -7,15 +7,17 @@ from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.source import open_checkpoint
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
+from nemo_minitron.pruning.rounds import round_targets
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages.base import StageContext
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `plan.json` and `student/`; returns the student's sizes and what was cut."""
-    teacher = open_checkpoint(context.run.stage("import") / "teacher")
-    scores_path = context.run.stage("score") / "scores.safetensors"
-    plan = build_plan(Scores.load(scores_path), context.config.target, teacher.spec)
+    teacher = open_checkpoint(context.input("model"))
+    original = open_checkpoint(context.input("teacher")).spec
+    target = round_targets(context.config.target, original, context.config.steps)[context.stage.round - 1]
+    plan = build_plan(Scores.load(context.input("scores")), target, teacher.spec)
     plan.save(context.out / "plan.json")
     write_folder(PrunedSource(teacher, plan), context.out / "student")
     student = plan.student
@@ -27,8 +29,8 @@ def run(context: StageContext) -> dict[str, Any]:
         "plan_digest": plan.digest(),
         "parameters": parameters,
         "non_embedding_parameters": parameter_count(student, embeddings=False),
-        "teacher_parameters": parameter_count(teacher.spec),
+        "teacher_parameters": parameter_count(original),
         "dropped_layers": [index for index in range(teacher.spec.num_layers) if index not in kept],
         "summary": f"{student.num_layers} layers, {parameters / 1e6:.1f}M parameters "
-        f"({parameters / parameter_count(teacher.spec):.0%} of the teacher)",
+        f"({parameters / parameter_count(original):.0%} of the teacher)",
     }

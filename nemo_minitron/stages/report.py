@@ -1,5 +1,7 @@
 """Report: what the run came to, as `report.html`, `summary.json` and `README.md` at the top of its folder."""
 
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.report import build
-from nemo_minitron.report.content import Importance, ReportContent, summary
+from nemo_minitron.report.content import Importance, ReportContent, Row, summary
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.chain import round_name
 from nemo_minitron.stages.files import read_json, write_json, write_text
+from nemo_minitron.stages.run_folder import RunFolder
 
 FILES = ("report.html", "summary.json", "README.md")
 
@@ -29,10 +33,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def gather(context: StageContext) -> ReportContent:
     """Read what the other stages left."""
-    folder = context.run
-    finished = [path.name for path in folder.stages.iterdir() if folder.is_whole(path.name)]
-    order = ("import", "data", "score", "prune", "distill", "evaluate", "export")
-    results = {name: folder.result(name) for name in order if name in finished}
+    folder, steps = context.run, context.config.steps
+    results = {name: folder.result(name) for name in context.stage.needs}
     return ReportContent(
         name=context.config.name,
         source=source_name(context.config.model.source),
@@ -42,18 +44,37 @@ def gather(context: StageContext) -> ReportContent:
         manifest=read_json(folder.path / "manifest.json"),
         recipe=to_yaml(context.config),
         importance=importance(
-            folder.stage("score") / "scores.safetensors", folder.stage("prune") / "plan.json", context.config.target
+            folder.stage(round_name("score", 1, steps)) / "scores.safetensors",
+            [folder.stage(round_name("prune", number, steps)) / "plan.json" for number in range(1, steps + 1)],
+            context.config.target,
         ),
+        rounds=[_round(folder, number, steps) for number in range(1, steps + 1)],
         metrics=_metrics(folder.stage("distill") / "metrics.jsonl"),
     )
 
 
-def importance(scores_path: Path, plan_path: Path, target: TargetConfig) -> Importance:
-    """Scores of the teacher's units in the aggregation that the plan was built with, and what the plan keeps."""
+def _round(folder: RunFolder, number: int, steps: int) -> Row:
+    """What one round cut, and how close to the teacher its distillation came."""
+    pruned, distilled = (folder.result(round_name(stage, number, steps)) for stage in ("prune", "distill"))
+    history = distilled.get("history") or [{}]
+    return {
+        "spec": pruned["spec"],
+        "parameters": pruned["parameters"],
+        "tokens": distilled.get("tokens"),
+        "kl": {"pruned": history[0].get("kl"), "distilled": (distilled.get("validation") or {}).get("kl")},
+    }
+
+
+def importance(scores_path: Path, plan_paths: Sequence[Path], target: TargetConfig) -> Importance:
+    """Scores of the teacher's units in the aggregation that the plan was built with, and what all plans together keep.
+
+    After the first round the scores were taken anew on a smaller model; the teacher's own are those of the first.
+    """
     from nemo_minitron.pruning.plan import PruningPlan
     from nemo_minitron.pruning.scores import Scores
 
-    scores, plan = Scores.load(scores_path), PruningPlan.load(plan_path)
+    scores = Scores.load(scores_path)
+    plan = reduce(PruningPlan.compose, map(PruningPlan.load, plan_paths))
     how: dict[str, Any] = {"batch": target.batch_aggregation, "sequence": target.sequence_aggregation}
     layers = range(scores.spec.num_layers)
     return Importance(

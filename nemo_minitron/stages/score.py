@@ -22,8 +22,8 @@ def run(context: StageContext) -> dict[str, Any]:
         provenance={"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]},
     )
     nats = calibrate(
-        context.run.stage("import") / "teacher",
-        context.run.stage("data"),
+        context.input("model"),
+        context.input("data"),
         context.config,
         importance,
         ProgressDisplay(context.reporter, "score"),

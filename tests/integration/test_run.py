@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoints.source import open_checkpoint, stream
-from nemo_minitron.stages.chain import NAMES
+from nemo_minitron.config.load import load_recipe
+from nemo_minitron.stages.chain import chain_for
 from tests.tiny import write_corpus, write_llama
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/tiny_cpu.yaml"
+NAMES = tuple(stage.name for stage in chain_for(load_recipe(RECIPE, ["model.source=m", "data.sources=[t]"])))
 
 
 @pytest.fixture(scope="module")

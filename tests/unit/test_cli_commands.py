@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from nemo_minitron.cli import quiet, recipes
 from nemo_minitron.cli.main import app
-from nemo_minitron.stages.chain import NAMES
+from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
 from tests.tiny import write_llama
 
@@ -50,7 +50,7 @@ def test_version():
 
 def test_help_names_every_verb():
     out, _ = invoke("--help")
-    assert all(re.search(rf"\b{verb}\b", out) for verb in (*NAMES, "run", "demo", "ls", "cp", "config", "doctor"))
+    assert all(re.search(rf"\b{verb}\b", out) for verb in (*TITLES, "run", "demo", "ls", "cp", "config", "doctor"))
 
 
 def test_ls_shows_every_recipe_with_its_purpose():
