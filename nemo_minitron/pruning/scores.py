@@ -6,14 +6,19 @@ nine (batch, sequence) aggregations of arXiv:2407.14679, sec. 2.2, follow from t
 
     layers.{i}.hidden.attention.{mean|l2|var}.{sum|sumsq}   output of the norm before attention     [hidden]
     layers.{i}.hidden.mlp....                               output of the norm before the MLP       [hidden]
-    layers.{i}.ffn....                                      input of the second MLP matrix          [ffn]
+    layers.{i}.ffn....                                      input of the second MLP matrix, or      [ffn]
+                                                            argument of the activation (`ffn_site`)
     layers.{i}.head....                                     input of the attention output           [heads * head_dim]
     layers.{i}.block_influence.sum                          sum over tokens of 1 - cos(in, out)     []
     samples, tokens                                         how many they rest on                   []
+    depth....                                               see `pruning.depth`
+
+Sums of other samples add up, so files that were made from parts of a calibration set merge into the file of the whole.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,14 +28,25 @@ from torch import Tensor
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
+from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import CheckpointError, MinitronError, ScoresError
 from nemo_minitron.ops.importance import Aggregation, SiteSums, aggregate, head_importance, kv_group_importance
+from nemo_minitron.pruning.coverage import Coverage, read_coverage, united
+from nemo_minitron.pruning.depth import PREFIX as DEPTH_PREFIX
+from nemo_minitron.pruning.depth import DepthScores
 
 FORMAT = "nemo_minitron.scores"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", VERSION)
+"""Version 1 knew one FFN site, the one after the activation, and not which samples it rests on."""
 
 HIDDEN_SITES = ("hidden.attention", "hidden.mlp")
 """Both are the residual stream after a norm; their importance is added up."""
+
+_FFN_SITES = {
+    FfnSite.AFTER_ACTIVATION: "input of mlp.linear_fc2",
+    FfnSite.BEFORE_ACTIVATION: "output of mlp.linear_fc1 before the activation (the gate's, where there is one)",
+}
 
 
 class Scores:
@@ -39,7 +55,10 @@ class Scores:
     Args:
         spec: The model that was scored.
         tensors: The float64 sums by name; kept, not copied.
-        provenance: JSON data: `data_digest`, `tokenizer_digest` and whatever else tells them apart.
+        ffn_site: What neurons were measured on.
+        depth: What leaving layers out costs, if it was measured.
+        provenance: JSON data: `data_digest`, `tokenizer_digest` and whatever else tells them apart. `calibration` lists
+            the samples they rest on (`Coverage.to_dict`); only scores that have it can be merged.
 
     Raises:
         ScoresError: A sum is missing, unknown, of the wrong shape or not finite (names layer and site), or nothing was
@@ -47,12 +66,36 @@ class Scores:
     """
 
     def __init__(
-        self, spec: ModelSpec, tensors: Mapping[str, Tensor], *, provenance: Mapping[str, Any] | None = None
+        self,
+        spec: ModelSpec,
+        tensors: Mapping[str, Tensor],
+        *,
+        ffn_site: FfnSite = FfnSite.AFTER_ACTIVATION,
+        depth: DepthScores | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.spec = spec
         self.tensors = dict(tensors)
+        self.ffn_site = FfnSite(ffn_site)
+        self.depth = depth
         self.provenance = dict(provenance or {})
         _check(self.spec, self.tensors)
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Where in a layer each site lies."""
+        return {
+            "hidden.attention": "output of the norm before attention",
+            "hidden.mlp": "output of the norm before the MLP",
+            "ffn": _FFN_SITES[self.ffn_site],
+            "head": "input of self_attention.linear_proj",
+            "block_influence": "1 - cos(input, output) of the layer, summed over tokens",
+        }
+
+    @property
+    def coverage(self) -> tuple[Coverage, ...]:
+        """The calibration samples they rest on; empty if that is not known."""
+        return read_coverage(self.provenance)
 
     @property
     def samples(self) -> int:
@@ -90,6 +133,52 @@ class Scores:
         sums = [self.tensors[f"layers.{layer}.block_influence.sum"] for layer in range(self.spec.num_layers)]
         return torch.stack(sums) / self.tensors["tokens"]
 
+    def merge(self, *others: "Scores") -> "Scores":
+        """The scores over all samples together: sums add up. What all agree on stays of the provenance.
+
+        Raises:
+            ScoresError: They are of another model, tokenizer or FFN site, share samples, or do not say which samples
+                they rest on.
+        """
+        for other in others:
+            _check_mergeable(self, other)
+        everyone = (self, *others)
+        coverage = united(part for scores in everyone for part in scores.coverage)
+        depths = [scores.depth for scores in everyone if scores.depth is not None]
+        return Scores(
+            self.spec,
+            {name: sum((other.tensors[name] for other in others), tensor) for name, tensor in self.tensors.items()},
+            ffn_site=self.ffn_site,
+            depth=reduce(lambda left, right: left.merge(right), depths) if depths else None,
+            provenance=_agreed([scores.provenance for scores in everyone])
+            | {"calibration": [part.to_dict() for part in coverage]},
+        )
+
+    def check_made_for(self, spec: ModelSpec, *, tokenizer_digest: str | None = None) -> None:
+        """Make sure that they are a model's.
+
+        Args:
+            spec: The model's architecture.
+            tokenizer_digest: Of its tokenizer (`data.tokenizer.tokenizer_digest`); None, or scores that name none, skip
+                the comparison.
+
+        Raises:
+            ScoresError: They are another model's, or were taken on text that another tokenizer cut.
+        """
+        if self.spec != spec:
+            raise ScoresError(
+                f"scores of another model (spec {self.spec.digest()[:12]}, this model {spec.digest()[:12]})",
+                rule="scores and model have the same architecture",
+                remedy="score this model",
+            )
+        own = self.provenance.get("tokenizer_digest")
+        if own is not None and tokenizer_digest is not None and own != tokenizer_digest:
+            raise ScoresError(
+                f"scores of another tokenizer ({own[:12]}, this model's {tokenizer_digest[:12]})",
+                rule="scores rest on text cut by the model's own tokenizer",
+                remedy="score this model on token files made with its tokenizer",
+            )
+
     def save(self, path: Path) -> None:
         """Write the file under a temporary name, then put it in place."""
         metadata = {
@@ -97,11 +186,14 @@ class Scores:
             "version": VERSION,
             "spec": json.dumps(self.spec.to_dict(), sort_keys=True),
             "spec_digest": self.spec.digest(),
+            "ffn_site": self.ffn_site.value,
+            "sites": json.dumps(self.sites, sort_keys=True),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
-        entries = {name: Entry(torch.float64, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        tensors = self.tensors | (self.depth.tensors if self.depth is not None else {})
+        entries = {name: Entry(torch.float64, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with staged_file(path) as partial, SafetensorsWriter(partial, entries, metadata) as writer:
-            for name, tensor in self.tensors.items():
+            for name, tensor in tensors.items():
                 writer.write(name, tensor)
 
     @classmethod
@@ -113,18 +205,24 @@ class Scores:
         """
         try:
             file = SafetensorsFile(path)
-            if file.metadata.get("format") != FORMAT or file.metadata.get("version") != VERSION:
+            if file.metadata.get("format") != FORMAT or file.metadata.get("version") not in READABLE:
                 raise ScoresError(
                     f"{path}: format {file.metadata.get('format')!r}, version {file.metadata.get('version')!r}",
-                    rule=f"{FORMAT}, version {VERSION}",
+                    rule=f"{FORMAT}, version {' or '.join(READABLE)}",
                     remedy="score again with this version",
                 )
             spec = ModelSpec.from_dict(json.loads(file.metadata["spec"]))
-            provenance = json.loads(file.metadata["provenance"])
-            return cls(spec, {name: file.get(name) for name in file.entries}, provenance=provenance)
+            tensors = {name: file.get(name) for name in file.entries}
+            return cls(
+                spec,
+                {name: tensor for name, tensor in tensors.items() if not name.startswith(DEPTH_PREFIX)},
+                ffn_site=FfnSite(file.metadata.get("ffn_site", FfnSite.AFTER_ACTIVATION)),
+                depth=DepthScores.from_tensors(spec, tensors),
+                provenance=json.loads(file.metadata["provenance"]),
+            )
         except ScoresError as error:
             raise ScoresError(_prefixed(error, path), rule=error.rule, remedy=error.remedy) from error
-        except (KeyError, ValueError, MinitronError) as error:
+        except (KeyError, TypeError, ValueError, MinitronError) as error:
             what = error.what if isinstance(error, CheckpointError) else f"{path}: {error}"
             raise ScoresError(what, remedy="the file is damaged; score again") from error
 
@@ -174,6 +272,34 @@ def _check(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     for name in ("samples", "tokens"):
         if float(tensors[name]) < 1:
             raise ScoresError(f"scores: {name} = {float(tensors[name]):g}", rule="at least 1")
+
+
+def _check_mergeable(first: Scores, other: Scores) -> None:
+    digests = [scores.provenance.get("tokenizer_digest") for scores in (first, other)]
+    differing = {
+        "models": (first.spec.digest()[:12], other.spec.digest()[:12]),
+        "FFN sites": (first.ffn_site.value, other.ffn_site.value),
+        "tokenizers": tuple(str(digest)[:12] for digest in digests),
+    }
+    for what, (mine, others) in differing.items():
+        if mine != others:
+            raise ScoresError(
+                f"scores of different {what}: {mine} and {others}",
+                rule="scores that are merged measure the same thing on different samples",
+                remedy="merge scores of one model, taken at the same sites on text cut by one tokenizer",
+            )
+    if not (first.coverage and other.coverage):
+        raise ScoresError(
+            "scores that do not say which calibration samples they rest on",
+            rule="merging must know that no sample counts twice",
+            remedy="score again with this version; with ImportanceCallback, pass coverage=Coverage.of(...)",
+        )
+
+
+def _agreed(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries that all have, with the same value."""
+    first, *rest = provenances
+    return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in rest)}
 
 
 def _prefixed(error: ScoresError, path: Path) -> str:

@@ -1,0 +1,13 @@
+"""Where importance is measured, as far as it can be chosen."""
+
+from enum import StrEnum
+
+
+class FfnSite(StrEnum):
+    """What an MLP neuron's importance is measured on."""
+
+    AFTER_ACTIVATION = "after_activation"
+    """The input of the second matrix: what the neuron says to the rest of the model."""
+    BEFORE_ACTIVATION = "before_activation"
+    """The argument of the activation, as arXiv:2407.14679, section 2.2, writes it: `X (W1^i)^T`, plus the bias where
+    there is one. A gated MLP has two rows a neuron, and only the gate's product is an argument of the activation."""
