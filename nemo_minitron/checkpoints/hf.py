@@ -17,6 +17,7 @@ from nemo_minitron.checkpoints.parts import fuse, part_shapes, split, widest
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
+    PLAN_FILE,
     TOKENIZER_FILES,
     TensorSource,
     check_tokenizer_fits,
@@ -96,11 +97,11 @@ class HfSource:
         return fuse(parts, weight, self._spec)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation defaults and licence files found in the folder."""
+        """Tokenizer, generation defaults, licence and plan files found in the folder."""
         return dict(self._tokenizer_files)
 
     def _read_tokenizer_files(self) -> dict[str, bytes]:
-        names = [name for name in (*TOKENIZER_FILES, *LICENCE_FILES) if (self.folder / name).is_file()]
+        names = [name for name in (*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE) if (self.folder / name).is_file()]
         files = {name: (self.folder / name).read_bytes() for name in names}
         special = {key: self._config[key] for key in _SPECIAL_IDS if self._config.get(key) is not None}
         if "generation_config.json" not in files and special:

@@ -29,6 +29,9 @@ TOKENIZER_FILES: tuple[str, ...] = (
 LICENCE_FILES: tuple[str, ...] = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 """Terms of the base model; they travel too."""
 
+PLAN_FILE = "minitron_plan.json"
+"""What is left of the first teacher, as a pruning plan; it travels with every student."""
+
 
 class TensorSource(Protocol):
     """A checkpoint, or a lazy view of one.
@@ -62,7 +65,10 @@ class TensorSource(Protocol):
         ...
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Hugging Face tokenizer files (and `generation_config.json`, licence) by name; empty when there are none."""
+        """Hugging Face tokenizer files, and what travels with them, by name; empty when there are none.
+
+        That is `generation_config.json`, the licence, and the kept indices of a pruned model (`PLAN_FILE`).
+        """
         ...
 
 

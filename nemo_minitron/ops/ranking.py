@@ -14,13 +14,24 @@ def top_indices(score: Tensor, *, keep: int) -> Tensor:
     """
     if score.dim() != 1 or not 0 <= keep <= score.numel():
         raise ScoresError(f"cannot keep {keep} of scores shaped {tuple(score.shape)}", rule="0 <= keep <= units")
+    return ranked(score)[:keep].sort().values
+
+
+def ranked(score: Tensor) -> Tensor:
+    """Indices of a vector of scores, int64, best first; ties go to the lower index.
+
+    Raises:
+        ScoresError: `score` is not a vector, or holds NaN or infinity.
+    """
+    if score.dim() != 1:
+        raise ScoresError(f"scores shaped {tuple(score.shape)} cannot be ranked", rule="one score a unit")
     if not bool(torch.isfinite(score).all()):
         raise ScoresError(
             "the scores hold NaN or infinity",
             rule="every score is a finite number",
             remedy="score again; look for overflow in the model's activations",
         )
-    return score.sort(descending=True, stable=True).indices[:keep].sort().values
+    return score.sort(descending=True, stable=True).indices
 
 
 def top_heads(score_H: Tensor, *, groups: Tensor, num_groups: int, heads_per_group: int) -> Tensor:

@@ -1,15 +1,17 @@
 """Applying a plan: a lazy view of a checkpoint whose tensors are cut when they are asked for."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named
-from nemo_minitron.checkpoints.source import TensorSource, names_of
+from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, names_of
+from nemo_minitron.ops.mixing import mix_slots
 from nemo_minitron.ops.packing import gate_up_rows, head_channels, qkv_rows
 from nemo_minitron.ops.slicing import slice_dims
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
@@ -18,14 +20,15 @@ from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 class PrunedSource:
     """What a plan leaves of a checkpoint; itself a `TensorSource`.
 
-    A view of a view is one view with the composed plan, so pruning twice rounds once.
+    A view of a view is one view with the composed plan, so pruning twice rounds once. The student carries the plan that
+    leads from the very first teacher to it (`PruningPlan.of_checkpoint`).
 
     Args:
         source: The teacher's checkpoint.
         plan: What stays.
 
     Raises:
-        PlanError: The plan is for another model.
+        PlanError: The plan is for another model, or the one that the checkpoint carries is damaged.
     """
 
     def __init__(self, source: TensorSource, plan: PruningPlan) -> None:
@@ -34,6 +37,7 @@ class PrunedSource:
         self.plan: PruningPlan = source.plan.compose(plan) if isinstance(source, PrunedSource) else plan
         self.teacher: TensorSource = source.teacher if isinstance(source, PrunedSource) else source
         self._student = self.plan.student
+        self._files = self._travelling_files()
 
     @property
     def spec(self) -> ModelSpec:
@@ -61,15 +65,28 @@ class PrunedSource:
         teacher_name = name if layer is None else weight.row.name.format(i=layer.source)
         keep = {dim: self._kept(axis, weight, layer) for dim, axis in enumerate(weight.row.axes)}
         cuts = {dim: kept for dim, kept in keep.items() if kept is not None}
-        tensor = slice_dims(self.teacher.get(teacher_name), cuts)
-        if self.plan.rescales_norms and _is_norm_scale(weight):
-            ratio = self.plan.spec.hidden_size / self._student.hidden_size
-            return (tensor.double() * math.sqrt(ratio)).to(tensor.dtype)
+        whole = self.teacher.get(teacher_name)
+        tensor = slice_dims(whole, cuts)
+        if layer is not None and weight.row.packing is Packing.QKV and (layer.merged_heads or layer.merged_groups):
+            columns = torch.tensor(self.plan.hidden) if whole.dim() > 1 else None
+            slots = _slot_mixes(layer, self.plan.spec.layers[layer.source])
+            return mix_slots(tensor, whole, slots, head_dim=self.plan.spec.head_dim, columns=columns)
+        if self.plan.norm_ratio != 1 and _is_norm_scale(weight):
+            return (tensor.double() * math.sqrt(self.plan.norm_ratio)).to(tensor.dtype)
         return tensor
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """The teacher's."""
-        return self.teacher.tokenizer_files()
+        """The teacher's, with the plan from the first teacher to the student; unchanged when nothing is cut."""
+        return dict(self._files)
+
+    def _travelling_files(self) -> dict[str, bytes]:
+        files = self.teacher.tokenizer_files()
+        if self.plan.is_identity:
+            return files
+        plan = self.plan
+        if PLAN_FILE in files:
+            plan = PruningPlan.from_bytes(files[PLAN_FILE], where=PLAN_FILE).followed_by(plan)
+        return {**files, PLAN_FILE: plan.to_bytes()}
 
     def _kept(self, axis: Axis, weight: Weight, layer: LayerPlan | None) -> Tensor | None:
         """Indices that stay along a dimension of the teacher's tensor; None when all do."""
@@ -97,6 +114,26 @@ class PrunedSource:
 def _is_norm_scale(weight: Weight) -> bool:
     """Whether a weight multiplies a normalised residual stream."""
     return weight.row.axes == (Axis.HIDDEN,) and weight.name.endswith(("layer_norm_weight", "layernorm.weight"))
+
+
+def _slot_mixes(layer: LayerPlan, sizes: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """A layer's merged heads and groups as slots of the student's QKV weight and sums of slots of the teacher's.
+
+    Each KV group lies as its query heads, its key, its value.
+    """
+    before = sizes.num_attention_heads // sizes.num_query_groups
+    after = len(layer.heads) // len(layer.kv_groups)
+
+    def query(head: int, per_group: int) -> int:
+        return head // per_group * (per_group + 2) + head % per_group
+
+    for head, terms in layer.merged_heads:
+        slot = query(layer.heads.index(head), after)
+        yield slot, [(query(origin, before), coefficient) for origin, coefficient in terms]
+    for group, terms in layer.merged_groups:
+        for part in (0, 1):  # key, value
+            slot = layer.kv_groups.index(group) * (after + 2) + after + part
+            yield slot, [(origin * (before + 2) + before + part, coefficient) for origin, coefficient in terms]
 
 
 def _lineage(lineage: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What sizes a target asks for: explicit ones and shares of the teacher's, resolved and checked all at once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from math import lcm
 
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError
-from nemo_minitron.pruning.plan import narrowed
+from nemo_minitron.pruning.plan import narrowed, rescaling
 
 
 def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
@@ -29,7 +30,9 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
     kept = named_layers(target, teacher)
     sizes = [teacher.layers[index] for index in kept or range(num_layers(target, teacher))]
     layers = tuple(student_layer(target, layer) for layer in sizes)
-    return narrowed(teacher, hidden_size(target, teacher), layers, rescale_norms=target.rescale_norms)
+    channels = hidden_size(target, teacher)
+    ratio = rescaling(teacher, channels) if target.rescale_norms else Fraction(1)
+    return narrowed(teacher, channels, layers, norm_ratio=ratio)
 
 
 def num_layers(target: TargetConfig, teacher: ModelSpec) -> int:
@@ -48,7 +51,8 @@ def student_layer(target: TargetConfig, layer: LayerSpec) -> LayerSpec:
     heads = groups * (layer.num_attention_heads // layer.num_query_groups)
     if target.num_attention_heads is not None:
         heads = _resolved(target, "num_attention_heads", layer.num_attention_heads, unit=groups, most=heads)
-    return LayerSpec(
+    return replace(
+        layer,
         num_attention_heads=heads,
         num_query_groups=groups,
         ffn_hidden_size=_resolved(target, "ffn_hidden_size", layer.ffn_hidden_size),

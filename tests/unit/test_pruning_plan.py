@@ -285,6 +285,10 @@ def test_table_shows_before_and_after() -> None:
         ({"layers": []}, "zero layers"),
         ({"format": "other"}, "not known"),
         ({"version": 99}, "not known"),
+        ({"norm_scale": [4, 3]}, "unknown key(s) norm_scale in version 1"),
+        ({"version": 2, "norm_scale": [4, "3"]}, "two numbers of channels"),
+        ({"version": 2, "norm_scale": [4, 0]}, "no ratio of channels"),
+        ({"other": 1}, "unknown key(s) other"),
         ({"spec": {}}, "architecture"),
     ],
 )
@@ -307,7 +311,8 @@ def test_files_that_are_no_plans_are_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"heads": (0, 2)}, "unequal"),
+        ({"heads": (0, 1, 2, 4, 5)}, "unequal"),
+        ({"heads": (0, 2)}, "KV group 2 stays without any of its heads"),
         ({"heads": (0, 1, 2, 3, 4), "kv_groups": (0, 1, 2)}, "unequal"),
         ({"heads": (0, 1, 2, 3), "kv_groups": (0, 2)}, "KV group 1 does not"),
         ({"heads": ()}, "heads: none are kept"),
@@ -315,6 +320,11 @@ def test_files_that_are_no_plans_are_refused(tmp_path: Path, text: str) -> None:
         ({"ffn": (4, 5)}, "indices 4 to 5 of 5"),
         ({"kv_groups": ()}, "kv_groups: none"),
         ({"source": 7}, "indices"),
+        ({"heads": (0, 2, 4), "merged_heads": ((1, ((1, 2), (3, -1))),)}, "merged heads: unit 1 does not stay"),
+        ({"merged_heads": ((1, ((1, 2), (6, -1))),)}, "not ascending units of 6"),
+        ({"merged_heads": ((1, ((2, 2), (0, -1))),)}, "not ascending units of 6"),
+        ({"merged_heads": ((1, ((1, 0),)),)}, "coefficient of 0"),
+        ({"merged_groups": ((1, ((1, 2),)), (0, ((0, 2),)))}, "merged kv_groups: not ascending"),
     ],
 )
 def test_layers_that_cannot_be_are_refused(change: dict[str, Any], words: str) -> None:
