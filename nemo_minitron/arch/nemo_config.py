@@ -3,21 +3,39 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.arch.families import with_family
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm, RopeScaling
 from nemo_minitron.errors import SpecError
 
 LEGACY_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 """The class that NeMo-1 era tools look for; our own reader never resolves it."""
 
+SPEC_NAME = "te_gpt"
+"""NeMo-1's name for layers of Transformer Engine."""
+UNSAYABLE_NAME = "nemo_minitron"
+"""In its place where NeMo-1's keys cannot say what the model computes. NeMo-1 knows no such layers and stops before it
+computes something else; our own reader takes the architecture from `minitron.spec`."""
+
 _ACTIVATIONS = {
     Activation.SWIGLU: "fast-swiglu",
     Activation.GEGLU: "fast-geglu",
+    Activation.GEGLU_TANH: "fast-geglu",  # with openai_gelu
     Activation.GELU: "gelu",
     Activation.SQUARED_RELU: "squared-relu",
 }
-_ACTIVATIONS_READ = {value: key for key, value in _ACTIVATIONS.items()} | {
+_ACTIVATIONS_READ = {
+    "fast-swiglu": Activation.SWIGLU,
     "swiglu": Activation.SWIGLU,
+    "fast-geglu": Activation.GEGLU,
     "geglu": Activation.GEGLU,
+    "gelu": Activation.GELU,
+    "squared-relu": Activation.SQUARED_RELU,
+}
+_NORMS = {
+    Norm.RMSNORM: "rmsnorm",
+    Norm.RMSNORM1P: "rmsnorm",  # with layernorm_zero_centered_gamma
+    Norm.LAYERNORM: "layernorm",
+    Norm.LAYERNORM1P: "layernorm1p",
 }
 # NeMo-1 knows one rotary scaling, with these constants built in.
 _LLAMA_31_SCALING = RopeScaling(factor=8.0)
@@ -43,7 +61,7 @@ def nemo_config(
     return {
         "mcore_gpt": True,
         "transformer_engine": True,
-        "name": "te_gpt",
+        "name": SPEC_NAME if says_all(spec) else UNSAYABLE_NAME,
         "micro_batch_size": 1,
         "global_batch_size": 8,
         "tensor_model_parallel_size": 1,
@@ -58,6 +76,13 @@ def nemo_config(
         "minitron": {"spec": spec.to_dict(), **(minitron or {})},
         "target": LEGACY_TARGET,
     }
+
+
+def says_all(spec: ModelSpec) -> bool:
+    """Whether NeMo-1's own keys describe a model without `minitron.spec`."""
+    mixed = len({layer.local for layer in spec.layers}) > 1
+    scaling = spec.rope_scaling in (None, _LLAMA_31_SCALING)
+    return spec.is_uniform and scaling and not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base)
 
 
 def _architecture_keys(spec: ModelSpec) -> dict[str, Any]:
@@ -75,15 +100,20 @@ def _architecture_keys(spec: ModelSpec) -> dict[str, Any]:
         "num_attention_heads": shared("num_attention_heads"),
         "num_query_groups": shared("num_query_groups"),
         "kv_channels": spec.head_dim,
-        "normalization": spec.norm.value,
+        "normalization": _NORMS[spec.norm],
+        "layernorm_zero_centered_gamma": spec.norm.zero_centred,
         "layernorm_epsilon": spec.norm_eps,
         "activation": _ACTIVATIONS[spec.activation],
+        "openai_gelu": spec.activation is Activation.GEGLU_TANH,
+        "apply_embedding_scaling": spec.scaled_embeddings,
         "bias": spec.linear_bias,
         "qkv_bias": spec.qkv_bias,
         "qk_layernorm": spec.qk_norm,
         "position_embedding_type": "rope",
         "rotary_percentage": spec.rotary_percent,
         "rotary_base": spec.rotary_base,
+        # Positions to the left of a query, and to its right; absent where every position is seen.
+        **({"window_size": [spec.sliding_window - 1, 0]} if spec.sliding_window and spec.layers[0].local else {}),
         "seq_len_interpolation_factor": None,
         "scale_positional_embedding": spec.rope_scaling == _LLAMA_31_SCALING,
         "share_embeddings_and_output_weights": spec.tied_embeddings,
@@ -105,7 +135,6 @@ _FIXED: dict[str, Any] = {
     "persist_layer_norm": True,
     "headscale": False,
     "transformer_block_type": "pre_ln",
-    "openai_gelu": False,
     "normalize_attention_scores": True,
     "attention_type": "multihead",
     "megatron_amp_O2": False,
@@ -175,47 +204,92 @@ def lineage_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelSpec:
+    _refuse(config)
     try:
         heads = config["num_attention_heads"]
+        window = config.get("window_size")
         layer = LayerSpec(
             num_attention_heads=heads,
             num_query_groups=config.get("num_query_groups") or heads,
             ffn_hidden_size=config["ffn_hidden_size"],
+            local=window is not None,
         )
-        activation = _ACTIVATIONS_READ.get(config.get("activation", "gelu"))
-        if activation is None:
-            raise SpecError(f"model_config.yaml: activation = {config['activation']!r} is not supported")
-        if config.get("position_embedding_type", "rope") != "rope" or config.get("seq_len_interpolation_factor"):
-            raise SpecError(
-                "model_config.yaml: position_embedding_type or seq_len_interpolation_factor is not supported",
-                rule="position_embedding_type: rope, seq_len_interpolation_factor: null",
-            )
         vocabulary = vocab_size or config["override_vocab_size"]
         if vocabulary is None:
             raise SpecError("model_config.yaml: the size of the vocabulary is not known")
-        qkv_bias = bool(config.get("qkv_bias", False))
-        return ModelSpec(
-            family="qwen2" if qkv_bias else "llama",
-            vocab_size=vocabulary,
-            hidden_size=config["hidden_size"],
-            head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
-            layers=(layer,) * config["num_layers"],
-            max_position_embeddings=config.get("max_position_embeddings") or config["encoder_seq_length"],
-            activation=activation,
-            norm=Norm(config.get("normalization", "layernorm")),
-            norm_eps=float(config.get("layernorm_epsilon", 1e-5)),
-            rotary_base=float(config.get("rotary_base", 10000.0)),
-            rotary_percent=float(config.get("rotary_percentage", 1.0)),
-            rope_scaling=_LLAMA_31_SCALING if config.get("scale_positional_embedding") else None,
-            tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
-            qkv_bias=qkv_bias,
-            qk_norm=bool(config.get("qk_layernorm", False)),
-            linear_bias=bool(config.get("bias", True)),
+        return with_family(
+            ModelSpec(
+                family="",
+                vocab_size=vocabulary,
+                hidden_size=config["hidden_size"],
+                head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
+                layers=(layer,) * config["num_layers"],
+                max_position_embeddings=config.get("max_position_embeddings") or config["encoder_seq_length"],
+                activation=_activation(config),
+                norm=_norm(config),
+                norm_eps=float(config.get("layernorm_epsilon", 1e-5)),
+                rotary_base=float(config.get("rotary_base", 10000.0)),
+                rotary_percent=float(config.get("rotary_percentage", 1.0)),
+                rope_scaling=_LLAMA_31_SCALING if config.get("scale_positional_embedding") else None,
+                tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
+                qkv_bias=bool(config.get("qkv_bias", False)),
+                qk_norm=bool(config.get("qk_layernorm", False)),
+                linear_bias=bool(config.get("bias", True)),
+                scaled_embeddings=bool(config.get("apply_embedding_scaling", False)),
+                sliding_window=None if window is None else window[0] + 1,
+            )
         )
     except KeyError as error:
         raise SpecError(f"model_config.yaml: key {error} is missing") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise SpecError(f"model_config.yaml: {error}") from error
+
+
+def _refuse(config: Mapping[str, Any]) -> None:
+    """Settings that change what a model computes and that nothing here computes.
+
+    Raises:
+        SpecError: There is one; names it.
+    """
+    supported = {
+        "name": ("", SPEC_NAME, "megatron_gpt_full_te_layer_autocast", "modelopt"),
+        "position_embedding_type": ("rope",),
+        "transformer_block_type": ("pre_ln",),
+        "seq_len_interpolation_factor": (),
+        "headscale": (),
+        "normalize_attention_scores": (True,),
+        "multi_query_attention": (),
+        "attention_type": ("multihead",),
+        "num_moe_experts": (),
+        "rotary_interleaved": (),
+        "mcore_customization_config": (),
+    }
+    for key, values in supported.items():
+        if (found := config.get(key)) and found not in values:
+            rule = " or ".join(map(repr, values)) if values else "absent"
+            raise SpecError(f"model_config.yaml: {key} = {found!r} is not supported", rule=rule)
+    window = config.get("window_size")
+    if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+        raise SpecError(f"model_config.yaml: window_size = {window} is not supported", rule="[positions, 0]")
+
+
+def _activation(config: Mapping[str, Any]) -> Activation:
+    name = config.get("activation", "gelu")
+    if name not in _ACTIVATIONS_READ:
+        raise SpecError(f"model_config.yaml: activation = {name!r} is not supported")
+    found = _ACTIVATIONS_READ[name]
+    if not config.get("openai_gelu"):
+        return found
+    if found is not Activation.GEGLU:
+        raise SpecError(f"model_config.yaml: openai_gelu = true is not supported with activation = {name!r}")
+    return Activation.GEGLU_TANH
+
+
+def _norm(config: Mapping[str, Any]) -> Norm:
+    found = Norm(config.get("normalization", "layernorm"))
+    if not config.get("layernorm_zero_centered_gamma"):
+        return found
+    return Norm.RMSNORM1P if found is Norm.RMSNORM else Norm.LAYERNORM1P
 
 
 def _vocab_divisor(vocab_size: int) -> int:

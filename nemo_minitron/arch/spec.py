@@ -15,21 +15,35 @@ class Activation(StrEnum):
 
     SWIGLU = "swiglu"
     GEGLU = "geglu"
+    """With the exact GELU."""
+    GEGLU_TANH = "geglu_tanh"
+    """With GELU's approximation by tanh, as Gemma has it."""
     GELU = "gelu"
     SQUARED_RELU = "squared_relu"
 
     @property
     def gated(self) -> bool:
         """Whether the first MLP matrix holds a gate and an up half."""
-        return self in (Activation.SWIGLU, Activation.GEGLU)
+        return self in (Activation.SWIGLU, Activation.GEGLU, Activation.GEGLU_TANH)
 
 
 class Norm(StrEnum):
-    """Kind of normalisation."""
+    """Kind of normalisation; `1p` kinds store their scale less 1."""
 
     RMSNORM = "rmsnorm"
+    RMSNORM1P = "rmsnorm1p"
     LAYERNORM = "layernorm"
     LAYERNORM1P = "layernorm1p"
+
+    @property
+    def zero_centred(self) -> bool:
+        """Whether a stored weight of zero is a scale of one."""
+        return self in (Norm.RMSNORM1P, Norm.LAYERNORM1P)
+
+    @property
+    def subtracts_mean(self) -> bool:
+        """Whether it is a LayerNorm: it subtracts the mean over channels, and has a bias."""
+        return self in (Norm.LAYERNORM, Norm.LAYERNORM1P)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +58,18 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSpec:
-    """Sizes of one transformer layer (attention, then MLP)."""
+    """Sizes of one transformer layer (attention, then MLP), and how far it looks back."""
 
     num_attention_heads: int
     num_query_groups: int
     ffn_hidden_size: int
+    local: bool = False
+    """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Query heads, KV groups and FFN neurons."""
+        return self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +97,16 @@ class ModelSpec:
     qk_norm: bool = False
     linear_bias: bool = False
     """Bias on the attention output and both MLP matrices."""
+    post_norms: bool = False
+    """A norm more behind attention and MLP each, before their outputs join the residual stream (Gemma 3)."""
+    scaled_embeddings: bool = False
+    """Embeddings enter the first layer times `sqrt(hidden_size)` (Gemma); the output layer takes them as they are."""
+    query_scalar: float | None = None
+    """Attention scores are divided by its root; None: by that of `head_dim`."""
+    sliding_window: int | None = None
+    """Positions that a query of a local layer sees, its own among them."""
+    local_rotary_base: float | None = None
+    """Rotary base of local layers, without scaling; None: they turn as the others do."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -93,11 +124,11 @@ class ModelSpec:
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
-        return len(set(self.layers)) == 1
+        return len({layer.sizes for layer in self.layers}) == 1
 
     @property
     def layer(self) -> LayerSpec:
-        """The sizes that all layers share.
+        """The first layer, whose sizes all layers share.
 
         Raises:
             SpecError: The layers differ.
@@ -133,12 +164,16 @@ class ModelSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; `from_dict` is the inverse. A uniform model stores its layer sizes once."""
+        """Plain JSON data; `from_dict` is the inverse. Layers that are all the same are stored once.
+
+        Traits that only some families have are left out of the others' data, so that their digests stay what they were.
+        """
         data = asdict(self) | {"activation": self.activation.value, "norm": self.norm.value}
-        if self.is_uniform:
-            data["layers"] = {"count": self.num_layers, **asdict(self.layers[0])}
+        data = {key: value for key, value in data.items() if key not in _TRAITS or value not in (None, False)}
+        if len(set(self.layers)) == 1:
+            data["layers"] = {"count": self.num_layers, **_layer_data(self.layers[0])}
         else:
-            data["layers"] = [asdict(layer) for layer in self.layers]
+            data["layers"] = [_layer_data(layer) for layer in self.layers]
         return data
 
     @classmethod
@@ -171,6 +206,13 @@ class ModelSpec:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_TRAITS = ("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base")
+
+
+def _layer_data(layer: LayerSpec) -> dict[str, Any]:
+    return {key: value for key, value in asdict(layer).items() if key != "local" or value}
+
+
 def _layers_from(data: Any) -> tuple[LayerSpec, ...]:
     if isinstance(data, dict):
         sizes = {key: value for key, value in data.items() if key != "count"}
@@ -182,6 +224,8 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
     for name in ("vocab_size", "hidden_size", "head_dim", "max_position_embeddings"):
         if getattr(spec, name) < 1:
             yield f"{name} = {getattr(spec, name)} must be at least 1"
+    if any(layer.local for layer in spec.layers) and (spec.sliding_window or 0) < 1:
+        yield f"layers are local, but sliding_window = {spec.sliding_window}"
     if not spec.layers:
         yield "zero layers; at least 1 must stay"
     for index, layer in enumerate(spec.layers):

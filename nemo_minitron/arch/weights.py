@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 
 LAYER_PREFIX = "decoder.layers.{i}."
 
@@ -54,7 +54,7 @@ class Weight:
 
 
 def _biased_norm(spec: ModelSpec) -> bool:
-    return spec.norm is not Norm.RMSNORM
+    return spec.norm.subtracts_mean
 
 
 def _gated(spec: ModelSpec) -> bool:
@@ -82,6 +82,9 @@ ROWS: tuple[WeightRow, ...] = (
     WeightRow(name=_ATTENTION + "k_layernorm.weight", axes=(Axis.HEAD_CHANNEL,), present=lambda spec: spec.qk_norm),
     WeightRow(name=_ATTENTION + "linear_proj.weight", axes=(Axis.HIDDEN, Axis.HEAD), tensor_parallel_dim=1),
     WeightRow(name=_ATTENTION + "linear_proj.bias", axes=(Axis.HIDDEN,), present=lambda spec: spec.linear_bias),
+    WeightRow(
+        name=_ATTENTION + "linear_proj.post_layernorm.weight", axes=(Axis.HIDDEN,), present=lambda spec: spec.post_norms
+    ),
     WeightRow(name=_MLP + "linear_fc1.layer_norm_weight", axes=(Axis.HIDDEN,)),
     WeightRow(name=_MLP + "linear_fc1.layer_norm_bias", axes=(Axis.HIDDEN,), present=_biased_norm),
     WeightRow(
@@ -112,6 +115,9 @@ ROWS: tuple[WeightRow, ...] = (
     ),
     WeightRow(name=_MLP + "linear_fc2.weight", axes=(Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1),
     WeightRow(name=_MLP + "linear_fc2.bias", axes=(Axis.HIDDEN,), present=lambda spec: spec.linear_bias),
+    WeightRow(
+        name=_MLP + "linear_fc2.post_layernorm.weight", axes=(Axis.HIDDEN,), present=lambda spec: spec.post_norms
+    ),
     WeightRow(name="decoder.final_layernorm.weight", axes=(Axis.HIDDEN,)),
     WeightRow(name="decoder.final_layernorm.bias", axes=(Axis.HIDDEN,), present=_biased_norm),
     WeightRow(

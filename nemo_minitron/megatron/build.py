@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron.functional import squared_relu
 from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.placement import check_layout, chunk_layers, local_shard, padded_vocab
@@ -43,9 +45,10 @@ def build_chunks(
         LayoutError: The model cannot be split so.
     """
     check_layout(spec, runtime.parallel)
-    if use_transformer_engine() is False and (runtime.parallel.context > 1 or runtime.parallel.sequence_parallel):
+    if not engine_carries(spec) and (runtime.parallel.context > 1 or runtime.parallel.sequence_parallel):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
+            rule="and layers that it carries: without sliding windows and norms behind attention and MLP",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     config = transformer_config(spec, runtime.parallel, precision, device=runtime.device)
@@ -73,13 +76,18 @@ def use_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
+def engine_carries(spec: ModelSpec) -> bool:
+    """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
+    return use_transformer_engine() and not spec.post_norms and not any(layer.local for layer in spec.layers)
+
+
 def transformer_config(
     spec: ModelSpec, parallel: ParallelConfig, precision: Precision, *, device: torch.device
 ) -> TransformerConfig:
     """Megatron's configuration of a model; where layers differ, its sizes are those of the first one."""
     dtype = torch_dtype(precision)
     first = spec.layers[0]
-    engine = use_transformer_engine()
+    engine = engine_carries(spec)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -87,20 +95,22 @@ def transformer_config(
         num_attention_heads=first.num_attention_heads,
         num_query_groups=first.num_query_groups,
         kv_channels=spec.head_dim,
-        normalization="RMSNorm" if spec.norm is Norm.RMSNORM else "LayerNorm",
-        layernorm_zero_centered_gamma=spec.norm is Norm.LAYERNORM1P,
+        normalization="LayerNorm" if spec.norm.subtracts_mean else "RMSNorm",
+        layernorm_zero_centered_gamma=spec.norm.zero_centred,
         layernorm_epsilon=spec.norm_eps,
         gated_linear_unit=spec.activation.gated,
         activation_func=_activation(spec.activation),
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
+        softmax_scale=None if spec.query_scalar is None else spec.query_scalar**-0.5,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=False,
-        # Megatron's fusions are torch.compile: worth their start-up time with Transformer Engine only.
-        bias_activation_fusion=engine and spec.activation in (Activation.SWIGLU, Activation.GEGLU),
+        # Megatron's fusions are torch.compile: worth their start-up time with Transformer Engine only. Its GEGLU is by
+        # tanh, whatever the config says.
+        bias_activation_fusion=engine and spec.activation is Activation.SWIGLU,
         bias_dropout_fusion=engine,
         gradient_accumulation_fusion=False,
         init_method_std=INIT_STD,
@@ -148,7 +158,7 @@ def _random_weight(weight: Weight, spec: ModelSpec, seed: int) -> Tensor:
     if weight.name.endswith("bias"):
         return torch.zeros(weight.shape)
     if len(weight.shape) == 1:
-        return torch.zeros(weight.shape) if spec.norm is Norm.LAYERNORM1P else torch.ones(weight.shape)
+        return torch.zeros(weight.shape) if spec.norm.zero_centred else torch.ones(weight.shape)
     name_hash = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(name_hash[:7], "little"))
     writes_residual = weight.row.axes[0] is Axis.HIDDEN
@@ -163,7 +173,7 @@ def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, v
     layers = [_layer(spec, spec.layers[number]) for number in ranges[index]]
     return MinitronGPT(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm()),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(spec)),
         vocab_size=padded_vocab(spec, parallel.tensor),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=index == 0,
@@ -192,7 +202,7 @@ def _mark_shards(chunk: MinitronGPT) -> None:
 
 
 def _layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
-    if not use_transformer_engine():
+    if not engine_carries(spec):
         return local_layer(spec, sizes)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -200,8 +210,8 @@ def _layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
     return replace(layer, module=SizedLayer, params={**layer.params, "sizes": sizes})
 
 
-def _final_norm() -> Any:
-    if not use_transformer_engine():
+def _final_norm(spec: ModelSpec) -> Any:
+    if not engine_carries(spec):
         return LocalNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
@@ -225,9 +235,9 @@ def _activation(activation: Activation) -> Any:
             return nn.functional.silu
         case Activation.GEGLU | Activation.GELU:
             return nn.functional.gelu
+        case Activation.GEGLU_TANH:
+            return partial(nn.functional.gelu, approximate="tanh")
         case Activation.SQUARED_RELU:
-            from megatron.core.activations import squared_relu
-
             return squared_relu
 
 

@@ -9,7 +9,7 @@ Shapes: S sequence, B batch, H hidden, F neurons of this rank, G KV groups of th
 D channels of a head.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -19,7 +19,7 @@ QUERY_BLOCK = 128
 """Queries a head that attention's backward pass takes at a time: 64 and 128 are fastest, 256 leaves the cache."""
 
 
-def _wide(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """At least fp32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -27,7 +27,7 @@ def _wide(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide, weight_wide = _wide(x), _wide(weight)
+        wide, weight_wide = at_least_fp32(x), at_least_fp32(weight)
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = torch.mul(wide, scale) if wide is x else wide.mul_(scale)
@@ -39,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normed, scale, weight = ctx.saved_tensors
-        wide, weight_wide = _wide(grad), _wide(weight)
+        wide, weight_wide = at_least_fp32(grad), at_least_fp32(weight)
         product = wide * normed
         grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         # d x = scale * (w g - n * mean(w g n)), from n = x * scale(x).
@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source: Zhang and Sennrich, arXiv:1910.07467, eq. 4.
     """
     if x.is_cuda:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -62,6 +62,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2F] = [gate; up]`; shape `[..., F]`. Source: Shazeer, arXiv:2002.05202, eq. 6."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` with the exact GELU; shapes and source as in `swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def geglu_tanh(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` with GELU's approximation by tanh; shapes and source as in `swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`max(x, 0)^2`. Source: So et al., "Primer", arXiv:2109.08668, sec. 3."""
+    return F.relu(x).square()
 
 
 def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,67 +128,94 @@ def _tokens_first(x: Tensor, batch: int) -> Tensor:
     return split.permute(3, 0, 1, 2, 4).reshape(length, batch, -1)
 
 
+class _How(NamedTuple):
+    """KV groups, channels of a head, factor of the scores, and how many positions a query sees (None: all)."""
+
+    groups: int
+    head_dim: int
+    scale: float
+    window: int | None
+
+
 class _Attention(torch.autograd.Function):
     """The fused kernel forward; backward, attention weights are computed again for one block of queries at a time.
 
-    A block looks at no key behind its last query, which spares almost half of the work, and stays in the cache. The
-    query heads of a KV group share their matrix products. Memory does not grow with the square of the sequence.
+    A block looks at no key behind its last query, nor at any that its window leaves out, which spares almost half of
+    the work or more, and stays in the cache. The query heads of a KV group share their matrix products. Memory does not
+    grow with the square of the sequence.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], groups: int, head_dim: int) -> Tensor:
-        x = _heads_first(qkv, groups, head_dim)
+    def forward(ctx: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], how: _How) -> Tensor:
+        x = _heads_first(qkv, how.groups, how.head_dim)
         turned = _rotate(x[:, :-1], *tables)
         ctx.save_for_backward(turned, x)
-        ctx.tables, ctx.groups, ctx.batch = tables, groups, qkv.shape[1]
-        return _fused_attention(turned, x[:, -1], ctx.batch)
+        ctx.tables, ctx.batch, ctx.how = tables, qkv.shape[1], how
+        return _fused_attention(turned, x[:, -1], ctx.batch, how)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         turned, x = ctx.saved_tensors
+        how = ctx.how
         heads, length, head_dim = x.shape[1] - 2, *x.shape[2:]
         queries, keys, values = turned[:, :-1], turned[:, -1], x[:, -1]
-        grad_out = _heads_first(grad, ctx.groups, head_dim)
+        grad_out = _heads_first(grad, how.groups, head_dim)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grad_keys = _wide(torch.zeros_like(keys))
+        grad_keys = at_least_fp32(torch.zeros_like(keys))
         grad_values = torch.zeros_like(grad_keys)
         for start in range(0, length, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, length)
             q = queries[:, :, start:end].flatten(1, 2)
             d_out = grad_out[:, :, start:end].flatten(1, 2)
-            k, v = keys[:, :end], values[:, :end]
-            weights = _attention_weights(q, k, heads)
-            grad_values[:, :end] += weights.mT @ d_out
+            first = 0 if how.window is None else max(0, start - how.window + 1)
+            k, v = keys[:, first:end], values[:, first:end]
+            weights = _attention_weights(q, k, heads, how)
+            grad_values[:, first:end] += weights.mT @ d_out
             grad_scores = torch.ops.aten._softmax_backward_data(d_out @ v.mT, weights, -1, weights.dtype)
             result[:, :-2, start:end] = (grad_scores @ k).unflatten(1, (heads, end - start))
-            grad_keys[:, :end] += grad_scores.mT @ q
+            grad_keys[:, first:end] += grad_scores.mT @ q
         result[:, -2] = grad_keys
-        result[:, :-1] = _rotate_back(result[:, :-1].mul_(head_dim**-0.5), *ctx.tables)
+        result[:, :-1] = _rotate_back(result[:, :-1].mul_(how.scale), *ctx.tables)
         result[:, -1] = grad_values
-        return _tokens_first(result, ctx.batch), None, None, None
+        return _tokens_first(result, ctx.batch), None, None
 
 
-def _attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
+def _attention_weights(q: Tensor, k: Tensor, heads: int, how: _How) -> Tensor:
     """Softmax of `[BG, R * block, D]` queries, the last ones, over `[BG, keys, D]`: `[BG, R * block, keys]`."""
     rows, keys = q.shape[1] // heads, k.shape[1]
     # A product of bf16 comes back in bf16; the new fp32 tensor may be written over.
-    scores = _wide(q @ k.mT).mul_(q.shape[-1] ** -0.5)
-    future = torch.full((rows, rows), -torch.inf, dtype=scores.dtype).triu_(1)
-    scores.unflatten(1, (heads, rows))[..., keys - rows :].add_(future)
+    scores = at_least_fp32(q @ k.mT).mul_(how.scale)
+    by_head = scores.unflatten(1, (heads, rows))
+    by_head[..., keys - rows :].add_(torch.full((rows, rows), -torch.inf, dtype=scores.dtype).triu_(1))
+    if how.window is not None and keys > how.window:
+        by_head.add_(torch.full((rows, keys), -torch.inf, dtype=scores.dtype).tril_(keys - rows - how.window))
     return torch.softmax(scores, -1, out=scores).to(q.dtype)
 
 
-def _fused_attention(turned: Tensor, values: Tensor, batch: int) -> Tensor:
+def _fused_attention(turned: Tensor, values: Tensor, batch: int, how: _How) -> Tensor:
     """Attention of `[B * G, R + 1, S, D]` rotated queries and keys and `[B * G, S, D]` values: `[S, B, G * R * D]`."""
     length, head_dim = values.shape[1:]
     q = turned[:, :-1].reshape(batch, -1, length, head_dim)
     k = turned[:, -1].reshape(batch, -1, length, head_dim)
     v = values.reshape(batch, -1, length, head_dim)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    seen = None
+    if how.window is not None and how.window < length:
+        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_().triu_(1 - how.window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=how.scale, enable_gqa=True
+    )
     return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
-def causal_attention(qkv: Tensor, tables: tuple[Tensor, Tensor], *, groups: int, head_dim: int) -> Tensor:
+def causal_attention(
+    qkv: Tensor,
+    tables: tuple[Tensor, Tensor],
+    *,
+    groups: int,
+    head_dim: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Causal grouped-query attention with rotary positions.
 
     Args:
@@ -179,11 +223,14 @@ def causal_attention(qkv: Tensor, tables: tuple[Tensor, Tensor], *, groups: int,
         tables: `rotary_tables` of the positions.
         groups: KV groups, G.
         head_dim: Channels of a head, D.
+        scale: Factor of the scores; None: `1 / sqrt(D)`.
+        window: Positions that a query sees, its own and those before; None: all.
 
     Returns:
         `[S, B, G * R * D]`, query heads in the order of their groups.
     """
+    how = _How(groups, head_dim, head_dim**-0.5 if scale is None else scale, window)
     if torch.is_grad_enabled() and qkv.requires_grad and not qkv.is_cuda:
-        return _Attention.apply(qkv, tables, groups, head_dim)
+        return _Attention.apply(qkv, tables, how)
     x = _heads_first(qkv, groups, head_dim)
-    return _fused_attention(_rotate(x[:, :-1], *tables), x[:, -1], qkv.shape[1])
+    return _fused_attention(_rotate(x[:, :-1], *tables), x[:, -1], qkv.shape[1], how)

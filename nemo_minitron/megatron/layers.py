@@ -5,6 +5,8 @@ and split, and modules keep Megatron's names, so hooks and checkpoints cannot te
 """
 
 import copy
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,12 +20,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.megatron.functional import causal_attention, rms_norm, rotary_tables, swiglu
+from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
+from nemo_minitron.megatron import functional
+from nemo_minitron.megatron.functional import at_least_fp32, causal_attention, rms_norm, rotary_tables
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SWIGLU: functional.swiglu,
+    Activation.GEGLU: functional.geglu,
+    Activation.GEGLU_TANH: functional.geglu_tanh,
+    Activation.GELU: nn.functional.gelu,
+    Activation.SQUARED_RELU: functional.squared_relu,
+}
 
 
 class LocalNorm(nn.Module):
-    """RMSNorm, LayerNorm, or LayerNorm with a zero-centred weight (`layernorm1p`), as the config says."""
+    """RMSNorm or LayerNorm, with a weight that is zero-centred or not, as the config says."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -38,61 +49,90 @@ class LocalNorm(nn.Module):
                 parameter.sequence_parallel = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        weight = self.weight + 1 if self.zero_centred else self.weight
+        """Normalise the last dimension, in fp32 inside."""
+        weight = at_least_fp32(self.weight) + 1 if self.zero_centred else self.weight
         if self.bias is None:
             return rms_norm(x, weight, self.eps)
-        return nn.functional.layer_norm(x, (x.shape[-1],), weight, self.bias, self.eps)
-
-
-class LocalCoreAttention(nn.Module):
-    """Causal attention over split heads, `[s, b, heads, d]`; used when heads are normalised one by one."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Attend; returns `[s, b, heads * d]`."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        wide = at_least_fp32(x)
+        normed = nn.functional.layer_norm(
+            wide, (x.shape[-1],), weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps
+        )
+        return normed.to(x.dtype)
 
 
 class LocalSelfAttention(SelfAttention):
-    """Megatron's self-attention, with everything between its two linears in one function."""
+    """Megatron's self-attention, with everything between its two linears in one function.
+
+    Args:
+        window: Positions that a query sees; None: all.
+        scale: Factor of the scores; None: `1 / sqrt(head_dim)`.
+        rotary_base: Rotary base of this layer; None: it turns by the model's angles.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        window: int | None = None,
+        scale: float | None = None,
+        rotary_base: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.window, self.scale, self.rotary_base = window, scale, rotary_base
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend causally over `[s, b, h]`; returns the output and the bias that is still to be added."""
-        plain = isinstance(self.q_layernorm, IdentityOp | None)
-        if not plain or rotary_pos_emb is None:
-            return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
         qkv, _ = self.linear_qkv(hidden_states)
+        if not isinstance(self.q_layernorm, IdentityOp | None):
+            qkv = self._with_normed_heads(qkv)
+        angles = rotary_pos_emb
+        if self.rotary_base is not None:
+            angles = _angles(self.rotary_base, angles.shape[-1], angles.shape[0], angles.device)
         context = causal_attention(
             qkv,
-            rotary_tables(rotary_pos_emb, qkv.dtype),
+            rotary_tables(angles, qkv.dtype),
             groups=self.num_query_groups_per_partition,
             head_dim=self.hidden_size_per_attention_head,
+            scale=self.scale,
+            window=self.window,
         )
         return self.linear_proj(context)
 
+    def _with_normed_heads(self, qkv: Tensor) -> Tensor:
+        """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels."""
+        length, batch, _ = qkv.shape
+        heads = qkv.view(length, batch, self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
+        query, key = self.q_layernorm(heads[..., :-2, :]), self.k_layernorm(heads[..., -2:-1, :])
+        return torch.cat([query, key, heads[..., -1:, :]], dim=-2).flatten(2)
+
+
+class NormedRowParallelLinear(RowParallelLinear):
+    """A linear whose output is normalised before it joins the residual stream; every rank norms the whole of it."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.post_layernorm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Normed product, and no bias."""
+        output, _ = super().forward(x)
+        return self.post_layernorm(output), None
+
 
 class LocalMLP(MLP):
-    """Megatron's MLP with the gated activation in one function."""
+    """Megatron's MLP with its activation in one function."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    def __init__(self, config: TransformerConfig, *, activation: Activation, fc2: type, **_: Any) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=fc2)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
+        self.activation = _ACTIVATIONS[activation]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Transform `[s, b, h]`; returns the output and the bias that is still to be added."""
-        if not (self.config.gated_linear_unit and self.config.activation_func is nn.functional.silu):
-            return super().forward(hidden_states, *args, **kwargs)
-        gate_up, bias = self.linear_fc1(hidden_states)
-        if bias is not None:
-            gate_up = gate_up + bias
-        return self.linear_fc2(swiglu(gate_up))
+        x, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(self.activation(x if bias is None else x + bias))
 
 
 class SizedLayer(TransformerLayer):
@@ -122,6 +162,13 @@ def _add_residual(output_and_bias: tuple[Tensor, Tensor | None], residual: Tenso
 def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
     """How to build one layer out of the modules above."""
     head_norm = LocalNorm if spec.qk_norm else IdentityOp
+    writer = NormedRowParallelLinear if spec.post_norms else RowParallelLinear
+    attention = {
+        "attn_mask_type": AttnMaskType.causal,
+        "window": spec.sliding_window if sizes.local else None,
+        "scale": None if spec.query_scalar is None else spec.query_scalar**-0.5,
+        "rotary_base": spec.local_rotary_base if sizes.local else None,
+    }
     return ModuleSpec(
         module=SizedLayer,
         params={"sizes": sizes},
@@ -129,18 +176,18 @@ def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
             input_layernorm=LocalNorm,
             self_attention=ModuleSpec(
                 module=LocalSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                params=attention,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=LocalCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    core_attention=IdentityOp,
+                    linear_proj=writer,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=LocalNorm,
-            mlp=LocalMLP,
+            mlp=ModuleSpec(module=LocalMLP, params={"activation": spec.activation, "fc2": writer}),
             mlp_bda=add_residual,
             # In checkpoints the norms carry the names that Transformer Engine's fused layers give them.
             sharded_state_dict_keys_map={
@@ -149,6 +196,14 @@ def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
             },
         ),
     )
+
+
+@lru_cache(maxsize=4)
+def _angles(base: float, rotated: int, length: int, device: torch.device) -> Tensor:
+    """Angles of each position and rotated channel, `[s, 1, 1, rotated]` fp32, the second half like the first."""
+    frequencies = 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    return torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
 def _device(config: TransformerConfig) -> torch.device:

@@ -38,6 +38,13 @@ class MinitronGPT(GPTModel):
         # Megatron knows Llama 3's scaling with one set of constants; the spec may have others.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
 
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        embedded, *rest = super()._preprocess(*args, **kwargs)
+        if self.pre_process and self.spec.scaled_embeddings:
+            # Rounded to the numbers of the model first, as it was trained.
+            embedded = embedded * torch.tensor(self.spec.hidden_size**0.5, dtype=embedded.dtype)
+        return embedded, *rest
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process or self.output == "logits":
             return super()._postprocess(hidden_states, *args, **kwargs)

@@ -114,12 +114,6 @@ def test_a_llama_that_transformers_refuses_is_written_as_a_mistral() -> None:
     assert replace(family_of_hf_config(config).read_config(config), family="llama") == small
 
 
-def test_a_sliding_window_is_refused() -> None:
-    config = MISTRAL.to_dict() | {"sliding_window": 4096}
-    with pytest.raises(SpecError, match="sliding_window = 4096"):
-        family_of_hf_config(config).read_config(config)
-
-
 UNEVEN = ModelSpec(
     family="llama",
     vocab_size=49152,

@@ -18,7 +18,9 @@ def angles(length: int, rotated: int = DIM) -> torch.Tensor:
     return torch.cat([half, half], dim=-1)[:, None, None]
 
 
-def reference_attention(qkv: torch.Tensor, rotated: int) -> torch.Tensor:
+def reference_attention(
+    qkv: torch.Tensor, rotated: int, scale: float = 1 / math.sqrt(DIM), window: int = 10_000
+) -> torch.Tensor:
     """One query at a time, pairs of channels turned as complex numbers."""
     length, batch, _ = qkv.shape
     x = qkv.reshape(length, batch, GROUPS, HEADS + 2, DIM)
@@ -32,12 +34,13 @@ def reference_attention(qkv: torch.Tensor, rotated: int) -> torch.Tensor:
     rows = []
     for position in range(length):
         heads = []
+        first = max(0, position - window + 1)
         for group in range(GROUPS):
-            keys = torch.stack([turn(x[p, :, group, HEADS], p) for p in range(position + 1)])
+            keys = torch.stack([turn(x[p, :, group, HEADS], p) for p in range(first, position + 1)])
             for head in range(HEADS):
                 query = turn(x[position, :, group, head], position)
-                weights = torch.softmax((keys * query).sum(-1) / math.sqrt(DIM), dim=0)
-                heads.append((weights[..., None] * x[: position + 1, :, group, HEADS + 1]).sum(0))
+                weights = torch.softmax((keys * query).sum(-1) * scale, dim=0)
+                heads.append((weights[..., None] * x[first : position + 1, :, group, HEADS + 1]).sum(0))
         rows.append(torch.cat(heads, dim=-1))
     return torch.stack(rows)
 
@@ -66,6 +69,22 @@ def test_attention_and_its_gradient(dtype: torch.dtype, rotated: int, monkeypatc
     torch.testing.assert_close(qkv.grad.double(), exact.grad, **loose)
 
 
+@pytest.mark.parametrize("window", [1, 3, 6, 10, 11, 12])
+def test_attention_in_a_window(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows shorter and longer than a block of queries, and than the sequence; another scale besides."""
+    monkeypatch.setattr(functional, "QUERY_BLOCK", 4)
+    qkv = random_qkv(11)
+    exact = qkv.detach().clone().requires_grad_()
+    how = {"groups": GROUPS, "head_dim": DIM, "scale": 0.7, "window": window}
+    out = causal_attention(qkv, rotary_tables(angles(11), torch.float64), **how)
+    expected = reference_attention(exact, DIM, scale=0.7, window=window)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(out, expected, **TOL[torch.float64])
+    torch.testing.assert_close(qkv.grad, exact.grad, **TOL[torch.float64])
+
+
 def test_attention_without_a_graph_is_the_same() -> None:
     qkv = random_qkv(9)
     tables = rotary_tables(angles(9), torch.float64)
@@ -89,6 +108,18 @@ def test_norm_of_a_known_vector() -> None:
     x = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
     normed = rms_norm(x, torch.tensor([1.0, 2.0, 1.0, 1.0]), 6.0)
     torch.testing.assert_close(normed, torch.tensor([[3.0, 8.0, 0.0, 0.0]]) / 3.5)
+
+
+def test_activations_of_known_numbers() -> None:
+    """GELU by its definition with the error function, and by the tanh of Hendrycks and Gimpel, arXiv:1606.08415."""
+    gate, up = torch.tensor([-1.5, 0.5], dtype=torch.float64), torch.tensor([2.0, -3.0], dtype=torch.float64)
+    both = torch.cat([gate, up])
+    exact = [g / 2 * (1 + math.erf(g / math.sqrt(2))) * u for g, u in zip(gate.tolist(), up.tolist(), strict=True)]
+    cube = [math.sqrt(2 / math.pi) * (g + 0.044715 * g**3) for g in gate.tolist()]
+    by_tanh = [g / 2 * (1 + math.tanh(c)) * u for g, c, u in zip(gate.tolist(), cube, up.tolist(), strict=True)]
+    torch.testing.assert_close(functional.geglu(both).tolist(), exact)
+    torch.testing.assert_close(functional.geglu_tanh(both).tolist(), by_tanh)
+    assert functional.squared_relu(both).tolist() == [0.0, 0.25, 4.0, 0.0]
 
 
 def test_inputs_are_left_alone() -> None:

@@ -1,12 +1,29 @@
 """Model families: how each one names its weights and writes its config on the Hugging Face side."""
 
+from dataclasses import replace
+
 from nemo_minitron.arch.families.base import Family
+from nemo_minitron.arch.families.gemma import GEMMA, GEMMA3
 from nemo_minitron.arch.families.llama import LLAMA
 from nemo_minitron.arch.families.mistral import MISTRAL
+from nemo_minitron.arch.families.nemotron import NEMOTRON
+from nemo_minitron.arch.families.phi3 import PHI3
 from nemo_minitron.arch.families.qwen2 import QWEN2
+from nemo_minitron.arch.families.qwen3 import QWEN3
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3)
+}
+
+_REASONS = {
+    "gemma2": "it caps its final logits (final_logit_softcapping), which the losses fused with the output layer do not",
+    "gemma3": "only the texts-only models (gemma3_text) are read, and this one sees pictures",
+    "qwen2_moe": "layers with experts are not pruned",
+    "qwen3_moe": "layers with experts are not pruned",
+    "mixtral": "layers with experts are not pruned",
+}
 
 
 def family_named(name: str) -> Family:
@@ -26,11 +43,23 @@ def family_of_hf_config(config: dict[str, object]) -> Family:
     Raises:
         SpecError: No family claims its `model_type`.
     """
+    kind = config.get("model_type")
     for family in FAMILIES.values():
-        if config.get("model_type") == family.hf_model_type:
+        if kind == family.hf_model_type:
             return family
     known = ", ".join(sorted(family.hf_model_type for family in FAMILIES.values()))
-    raise SpecError(f"config.json: model_type = {config.get('model_type')!r} is not supported", rule=f"one of {known}")
+    why = f": {_REASONS[kind]}" if isinstance(kind, str) and kind in _REASONS else ""
+    raise SpecError(f"config.json: model_type = {kind!r} is not supported{why}", rule=f"one of {known}")
 
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of_hf_config"]
+def with_family(spec: ModelSpec) -> ModelSpec:
+    """A model that some format describes without naming its family, as the first family that computes it.
+
+    Where none does, as the nearest: it can be pruned, trained and saved, and export to Hugging Face says what stands in
+    the way.
+    """
+    nearest = min(FAMILIES.values(), key=lambda family: len(family.objections(spec)))
+    return replace(spec, family=nearest.name)
+
+
+__all__ = ["FAMILIES", "Family", "family_named", "family_of_hf_config", "with_family"]

@@ -1,13 +1,37 @@
-"""What a family has to say, as data and two pure functions."""
+"""What a family has to say, as data and two pure functions, and what it refuses to leave unsaid."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
+from nemo_minitron.errors import SpecError
 
 _HF_LAYER = "model.layers.{i}."
+
+# Traits of a spec that a Hugging Face class either computes always, never, or as its config says.
+_TRAITS = (
+    *("activation", "norm", "rotary_percent", "rope_scaling", "tied_embeddings", "qkv_bias", "qk_norm", "linear_bias"),
+    *("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base"),
+)
+_DEFAULTS = {spec_field.name: spec_field.default for spec_field in fields(ModelSpec)}
+
+_OFF = (None, False)
+_ONE = (None, 1)
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attention_bias", "qkv_bias", "use_qkv_bias", "mlp_bias", "use_bias", "lm_head_bias"), _OFF),
+    **dict.fromkeys(("use_sliding_window", "sliding_window", "attention_chunk_size"), _OFF),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), _OFF),
+    **dict.fromkeys(("qk_layernorm", "use_qk_norm", "use_bidirectional_attention", "clip_qkv", "alibi"), _OFF),
+    **dict.fromkeys(("parallel_attn", "use_parallel_residual", "rope_interleaved", "no_rope_layer_interval"), _OFF),
+    **dict.fromkeys(("attention_multiplier", "residual_multiplier", "embedding_multiplier"), _ONE),
+    **dict.fromkeys(("logits_scaling", "logit_scale"), _ONE),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (None, 0)),
+    "no_rope_layers": (None, []),
+}
+"""Settings of `config.json` that change what a model computes, with the values that do not. A family that supports one
+reads it itself; for the others anything else is refused, even where its class in transformers would not look at it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,17 +42,66 @@ class Family:
         name: Key in `FAMILIES`.
         hf_model_type: `model_type` in `config.json`.
         hf_architecture: Class name in `architectures`.
-        hf_names: Canonical row name to the Hugging Face names of its parts, in packing order (q, k, v or gate, up).
-        read_config: `config.json` data to a spec.
-        write_config: A spec to `config.json` data (architecture keys only).
+        hf_names: Canonical row name to the Hugging Face names of its parts, in packing order (q, k, v or gate, up). One
+            name for a packed weight: its parts lie one below the other in one tensor.
+        read: `config.json` data to a spec.
+        write: A spec to `config.json` data (architecture keys only).
+        settings: Keys of `NEUTRAL` that `read` looks after.
+        fixed: Traits of the spec that the class always has, where they differ from `ModelSpec`'s defaults.
+        free: Traits that its config decides.
     """
 
     name: str
     hf_model_type: str
     hf_architecture: str
     hf_names: Mapping[str, tuple[str, ...]]
-    read_config: Callable[[Mapping[str, Any]], ModelSpec]
-    write_config: Callable[[ModelSpec], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], ModelSpec]
+    write: Callable[[ModelSpec], dict[str, Any]]
+    settings: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    free: tuple[str, ...] = ("tied_embeddings",)
+
+    def read_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The architecture that a `config.json` describes.
+
+        Raises:
+            SpecError: A key is missing, or a setting that changes the result is not supported; names it.
+        """
+        architectures = config.get("architectures") or [self.hf_architecture]
+        if not any(str(name).lower() == self.hf_architecture.lower() for name in architectures):
+            raise SpecError(
+                f"config.json: architectures = {architectures} is not supported for model_type {self.hf_model_type!r}",
+                rule=self.hf_architecture,
+            )
+        for key, allowed in NEUTRAL.items():
+            if key in config and key not in self.settings and config[key] not in allowed:
+                raise SpecError(
+                    f"config.json: {key} = {config[key]!r} is not supported for {self.name}",
+                    rule=f"{key}: {allowed[-1]!r} or absent",
+                )
+        if {*(config.get("layer_types") or ())} - {"full_attention"} and "layer_types" not in self.settings:
+            raise SpecError(f"config.json: layer_types are not all full_attention, which {self.name} does not support")
+        spec = self.read(config)
+        self._check(spec, "config.json")
+        return spec
+
+    def write_config(self, spec: ModelSpec) -> dict[str, Any]:
+        """`config.json` data of a model.
+
+        Raises:
+            SpecError: The family's class computes something else; names what differs.
+        """
+        self._check(spec, f"family {self.name}")
+        return self.write(spec)
+
+    def objections(self, spec: ModelSpec) -> list[str]:
+        """Traits of a model that this family's class does not have."""
+        wanted = {name: self.fixed.get(name, _DEFAULTS[name]) for name in _TRAITS if name not in self.free}
+        return [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
+
+    def _check(self, spec: ModelSpec, where: str) -> None:
+        if found := self.objections(spec):
+            raise SpecError(f"{where}: {self.hf_architecture} does not compute {', '.join(found)}")
 
 
 # Names shared by every family that copies Llama's modelling code.
@@ -38,11 +111,19 @@ LLAMA_LIKE_NAMES: dict[str, tuple[str, ...]] = {
     LAYER_PREFIX + "self_attention.linear_qkv.weight": tuple(
         _HF_LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"
     ),
-    LAYER_PREFIX + "self_attention.linear_qkv.bias": tuple(_HF_LAYER + f"self_attn.{part}_proj.bias" for part in "qkv"),
     LAYER_PREFIX + "self_attention.linear_proj.weight": (_HF_LAYER + "self_attn.o_proj.weight",),
     LAYER_PREFIX + "mlp.linear_fc1.layer_norm_weight": (_HF_LAYER + "post_attention_layernorm.weight",),
     LAYER_PREFIX + "mlp.linear_fc1.weight": (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
     LAYER_PREFIX + "mlp.linear_fc2.weight": (_HF_LAYER + "mlp.down_proj.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     "output_layer.weight": ("lm_head.weight",),
+}
+
+QKV_BIAS_NAMES: dict[str, tuple[str, ...]] = {
+    LAYER_PREFIX + "self_attention.linear_qkv.bias": tuple(_HF_LAYER + f"self_attn.{part}_proj.bias" for part in "qkv"),
+}
+
+QK_NORM_NAMES: dict[str, tuple[str, ...]] = {
+    LAYER_PREFIX + f"self_attention.{part}_layernorm.weight": (_HF_LAYER + f"self_attn.{part}_norm.weight",)
+    for part in "qk"
 }

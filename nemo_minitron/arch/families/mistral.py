@@ -1,19 +1,32 @@
-"""Mistral and Mistral-NeMo: Llama's shape, any number of heads for any hidden size, full attention."""
+"""Mistral and Mistral-NeMo: Llama's shape, any number of heads for any hidden size, a sliding window or none."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.arch.families.base import LLAMA_LIKE_NAMES, Family
-from nemo_minitron.arch.families.llama import read_llama_like, write_mistral
+from nemo_minitron.arch.families.common import read_common, window_of, write_common
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.errors import SpecError
+
+_WINDOW = 4096  # what MistralConfig assumes
+
+
+def with_window(spec: ModelSpec, window: int | None) -> ModelSpec:
+    """The same model with every layer local."""
+    if window is None:
+        return spec
+    layers = tuple(replace(layer, local=True) for layer in spec.layers)
+    return replace(spec, sliding_window=window, layers=layers)
 
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
-    window = config.get("sliding_window")
-    if window is not None and window < config["max_position_embeddings"]:
-        raise SpecError(f"config.json: sliding_window = {window} is not supported for Mistral", rule="null")
-    return read_llama_like(config, family="mistral", qkv_bias=False)
+    return with_window(read_common(config, family="mistral"), window_of(config, default=_WINDOW))
+
+
+def write_mistral(spec: ModelSpec) -> dict[str, Any]:
+    """`config.json` data for the Mistral class."""
+    config = write_common(spec, model_type="mistral", architecture="MistralForCausalLM")
+    return config | {"sliding_window": spec.sliding_window}
 
 
 MISTRAL = Family(
@@ -21,6 +34,8 @@ MISTRAL = Family(
     hf_model_type="mistral",
     hf_architecture="MistralForCausalLM",
     hf_names=LLAMA_LIKE_NAMES,
-    read_config=_read,
-    write_config=write_mistral,
+    read=_read,
+    write=write_mistral,
+    settings=("sliding_window",),
+    free=("tied_embeddings", "rope_scaling", "sliding_window"),
 )
