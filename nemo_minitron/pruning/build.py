@@ -11,6 +11,7 @@ from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.ops.ranking import ranked, top_heads, top_indices
 from nemo_minitron.pruning.chance import RandomImportance
+from nemo_minitron.pruning.depth import kept_layers
 from nemo_minitron.pruning.mixes import Mixes, residual_mixes
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from nemo_minitron.pruning.scores import Scores
@@ -20,8 +21,9 @@ from nemo_minitron.pruning.sizes import hidden_size, named_layers, num_layers, s
 def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> PruningPlan:
     """Keep what scores highest; ties go to the lower index.
 
-    Layers are chosen first, by Block Influence, unless they are named. Hidden channels are ranked over the whole model,
-    neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each kept group.
+    Layers are chosen first, by `target.depth_metric`, unless they are named. Hidden channels are ranked over the whole
+    model, neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each kept
+    group.
 
     Args:
         scores: Scores of `spec`.
@@ -30,7 +32,7 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
 
     Raises:
         PlanError: A size that cannot be.
-        ScoresError: The scores are another model's.
+        ScoresError: The scores are another model's, or lack the depth metric.
     """
     if target.random_seed is not None:
         return random_plan(target, spec, seed=target.random_seed)
@@ -43,7 +45,7 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
         )
     layers = named_layers(target, spec)
     if layers is None:
-        layers = _indices(scores.block_influence(), num_layers(target, spec))
+        layers = kept_layers(scores.block_influence(), scores.depth, target, num_layers(target, spec))
     return _plan(scores, layers, target, _provenance(scores, target))
 
 

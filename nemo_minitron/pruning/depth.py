@@ -134,18 +134,17 @@ class DepthScores:
         Raises:
             ScoresError: They are of different models, candidates or metrics.
         """
-        for what, mine, others in (
-            ("models", self.spec, other.spec),
-            ("candidates", self.blocks, other.blocks),
-            ("metrics", sorted(self.metrics), sorted(other.metrics)),
-        ):
-            if mine != others:
-                shown = f": {', '.join(mine)} and {', '.join(others)}" if what == "metrics" else ""
-                raise ScoresError(
-                    f"depth scores of different {what}{shown}",
-                    rule="scores that are merged measure the same thing on different text",
-                    remedy="score with the same model and the same score.depth",
-                )
+        differing = {
+            "models": self.spec != other.spec,
+            "candidates": self.blocks != other.blocks,
+            f"metrics ({', '.join(self.metrics)}; {', '.join(other.metrics)})": set(self.metrics) != set(other.metrics),
+        }
+        if found := [what for what, differs in differing.items() if differs]:
+            raise ScoresError(
+                f"depth scores of different {', '.join(found)}",
+                rule="scores that are merged measure the same thing on different text",
+                remedy="score with the same model and the same score.depth",
+            )
         summed = {name: tensor + other.tensors[name] for name, tensor in self.tensors.items()}
         return DepthScores(self.spec, summed | {"depth.blocks": self.tensors["depth.blocks"]})
 
