@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli import plan
 from nemo_minitron.cli.failures import reported
 from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
 
-WHOLE, STAGES, AROUND = "The whole job", "One stage, with what it needs", "Recipes and the machine"
+WHOLE, STAGES, AROUND = "The whole job", "One stage, with what it needs", "Recipes, plans and the machine"
 
 app = typer.Typer(
     name="nemo-minitron",
@@ -120,6 +121,9 @@ def _add_verb(name: str, title: str) -> None:
 
 for _name, _title in TITLES.items():
     _add_verb(_name, _title)
+
+
+app.add_typer(plan.app, name="plan", rich_help_panel=AROUND)
 
 
 @app.command(name="ls", rich_help_panel=AROUND)

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.run import RunConfig, TargetConfig
 from nemo_minitron.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -31,6 +31,21 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
     if not isinstance(data, dict):
         raise ConfigError(str(path), ["a recipe is a mapping of sections"])
     return check(RunConfig, _without_missing(data), source=str(path))
+
+
+def load_target(overrides: list[str]) -> TargetConfig:
+    """The `target` section alone, from `key=value` items with or without `target.` before the key.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    items = [item.removeprefix("target.") for item in _checked(overrides)]
+    try:
+        data = OmegaConf.to_container(OmegaConf.from_dotlist(items), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError("command line", [" ".join(str(error).split())]) from error
+    sections = data if isinstance(data, dict) else {}
+    return check(TargetConfig, {str(key): value for key, value in sections.items()}, source="command line")
 
 
 def check(model: type[SectionT], data: dict[str, Any], *, source: str) -> SectionT:
