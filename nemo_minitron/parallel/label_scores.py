@@ -1,5 +1,6 @@
-"""What a model says of each label, token by token, with the output layer inside: the forward-only sibling of
-`fused_linear_cross_entropy`.
+"""What a model says of each label, token by token, with the output layer inside.
+
+The forward-only sibling of `fused_linear_cross_entropy`, for losses that are not one sum over all tokens.
 
 Shapes: N tokens, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
 """
