@@ -1,0 +1,74 @@
+"""Floating-point operations of a run, and the time they take at a stated utilisation."""
+
+from dataclasses import dataclass
+
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import weights
+from nemo_minitron.config.parallel import ParallelConfig
+
+PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
+"""Dense bf16 operations a second, from the makers' data sheets."""
+
+
+def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
+    """Operations of one token's forward pass: two for every multiplied weight, and attention over what came before.
+
+    Attention reads `sequence_length / 2` positions on average, a multiplication and an addition for the score and the
+    same for the weighted sum, a channel (Narayanan et al., arXiv:2104.04473, appendix). An embedding is looked up, not
+    multiplied; an output layer is multiplied, tied or not.
+    """
+    matrices = sum(
+        weight.numel for weight in weights(spec) if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
+    )
+    channels = sum(layer.num_attention_heads * spec.head_dim for layer in spec.layers)
+    return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + 4.0 * channels * sequence_length / 2
+
+
+def training_flops(spec: ModelSpec, sequence_length: int, *, recompute: bool = False) -> float:
+    """Operations of one token's step: the backward pass costs two forward passes, recomputation a third one."""
+    return forward_flops(spec, sequence_length) * (4 if recompute else 3)
+
+
+def distillation_flops(
+    student: ModelSpec, teacher: ModelSpec | None, sequence_length: int, *, recompute: bool = False
+) -> float:
+    """Operations of one token's distillation step: the student's training and the teacher's forward pass."""
+    extra = forward_flops(teacher, sequence_length) if teacher is not None else 0.0
+    return training_flops(student, sequence_length, recompute=recompute) + extra
+
+
+def pipeline_bubble(parallel: ParallelConfig, micro_batches: int) -> float:
+    """Share of a step's time that a pipeline stage waits, `(p - 1) / (m v + p - 1)`.
+
+    Source: Narayanan et al., arXiv:2104.04473, sec. 2.2.
+    """
+    waiting = parallel.pipeline - 1
+    return waiting / (micro_batches * (parallel.virtual_pipeline or 1) + waiting)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duration:
+    """How long a number of operations takes on a number of GPUs.
+
+    Attributes:
+        flops: Operations of the whole job.
+        gpus: How many.
+        peak: Operations a second of one.
+        mfu: Share of the peak that is reached, 0.4 for a well-tuned job.
+    """
+
+    flops: float
+    gpus: int
+    peak: float
+    mfu: float
+
+    @property
+    def hours(self) -> float:
+        """Wall-clock hours."""
+        return self.flops / (self.gpus * self.peak * self.mfu) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours times GPUs."""
+        return self.hours * self.gpus
