@@ -1,11 +1,29 @@
 """A tiny model, tokenizer and corpus on disk, so that whole stages run in seconds."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    NemotronConfig,
+    Phi3Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+)
+
+ZERO_CENTRED = ("nemotron", "gemma", "gemma3_text")
+"""Model types whose norms add 1 to their weight."""
 
 WORDS = [
     *("river", "mountain", "city", "history", "king", "empire", "war", "peace", "music", "science", "language"),
@@ -61,6 +79,60 @@ def write_qwen2(path: Path, *, seed: int = 0, **sizes: int) -> Qwen2ForCausalLM:
     return _write(path, Qwen2Config(**_sizes(sizes), tie_word_embeddings=False), Qwen2ForCausalLM, seed)
 
 
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILY_CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "llama 3.2": (LlamaConfig, {"rope_parameters": LLAMA_3_SCALING, "tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral, window": (MistralConfig, {"sliding_window": 5}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"rms_norm_eps": 1e-6}),
+    "qwen3, tied": (Qwen3Config, {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}),
+    "nemotron": (NemotronConfig, {"rms_norm_eps": None, "norm_eps": 1e-5}),
+    "phi3": (Phi3Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "pad_token_id": 0}),
+    "phi4 mini": (
+        Phi3Config,
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75},
+            "tie_word_embeddings": True,
+            "sliding_window": 7,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma": (GemmaConfig, {}),
+    "gemma, untied": (GemmaConfig, {"tie_word_embeddings": False}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+}
+"""Toys of every family and of the settings inside one that change what it computes: heads are wider than
+`hidden_size / num_attention_heads`, windows and original contexts shorter than the texts of tests."""
+
+
+def write_family(path: Path, name: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model out of `FAMILY_CONFIGS` with 4 layers, hidden 64, 8 heads in 4 groups of 16 channels, FFN 96."""
+    kind, extra = FAMILY_CONFIGS[name]
+    settings = _sizes({"head_dim": 16}) | extra | changes
+    config = kind(**{key: value for key, value in settings.items() if value is not None or key == "sliding_window"})
+    return _write(path, config, AutoModelForCausalLM.from_config, seed)
+
+
 def _sizes(sizes: dict[str, int]) -> dict[str, object]:
     return {
         "vocab_size": 256,
@@ -78,14 +150,14 @@ def _sizes(sizes: dict[str, int]) -> dict[str, object]:
     }
 
 
-def _write(path: Path, config: object, kind: type, seed: int, trained_steps: int = 0):
+def _write(path: Path, config: object, kind: Callable[..., PreTrainedModel], seed: int, trained_steps: int = 0):
     torch.manual_seed(seed)
     model = kind(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than the usual initialisation, so that layers, heads and neurons really differ.
             parameter.normal_(std=0.15 if parameter.ndim > 1 else 0.3)
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight") and config.model_type not in ZERO_CENTRED:
                 parameter.add_(1.0)
     tokenizer = write_tokenizer(path, vocab_size=config.vocab_size)
     if trained_steps:

@@ -13,7 +13,7 @@ from nemo_minitron.arch.families import Family, family_named, family_of_hf_confi
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
 from nemo_minitron.checkpoints.files import staged_folder
-from nemo_minitron.checkpoints.parts import fuse, part_shapes, split, widest
+from nemo_minitron.checkpoints.parts import fuse_stored, split_stored, stored_shapes, widest
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
@@ -94,7 +94,7 @@ class HfSource:
         """One canonical tensor; q, k, v and gate, up are fused."""
         weight = weight_named(self._spec, name)
         parts = [self._where[part].get(part).to(self._dtype) for part in hf_names(self._family, weight)]
-        return fuse(parts, weight, self._spec)
+        return fuse_stored(parts, weight, self._spec)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Tokenizer, generation defaults, licence and plan files found in the folder."""
@@ -111,8 +111,8 @@ class HfSource:
     def _check_names(self) -> None:
         expected: dict[str, tuple[int, ...]] = {}
         for weight in weights(self._spec):
-            shapes = part_shapes(weight, self._spec)
-            expected |= dict(zip(hf_names(self._family, weight), shapes, strict=True))
+            names = hf_names(self._family, weight)
+            expected |= dict(zip(names, stored_shapes(weight, self._spec, tensors=len(names)), strict=True))
         found = {name for name in self._where if not _DERIVED.search(name)}
         if self._spec.tied_embeddings:  # some writers store the shared matrix under both names
             found -= set(self._family.hf_names["output_layer.weight"])
@@ -134,7 +134,7 @@ class HfSource:
 
 
 def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
-    """Hugging Face names of a weight's parts, in packing order.
+    """Hugging Face names of a weight's parts, in packing order; one name where they lie in one tensor.
 
     Raises:
         CheckpointError: The family has no such weight.
@@ -192,8 +192,9 @@ def _write_weights(source: TensorSource, folder: Path, dtype: torch.dtype, shard
                 name, tensor = next(tensors)
                 if name != weight.name:
                     raise AssertionError(f"the source gave {name} in place of {weight.name}")
-                parts = split(tensor, weight, source.spec)
-                for part_name, part in zip(hf_names(family, weight), parts, strict=True):
+                part_names = hf_names(family, weight)
+                parts = split_stored(tensor, weight, source.spec, tensors=len(part_names))
+                for part_name, part in zip(part_names, parts, strict=True):
                     writer.write(part_name, part.to(dtype))
     if not single:
         placed = {name: file for file, (_, entries) in zip(file_names, shards, strict=True) for name in entries}
@@ -214,8 +215,9 @@ def _shards(
         if shard and used + size > limit:
             yield shard, entries
             shard, entries, used = [], {}, 0
-        shapes = part_shapes(weight, spec)
-        entries |= {n: Entry(dtype, s) for n, s in zip(hf_names(family, weight), shapes, strict=True)}
+        names = hf_names(family, weight)
+        shapes = stored_shapes(weight, spec, tensors=len(names))
+        entries |= {n: Entry(dtype, s) for n, s in zip(names, shapes, strict=True)}
         shard.append(weight)
         used += size
     yield shard, entries

@@ -52,6 +52,27 @@ def split(tensor: Tensor, weight: Weight, spec: ModelSpec) -> tuple[Tensor, ...]
             return split_gate_up(tensor)
 
 
+def stored_shapes(weight: Weight, spec: ModelSpec, *, tensors: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a weight in a format that keeps its parts in so many tensors: one each, or all in one."""
+    shapes = part_shapes(weight, spec)
+    return shapes if tensors == len(shapes) else (weight.shape,)
+
+
+def fuse_stored(tensors: Sequence[Tensor], weight: Weight, spec: ModelSpec) -> Tensor:
+    """One canonical tensor from `stored_shapes`; several parts in one tensor lie one below the other (q, k, v)."""
+    shapes = part_shapes(weight, spec)
+    if len(tensors) < len(shapes):
+        (stacked,) = tensors
+        tensors = stacked.split([shape[0] for shape in shapes])
+    return fuse(tensors, weight, spec)
+
+
+def split_stored(tensor: Tensor, weight: Weight, spec: ModelSpec, *, tensors: int) -> tuple[Tensor, ...]:
+    """A canonical tensor as a format with so many tensors stores it; `fuse_stored` is the inverse."""
+    parts = split(tensor, weight, spec)
+    return parts if tensors == len(parts) else (torch.cat(parts),)
+
+
 def _layer(weight: Weight, spec: ModelSpec) -> LayerSpec:
     if weight.layer is None:
         raise AssertionError(f"{weight.name} is packed but belongs to no layer")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from nemo_minitron.ops.mixing import mix_slots
 from nemo_minitron.ops.packing import gate_up_rows, head_channels, qkv_rows
 from nemo_minitron.ops.slicing import slice_dims
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_FINAL_NORM = "decoder.final_layernorm.weight"
 
 
 class PrunedSource:
@@ -71,9 +75,27 @@ class PrunedSource:
             columns = torch.tensor(self.plan.hidden) if whole.dim() > 1 else None
             slots = _slot_mixes(layer, self.plan.spec.layers[layer.source])
             return mix_slots(tensor, whole, slots, head_dim=self.plan.spec.head_dim, columns=columns)
-        if self.plan.norm_ratio != 1 and _is_norm_scale(weight):
-            return (tensor.double() * math.sqrt(self.plan.norm_ratio)).to(tensor.dtype)
-        return tensor
+        factor = math.sqrt(self._squared_factor(weight))
+        if factor == 1:
+            return tensor
+        offset = 1 if _is_norm_scale(weight) and self._student.norm.zero_centred else 0
+        return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
+
+    def _squared_factor(self, weight: Weight) -> Fraction:
+        """What a weight's square is multiplied by, since fewer channels are left.
+
+        Norms: see `PruningPlan.rescale_norms`. Embeddings that enter times `sqrt(hidden_size)` make up for the smaller
+        root, so that the first layer sees what it saw; where they are the output layer too, the final norm takes it
+        back.
+        """
+        factor = self.plan.norm_ratio if _is_norm_scale(weight) else Fraction(1)
+        if self._student.scaled_embeddings:
+            channels = Fraction(self.plan.spec.hidden_size, self._student.hidden_size)
+            if weight.name == _EMBEDDING:
+                return channels
+            if weight.name == _FINAL_NORM and self._student.tied_embeddings:
+                return factor / channels
+        return factor
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The teacher's, with the plan from the first teacher to the student; unchanged when nothing is cut."""

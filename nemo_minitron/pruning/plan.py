@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.source import PLAN_FILE, open_checkpoint
 from nemo_minitron.errors import MinitronError, PlanError
@@ -54,9 +54,10 @@ class PruningPlan:
     hidden: tuple[int, ...]
     layers: tuple[LayerPlan, ...]
     rescale_norms: bool = True
-    """Multiply RMSNorm weights by `sqrt(hidden before / hidden after)`, and its epsilon by that ratio. The norm divides
-    by the mean square over all channels, so leaving channels out would shrink what it passes on, by up to that factor,
-    even when they carry nothing. With it, cutting channels that are zero changes no logit."""
+    """Multiply the scales of norms by `sqrt(hidden before / hidden after)`, and their epsilon by that ratio. A norm
+    divides by the mean square over all channels, so leaving channels out would shrink what it passes on, by up to that
+    factor, even when they carry nothing. With it, cutting channels changes no logit if they are zero (RMSNorm), or are
+    the mean of all channels and have no bias in the norms (LayerNorm, which subtracts that mean)."""
     norm_scale: tuple[int, int] | None = None
     """Channels before and after, as far as norms were rescaled for them: set where a plan that rescales and one that
     does not were composed. None: all channels or none, as `rescale_norms` says."""
@@ -156,7 +157,11 @@ class PruningPlan:
         if spec == self.spec or _all_but_rounding(spec, self.spec):
             return
         mine, other = self.spec.to_dict(), spec.to_dict()
-        differing = [f"{key}: plan {mine[key]}, model {other[key]}" for key in mine if mine[key] != other[key]]
+        differing = [
+            f"{key}: plan {mine.get(key)}, model {other.get(key)}"
+            for key in {**mine, **other}
+            if mine.get(key) != other.get(key)
+        ]
         raise PlanError(
             f"{where}: made for another model ({'; '.join(differing)})",
             rule="a plan fits the model that was scored",
@@ -294,8 +299,8 @@ def narrowed(teacher: ModelSpec, hidden_size: int, layers: tuple[LayerSpec, ...]
 
 
 def rescaling(teacher: ModelSpec, hidden_size: int) -> Fraction:
-    """Channels before over channels after, where the norms are RMSNorm; LayerNorm has no such scale: 1."""
-    return Fraction(teacher.hidden_size, hidden_size) if teacher.norm is Norm.RMSNORM else Fraction(1)
+    """Channels before over channels after."""
+    return Fraction(teacher.hidden_size, hidden_size)
 
 
 _PLAN_KEYS = ("format", "version", "spec", "hidden", "rescale_norms", "layers", "provenance")

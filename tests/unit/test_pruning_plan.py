@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.build import build_plan
@@ -231,8 +231,6 @@ def test_epsilon_follows_the_number_of_channels_only_with_rescaling() -> None:
     assert plan_for(scores_with(), {"hidden_size": 4}).student.norm_eps == pytest.approx(1.5e-5, rel=1e-11)
     assert plan_for(scores_with(), {"hidden_size": 4, "rescale_norms": False}).student.norm_eps == 1e-5
     assert plan_for(scores_with(), {"ffn_hidden_size": 4}).student.norm_eps == 1e-5
-    layernorm = PruningPlan.keep_all(replace(SPEC, norm=Norm.LAYERNORM))
-    assert replace(layernorm, hidden=(0, 1)).student.norm_eps == 1e-5
 
 
 # -- keeping a plan ---------------------------------------------------------------------------------------------------
