@@ -4,7 +4,8 @@ Sites of each layer, and what a rank sees of them (S sequence, B samples, C chan
 
     hidden.attention   output of the norm before attention             all channels
     hidden.mlp         output of the norm before the MLP               all channels
-    ffn                input of linear_fc2                             this tensor-parallel rank's neurons
+    ffn                input of linear_fc2, or what the activation     this tensor-parallel rank's neurons
+                       is applied to (`FfnSite`)
     head               input of linear_proj                            this tensor-parallel rank's heads
     block_influence    1 - cos(what enters the layer, what leaves it)
 
@@ -13,7 +14,7 @@ their sums over a sequence are added up before a square root or a square is take
 samples, so one sum over all ranks at the end suffices.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -24,18 +25,27 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import rms_norm
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
-from nemo_minitron.ops.block_influence import token_dissimilarity
-from nemo_minitron.ops.importance import SequenceMoments, SiteSums, sequence_moments
+from nemo_minitron.megatron.score_sums import SITES, RankSums, Site, deal_out, gather, rank_channels
+from nemo_minitron.ops.block_influence import Stream, dissimilarity, stream_of
+from nemo_minitron.ops.importance import (
+    Block,
+    SequenceMoments,
+    SiteSums,
+    Workspace,
+    block_rows,
+    joined_moments,
+    sequence_blocks,
+)
 from nemo_minitron.parallel.collectives import sum_over
-from nemo_minitron.pruning.scores import HIDDEN_SITES, site_names
+from nemo_minitron.pruning.scores import HIDDEN_SITES
 
-Site = tuple[int, str]
-"""Global layer number from 0, and site."""
+_HIDDEN = frozenset(HIDDEN_SITES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +57,67 @@ class _Masks:
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """What is known of one model chunk during the forward pass of one micro-batch."""
+class _Group:
+    """Sites whose positions are split in the same way. Their channels stand side by side."""
 
+    sites: list[Site]
+    widths: list[int]
+    sums: SiteSums
+    positions_split_over: list[dist.ProcessGroup]
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """What is known of one model chunk, and of the micro-batch that passes through it."""
+
+    layers: list[int]
+    """Global numbers."""
+    groups: list[_Group]
+    influence: Tensor
+    """Sum over tokens for each layer, float64."""
     next_micro_batch: int = 0
     masks: _Masks | None = None
-    moments: dict[Site, SequenceMoments] = field(default_factory=dict)
-    sums: SiteSums | None = None
-    """Of all sites side by side, in the order of `widths`."""
-    widths: dict[Site, int] = field(default_factory=dict)
+    samples: int = 0
+    """Of the micro-batch."""
+    blocks: dict[Site, list[Block]] = field(default_factory=dict)
+    changes: dict[int, Tensor] = field(default_factory=dict)
+    """1 - cos of every token, `[s * b]`, by layer."""
+    latest: tuple[Tensor, Stream] | None = None
+    """What the layer before returned, and the same with its lengths: the next layer's input."""
 
 
 class ImportanceCollector:
     """Context manager that collects the statistics of `ops.importance` from forward passes of a model.
 
     Before each global batch the caller tells with `expect` which positions count. Costs a few passes over each site's
-    activations, and one transfer of masks a micro-batch; no layer waits for the device. Nothing is changed in the
-    model, and hooks are taken off on exit.
+    activations, a single-precision copy of one site and of two layers' states, and one transfer of masks a micro-batch;
+    no layer waits for the device. Nothing is changed in the model, and hooks are taken off on exit.
 
     Args:
         chunks: This rank's model chunks, wrapped or not; Transformer Engine's layers or the local ones.
         runtime: The running layout.
         spec: Architecture of the whole model.
+        ffn_site: What neurons are measured on.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], runtime: Runtime, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        runtime: Runtime,
+        spec: ModelSpec,
+        *,
+        ffn_site: FfnSite = FfnSite.AFTER_ACTIVATION,
+    ) -> None:
         self._chunks = [unwrap(chunk) for chunk in chunks]
         self._runtime = runtime
         self._spec = spec
-        self._influence: dict[int, Tensor] = {}
+        self._ffn_site = ffn_site
         self._samples = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self._masks: list[_Masks] = []
-        self._states = [_Chunk() for _ in self._chunks]
+        self._states = [self._state(chunk) for chunk in self._chunks]
         self._handles: list[RemovableHandle] = []
+        self._workspace = Workspace()
 
     def __enter__(self) -> Self:
         for chunk, state in zip(self._chunks, self._states, strict=True):
@@ -93,6 +130,7 @@ class ImportanceCollector:
     def __exit__(self, *exception: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._workspace = Workspace()
 
     def expect(self, keeps: Sequence[Tensor]) -> None:
         """Announce the micro-batches that come next: for each, `[b, s]` bool, True where a position counts.
@@ -116,17 +154,43 @@ class ImportanceCollector:
         Raises:
             ScoresError: A sum is NaN or infinite; names layer and site.
         """
-        flat = self._reduced()
-        result: dict[str, Tensor] = {}
-        size = 0
-        for (number, site), channels, place in self._layout():
-            _check_finite(flat[place], f"layer {number}, site {site}")
-            result |= SiteSums(flat[place].view(-1, channels).clone()).named(f"layers.{number}.{site}")
-            size = place.stop
-        for number in range(self._spec.num_layers):
-            _check_finite(flat[size + number], f"layer {number}, block influence")
-            result[f"layers.{number}.block_influence.sum"] = flat[size + number].clone()
-        return result | {"samples": flat[-2].clone(), "tokens": flat[-1].clone()}
+        sites: dict[Site, Tensor] = {}
+        influence: dict[int, Tensor] = {}
+        for state in self._states:
+            for group in state.groups:
+                sites |= dict(zip(group.sites, group.sums.values.split(group.widths, dim=1), strict=True))
+            influence |= dict(zip(state.layers, state.influence.unbind(), strict=True))
+        return gather(RankSums(sites, influence, self._samples, self._tokens), self._spec, self._runtime)
+
+    def load(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums that `result` gave at any layout, instead of what has been collected.
+
+        Every rank passes the same; then `result` gives them back, and what comes is added to them.
+        """
+        layers = [number for state in self._states for number in state.layers]
+        mine = deal_out(sums, layers, self._spec, self._runtime)
+        for state in self._states:
+            for group in state.groups:
+                torch.cat([mine.sites[site] for site in group.sites], dim=1, out=group.sums.values)
+            state.influence = torch.stack([mine.influence[number] for number in state.layers])
+        self._samples, self._tokens = mine.samples, mine.tokens
+
+    def _state(self, chunk: nn.Module) -> _Chunk:
+        runtime, spec = self._runtime, self._spec
+        layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        every = [(number, site) for number in layers for site in SITES]
+        split = [runtime.groups.cp] if runtime.parallel.context > 1 else []
+        if runtime.parallel.sequence_parallel:
+            hidden = [site for site in every if site[1] in _HIDDEN]
+            inside = [site for site in every if site[1] not in _HIDDEN]
+            parts = [(hidden, [*split, runtime.groups.tp]), (inside, split)]
+        else:
+            parts = [(every, split)]
+        groups = []
+        for sites, over in parts:
+            widths = [rank_channels(site, number, spec, runtime) for number, site in sites]
+            groups.append(_Group(sites, widths, SiteSums.zeros(sum(widths), runtime.device), over))
+        return _Chunk(layers, groups, torch.zeros(len(layers), dtype=torch.float64, device=runtime.device))
 
     def _split(self, keep_BS: Tensor) -> _Masks:
         """This rank's positions of a mask."""
@@ -148,17 +212,30 @@ class ImportanceCollector:
                 )
             state.masks = self._masks[state.next_micro_batch]
             state.next_micro_batch += 1
+            state.blocks.clear()
+            state.changes.clear()
+            state.latest = None
 
         return hook
 
     def _end(self, state: _Chunk) -> Callable[..., None]:
+        @torch.no_grad()
         def hook(chunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            moments = SequenceMoments.joined(list(self._over_sequence(state.moments).values()))
-            if state.sums is None:
-                state.widths = {site: value.sums.shape[-1] for site, value in state.moments.items()}
-                state.sums = SiteSums.zeros(sum(state.widths.values()), moments.sums.device)
-            state.sums.add_(moments)
-            state.moments.clear()
+            masks = _announced(state)
+            for group in state.groups:
+                keep_BS = masks.outside if group.sites[0][1] in _HIDDEN else masks.inside
+                blocks = [state.blocks[site] for site in group.sites]
+                moments = joined_moments(blocks, _kept(keep_BS, state.samples, blocks[0], group.sums))
+                for over in group.positions_split_over:
+                    moments = _summed(moments, over)
+                group.sums.add_(moments)
+            changes_LN = torch.stack([state.changes[number] for number in state.layers])
+            if masks.outside is not None:
+                changes_LN = torch.where(masks.outside.t().flatten(), changes_LN, 0)
+            state.influence += changes_LN.sum(-1, dtype=torch.float64)
+            state.blocks.clear()
+            state.changes.clear()
+            state.latest = None
 
         return hook
 
@@ -166,8 +243,11 @@ class ImportanceCollector:
         attention, mlp = layer.self_attention, layer.mlp
         self._watch_norm(layer.input_layernorm, attention.linear_qkv, (number, "hidden.attention"), state)
         self._watch_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, (number, "hidden.mlp"), state)
-        for linear, site in ((attention.linear_proj, "head"), (mlp.linear_fc2, "ffn")):
-            self._handles.append(linear.register_forward_pre_hook(self._take_input((number, site), state)))
+        self._watch_input(attention.linear_proj, (number, "head"), state)
+        if self._ffn_site is FfnSite.AFTER_ACTIVATION:
+            self._watch_input(mlp.linear_fc2, (number, "ffn"), state)
+        else:
+            self._watch_activation(mlp.linear_fc1, (number, "ffn"), state)
         self._handles.append(layer.register_forward_hook(self._take_influence(number, state), with_kwargs=True))
 
     def _watch_norm(self, norm: nn.Module, linear: nn.Module, site: Site, state: _Chunk) -> None:
@@ -185,78 +265,47 @@ class ImportanceCollector:
 
             self._handles.append(norm.register_forward_hook(take))
 
-    def _take_input(self, site: Site, state: _Chunk) -> Callable[..., None]:
-        def hook(linear: nn.Module, args: tuple[Any, ...]) -> None:
+    def _watch_input(self, linear: nn.Module, site: Site, state: _Chunk) -> None:
+        def take(linear: nn.Module, args: tuple[Any, ...]) -> None:
             self._take(site, args[0], state)
 
-        return hook
+        self._handles.append(linear.register_forward_pre_hook(take))
+
+    def _watch_activation(self, linear: nn.Module, site: Site, state: _Chunk) -> None:
+        """Watch what the activation will be applied to: a linear's output, `[gate; up]` if gated, and its bias."""
+
+        def take(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x, bias = output if isinstance(output, tuple) else (output, None)
+            width = rank_channels(site[1], site[0], self._spec, self._runtime)
+            x = x[..., :width]
+            self._take(site, x if bias is None else x + bias[:width], state)
+
+        self._handles.append(linear.register_forward_hook(take))
 
     @torch.no_grad()
     def _take(self, site: Site, x_SBC: Tensor, state: _Chunk) -> None:
         masks = _announced(state)
-        keep_BS = masks.outside if site[1] in HIDDEN_SITES else masks.inside
-        state.moments[site] = sequence_moments(x_SBC.detach(), keep_BS)
+        keep_BS = masks.outside if site[1] in _HIDDEN else masks.inside
+        widest = max(width for group in state.groups for width in group.widths)
+        state.samples = x_SBC.shape[1]
+        rows = block_rows(x_SBC.shape[0], x_SBC.shape[1], widest, x_SBC.device)
+        state.blocks[site] = sequence_blocks(x_SBC.detach(), keep_BS, rows, self._workspace)
 
     def _take_influence(self, number: int, state: _Chunk) -> Callable[..., None]:
         @torch.no_grad()
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x_in = args[0] if args else kwargs["hidden_states"]
             x_out = output[0] if isinstance(output, tuple) else output
-            change_SB = token_dissimilarity(x_in, x_out)
-            if (keep_BS := _announced(state).outside) is not None:
-                change_SB = torch.where(keep_BS.t(), change_SB, 0)
-            total = change_SB.sum(dtype=torch.float64)
-            self._influence[number] = self._influence[number] + total if number in self._influence else total
+            _announced(state)
+            if state.latest is not None and state.latest[0] is x_in:
+                before = state.latest[1]
+            else:
+                before = stream_of(x_in, self._workspace, "odd" if number % 2 else "even")
+            after = stream_of(x_out, self._workspace, "even" if number % 2 else "odd")
+            state.changes[number] = dissimilarity(before, after)
+            state.latest = x_out, after
 
         return hook
-
-    def _over_sequence(self, moments: dict[Site, SequenceMoments]) -> dict[Site, SequenceMoments]:
-        """Add up the moments of ranks that hold other positions of the same samples."""
-        parallel, groups = self._runtime.parallel, self._runtime.groups
-        if parallel.context > 1:
-            moments = _summed(moments, groups.cp)
-        if parallel.sequence_parallel:
-            split = {site: value for site, value in moments.items() if site[1] in HIDDEN_SITES}
-            moments = moments | _summed(split, groups.tp)
-        return moments
-
-    def _layout(self) -> Iterator[tuple[Site, int, slice]]:
-        """Where each site's six rows of channels lie in the flat tensor: site, channels, place."""
-        start = 0
-        for number, site, channels in site_names(self._spec):
-            size = len(SiteSums.ROWS) * channels
-            yield (number, site), channels, slice(start, start + size)
-            start += size
-
-    def _own_sums(self) -> dict[Site, Tensor]:
-        """The six rows of each site that this rank has seen."""
-        found: dict[Site, Tensor] = {}
-        for state in self._states:
-            if state.sums is not None:
-                parts = state.sums.values.split(list(state.widths.values()), dim=1)
-                found |= dict(zip(state.widths, parts, strict=True))
-        return found
-
-    def _reduced(self) -> Tensor:
-        """Every sum of the whole model in one flat tensor, added up over all ranks, each part counted once."""
-        runtime, parallel = self._runtime, self._runtime.parallel
-        places, mine = list(self._layout()), self._own_sums()
-        size = places[-1][2].stop
-        flat = torch.zeros(size + self._spec.num_layers + 2, dtype=torch.float64, device=runtime.device)
-        once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
-        for site, channels, place in places:
-            values = mine.get(site)
-            if values is None or not once_a_copy or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
-                continue
-            first = 0 if site[1] in HIDDEN_SITES else runtime.tp_rank * values.shape[1]
-            flat[place].view(-1, channels)[:, first : first + values.shape[1]] = values
-        if parallel.sequence_parallel or runtime.tp_rank == 0:
-            for number, total in self._influence.items():
-                flat[size + number] = total
-        if once_a_copy and runtime.tp_rank == 0 and runtime.is_first_stage:
-            flat[-2], flat[-1] = self._samples, self._tokens
-        dist.all_reduce(flat)
-        return flat.cpu()
 
 
 def fused_norm(linear: nn.Module, x: Tensor) -> Tensor:
@@ -275,20 +324,15 @@ def _announced(state: _Chunk) -> _Masks:
     return state.masks
 
 
-def _summed(moments: dict[Site, SequenceMoments], group: dist.ProcessGroup) -> dict[Site, SequenceMoments]:
-    """The moments of all sites added up over a group, in one transfer."""
-    parts = [part for value in moments.values() for part in (value.sums, value.count)]
-    flat = sum_over(torch.cat([part.flatten() for part in parts]), group)
-    summed = iter(
-        piece.view_as(part) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
-    )
-    return {site: SequenceMoments(next(summed), next(summed)) for site in moments}
+def _kept(keep_BS: Tensor | None, samples: int, blocks: Sequence[Block], sums: SiteSums) -> Tensor:
+    """Kept positions of each sample on this rank, `[b]` float64."""
+    if keep_BS is not None:
+        return keep_BS.sum(-1, dtype=torch.float64)
+    return sums.values.new_full((samples,), sum(block.rows for block in blocks))
 
 
-def _check_finite(sums: Tensor, place: str) -> None:
-    if not bool(torch.isfinite(sums).all()):
-        raise ScoresError(
-            f"NaN or infinity in the activations of {place}",
-            rule="every activation is a finite number",
-            remedy="check that the weights were loaded; score in bf16 or fp32, not fp16",
-        )
+def _summed(moments: SequenceMoments, group: dist.ProcessGroup) -> SequenceMoments:
+    """Moments added up over ranks that hold other positions of the same samples."""
+    flat = sum_over(torch.cat([moments.sums.flatten(), moments.count]), group)
+    size = moments.sums.numel()
+    return SequenceMoments(flat[:size].view_as(moments.sums), flat[size:])

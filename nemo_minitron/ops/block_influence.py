@@ -1,12 +1,38 @@
 """How much a layer changes the residual stream."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-# A state of all zeros has no direction; the floor makes its cosine 0 instead of NaN.
-_TINY = 1e-30
-# Tokens whose wide copies stay in a core's cache, times hidden size.
-_BLOCK_ELEMENTS = 1 << 17
+from nemo_minitron.ops.importance import Workspace
+
+
+class Stream(NamedTuple):
+    """States of the residual stream, `[s * b, h]` and their lengths `[s * b]`, both float32 or float64."""
+
+    states: Tensor
+    norms: Tensor
+
+
+def stream_of(x_SBH: Tensor, workspace: Workspace, name: str) -> Stream:
+    """A copy of the states in the workspace, under a name, with their lengths."""
+    wide = torch.float64 if x_SBH.dtype == torch.float64 else torch.float32
+    states = workspace.take(x_SBH.shape, x_SBH, name=name, dtype=wide).copy_(x_SBH).flatten(0, 1)
+    return Stream(states, torch.linalg.vector_norm(states, dim=-1))
+
+
+def dissimilarity(before: Stream, after: Stream) -> Tensor:
+    """1 - cos of every pair of states, `[s * b]`; overwrites the states of `before`.
+
+    With d the length of the difference and a, b those of the states, `1 - cos = (d^2 - (a - b)^2) / (2 a b)`: exact to
+    rounding even where a layer does next to nothing, which 1 - dot / (a b) is not. A state of all zeros has no
+    direction; its cosine counts as 0.
+    """
+    change = torch.linalg.vector_norm(before.states.sub_(after.states), dim=-1)
+    product = before.norms * after.norms
+    shrink = (before.norms - after.norms).square_()
+    return torch.where(product > 0, change.square_().sub_(shrink).div_(2 * product), 1.0)
 
 
 def token_dissimilarity(x_in_SBH: Tensor, x_out_SBH: Tensor) -> Tensor:
@@ -16,20 +42,6 @@ def token_dissimilarity(x_in_SBH: Tensor, x_out_SBH: Tensor) -> Tensor:
     Placement: needs the whole hidden dimension; under sequence or context parallelism every rank passes its own
     tokens. Inputs are left unchanged; no gradient is meant to be taken. Source: Men et al., arXiv:2403.03853, eq. (1).
     """
-    x_in, x_out = x_in_SBH.flatten(0, 1), x_out_SBH.flatten(0, 1)
-    tokens, hidden = x_in.shape
-    wide = torch.float64 if x_in.dtype == torch.float64 else torch.float32
-    rows = max(1, _BLOCK_ELEMENTS // hidden) if x_in.device.type == "cpu" else max(1, tokens)
-    a_RH, b_RH = torch.empty((2, min(rows, tokens), hidden), dtype=wide, device=x_in.device)
-    norms_3N = torch.empty((3, tokens), dtype=wide, device=x_in.device)
-    for start in range(0, tokens, rows):
-        dot, in_norm, out_norm = norms_3N[:, start : start + rows].unbind()
-        a, b = (
-            a_RH[: dot.shape[0]].copy_(x_in[start : start + rows]),
-            b_RH[: dot.shape[0]].copy_(x_out[start : start + rows]),
-        )
-        torch.linalg.vector_norm(a, dim=-1, out=in_norm)
-        torch.linalg.vector_norm(b, dim=-1, out=out_norm)
-        torch.sum(a.mul_(b), -1, out=dot)
-    cosine: Tensor = norms_3N[0] / (norms_3N[1] * norms_3N[2]).clamp_min(_TINY)
-    return (1 - cosine).view(x_in_SBH.shape[:2])
+    workspace = Workspace()
+    before, after = stream_of(x_in_SBH, workspace, "in"), stream_of(x_out_SBH, workspace, "out")
+    return dissimilarity(before, after).view(x_in_SBH.shape[:2])

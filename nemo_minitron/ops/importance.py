@@ -14,12 +14,16 @@ Shapes: S sequence, B samples of a micro-batch, C channels of a site, H query he
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Size of the float32 block that is summed before float64 takes over; at 1 MiB it stays in second-level cache.
-_BLOCK_ELEMENTS = 1 << 18
+# Elements of a site that are summed up at once. A call costs more than a cache miss, so blocks are large.
+_BLOCK_ELEMENTS = 1 << 20
+# Positions of a block at most: single-precision sums of more would show in the sixth digit.
+_BLOCK_ROWS = 1024
 
 
 class Aggregation(StrEnum):
@@ -50,45 +54,126 @@ class SequenceMoments:
         variance = (square_sum * share_B1).sub_((total * share_B1).square_()).clamp_min_(0)
         return torch.stack([abs_sum * share_B1, square_sum.sqrt(), variance])
 
-    @staticmethod
-    def joined(sites: Sequence["SequenceMoments"]) -> "SequenceMoments":
-        """The channels of several sites of the same samples side by side."""
-        return SequenceMoments(torch.cat([site.sums for site in sites], -1), sites[0].count)
+
+class Block(NamedTuple):
+    """What some consecutive positions of a site come to, for each sample and channel: `[B * C]`, float32 or float64."""
+
+    abs_mean: Tensor
+    mean: Tensor
+    variance: Tensor
+    rows: int
+    """Positions, masked ones (which are zeros) included."""
+
+
+class Workspace:
+    """Memory that is used again for every site. Fresh pages for each would cost more than the sums taken in them."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, shape: Sequence[int], like: Tensor, *, name: str = "", dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor with whatever values; valid until the next one of that name, type and device is taken."""
+        key, size = (name, dtype or like.dtype, like.device), prod(shape)
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[key] = torch.empty(size, dtype=key[1], device=key[2])
+        return memory[:size].view(*shape)
+
+
+def block_rows(positions: int, samples: int, channels: int, device: torch.device) -> int:
+    """Positions of a block, for sites of up to `channels` channels; the last block may be shorter.
+
+    A GPU sums in trees and has no cache to stay in, so it takes all at once.
+    """
+    if device.type == "cuda":
+        return positions
+    most = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, samples * channels)))
+    return -(-positions // -(-positions // most))
+
+
+def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace: Workspace) -> list[Block]:
+    """Sum a site's activations over blocks of `rows` positions, with as few passes and calls as there can be.
+
+    Mean and variance come from batch normalisation's own statistics: squared deviations from the mean, which stay exact
+    where the mean is large. On a GPU the three sums are one reading pass each.
+
+    Args:
+        x_SBC: Activations; left unchanged. Whatever stands at masked positions, NaN included, has no effect.
+        keep_BS: True where a position counts; None keeps all, which is faster.
+        rows: Of `block_rows`.
+        workspace: Memory to work in.
+    """
+    if x_SBC.is_cuda:
+        return [_reduced(x_SBC if keep_BS is None else x_SBC.masked_fill(~keep_BS.t().unsqueeze(-1), 0))]
+    wide = _wide(x_SBC.dtype)
+    blocks = []
+    for first in range(0, x_SBC.shape[0], rows):
+        x_RBC = x_SBC[first : first + rows]
+        buffer_RBC = workspace.take(x_RBC.shape, x_RBC, dtype=wide)
+        as_it_is = x_RBC.dtype == wide and keep_BS is None and x_RBC.is_contiguous()
+        x_RD = (x_RBC if as_it_is else buffer_RBC.copy_(x_RBC)).flatten(1)
+        if keep_BS is not None:
+            buffer_RBC.masked_fill_(~keep_BS[:, first : first + rows].t().unsqueeze(-1), 0)
+        mean_D, variance_D = torch.batch_norm_update_stats(x_RD, None, None, 0.0)
+        abs_mean_D = torch.abs(x_RD, out=buffer_RBC.flatten(1)).mean(0)
+        blocks.append(Block(abs_mean_D, mean_D, variance_D, len(x_RBC)))
+    return blocks
+
+
+def _reduced(x_SBC: Tensor) -> Block:
+    """A whole sequence as one block by plain reductions, which GPUs do without a copy."""
+    x_SD, wide = x_SBC.flatten(1), _wide(x_SBC.dtype)
+    size = x_SD.shape[0]
+    norm_1, norm_2 = (torch.linalg.vector_norm(x_SD, order, dim=0, dtype=wide) for order in (1, 2))
+    mean = x_SD.mean(0, dtype=wide)
+    variance = norm_2.square_().div_(size).addcmul_(mean, mean, value=-1)
+    return Block(norm_1 / size, mean, variance, size)
+
+
+def joined_moments(sites: Sequence[Sequence[Block]], count_B: Tensor) -> SequenceMoments:
+    """The moments of several sites of the same samples and blocks, their channels side by side.
+
+    Args:
+        sites: Of each site, what `sequence_blocks` gave.
+        count_B: Kept positions of each sample.
+    """
+    samples = count_B.shape[0]
+    sums: Tensor | None = None
+    for blocks in zip(*sites, strict=True):
+        abs_mean, mean, variance = (
+            torch.cat([block[part].view(samples, -1) for block in blocks], -1).double() for part in range(3)
+        )
+        mean_square = variance.addcmul_(mean, mean)
+        part_3BC = torch.stack([abs_mean, mean_square, mean]).mul_(blocks[0].rows)
+        sums = part_3BC if sums is None else sums.add_(part_3BC)
+    if sums is None:
+        raise ValueError("no blocks")
+    return SequenceMoments(sums, count_B)
 
 
 def sequence_moments(x_SBC: Tensor, keep_BS: Tensor | None = None) -> SequenceMoments:
-    """Sum a site's activations over the sequence.
+    """Sum one site's activations over the sequence.
 
-    Single products are float32 (float64 for float64 input), sums of more than some hundred terms float64. The variance
-    is the difference of two moments, so its relative error is about 1e-7 times `1 + mean^2 / variance`.
+    Sums of up to a thousand terms are float32 (float64 for float64 input), those of more are float64.
 
     Args:
         x_SBC: Activations; left unchanged. Whatever stands at masked positions, NaN included, has no effect.
         keep_BS: True where a position counts; None keeps all, which is faster.
     """
     size, samples, channels = x_SBC.shape
-    width = samples * channels
-    wide = torch.float64 if x_SBC.dtype == torch.float64 else torch.float32
-    rows = max(1, min(size, _BLOCK_ELEMENTS // max(1, width)))
-    buffer = torch.empty((rows, width), dtype=wide, device=x_SBC.device)
-    starts = range(0, size, rows)
-    parts_3PD = torch.zeros((3, len(starts), width), dtype=wide, device=x_SBC.device)
-    for index, start in enumerate(starts):
-        x_RD = x_SBC[start : start + rows].reshape(-1, width)
-        block_RD = buffer[: x_RD.shape[0]]
-        if x_RD.dtype != wide or keep_BS is not None:
-            x_RD = block_RD.copy_(x_RD)
-        if keep_BS is not None:
-            dropped_RB1 = ~keep_BS[:, start : start + rows].t().unsqueeze(-1)
-            block_RD.view(-1, samples, channels).masked_fill_(dropped_RB1, 0)
-        torch.sum(x_RD, 0, out=parts_3PD[2, index])
-        torch.sum(torch.abs(x_RD, out=block_RD), 0, out=parts_3PD[0, index])
-        torch.sum(block_RD.mul_(block_RD), 0, out=parts_3PD[1, index])
+    blocks = sequence_blocks(x_SBC, keep_BS, block_rows(size, samples, channels, x_SBC.device), Workspace())
+    return joined_moments([blocks], kept_positions(x_SBC, keep_BS))
+
+
+def kept_positions(x_SBC: Tensor, keep_BS: Tensor | None) -> Tensor:
+    """How many positions of each sample count, `[B]` float64."""
     if keep_BS is None:
-        count_B = torch.full((samples,), size, dtype=torch.float64, device=x_SBC.device)
-    else:
-        count_B = keep_BS.sum(-1, dtype=torch.float64)
-    return SequenceMoments(parts_3PD.sum(1, dtype=torch.float64).view(3, samples, channels), count_B)
+        return torch.full((x_SBC.shape[1],), x_SBC.shape[0], dtype=torch.float64, device=x_SBC.device)
+    return keep_BS.sum(-1, dtype=torch.float64)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(slots=True)

@@ -4,8 +4,11 @@ import torch
 from nemo_minitron.ops.block_influence import token_dissimilarity
 from nemo_minitron.ops.importance import (
     SiteSums,
+    _reduced,
     aggregate,
     head_importance,
+    joined_moments,
+    kept_positions,
     kv_group_importance,
     sequence_moments,
 )
@@ -76,6 +79,28 @@ def test_long_sequences_cross_blocks_without_losing_precision():
     torch.testing.assert_close(variance, wide.var(0, correction=0), **TOL[torch.float32])
 
 
+def test_a_large_mean_does_not_drown_the_variance():
+    x_SBC = (torch.randn(400, 2, 5, generator=torch.Generator().manual_seed(2)) * 0.01 + 100).float()
+    wide = x_SBC.double()
+    torch.testing.assert_close(
+        sequence_moments(x_SBC).finish()[2], wide.var(0, correction=0), rtol=1e-5, atol=0.0, msg="variance"
+    )
+
+
+def test_columns_of_a_wider_tensor_are_taken_as_they_are():
+    x_SBC = activations(torch.float32)
+    narrow = x_SBC[..., 1:4]
+    assert torch.equal(sequence_moments(narrow).sums, sequence_moments(narrow.clone()).sums)
+
+
+def test_plain_reductions_say_the_same():
+    """What runs on a GPU."""
+    x_SBC = activations(torch.float32)
+    got = joined_moments([[_reduced(x_SBC)]], kept_positions(x_SBC, None)).finish()
+    for mine, expected in zip(got, sequence_moments(x_SBC).finish(), strict=True):
+        torch.testing.assert_close(mine, expected, **TOL[torch.float32])
+
+
 def test_masked_positions_have_no_effect_even_if_not_a_number():
     x_SBC, keep_BS = activations(), keep_mask()
     spoiled = torch.where(keep_BS.t()[..., None], x_SBC, torch.nan)
@@ -112,3 +137,11 @@ def test_token_dissimilarity_matches_block_influence_of_the_paper():
     got = token_dissimilarity(x, y).mean().item()
     expected = oracle.block_influence(x.flatten(0, 1).tolist(), y.flatten(0, 1).tolist())
     assert got == pytest.approx(expected, abs=1e-10)
+
+
+def test_a_layer_that_does_next_to_nothing_keeps_its_digits():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 2, 64, generator=generator)
+    y = x + 1e-3 * torch.randn(6, 2, 64, generator=generator)
+    wide = 1 - torch.cosine_similarity(x.double(), y.double(), dim=-1)
+    torch.testing.assert_close(token_dissimilarity(x, y).double(), wide, rtol=2e-4, atol=0.0)

@@ -1,0 +1,132 @@
+"""Where the sums of a whole model's scores lie on its ranks: put together for a file, and dealt out again.
+
+A rank holds the sums of its own layers. Those of `ffn` and `head` are split over tensor-parallel ranks by channel; all
+ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal sums of every
+site, so only one of them is counted. Data-parallel ranks hold sums of different samples, which add up.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.errors import ScoresError
+from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.ops.importance import SiteSums
+from nemo_minitron.pruning.scores import HIDDEN_SITES, site_names
+
+Site = tuple[int, str]
+"""Global layer number from 0, and site."""
+
+SITES = ("hidden.attention", "head", "hidden.mlp", "ffn")
+"""Of a layer, in the order in which they are passed."""
+
+
+@dataclass(slots=True)
+class RankSums:
+    """What one rank has summed up, float64."""
+
+    sites: dict[Site, Tensor]
+    """The six rows of each site, `[6, channels of this rank]`."""
+    influence: dict[int, Tensor]
+    """By layer, a scalar; of this rank's positions."""
+    samples: Tensor
+    tokens: Tensor
+
+
+def rank_channels(site: str, layer: int, spec: ModelSpec, runtime: Runtime) -> int:
+    """How many channels of a site this rank sees."""
+    sizes = spec.layers[layer]
+    if site in HIDDEN_SITES:
+        return spec.hidden_size
+    whole = sizes.ffn_hidden_size if site == "ffn" else sizes.num_attention_heads * spec.head_dim
+    return whole // runtime.parallel.tensor
+
+
+def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tensor]:
+    """The whole model's sums under the names of `pruning.scores`, on the CPU, the same on every rank. Collective.
+
+    Raises:
+        ScoresError: A sum is NaN or infinite; names layer and site.
+    """
+    flat = _reduced(mine, spec, runtime)
+    found: dict[str, Tensor] = {}
+    size = 0
+    for (number, site), channels, place in _layout(spec):
+        _check_finite(flat[place], f"layer {number}, site {site}")
+        found |= SiteSums(flat[place].view(-1, channels).clone()).named(f"layers.{number}.{site}")
+        size = place.stop
+    for number in range(spec.num_layers):
+        _check_finite(flat[size + number], f"layer {number}, block influence")
+        found[f"layers.{number}.block_influence.sum"] = flat[size + number].clone()
+    return found | {"samples": flat[-2].clone(), "tokens": flat[-1].clone()}
+
+
+def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec, runtime: Runtime) -> RankSums:
+    """A rank's part of what `gather` gave, so that gathering again gives the same; not collective.
+
+    One data-parallel rank gets everything and the others zeros.
+
+    Args:
+        whole: The sums of the whole model.
+        layers: Global numbers of this rank's layers.
+        spec: Architecture of the whole model.
+        runtime: The running layout; need not be the one the sums were gathered at.
+    """
+    device, first = runtime.device, runtime.dp_rank == 0
+    sites, influence = {}, {}
+    for number in layers:
+        for site in SITES:
+            rows = torch.stack([whole[f"layers.{number}.{site}.{row}"] for row in SiteSums.ROWS])
+            width = rank_channels(site, number, spec, runtime)
+            start = 0 if site in HIDDEN_SITES else runtime.tp_rank * width
+            part = rows[:, start : start + width].clone() if first else torch.zeros(len(rows), width)
+            sites[number, site] = part.to(device, torch.float64)
+        counted = first and runtime.tp_rank == 0 and runtime.cp_rank == 0
+        total = whole[f"layers.{number}.block_influence.sum"] if counted else torch.zeros(())
+        influence[number] = total.clone().to(device, torch.float64)
+    counts = [(whole[name] if first else torch.zeros(())).clone() for name in ("samples", "tokens")]
+    samples, tokens = (count.to(device, torch.float64) for count in counts)
+    return RankSums(sites, influence, samples, tokens)
+
+
+def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
+    """Where each site's six rows of channels lie in the flat tensor: site, channels, place."""
+    start = 0
+    for number, site, channels in site_names(spec):
+        size = len(SiteSums.ROWS) * channels
+        yield (number, site), channels, slice(start, start + size)
+        start += size
+
+
+def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
+    """Every sum of the whole model in one flat tensor, added up over all ranks, each part counted once."""
+    places = list(_layout(spec))
+    size = places[-1][2].stop
+    flat = torch.zeros(size + spec.num_layers + 2, dtype=torch.float64, device=runtime.device)
+    once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
+    for site, channels, place in places:
+        values = mine.sites.get(site)
+        if values is None or not once_a_copy or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
+            continue
+        first = 0 if site[1] in HIDDEN_SITES else runtime.tp_rank * values.shape[1]
+        flat[place].view(-1, channels)[:, first : first + values.shape[1]] = values
+    if runtime.parallel.sequence_parallel or runtime.tp_rank == 0:
+        for number, total in mine.influence.items():
+            flat[size + number] = total
+    if once_a_copy and runtime.tp_rank == 0 and runtime.is_first_stage:
+        flat[-2], flat[-1] = mine.samples, mine.tokens
+    dist.all_reduce(flat)
+    return flat.cpu()
+
+
+def _check_finite(sums: Tensor, place: str) -> None:
+    if not bool(torch.isfinite(sums).all()):
+        raise ScoresError(
+            f"NaN or infinity in the activations of {place}",
+            rule="every activation is a finite number",
+            remedy="check that the weights were loaded; score in bf16 or fp32, not fp16",
+        )
