@@ -12,8 +12,9 @@ from torch import Tensor
 from nemo_minitron.arch.families import Family, family_named, family_of_hf_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
-from nemo_minitron.checkpoints.files import staged_folder
+from nemo_minitron.checkpoints.files import FolderFiles, staged_folder
 from nemo_minitron.checkpoints.parts import fuse_stored, split_stored, stored_shapes, widest
+from nemo_minitron.checkpoints.plain_data import read_json, spec_of
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
@@ -24,6 +25,7 @@ from nemo_minitron.checkpoints.source import (
     names_of,
     stream,
 )
+from nemo_minitron.checkpoints.torch_file import TorchFile
 from nemo_minitron.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -31,6 +33,8 @@ SHARD_BYTES = 5_000_000_000
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_BIN = "pytorch_model.bin"
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -43,7 +47,7 @@ _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 
 
 class HfSource:
-    """A Hugging Face folder of safetensors as canonical tensors.
+    """A Hugging Face folder as canonical tensors: safetensors, or `pytorch_model.bin` files of before them.
 
     Raises:
         CheckpointError: A file is missing or damaged, a weight is missing, unknown or of the wrong shape, or
@@ -59,11 +63,14 @@ class HfSource:
                 f"{folder}: the weights are quantised (quantization_config)", rule="fp32, bf16 or fp16 weights"
             )
         self._family = family_of_hf_config(self._config)
-        self._spec = self._family.read_config(self._config)
+        self._spec = spec_of(
+            lambda: self._family.read_config(self._config), self._config, where=f"{folder / 'config.json'}"
+        )
         self._files = _open_weight_files(folder)
         self._where = {name: file for file in self._files for name in file.entries}
         self._check_names()
-        self._dtype = widest([file.entries[name].dtype for name, file in sorted(self._where.items())])
+        kept = sorted(name for name in self._where if not _DERIVED.search(name))
+        self._dtype = widest([self._where[name].entries[name].dtype for name in kept])
         self._tokenizer_files = self._read_tokenizer_files()
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
 
@@ -223,28 +230,48 @@ def _shards(
     yield shard, entries
 
 
-def _open_weight_files(folder: Path) -> list[SafetensorsFile]:
-    if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / _INDEX}: has no weight_map")
-        files = {name: SafetensorsFile(folder / _plain_name(name, folder)) for name in sorted(set(weight_map.values()))}
-        for name, file in weight_map.items():
-            if name not in files[file].entries:
-                raise CheckpointError(f"{folder / file}: has no {name}, though {_INDEX} says so")
+def _open_weight_files(folder: Path) -> list[SafetensorsFile] | list[TorchFile]:
+    """Files of weights: safetensors where there are some, else what `torch.save` wrote."""
+    if found := _listed(folder, _INDEX, _SINGLE):
+        names, weight_map = found
+        files = {name: SafetensorsFile(folder / name) for name in names}
+        _check_index(folder, _INDEX, weight_map, {name: file.entries for name, file in files.items()})
         return list(files.values())
-    if (folder / _SINGLE).is_file():
-        return [SafetensorsFile(folder / _SINGLE)]
+    if found := _listed(folder, _BIN_INDEX, _BIN):
+        names, weight_map = found
+        whole = FolderFiles(folder)
+        if missing := sorted(set(names) - set(whole.names())):
+            raise CheckpointError(f"{folder / missing[0]}: no such file")
+        opened = {name: TorchFile(whole, name) for name in names}
+        _check_index(folder, _BIN_INDEX, weight_map, {name: file.entries for name, file in opened.items()})
+        return list(opened.values())
     raise CheckpointError(
-        f"{folder}: no {_SINGLE} and no {_INDEX}",
-        rule="weights as safetensors",
-        remedy="load an older folder in transformers and save it again",
+        f"{folder}: no {_SINGLE}, {_BIN} or an index of either",
+        rule="weights as safetensors, or in the files of torch.save",
     )
 
 
-def _plain_name(name: Any, folder: Path) -> str:
+def _listed(folder: Path, index: str, single: str) -> tuple[list[str], dict[str, str]] | None:
+    """Names of the files of weights, and which of them holds each weight; None when neither file is there."""
+    if (folder / index).is_file():
+        weight_map = _read_json(folder / index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / index}: has no weight_map")
+        return sorted({_plain_name(name, folder / index) for name in weight_map.values()}), weight_map
+    return ([single], {}) if (folder / single).is_file() else None
+
+
+def _check_index(
+    folder: Path, index: str, weight_map: Mapping[str, str], held: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, file in weight_map.items():
+        if name not in held[file]:
+            raise CheckpointError(f"{folder / file}: has no {name}, though {index} says so")
+
+
+def _plain_name(name: Any, index: Path) -> str:
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{folder / _INDEX}: {name!r} is not the name of a file in this folder")
+        raise CheckpointError(f"{index}: {name!r} is not the name of a file in this folder")
     return name
 
 
@@ -269,12 +296,9 @@ def _licence_of_card(card: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return data
+        return read_json(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def _json_bytes(data: Any) -> bytes:

@@ -32,7 +32,9 @@ from nemo_minitron.checkpoints.files import (
     staged_file,
     staged_folder,
 )
+from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights, stacked_name
+from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
     TOKENIZER_FILES,
@@ -53,11 +55,11 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 
 
 class NemoSource:
-    """A `.nemo` file or checkpoint folder as canonical tensors; a tar is read in place.
+    """A `.nemo` file or checkpoint folder as canonical tensors, in any layout NeMo-1 wrote; a tar is read in place.
 
     Raises:
-        CheckpointError: A file is missing or damaged, the weights are in an older layout, a weight is missing, unknown
-            or of the wrong shape, or the tokenizer does not fit the vocabulary.
+        CheckpointError: A file is missing or damaged or asks for code, a weight is missing, unknown or of the wrong
+            shape, or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported.
     """
 
@@ -67,9 +69,11 @@ class NemoSource:
         self.path = path
         self._files = open_files(path)
         self.config = read_config(self._files)
-        _refuse_old_layouts(self._files)
-        self._weights = DistributedWeights(TorchDistReader(self._files, WEIGHTS_FOLDER))
-        self._spec = spec_from_nemo_config(self.config, vocab_size=self._weights.vocab_rows())
+        self._weights = open_weights(self._files, WEIGHTS_FOLDER)
+        rows = self._weights.vocab_rows()
+        self._spec = spec_of(
+            lambda: spec_from_nemo_config(self.config, vocab_size=rows), self.config, where=f"{path}: {CONFIG_FILE}"
+        )
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
         self._tokenizer_files = tokenizer_files_in(self._files, self.config)
@@ -90,6 +94,13 @@ class NemoSource:
         """What the writer recorded; for a foreign file its name."""
         known = (self.config.get("tokenizer") or {}).get("type")
         return lineage_of(self.config) or {"base_model": known or self.path.stem, "license": None, "format": "nemo"}
+
+    @property
+    def is_native(self) -> bool:
+        """Whether Megatron-Core itself can load the weights: an unpacked folder in torch_dist form, with our prefix."""
+        weights = self._weights
+        distributed = isinstance(weights, DistributedWeights) and isinstance(weights.store, TorchDistReader)
+        return self.path.is_dir() and distributed and weights.prefix == KEY_PREFIX
 
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
@@ -191,14 +202,10 @@ def read_config(files: Files) -> dict[str, Any]:
     """`model_config.yaml` as plain data.
 
     Raises:
-        CheckpointError: It is missing or not YAML.
+        CheckpointError: It is missing, not YAML, too large, or names code (`_target_`) beyond what models are made of.
     """
-    try:
-        config = yaml.safe_load(read_bytes(files, CONFIG_FILE))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{files.label}: {CONFIG_FILE} is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{files.label}: {CONFIG_FILE} is not a mapping")
+    config = read_yaml(read_bytes(files, CONFIG_FILE), where=f"{files.label}: {CONFIG_FILE}")
+    refuse_code(config, where=f"{files.label}: {CONFIG_FILE}")
     for key in ("minitron", "tokenizer"):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{files.label}: {CONFIG_FILE}: {key} is not a mapping")
@@ -256,13 +263,3 @@ def _tokenizer_section(artifacts: Mapping[str, str], lineage: Mapping[str, Any])
         "merge_file": None,
         "use_fast": True,
     }
-
-
-def _refuse_old_layouts(files: Files) -> None:
-    old = [name for name in files.names() if name.endswith("model_weights.ckpt")]
-    if old:
-        raise CheckpointError(
-            f"{files.label}: weights are stored as {old[0]}, a pickle of one rank",
-            rule="model_weights/ as a distributed checkpoint",
-            remedy="load and save it once with the NeMo that wrote it, dist_ckpt_format: torch_dist",
-        )

@@ -1,16 +1,18 @@
 """Reading pickles of strangers without running them.
 
-A torch_dist folder keeps its index (`.metadata`) and each tensor's header as pickles. An ordinary unpickler would call
-whatever they name. These two know a short list of names, each harmless, and refuse the rest.
+A torch_dist folder keeps its index (`.metadata`) and each tensor's header as pickles; a `.bin` or `.ckpt` file is one,
+and so is `common.pt`. An ordinary unpickler would call whatever they name. This one knows short lists of names, each
+harmless, and refuses the rest. Names that lead into Megatron and the like, where arguments of a training are kept,
+become inert objects: nothing of those packages is imported.
 """
 
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
@@ -30,6 +32,7 @@ class _Inert:
     """Stands in for classes whose content is of no use to us."""
 
 
+_DEEPEST = 20
 _DCP = "torch.distributed.checkpoint."
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
@@ -118,18 +121,91 @@ TENSOR_NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, names: dict[tuple[str, str], Any], where: str) -> None:
+class _Record:
+    """Stands in for `argparse.Namespace`: attributes, nothing else."""
+
+
+class _Nothing:
+    """Stands in for an object of a foreign class; takes whatever it is given and keeps none of it."""
+
+    path = ""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Nothing":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        return
+
+    def __setstate__(self, state: Any) -> None:
+        return
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        return
+
+    def append(self, value: Any) -> None:
+        """Forget it."""
+
+    def extend(self, values: Any) -> None:
+        """Forget them."""
+
+
+def _latin_bytes(text: str, encoding: str = "latin1") -> bytes:
+    """How protocol 2 spells bytes."""
+    return text.encode("latin1")
+
+
+# State dicts of whole models: tensors, and the byte streams that Transformer Engine keeps beside them.
+STATE_NAMES: dict[tuple[str, str], Any] = {
+    **TENSOR_NAMES,
+    ("torch", "Size"): torch.Size,
+    ("_io", "BytesIO"): _Nothing,
+    ("_codecs", "encode"): _latin_bytes,
+}
+
+COMMON_NAMES: dict[tuple[str, str], Any] = {
+    **STATE_NAMES,
+    ("argparse", "Namespace"): _Record,
+    **{("builtins", name): kind for name, kind in {"set": set, "frozenset": frozenset, "slice": slice}.items()},
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+    ("torch", "device"): _Nothing,
+    ("torch._C", "Generator"): _Nothing,
+}
+# What a training keeps of these is a name at most: enumerations, functions, recipes of precision.
+_INERT = (
+    *("megatron.core.", "megatron.training.", "megatron.bridge.", "megatron.legacy.", "megatron.energon."),
+    *("transformer_engine.", "nemo.", "torch.nn.functional", "torch.nn.init", "numpy.core.multiarray", "numpy.dtypes"),
+)
+
+
+class _Unpickler(pickle._Unpickler):
+    """The interpreter in Python.
+
+    The one in C cannot be kept from writing attributes onto a class (opcode BUILD), nor from reserving memory for a
+    memo of any size.
+    """
+
+    def __init__(self, data: bytes, names: dict[tuple[str, str], Any], where: str, inert: tuple[str, ...] = ()) -> None:
         super().__init__(io.BytesIO(data))
         self._names = names
         self._where = where
+        self._inert = inert
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._names:
             return self._names[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if self._inert and f"{module}.".startswith(self._inert):
+            return type(name, (_Nothing,), {"path": f"{module}.{name}"})
         self._refuse(f"{module}.{name}")
+
+    def _build(self) -> None:
+        if callable(self.stack[-2]):  # type: ignore[attr-defined]
+            self._refuse("attributes on a class or function")
+        pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
@@ -144,8 +220,8 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-def _unpickle(data: bytes, names: dict[tuple[str, str], Any], where: str) -> Any:
-    load: Callable[[], Any] = _Unpickler(data, names, where).load
+def _unpickle(data: bytes, names: dict[tuple[str, str], Any], where: str, inert: tuple[str, ...] = ()) -> Any:
+    load: Callable[[], Any] = _Unpickler(data, names, where, inert).load
     try:
         return load()
     except CheckpointError:
@@ -178,3 +254,56 @@ def read_tensor_header(data: bytes, *, where: str) -> TensorHeader:
     if not isinstance(found, TensorHeader) or not isinstance(found.dtype, torch.dtype):
         raise CheckpointError(f"{where}: not a tensor")
     return found
+
+
+def read_state(data: bytes, *, where: str) -> dict[str, TensorHeader]:
+    """Headers of the tensors of a pickled state dict, `{name: tensor}` or `{"state_dict": {name: tensor}}`.
+
+    Raises:
+        CheckpointError: It is damaged, asks for code, or holds anything but tensors under names, save for the state
+            that Transformer Engine keeps (`..._extra_state`).
+    """
+    found = _unpickle(data, STATE_NAMES, where)
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{where}: not a state dict")
+    kept: dict[str, TensorHeader] = {}
+    for name, value in found.items():
+        if isinstance(name, str) and name.endswith("_extra_state"):
+            continue
+        if not isinstance(name, str) or not isinstance(value, TensorHeader) or not isinstance(value.dtype, torch.dtype):
+            raise CheckpointError(
+                f"{where}: {str(name)[:80]!r} is no tensor", rule="a state dict: a tensor under each name"
+            )
+        kept[name] = value
+    return kept
+
+
+def read_common(data: bytes, *, where: str) -> dict[str, Any]:
+    """What Megatron keeps beside the weights (`common.pt`), as plain data; the arguments of a training under `args`.
+
+    Raises:
+        CheckpointError: It is damaged, not a dict, or asks for code outside Megatron's own names.
+    """
+    found = _plain(_unpickle(data, COMMON_NAMES, where, _INERT), depth=0, where=where)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: not a dict")
+    return cast("dict[str, Any]", found)
+
+
+def _plain(value: Any, *, depth: int, where: str) -> Any:
+    """Stand-ins to plain data: attributes to a dict, a class or function to its name, anything else to None."""
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{where}: nested more than {_DEEPEST} levels deep")
+    if isinstance(value, _Record):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth=depth + 1, where=where) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth=depth + 1, where=where) for item in value]
+    if isinstance(value, type) and issubclass(value, _Nothing):
+        return value.path
+    if isinstance(value, torch.dtype | PurePosixPath):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool) else None

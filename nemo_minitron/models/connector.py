@@ -72,8 +72,9 @@ class MegatronConnector(SaveRestoreConnector):
             model = calling_cls.from_config_dict(config, trainer=trainer)
             model.tokenizer_files = source.tokenizer_files()
             model.lineage = dict(source.lineage)
+            model.restored_from = Path(self.model_extracted_dir or restore_path)
             model.configure_model()
-            if isinstance(source, NemoSource) and source.path.is_dir():
+            if isinstance(source, NemoSource) and source.is_native:
                 load_weights(model.chunks, source.path)
             else:
                 fill_from(model.chunks, source, model.runtime)
