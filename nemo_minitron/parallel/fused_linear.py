@@ -285,12 +285,13 @@ def labelled(values_N: Tensor, found_RN: Tensor) -> Tensor:
     return torch.where(found_RN.sum(0) == 1, values_N, torch.nan)
 
 
-def row_max(x: Tensor, out: Tensor) -> None:
+def row_max(x: Tensor, out: Tensor) -> Tensor:
     """Maximum of each row; EMPTY for rows without columns."""
     if x.shape[1]:
         torch.amax(x, -1, out=out)
     else:
         out.fill_(EMPTY)
+    return out
 
 
 def share(peak: Tensor, mass: Tensor, tp: ProcessGroup | None) -> Tensor:

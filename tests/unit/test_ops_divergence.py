@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from nemo_minitron.ops.divergence import forward_kl, jensen_shannon, reverse_kl
+from nemo_minitron.config.objective import DivergenceKind
+from nemo_minitron.ops.divergence import (
+    Divergence,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skewed_kl,
+    skewed_reverse_kl,
+    total_variation,
+)
 from nemo_minitron.ops.reduce import masked_sum
 from tests.oracles import divergence as oracle
 from tests.tolerances import TOL
@@ -13,6 +22,12 @@ DIVERGENCES = {
     "reverse": (reverse_kl, lambda t, s: oracle.kl(s, t)),
     "js": (jensen_shannon, lambda t, s: oracle.jensen_shannon(t, s, 0.5)),
     "js 0.1": (lambda s, t: jensen_shannon(s, t, beta=0.1), lambda t, s: oracle.jensen_shannon(t, s, 0.1)),
+    "skewed": (lambda s, t: skewed_kl(s, t, skew=0.3), lambda t, s: oracle.divergence("skewed_kl", t, s, skew=0.3)),
+    "skewed reverse": (
+        lambda s, t: skewed_reverse_kl(s, t, skew=0.3),
+        lambda t, s: oracle.divergence("skewed_reverse_kl", t, s, skew=0.3),
+    ),
+    "total variation": (total_variation, lambda t, s: oracle.divergence("total_variation", t, s)),
 }
 
 
@@ -83,6 +98,27 @@ def test_js_is_symmetric_and_bounded_and_tends_to_kl():
     assert jensen_shannon(apart[0], apart[1]) == pytest.approx(math.log(2))
     limit = jensen_shannon(student, teacher, beta=1e-9) / 1e-9
     torch.testing.assert_close(limit, forward_kl(student, teacher), rtol=1e-4, atol=1e-4)  # first order in beta
+
+
+def test_skewed_divergences_are_bounded_and_tend_to_the_plain_ones():
+    apart = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])
+    for skewed, plain in ((skewed_kl, forward_kl), (skewed_reverse_kl, reverse_kl)):
+        assert skewed(apart[0], apart[1], skew=0.25) == pytest.approx(math.log(4))
+        student, teacher = (logits(seed).log_softmax(-1) for seed in (0, 1))
+        torch.testing.assert_close(skewed(student, teacher, skew=1e-9), plain(student, teacher), rtol=1e-5, atol=1e-5)
+    assert total_variation(apart[0], apart[1]) == 1
+
+
+@pytest.mark.parametrize("kind", DivergenceKind)
+def test_a_divergence_by_name_carries_its_temperature(kind):
+    student, teacher = logits(0), logits(1)
+    divergence = Divergence(kind=kind, temperature=2.0, beta=0.2, skew=0.3)
+    got = divergence.per_token((student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1))
+    expected = [
+        4 * oracle.divergence(kind, oracle.softmax(t, 2.0), oracle.softmax(s, 2.0), beta=0.2, skew=0.3)
+        for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), **TOL[torch.float64])
 
 
 def test_masked_sum_counts_and_ignores_what_is_masked():
