@@ -12,6 +12,16 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Recompute(StrEnum):
+    """Activations that a forward pass in training forgets, and the backward pass computes again."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    """Those inside the FFN, the largest part: about a fifth more time."""
+    FULL = "full"
+    """All but each layer's input: about a third more time."""
+
+
 class ParallelConfig(Section):
     """Megatron's parallel sizes. The data-parallel size is what is left: world size / (tensor * pipeline * context)."""
 
@@ -25,6 +35,8 @@ class ParallelConfig(Section):
     """Ranks that share each sequence (CP). Above 1 it needs Transformer Engine."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the tensor-parallel ranks. Needs Transformer Engine or Apex."""
+    recompute: Recompute = Recompute.NONE
+    """Less memory for more time; results are the same."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -1,9 +1,9 @@
 """Settings of a training stage: batches, optimizer, schedule, checkpoints, and the distillation objective."""
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, Positive, Section
 from nemo_minitron.config.parallel import Precision
@@ -13,8 +13,21 @@ class Schedule(StrEnum):
     """Shape of the learning rate after warm-up."""
 
     COSINE = "cosine"
+    """Half a cosine from the peak down to `min_lr`."""
     LINEAR = "linear"
+    """A straight line from the peak down to `min_lr`."""
+    WSD = "wsd"
+    """Warm-up, stable, decay (arXiv:2404.06395, section 4.2): the peak until the last `decay_share` of all steps, then
+    a straight line down to `min_lr`. What was trained at the peak can be gone on with."""
     CONSTANT = "constant"
+    """The peak to the end."""
+
+
+class FinishWith(StrEnum):
+    """Which weights a training stage leaves."""
+
+    LAST = "last"
+    BEST = "best"
 
 
 class BatchConfig(Section):
@@ -43,6 +56,8 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegative = 10
     """Optimizer steps of linear warm-up from zero."""
     schedule: Schedule = Schedule.COSINE
+    decay_share: Fraction = 0.2
+    """Share of all steps in which schedule `wsd` goes down."""
     weight_decay: float = 0.1
     """Decoupled; norms and biases are left out."""
     beta1: Fraction = 0.9
@@ -60,6 +75,16 @@ class OptimizerConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """Steps that would do harm are skipped: weights, moments and step count of the optimizer stay as they were."""
+
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A gradient norm above this many times the median of the last 32 is a spike; None: only what is not finite is
+    skipped."""
+    most_skipped: Count = 10
+    """Training ends with an error after so many skipped steps in a row."""
+
+
 class TrainingConfig(Section):
     """What every training stage has."""
 
@@ -73,6 +98,14 @@ class TrainingConfig(Section):
     """Held-out samples of one validation."""
     checkpoint_every: NonNegative = 50
     """Optimizer steps between checkpoints that a stopped run resumes from; 0 for none."""
+    keep_last: Count = 1
+    """Newest checkpoints that are kept while training goes on."""
+    patience: NonNegative = 0
+    """Training ends after so many validations in a row without a better value; 0 for never. The value is the KL to the
+    teacher, or the cross-entropy where there is no KL in the loss."""
+    finish_with: FinishWith = FinishWith.LAST
+    """The weights after the last step, or those of the best validation."""
+    guard: GuardConfig = GuardConfig()
     log_every: Count = 1
     """Optimizer steps between rows of metrics.jsonl."""
 
@@ -88,6 +121,14 @@ class TrainingConfig(Section):
                 f"tokens = {self.tokens} is less than one step "
                 f"(global_batch_size {self.batch.global_batch_size} x sequence_length {self.batch.sequence_length})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _validated(self) -> Self:
+        watched = {"patience": self.patience > 0, "finish_with: best": self.finish_with is FinishWith.BEST}
+        if not self.validate_every and any(watched.values()):
+            wanting = " and ".join(name for name, wanted in watched.items() if wanted)
+            raise ValueError(f"{wanting} need validations while training (validate_every above 0)")
         return self
 
 

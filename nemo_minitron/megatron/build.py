@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.axes import Axis, Packing
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
 from nemo_minitron.arch.weights import Weight
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.megatron.functional import squared_relu
 from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
@@ -126,12 +126,23 @@ def transformer_config(
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
+        **_recomputation(parallel.recompute),
         deallocate_pipeline_outputs=True,
         # Batched messages between two stages that are each other's next and previous one are paired up wrongly by
         # Gloo: the loss is right and the gradients are not.
         batch_p2p_comm=device.type == "cuda",
         batch_p2p_sync=device.type == "cuda",
     )
+
+
+def _recomputation(recompute: Recompute) -> dict[str, Any]:
+    match recompute:
+        case Recompute.NONE:
+            return {}
+        case Recompute.SELECTIVE:
+            return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        case Recompute.FULL:
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

@@ -4,7 +4,7 @@ Parameters may be bf16; gradients are summed, clipped and applied in fp32, on fp
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,13 @@ from torch import nn
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
 from nemo_minitron.megatron.model import unwrap
+
+_DECAY_STYLES = {
+    Schedule.COSINE: "cosine",
+    Schedule.LINEAR: "linear",
+    Schedule.WSD: "WSD",
+    Schedule.CONSTANT: "constant",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,7 @@ class StepInfo:
     lr: float
     """Learning rate of this step; it applies to skipped ones too."""
     skipped: bool
-    """Whether the weights were left as they are because the gradients were not finite."""
+    """Whether weights and optimizer were left as they are, because the gradients were not finite or were refused."""
 
 
 def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module]:
@@ -79,10 +86,14 @@ class TrainOptimizer:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def step(self) -> StepInfo:
+    def step(self, refuse: Callable[[float], bool] | None = None) -> StepInfo:
         """Apply the gradients that `forward.run` left; every rank calls it.
 
         Gradients that are not finite change no weight and no moment; the schedule moves on all the same.
+
+        Args:
+            refuse: Asked with the gradient norm, also if that is not finite; True skips the step. Must give all ranks
+                the same answer.
         """
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -90,7 +101,8 @@ class TrainOptimizer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
+        refused = refuse(norm) if refuse is not None else False
+        if refused or not math.isfinite(norm):
             return StepInfo(norm, lr, skipped=True)
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
@@ -171,9 +183,9 @@ def build_optimizer(
         lr_warmup_steps=config.warmup_steps,
         # A warm-up longer than the training is a ramp that is not finished.
         lr_decay_steps=max(steps, config.warmup_steps + 1),
-        lr_decay_style={Schedule.COSINE: "cosine", Schedule.LINEAR: "linear", Schedule.CONSTANT: "constant"}[
-            config.schedule
-        ],
+        lr_decay_style=_DECAY_STYLES[config.schedule],
+        wsd_decay_steps=max(round(config.decay_share * steps), 1),
+        lr_wsd_decay_style="linear",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=steps,

@@ -1,6 +1,7 @@
 """A NeMo model around Megatron-Core's GPT: configuration in NeMo-1 keys, any TP x PP x DP layout, CPU or GPU."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.connector import MegatronConnector
+from nemo_minitron.models.guard import StepGuard
 from nemo_minitron.models.losses import LanguageModelLoss, tensor_group
 from nemo_minitron.models.optimizer import MegatronOptimizer
 
@@ -44,6 +46,7 @@ class MegatronGPTModel(ModelPT):
         tokenizer_files: Hugging Face tokenizer files by name; saved with the model.
         validation_reports: What each batch of the latest validation summed up to.
         lineage: Where the model comes from (base model, licence, plan); saved with the model.
+        restored_from: The checkpoint that the weights were read from; None for a model made from scratch.
 
     Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
     A batch holds this data-parallel rank's share of one global batch; a step returns sums and counts over all ranks.
@@ -57,9 +60,11 @@ class MegatronGPTModel(ModelPT):
         self.spec: ModelSpec = spec_from_nemo_config(OmegaConf.to_container(self._cfg, resolve=True))
         self.tokenizer_files: dict[str, bytes] = {}
         self.lineage: dict[str, Any] = {}
+        self.restored_from: Path | None = None
         self.chunks: list[MinitronGPT] = []
         self.training_chunks: list[torch.nn.Module] = []
         self.validation_reports: list[Report] = []
+        self.guard = StepGuard(nemo_settings.guard_config(self._cfg.get("minitron") or {}))
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -109,13 +114,29 @@ class MegatronGPTModel(ModelPT):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         report = self.run_schedule(batch, training=True)
-        optimizer.step()
-        info = optimizer.optimizer.last
         values = {f"train/{name}": value for name, value in per_token(report).items()}
         values["train/loss"] = values[f"train/{self.objective}"]
+        optimizer.optimizer.refuse = partial(self._refuse, values["train/loss"])
+        optimizer.step()
+        info = optimizer.optimizer.last
         values["train/lr"] = info.lr
         values["train/grad_norm"] = info.grad_norm
+        values["train/skipped"] = float(self.guard.skipped)
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
+        self.guard.check()
+
+    def _refuse(self, loss: float, grad_norm: float) -> bool:
+        """The guard's word on a step. Ranks agree on a spike, whose threshold rounding might put on either side."""
+        return self.guard.refuses(loss, grad_norm, agree=megatron_runtime.agree)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the guard remembers goes into training checkpoints."""
+        checkpoint["minitron_guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """And comes back."""
+        if (state := checkpoint.get("minitron_guard")) is not None:
+            self.guard.load_state_dict(state)
 
     objective = "ce"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.load import check
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.training import OptimizerConfig, Schedule
+from nemo_minitron.config.training import GuardConfig, OptimizerConfig, Schedule
 from nemo_minitron.errors import ConfigError
 
 _PARALLEL_KEYS = {
@@ -14,12 +14,14 @@ _PARALLEL_KEYS = {
     "virtual_pipeline": "virtual_pipeline_model_parallel_size",
     "context": "context_parallel_size",
     "sequence_parallel": "sequence_parallel",
+    "recompute": "activations_checkpoint_granularity",
 }
 _PRECISIONS = {"bf16": Precision.BF16, "bf16-mixed": Precision.BF16, "32": Precision.FP32, "fp32": Precision.FP32}
 _SCHEDULES = {
     "CosineAnnealing": Schedule.COSINE,
     "WarmupAnnealing": Schedule.LINEAR,
     "WarmupHoldPolicy": Schedule.CONSTANT,
+    "WarmupStableDecay": Schedule.WSD,
 }
 
 
@@ -67,6 +69,7 @@ def optimizer_config(optim: Mapping[str, Any]) -> OptimizerConfig:
         "min_lr": sched.get("min_lr", 0.0),
         "warmup_steps": sched.get("warmup_steps", 0),
         "schedule": _SCHEDULES[name],
+        "decay_share": sched.get("decay_share", 0.2),
         "weight_decay": optim.get("weight_decay", 0.01),
         "beta1": beta1,
         "beta2": beta2,
@@ -91,5 +94,15 @@ def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
             "name": names[config.schedule],
             "warmup_steps": config.warmup_steps,
             "min_lr": config.min_lr,
+            "decay_share": config.decay_share,
         },
     }
+
+
+def guard_config(minitron: Mapping[str, Any]) -> GuardConfig:
+    """`cfg.minitron.guard` as our section; absent keys mean the defaults.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    return check(GuardConfig, dict(minitron.get("guard") or {}), source="model configuration: minitron.guard")

@@ -39,8 +39,8 @@ def undisturbed(inputs, tmp_path_factory) -> Path:
     return run
 
 
-def command(run: Path, inputs: list[str]) -> list[str]:
-    return [sys.executable, "-m", "nemo_minitron", "run", str(RECIPE), *inputs, "--run-dir", str(run)]
+def command(run: Path, inputs: list[str], recipe: Path = RECIPE) -> list[str]:
+    return [sys.executable, "-m", "nemo_minitron", "run", str(recipe), *inputs, "--run-dir", str(run)]
 
 
 def environment() -> dict[str, str]:
@@ -118,9 +118,9 @@ def kill_in(stage: str, run: Path, inputs: list[str]) -> None:
     process.communicate()
 
 
-def start(run: Path, inputs: list[str]) -> subprocess.Popen[str]:
+def start(run: Path, inputs: list[str], recipe: Path = RECIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(run, inputs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        command(run, inputs, recipe), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
 
 

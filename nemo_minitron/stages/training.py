@@ -1,0 +1,160 @@
+"""What every training stage does: train, validate, save so that a stop at any moment costs little, leave the result."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+
+from nemo_minitron.callbacks.history import BestModel, ValidationHistory
+from nemo_minitron.callbacks.metrics import MetricsLogger
+from nemo_minitron.callbacks.progress import ProgressDisplay
+from nemo_minitron.callbacks.stopping import SaveAndStop
+from nemo_minitron.callbacks.throughput import Throughput
+from nemo_minitron.config.training import FinishWith, TrainingConfig
+from nemo_minitron.megatron import runtime
+from nemo_minitron.megatron.sharded_io import is_whole
+from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.stages import signals
+from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.session import make_trainer, restore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What one stage trains, on what, and how it is watched."""
+
+    kind: type[MegatronGPTModel]
+    model: Path
+    """Checkpoint folder to begin with."""
+    keys: Mapping[str, Any]
+    """Settings as keys of a NeMo model configuration; `base_keys` are there already."""
+    settings: TrainingConfig
+    data: LightningDataModule
+    monitor: ValidationHistory
+    metric: str
+    """What says how good the model is, of those that `monitor` keeps; lower is better."""
+    result: str
+    """Name of the folder that is written."""
+
+
+def train(context: StageContext, course: Course) -> dict[str, Any]:
+    """Write the trained model and `metrics.jsonl`; returns steps, tokens, speed and validations. Collective.
+
+    Goes on from the newest whole checkpoint of an earlier attempt.
+    """
+    settings = course.settings
+    checkpoints = context.out / "checkpoints"
+    throughput = Throughput(settings.batch.tokens_per_step)
+    best = BestModel(
+        f"val/{course.metric}",
+        folder=checkpoints if settings.finish_with is FinishWith.BEST else None,
+        patience=settings.patience,
+    )
+    trainer = _trainer(context, course, throughput, best, checkpoints)
+    model = restore(
+        course.kind,
+        course.model,
+        config=context.config,
+        micro_batch_size=settings.batch.micro_batch_size,
+        trainer=trainer,
+        extra=course.keys,
+    )
+    resume_from = newest_checkpoint(checkpoints)
+    with signals.deferred():
+        if resume_from is None:
+            trainer.validate(model, datamodule=course.data, verbose=False)
+        trainer.fit(model, datamodule=course.data, ckpt_path=resume_from)
+        if course.monitor.history[-1]["step"] != trainer.global_step:
+            trainer.validate(model, datamodule=course.data, verbose=False)
+    _leave(context, model, best, context.out / course.result)
+    if context.rank == 0:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        "steps": trainer.global_step,
+        "tokens": trainer.global_step * settings.batch.tokens_per_step,
+        "skipped_steps": model.guard.skipped,
+        "ended_early": best.ended,
+        "best": {"step": best.step, course.metric: best.value},
+        "finished_with": best.step if best.path is not None else trainer.global_step,
+        **throughput.summary(),
+        "validation": _finished_with(course.monitor.history, best),
+        "history": course.monitor.history,
+    }
+
+
+def base_keys(settings: TrainingConfig) -> dict[str, Any]:
+    """The settings that every kind of training has, as keys of a NeMo model configuration."""
+    return {
+        "optim": nemo_settings.optimizer_keys(settings.optimizer),
+        "minitron": {"guard": settings.guard.model_dump(mode="json")},
+    }
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint with the most steps; half-written ones are passed over."""
+    whole = [path for path in sorted(folder.glob("[0-9]*.ckpt")) if is_whole(path)]
+    return whole[-1] if whole else None
+
+
+def _trainer(
+    context: StageContext, course: Course, throughput: Throughput, best: BestModel, checkpoints: Path
+) -> Trainer:
+    settings = course.settings
+    saving = SaveAndStop(
+        requested=context.stop_requested,
+        stop=context.stop,
+        folder=checkpoints,
+        take_signals=signals.take,
+        every=settings.checkpoint_every,
+        keep=settings.keep_last,
+        best=best,
+    )
+    callbacks = [
+        throughput,
+        course.monitor,
+        _metrics(context, settings),
+        ProgressDisplay(context.reporter, context.stage.name),
+        best,
+        saving,
+    ]
+    return make_trainer(
+        context.config,
+        callbacks,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        val_check_interval=settings.validate_every or settings.steps + 1,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0,
+    )
+
+
+def _metrics(context: StageContext, settings: TrainingConfig) -> MetricsLogger:
+    return MetricsLogger(
+        [context.out / "metrics.jsonl", context.run.path / "metrics.jsonl"],
+        tensorboard=context.run.path / "tensorboard" / context.stage.name,
+        tokens_per_step=settings.batch.tokens_per_step,
+        every_n_steps=settings.log_every,
+        last_step=settings.steps,
+        labels={"stage": context.stage.name},
+        reporter=context.reporter,
+    )
+
+
+def _leave(context: StageContext, model: MegatronGPTModel, best: BestModel, target: Path) -> None:
+    """Write the result: the model as it is, or the one that did best."""
+    if best.path is None:
+        model.save_to(target)
+        return
+    if context.rank == 0 and not target.exists():  # a kill may have come after the move
+        best.path.rename(target)
+    runtime.barrier()
+
+
+def _finished_with(history: list[dict[str, Any]], best: BestModel) -> dict[str, Any]:
+    """The validation of the weights that were kept."""
+    step = best.step if best.path is not None else history[-1]["step"]
+    return next(row for row in reversed(history) if row["step"] == step and row["source"] == "val")
