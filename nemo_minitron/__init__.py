@@ -13,6 +13,7 @@ _PUBLIC = {
     "MegatronGPTDistillationModel": "nemo_minitron.models.distillation",
     "MegatronStrategy": "nemo_minitron.models.strategy",
     "ImportanceCallback": "nemo_minitron.callbacks.importance",
+    "PruningCallback": "nemo_minitron.callbacks.pruning",
     "DistillationMonitor": "nemo_minitron.callbacks.distillation",
     "Scores": "nemo_minitron.pruning.scores",
     "PruningPlan": "nemo_minitron.pruning.plan",

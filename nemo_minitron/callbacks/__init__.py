@@ -1,1 +1,1 @@
-"""Lightning callbacks: importance, distillation monitor, metrics, progress, throughput."""
+"""Lightning callbacks: importance, pruning, distillation monitor, metrics, progress, throughput."""

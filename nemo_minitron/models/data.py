@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.megatron.data import WindowDataset, loader, training_dataset
+from nemo_minitron.megatron.token_files import read_info
 
 
 class TokenDataModule(LightningDataModule):
@@ -48,4 +49,42 @@ class TokenDataModule(LightningDataModule):
             dp_rank=runtime.dp_rank,
             dp_size=runtime.dp_size,
             consumed_samples=consumed_samples,
+        )
+
+
+class CalibrationDataModule(LightningDataModule):
+    """Windows of the calibration split, in order, for `trainer.validate`.
+
+    Args:
+        folder: What the data stage wrote.
+        sequence_length: Tokens of a sample.
+        samples: Take only the first ones; None for all.
+        global_batch_size: Samples of one batch over all data-parallel ranks.
+
+    Attributes:
+        provenance: Digests of the texts and of the tokenizer, for `ImportanceCallback`.
+
+    Raises:
+        DataError: The folder holds no token files.
+    """
+
+    def __init__(
+        self, folder: Path, *, sequence_length: int, samples: int | None = None, global_batch_size: int = 1
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.sequence_length = sequence_length
+        self.samples = samples
+        self.global_batch_size = global_batch_size
+        info = read_info(folder)
+        self.provenance = {"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]}
+
+    def val_dataloader(self) -> DataLoader:
+        """This data-parallel rank's share of each batch."""
+        runtime = self.trainer.strategy.runtime
+        return loader(
+            WindowDataset(self.folder, "calibration", self.sequence_length, self.samples),
+            global_batch_size=self.global_batch_size,
+            dp_rank=runtime.dp_rank,
+            dp_size=runtime.dp_size,
         )

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.pruning.plan import PruningPlan
+from nemo_minitron.pruning.scores import Scores
 from tests import jobs
 from tests.ranks import run_on_ranks
 from tests.tiny import write_corpus, write_llama
@@ -55,6 +58,35 @@ def test_exp_manager_logs_checkpoints_resumes_and_leaves_a_nemo(artefacts, tmp_p
     batches = progress["epoch_loop.batch_progress"]
     assert (batches["total"]["completed"], batches["current"]["completed"]) == (9, 9)
     assert len(_events(checkpoints.parent)) == 9, "the second run goes on after the first one's last step"
+
+
+def test_pruning_needs_only_the_callbacks_and_a_nemo_config(artefacts, tmp_path):
+    command = [
+        *(sys.executable, str(EXAMPLES / "megatron_gpt_prune.py")),
+        *(f"model.restore_from_path={artefacts / 'teacher'}", f"model.data={artefacts / 'data'}"),
+        *(
+            "model.precision=32",
+            "model.encoder_seq_length=64",
+            "pruning.samples=8",
+            f"pruning.folder={tmp_path / 'out'}",
+        ),
+        *("pruning.target.ffn_hidden_size=0.5", "+pruning.target.num_layers=3"),
+    ]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    plan = PruningPlan.load(tmp_path / "out" / "plan.json")
+    assert plan.table() in ended.stdout
+    assert (plan.student.num_layers, plan.student.layer.ffn_hidden_size) == (3, 48)
+    scores = Scores.load(tmp_path / "out" / "scores.safetensors")
+    assert scores.samples == 8
+    assert scores.provenance["tokenizer_digest"]
+    for name in ("student.nemo", "student_hf"):
+        assert open_checkpoint(tmp_path / "out" / name).spec == plan.student
+        assert PruningPlan.of_checkpoint(tmp_path / "out" / name) == plan
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student_hf")(torch.tensor([[1, 2, 3]])).logits
+    assert torch.isfinite(logits).all()
 
 
 def _events(folder: Path):

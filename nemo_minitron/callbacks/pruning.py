@@ -1,0 +1,178 @@
+"""A pruned student from an ordinary `trainer.validate` over calibration data: scores, plan and checkpoint."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron.arch.families import family_named
+from nemo_minitron.callbacks.importance import ImportanceCallback
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.load import check
+from nemo_minitron.config.run import ExportFormat, TargetConfig
+from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_digest
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.pruning.apply import PrunedSource
+from nemo_minitron.pruning.build import build_plan
+from nemo_minitron.pruning.plan import PruningPlan
+from nemo_minitron.pruning.sizes import student_spec
+from nemo_minitron.pruning.write import write_checkpoint
+
+
+class PruningCallback(Callback):
+    """Prunes a model at the end of a validation over calibration data.
+
+    It takes its scores from the `ImportanceCallback` that stands before it in the trainer's list, or measures them
+    itself where there is none. Rank 0 decides and writes; the others wait. Every validation but the sanity check
+    replaces what the last one left.
+
+    Args:
+        target: Sizes of the student: a `TargetConfig`, or its keys as a mapping.
+        folder: Gets `scores.safetensors`, `plan.json`, and the student as `student.nemo`, `student_hf/` or both. All
+            ranks see it.
+        formats: What to write the student as.
+        source: The checkpoint to cut, tensor by tensor, in its own numbers. None: the one that the model was restored
+            from; a model made from scratch, or trained since, is saved by all ranks first, and cut from there.
+
+    Attributes:
+        plan: What stays, the same on every rank; None before a validation has ended.
+        students: Where each format is.
+
+    Raises:
+        ConfigError: `target` has keys that it should not, or sizes that no model has; at once.
+    """
+
+    def __init__(
+        self,
+        target: TargetConfig | Mapping[str, Any],
+        folder: str | Path,
+        *,
+        formats: Sequence[ExportFormat | str] = tuple(ExportFormat),
+        source: str | Path | None = None,
+    ) -> None:
+        self.target = _target(target)
+        self.folder = Path(folder)
+        self.formats = tuple(ExportFormat(kind) for kind in formats)
+        self.source = None if source is None else Path(source)
+        self.plan: PruningPlan | None = None
+        self.students: dict[ExportFormat, Path] = {}
+        self._importance: ImportanceCallback | None = None
+        self._collects = False
+
+    def setup(self, trainer: Trainer, pl_module: MegatronGPTModel, stage: str) -> None:
+        """Refuse what cannot come out well, before the model runs.
+
+        Raises:
+            PlanError: A size that cannot be.
+            SpecError: `config.json` cannot say the student's architecture.
+            CheckpointError: The source cannot be read, or holds another model.
+            MinitronError: The `ImportanceCallback` comes later in the trainer's list.
+        """
+        student = student_spec(self.target, pl_module.spec)
+        if ExportFormat.HF in self.formats:
+            family_named(student.family).write_config(student)
+        if (source := self._checkpoint(pl_module)) is not None:
+            PruningPlan.keep_all(pl_module.spec).check_fits(open_checkpoint(source).spec, where=str(source))
+        self._importance = _importance_before(self, trainer)
+        self._collects = self._importance is None
+        if self._importance is None:
+            self._importance = ImportanceCallback()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: MegatronGPTModel) -> None:
+        """Attach the hooks, unless another callback has."""
+        if self._collects:
+            self._importance.on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: MegatronGPTModel, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Tell the hooks which tokens count."""
+        if self._collects:
+            self._importance.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: MegatronGPTModel) -> None:
+        """Decide, and write scores, plan and student.
+
+        Raises:
+            ScoresError: The scores are another model's or another tokenizer's, or not finite.
+            CheckpointError: The student could not be written; what was there before is whole.
+        """
+        if self._collects:
+            self._importance.on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking:
+            return
+        scratch = None
+        if (source := self._checkpoint(pl_module)) is None:
+            source = scratch = self.folder / ".teacher"
+            pl_module.save_to(scratch)
+        try:
+            self.plan, self.students = _on_first_rank(lambda: self._prune(pl_module, source))
+        finally:
+            if scratch is not None and trainer.is_global_zero:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: MegatronGPTModel, exception: BaseException) -> None:
+        """Take the hooks off when validation breaks."""
+        if self._collects:
+            self._importance.on_exception(trainer, pl_module, exception)
+
+    def _checkpoint(self, model: MegatronGPTModel) -> Path | None:
+        """The checkpoint that holds the model's weights as they are; None when there is none."""
+        if self.source is not None:
+            return self.source
+        trained = bool(model.training_chunks)
+        return None if trained else model.restored_from
+
+    def _prune(self, model: MegatronGPTModel, source: Path) -> tuple[PruningPlan, dict[ExportFormat, Path]]:
+        scores = self._importance.scores
+        files = model.tokenizer_files
+        digest = tokenizer_digest(load_tokenizer(files)) if "tokenizer.json" in files else None
+        scores.check_made_for(model.spec, tokenizer_digest=digest)
+        plan = build_plan(scores, self.target, model.spec)
+        student = PrunedSource(open_checkpoint(source), plan)
+        scores.save(self.folder / "scores.safetensors")
+        plan.save(self.folder / "plan.json")
+        name = "student" if len(self.formats) > 1 else {"nemo": "student.nemo", "hf": "student_hf"}[self.formats[0]]
+        return plan, write_checkpoint(student, self.folder / name, self.formats)
+
+
+def _target(target: TargetConfig | Mapping[str, Any]) -> TargetConfig:
+    if isinstance(target, TargetConfig):
+        return target
+    plain = OmegaConf.to_container(target, resolve=True) if isinstance(target, DictConfig) else dict(target)
+    return check(TargetConfig, plain, source="target of PruningCallback")
+
+
+def _importance_before(callback: PruningCallback, trainer: Trainer) -> ImportanceCallback | None:
+    """The trainer's `ImportanceCallback`, which must have ended when the pruning begins."""
+    found = next((other for other in trainer.callbacks if isinstance(other, ImportanceCallback)), None)
+    if found is not None and trainer.callbacks.index(found) > trainer.callbacks.index(callback):
+        raise MinitronError(
+            "PruningCallback stands before ImportanceCallback in the trainer's list",
+            rule="callbacks end in the order of the list, and pruning needs the scores",
+            remedy="exchange the two, or leave ImportanceCallback out",
+        )
+    return found
+
+
+def _on_first_rank(action: Callable[[], Any]) -> Any:
+    """What rank 0 makes of it, on every rank; its error is raised on every rank, since they would wait for ever."""
+    result: Any = None
+    failure: Exception | None = None
+    if megatron_runtime.current().rank == 0:
+        try:
+            result = action()
+        except Exception as error:
+            # A stranger's error may not survive the way to the other ranks.
+            failure = error
+            result = error if isinstance(error, MinitronError) else RuntimeError(f"rank 0: {error!r}")
+    result = megatron_runtime.broadcast_object(result)
+    if isinstance(result, Exception):
+        raise failure or result
+    return result
