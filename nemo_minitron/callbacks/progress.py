@@ -10,6 +10,7 @@ from nemo_minitron.callbacks.reporter import Progress, Reporter, compact
 SHOWN = (
     ("train/loss", "loss", "{:.3f}"),
     ("val/kl", "held-out KL", "{:.3f}"),
+    ("val/ce", "held-out CE", "{:.3f}"),
     ("train/lr", "lr", "{:.1e}"),
 )
 
@@ -77,7 +78,9 @@ class ProgressDisplay(Callback):
 
 def _fields(trainer: Trainer) -> dict[str, str]:
     metrics = trainer.callback_metrics
-    fields = {name: form.format(float(metrics[key])) for key, name, form in SHOWN if key in metrics}
+    hidden = "val/ce" if "val/kl" in metrics else ""
+    shown = ((name, form, key) for key, name, form in SHOWN if key in metrics and key != hidden)
+    fields = {name: form.format(float(metrics[key])) for name, form, key in shown}
     if "train/tokens_per_second" in metrics:
         fields[f"{compact(float(metrics['train/tokens_per_second']))} tokens/s"] = ""
     return fields

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.training import DistillConfig
+from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
 
 
 class ModelConfig(Section):
@@ -156,6 +156,8 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig
     data: DataConfig
+    correct: CorrectConfig | None = None
+    """Fine-tune the teacher first; `{}` for the defaults, nothing to leave it as it is."""
     score: ScoreConfig = ScoreConfig()
     target: TargetConfig = TargetConfig()
     distill: DistillConfig = DistillConfig()
@@ -168,3 +170,10 @@ class RunConfig(Section):
         if problems := target_problems(self.score.depth, target.depth_metric, contiguous=target.depth_contiguous):
             raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correct_like_distill(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("correct"), dict):
+            return {**data, "correct": correction_defaults(data["correct"], data.get("distill"))}
+        return data

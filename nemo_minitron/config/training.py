@@ -1,9 +1,9 @@
 """Settings of a training stage: batches, optimizer, schedule, checkpoints, and the distillation objective."""
 
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, Positive, Section
 from nemo_minitron.config.parallel import Precision
@@ -153,3 +153,31 @@ class DistillConfig(TrainingConfig):
     """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
     loss_chunk_tokens: Count | None = None
     """Tokens whose logits exist at one time; None chooses from the vocabulary and the device."""
+
+
+class CorrectConfig(TrainingConfig):
+    """Fine-tuning of the teacher on the distillation data with plain cross-entropy, before anything is scored.
+
+    The student then learns from a teacher that knows its texts (arXiv:2408.11796, section 2: over 6 % less student
+    loss). Batch and optimizer are those of `distill` where nothing else is said, with a fifth of its peak learning
+    rate, as there.
+    """
+
+
+def correction_defaults(correct: dict[str, Any], distill: Any) -> dict[str, Any]:
+    """What `correct` says, with what it leaves open taken from `distill` (both as the recipe has them)."""
+    try:
+        settings = DistillConfig.model_validate(distill or {})
+    except ValidationError:
+        return correct  # those problems are told where they are
+    plain = settings.model_dump(mode="json")
+    filled = {"batch": _over(plain["batch"], correct.get("batch"))}
+    optimizer = _over({**plain["optimizer"], "lr": settings.optimizer.lr / 5}, correct.get("optimizer"))
+    if isinstance(optimizer, dict) and isinstance(optimizer["lr"], int | float):
+        given = correct.get("optimizer") or {}
+        optimizer = {**optimizer, "min_lr": given.get("min_lr", min(optimizer["min_lr"], optimizer["lr"]))}
+    return {**correct, **filled, "optimizer": optimizer}
+
+
+def _over(defaults: dict[str, Any], given: Any) -> Any:
+    return {**defaults, **given} if isinstance(given, dict) else (defaults if given is None else given)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
 TITLES: dict[str, str] = {
     "import": "Read the model into a checkpoint folder.",
     "data": "Turn texts into token files with the model's own tokenizer.",
+    "correct": "Fine-tune the teacher on the distillation data first, if the recipe asks for it.",
     "score": "Measure the importance of layers, channels, neurons and heads.",
     "prune": "Decide what stays, and cut the rest out.",
     "distill": "Train the student on the teacher's predictions.",
@@ -38,6 +39,17 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         _stage("import", sections=("model",)),
         _stage("data", inputs={"teacher": teacher}, sections=("data", "seed")),
     ]
+    if config.correct is not None:
+        stages.append(
+            _stage(
+                "correct",
+                inputs={"model": teacher, "data": "data"},
+                sections=("correct", "precision", "seed"),
+                collective=True,
+                saves_when_stopped=True,
+            )
+        )
+        teacher = "correct/teacher"
     model = teacher
     for number in range(1, config.steps + 1):
         stages += _round(number, config.steps, teacher=teacher, model=model)
