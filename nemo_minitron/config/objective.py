@@ -18,3 +18,12 @@ class DivergenceKind(StrEnum):
     """KL(q || (1 - skew) p + skew q)."""
     TOTAL_VARIATION = "total_variation"
     """Half the sum of |p - q|; between 0 and 1."""
+
+
+class HiddenLossKind(StrEnum):
+    """How far a student's intermediate state lies from the teacher's."""
+
+    COSINE = "cosine"
+    """1 - the cosine of the angle between them."""
+    MSE = "mse"
+    """Mean over channels of the squared difference."""

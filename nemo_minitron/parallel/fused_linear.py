@@ -168,10 +168,15 @@ class LinearGradient:
 class ChunkLoss(Protocol):
     """A loss over the vocabulary, seen by the output layer."""
 
-    logits_held: int
-    """Buffers of logits that exist at one time, the student's included."""
-    sums: int
-    """How many numbers it returns."""
+    @property
+    def logits_held(self) -> int:
+        """Buffers of logits that exist at one time, the student's included."""
+        ...
+
+    @property
+    def sums(self) -> int:
+        """How many numbers it returns."""
+        ...
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
         """Sums over a chunk's tokens, float64 and the same on every rank; the loss itself comes first.
