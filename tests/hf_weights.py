@@ -2,6 +2,7 @@
 
 import torch
 
+from nemo_minitron.arch.axes import Packing
 from nemo_minitron.arch.families import family_named
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
@@ -13,8 +14,12 @@ def canonical_weights(state: dict[str, torch.Tensor], spec: ModelSpec) -> dict[s
     packed = {}
     for weight in weights(spec):
         parts = [state[name.format(i=weight.layer)] for name in names[weight.row.name]]
-        if len(parts) == 3:
-            groups = spec.layers[weight.layer].num_query_groups
+        if weight.row.packing is Packing.QKV:
+            layer = spec.layers[weight.layer]
+            groups = layer.num_query_groups
+            if len(parts) == 1:
+                keys = groups * spec.head_dim
+                parts = parts[0].split([layer.num_attention_heads * spec.head_dim, keys, keys])
             parts = [torch.cat([part.chunk(groups)[group] for part in parts]) for group in range(groups)]
         packed[weight.name] = torch.cat(parts)
     return packed

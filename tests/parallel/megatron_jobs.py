@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 
@@ -38,6 +38,32 @@ SPECS = {
         ),
     ),
 }
+FAMILY_SPECS = {
+    "qwen3": replace(EVEN, family="qwen3", qk_norm=True),
+    "nemotron": replace(
+        EVEN,
+        family="nemotron",
+        tied_embeddings=False,
+        activation=Activation.SQUARED_RELU,
+        norm=Norm.LAYERNORM1P,
+        rotary_percent=0.5,
+    ),
+    "gemma3": replace(
+        EVEN,
+        family="gemma3",
+        layers=tuple(replace(EVEN.layer, local=local) for local in (True, True, False, True)),
+        activation=Activation.GEGLU_TANH,
+        norm=Norm.RMSNORM1P,
+        qk_norm=True,
+        post_norms=True,
+        scaled_embeddings=True,
+        query_scalar=12,
+        sliding_window=5,
+        local_rotary_base=100.0,
+    ),
+}
+"""Families whose layers differ from Llama's, or from Qwen2's, in more than a name."""
+ALL_SPECS = SPECS | FAMILY_SPECS
 
 
 @dataclass(frozen=True)
@@ -77,7 +103,7 @@ def train(case: Case) -> dict[str, Any]:
     from nemo_minitron.megatron.forward import reduce_report, run
 
     here = runtime.start(case.parallel, seed=0)
-    spec = SPECS[case.spec]
+    spec = ALL_SPECS[case.spec]
     chunks = build_chunks(spec, here, case.precision, seed=7)
     config = optimizer_config(case)
     wrapped = optim.wrap(chunks, config)

@@ -9,7 +9,7 @@ import torch
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron.placement import local_shard
-from tests.parallel.megatron_jobs import SPECS, Case, train_all
+from tests.parallel.megatron_jobs import ALL_SPECS, Case, train_all
 from tests.ranks import run_on_ranks
 
 PP2 = ParallelConfig(pipeline=2)
@@ -23,6 +23,12 @@ LAYOUTS = {
     "PP2, 3 layers of different sizes": (2, Case("uneven", PP2)),
     "PP2 VPP2 tied": (2, Case("tied", VPP2)),
     "PP2 VPP2 untied": (2, Case("untied", VPP2, micro_batch_size=2)),
+    "TP2 qwen3": (2, Case("qwen3", ParallelConfig(tensor=2))),
+    "TP2 nemotron": (2, Case("nemotron", ParallelConfig(tensor=2), micro_batch_size=2)),
+    "TP2 gemma3": (2, Case("gemma3", ParallelConfig(tensor=2), micro_batch_size=2)),
+    "PP2 qwen3": (2, Case("qwen3", PP2)),
+    "PP2 nemotron": (2, Case("nemotron", PP2)),
+    "PP2 VPP2 gemma3": (2, Case("gemma3", VPP2)),
     "DP2": (2, Case("tied", micro_batch_size=2)),
     "DP2 distributed optimizer": (2, Case("tied", distributed=True)),
     "DP1 micro-batches of 4": (1, Case("tied", micro_batch_size=4)),
@@ -36,7 +42,7 @@ LAYOUTS = {
 def _runs(world_size: int) -> dict[str, list[dict[str, Any]]]:
     """Every case of a world size; one start-up serves them all."""
     if world_size == 0:
-        names = list(SPECS)
+        names = list(ALL_SPECS)
         cases = [Case(name) for name in names]
         (results,) = run_on_ranks(1, train_all, cases)
         return {name: [result] for name, result in zip(names, results, strict=True)}
@@ -57,7 +63,7 @@ def test_training_is_the_same_at_every_layout(layout: str) -> None:
 
 
 def _check_weights(rank: dict[str, Any], full: dict[str, torch.Tensor], case: Case) -> None:
-    spec = SPECS[case.spec]
+    spec = ALL_SPECS[case.spec]
     size = case.parallel.tensor
     for name, mine in rank["weights"].items():
         shard = local_shard(weight_named(spec, name), full[name], spec, rank=rank["tp"], size=size)

@@ -7,7 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nemo_minitron.arch.families import family_of_hf_config
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec, RopeScaling
@@ -21,6 +39,7 @@ from nemo_minitron.megatron.forward import LossResult, MicroBatch, collect_hidde
 from nemo_minitron.megatron.model import MinitronGPT, rotary_frequencies
 from nemo_minitron.megatron.runtime import Runtime
 from tests.hf_weights import canonical_weights
+from tests.tiny import ZERO_CENTRED
 
 SIZES = {
     "vocab_size": 64,
@@ -45,6 +64,20 @@ MODELS = {
     "llama, tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama, scaled rotary": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "mistral, window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=7)),
+    "nemotron": (NemotronForCausalLM, NemotronConfig(**SIZES)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES, pad_token_id=0)),
+    "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **SIZES,
+            sliding_window=7,
+            query_pre_attn_scalar=12,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
 }
 SPEC = ModelSpec(
     family="llama",
@@ -68,7 +101,8 @@ def random_model(name: str) -> tuple[PreTrainedModel, ModelSpec]:
     model = kind(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+            scale_of_norm = parameter.ndim == 1 and config.model_type not in ZERO_CENTRED
+            parameter.normal_(1.0 if scale_of_norm else 0.0, 0.2)
     data = config.to_dict()
     return model, family_of_hf_config(data).read_config(data)
 
@@ -112,9 +146,9 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, here: Runtime
         [canonical_weights(gradients, spec)[weight.name] for weight, _ in ours.named_weights()],
         strict=True,
     ):
-        # Gradients are sums over 100 positions of either sign.
+        # Gradients are sums over 100 positions of either sign; the largest are of order ten.
         torch.testing.assert_close(
-            parameter.grad, wanted, rtol=1e-4, atol=1e-4, msg=lambda t, w=weight: f"{w.name} {t}"
+            parameter.grad, wanted, rtol=1e-4, atol=3e-4, msg=lambda t, w=weight: f"{w.name} {t}"
         )
 
 
