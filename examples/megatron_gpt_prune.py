@@ -7,8 +7,8 @@ configuration files, at any parallel layout. It needs a model and token files, f
     python examples/megatron_gpt_prune.py model.restore_from_path=runs/demo/stages/import/teacher \
         model.data=runs/demo/stages/data pruning.target.ffn_hidden_size=0.8 pruning.folder=pruned
 
-`pruning.folder` then holds `scores.safetensors`, `plan.json`, `student.nemo` and `student_hf/`. `nemo-minitron plan build`
-makes other plans of the same scores, without another pass.
+`pruning.folder` then holds `scores.safetensors`, `plan.json`, `student.nemo` and `student_hf/`. Other plans come from
+the same scores by `nemo-minitron plan build`, without another pass.
 """
 
 from pathlib import Path

@@ -72,8 +72,9 @@ class PruningCallback(Callback):
             PlanError: A size that cannot be.
             SpecError: `config.json` cannot say the student's architecture.
             CheckpointError: The source cannot be read, or holds another model.
-            MinitronError: The `ImportanceCallback` comes later in the trainer's list.
+            MinitronError: The folder cannot be made, or the `ImportanceCallback` comes later in the trainer's list.
         """
+        _claim(self.folder)
         student = student_spec(self.target, pl_module.spec)
         if ExportFormat.HF in self.formats:
             family_named(student.family).write_config(student)
@@ -140,6 +141,15 @@ class PruningCallback(Callback):
         plan.save(self.folder / "plan.json")
         name = "student" if len(self.formats) > 1 else {"nemo": "student.nemo", "hf": "student_hf"}[self.formats[0]]
         return plan, write_checkpoint(student, self.folder / name, self.formats)
+
+
+def _claim(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MinitronError(
+            f"PruningCallback: {folder} cannot be made ({error})", remedy="name another folder"
+        ) from error
 
 
 def _target(target: TargetConfig | Mapping[str, Any]) -> TargetConfig:

@@ -5,6 +5,11 @@ from torch import Tensor
 
 from nemo_minitron.errors import ScoresError
 
+TIE = 1e-6
+"""Neighbours in the ranking whose scores differ by no more than this, relative to the larger, are tied. Tensor
+parallelism adds up in another order, which moves scores of fp32 activations by 1e-7; units that are copies of each other
+must not be told apart by that."""
+
 
 def top_indices(score: Tensor, *, keep: int) -> Tensor:
     """The `keep` best of a vector of scores, int64, in ascending order; ties go to the lower index.
@@ -18,7 +23,7 @@ def top_indices(score: Tensor, *, keep: int) -> Tensor:
 
 
 def ranked(score: Tensor) -> Tensor:
-    """Indices of a vector of scores, int64, best first; ties go to the lower index.
+    """Indices of a vector of scores, int64, best first; ties (see `TIE`) go to the lower index.
 
     Raises:
         ScoresError: `score` is not a vector, or holds NaN or infinity.
@@ -31,7 +36,11 @@ def ranked(score: Tensor) -> Tensor:
             rule="every score is a finite number",
             remedy="score again; look for overflow in the model's activations",
         )
-    return score.sort(descending=True, stable=True).indices
+    values, order = score.sort(descending=True, stable=True)
+    apart = values[:-1] - values[1:] > TIE * torch.maximum(values[:-1].abs(), values[1:].abs())
+    ties = torch.zeros_like(order)
+    ties[1:] = apart.cumsum(0)
+    return order[(ties * score.numel() + order).argsort()]
 
 
 def top_heads(score_H: Tensor, *, groups: Tensor, num_groups: int, heads_per_group: int) -> Tensor:

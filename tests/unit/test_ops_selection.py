@@ -11,7 +11,7 @@ from nemo_minitron.ops.packing import (
     split_gate_up,
     split_qkv,
 )
-from nemo_minitron.ops.ranking import top_heads, top_indices
+from nemo_minitron.ops.ranking import ranked, top_heads, top_indices
 from nemo_minitron.ops.slicing import slice_dims
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 6, 2, 4, 10
@@ -22,6 +22,23 @@ def test_top_indices_breaks_ties_to_the_lower_index():
     assert top_indices(torch.tensor([5.0, 1.0, 5.0, 9.0]), keep=3).tolist() == [0, 2, 3]
     assert top_indices(torch.zeros(4), keep=4).tolist() == [0, 1, 2, 3]
     assert top_indices(torch.zeros(4), keep=0).tolist() == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_are_ranked_by_index_whatever_rounding_does_to_them(seed):
+    """Groups of equal units, each moved by the noise of another order of summation."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.rand(40, generator=generator, dtype=torch.float64).repeat_interleave(5)
+    exact = exact[torch.randperm(200, generator=generator)]
+    noisy = exact * (1 + 2e-7 * (torch.rand(200, generator=generator, dtype=torch.float64) - 0.5))
+    by_hand = sorted(range(200), key=lambda unit: (-exact[unit].item(), unit))
+    assert ranked(noisy).tolist() == ranked(exact).tolist() == by_hand
+
+
+def test_what_differs_by_more_than_rounding_is_no_tie():
+    score = torch.tensor([1.0, 1.00001, 1.00002, -1.0, -0.99999, 0.0], dtype=torch.float64)
+    assert ranked(score).tolist() == [2, 1, 0, 5, 4, 3]
+    assert ranked(torch.zeros(0)).tolist() == []
 
 
 @pytest.mark.parametrize("score", [torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.inf]), torch.zeros(1)])
