@@ -18,7 +18,7 @@ from nemo_minitron.checkpoints.parts import fuse, part_shapes
 from nemo_minitron.checkpoints.source import check_tokenizer_fits, names_of
 from nemo_minitron.errors import CheckpointError, SpecError
 
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}
+_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _PERMUTED_FAMILIES = ("llama",)
 _QUANTISATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
@@ -28,6 +28,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     LAYER_PREFIX + "self_attention.linear_qkv.layer_norm_weight": ("blk.{i}.attn_norm.weight",),
     LAYER_PREFIX + "self_attention.linear_qkv.weight": tuple(f"blk.{{i}}.attn_{part}.weight" for part in "qkv"),
     LAYER_PREFIX + "self_attention.linear_qkv.bias": tuple(f"blk.{{i}}.attn_{part}.bias" for part in "qkv"),
+    LAYER_PREFIX + "self_attention.q_layernorm.weight": ("blk.{i}.attn_q_norm.weight",),
+    LAYER_PREFIX + "self_attention.k_layernorm.weight": ("blk.{i}.attn_k_norm.weight",),
     LAYER_PREFIX + "self_attention.linear_proj.weight": ("blk.{i}.attn_output.weight",),
     LAYER_PREFIX + "mlp.linear_fc1.layer_norm_weight": ("blk.{i}.ffn_norm.weight",),
     LAYER_PREFIX + "mlp.linear_fc1.weight": ("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight"),
@@ -150,6 +152,7 @@ class GgufSource:
             rotary_base=_shortest(self._field(f"{architecture}.rope.freq_base", 10000.0)),
             tied_embeddings="output.weight" not in self._tensors,
             qkv_bias="blk.0.attn_q.bias" in self._tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in self._tensors,
         )
 
     def _check_names(self) -> None:
@@ -157,6 +160,13 @@ class GgufSource:
             raise SpecError(
                 f"{self.path}: rotary scaling cannot be read back from a GGUF file",
                 remedy="import the Hugging Face checkpoint of this model instead",
+            )
+        rotated = self._field(f"{self._arch}.rope.dimension_count", self._spec.head_dim)
+        window = self._field(f"{self._arch}.attention.sliding_window", None)
+        if rotated != self._spec.head_dim or window:
+            raise SpecError(
+                f"{self.path}: heads rotated in part ({rotated} channels) or a sliding window ({window})",
+                rule="neither is read from GGUF files",
             )
         expected: dict[str, tuple[int, ...]] = {}
         for weight in weights(self._spec):

@@ -33,6 +33,8 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 
 
@@ -115,10 +117,11 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gguf")
     tiny.write_llama(root / "llama", tied=True, num_key_value_heads=2)
     tiny.write_qwen2(root / "qwen2")
+    tiny.write_family(root / "qwen3", "qwen3")
     return root
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_unquantised_weights_come_back_exactly(hf: Path, tmp_path: Path, family: str) -> None:
     source = open_checkpoint(make_gguf(hf / family, tmp_path / "m-F32.gguf", architecture=family))
     expected = HfSource(hf / family)
