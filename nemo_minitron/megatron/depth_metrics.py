@@ -97,6 +97,12 @@ class DepthCollector:
         self._sums = {m: _Sums.zeros(len(blocks), runtime.device) for m in (*self._built_in, *self._own)}
         self._samples = torch.zeros(1, dtype=torch.float64, device=runtime.device)
         self._gram: Tensor | None = None
+        self._added = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether any micro-batch has been added, on this rank."""
+        return self._added
 
     def add(self, micro_batch: MicroBatch, own: Sequence[str] = ()) -> None:
         """Measure on this data-parallel rank's next calibration micro-batch; fully masked ones cost nothing.
@@ -105,6 +111,7 @@ class DepthCollector:
             micro_batch: Tokens, labels and which positions count; all ranks of a model copy pass the same.
             own: Which of one's own metrics are measured on it too.
         """
+        self._added = True
         self._samples += micro_batch.keep.any(-1).sum()
         self._measure(micro_batch, self._built_in, own)
 

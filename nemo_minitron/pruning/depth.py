@@ -4,7 +4,7 @@ A candidate is a block of consecutive layers to leave out, `(first, length)`. A 
 tokens or samples, once for the whole model and once without each candidate. Names in the file, all float64:
 
     depth.blocks              first layer and length of each candidate          [candidates, 2]
-    depth.samples             samples measured on                              []
+    depth.samples             calibration samples                              []
     depth.{metric}.sum        summed loss without each candidate                [candidates]
     depth.{metric}.base       the whole model's                                []
     depth.{metric}.count      what they are divided by: tokens, or samples      []
@@ -15,7 +15,7 @@ logits: it is worth `sum / base`, with `sum = sum (M_full - M_without)^2` over t
 arXiv:2511.16664).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
@@ -77,7 +77,7 @@ class DepthScores:
 
     @property
     def samples(self) -> int:
-        """Calibration samples."""
+        """Calibration samples; 0 if all metrics brought their own texts."""
         return int(self.tensors["depth.samples"])
 
     def values(self, metric: str) -> Tensor:
@@ -148,6 +148,15 @@ class DepthScores:
         summed = {name: tensor + other.tensors[name] for name, tensor in self.tensors.items()}
         return DepthScores(self.spec, summed | {"depth.blocks": self.tensors["depth.blocks"]})
 
+    def joined(self, others: Iterable["DepthScores"]) -> "DepthScores":
+        """These and other metrics of the same candidates, in one."""
+        tensors = dict(self.tensors)
+        for other in others:
+            if self.blocks != other.blocks or set(self.metrics) & set(other.metrics):
+                raise ScoresError("depth scores of other candidates, or of the same metrics", rule="other metrics")
+            tensors = other.tensors | tensors
+        return DepthScores(self.spec, tensors)
+
 
 def kept_layers(block_influence: Tensor, depth: DepthScores | None, target: TargetConfig, keep: int) -> tuple[int, ...]:
     """The layers that stay, as `target.depth_metric` and `target.depth_contiguous` say; ties go to the lower index.
@@ -212,8 +221,8 @@ def _check(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
             )
     for metric in metrics:
         _check_metric(metric, blocks, tensors)
-    if float(tensors["depth.samples"]) < 1:
-        raise ScoresError(f"depth scores: depth.samples = {float(tensors['depth.samples']):g}", rule="at least 1")
+    if not 0 <= float(tensors["depth.samples"]) < float("inf"):
+        raise ScoresError(f"depth scores: depth.samples = {float(tensors['depth.samples']):g}", rule="at least 0")
 
 
 def _checked_blocks(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> tuple[Block, ...]:
