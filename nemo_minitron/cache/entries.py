@@ -9,21 +9,12 @@ Shapes: S tokens of a sample, E entries of all of them.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.config.cache import TargetKind
 from nemo_minitron.errors import CacheError
-
-
-class TargetKind(StrEnum):
-    """What a cache holds of the teacher's distribution."""
-
-    SAMPLED = "sampled"
-    """Counts of random draws: unbiased."""
-    TOP_K = "top_k"
-    """The likeliest ids, and the mass of the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_minitron.cache.entries import Coding, SampleTargets, TargetKind
+from nemo_minitron.cache.entries import Coding, SampleTargets
 from nemo_minitron.cache.shards import EncodedSample, Shard, tokens_checksum, write_shard
 from nemo_minitron.checkpoints.files import staged_file
+from nemo_minitron.config.cache import TargetKind
 from nemo_minitron.errors import CacheError
 
 FORMAT = "nemo_minitron.target_cache"
@@ -101,7 +102,7 @@ class CacheManifest:
 class CacheWriter:
     """Writes shards, each whole or not at all; what an earlier attempt left whole is kept.
 
-    One process writes a folder.
+    Several processes may write to one folder, each its own shards, once one of them has made it.
 
     Args:
         folder: Where; made if it is not there.
@@ -114,13 +115,14 @@ class CacheWriter:
     def __init__(self, folder: Path, manifest: CacheManifest) -> None:
         self.folder, self.manifest = folder, manifest
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST).exists() and (found := CacheManifest.load(folder)) != manifest:
+        if not (folder / MANIFEST).exists():
+            manifest.save(folder)
+        elif (found := CacheManifest.load(folder)) != manifest:
             raise CacheError(
                 f"{folder}: holds another cache ({_differences(found, manifest)})",
                 rule="a folder holds one cache",
                 remedy="name another folder, or delete this one",
             )
-        manifest.save(folder)
 
     def missing(self) -> Iterator[int]:
         """Numbers of the shards that are not there or damaged, in order."""

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.cache.entries import Coding, SampleTargets, TargetKind
+from nemo_minitron.cache.entries import Coding, SampleTargets
 from nemo_minitron.cache.folder import CacheManifest, CacheWriter, TargetCache, shard_path
+from nemo_minitron.config.cache import TargetKind
 from nemo_minitron.errors import CacheError, MinitronError
 
 TOKENS = 5

@@ -1,0 +1,34 @@
+"""Settings of a cache of the teacher's targets."""
+
+from enum import StrEnum
+
+from nemo_minitron.config.base import Count, Section
+
+
+class TargetKind(StrEnum):
+    """What a cache holds of the teacher's distribution."""
+
+    SAMPLED = "sampled"
+    """Counts of random draws: unbiased (arXiv:2503.16870)."""
+    TOP_K = "top_k"
+    """The likeliest ids, and the mass of the rest."""
+
+
+class CacheConfig(Section):
+    """Run the teacher once over the training samples and store its targets; distillation then needs no teacher."""
+
+    kind: TargetKind = TargetKind.SAMPLED
+    draws: Count = 50
+    """Random draws a token of `sampled` targets: about 12 ids and 36 bytes at 50."""
+    k: Count = 100
+    """Ids a token of `top_k` targets; far fewer than 100 do harm (the same paper)."""
+    micro_batch_size: Count = 1
+    samples_per_shard: Count = 256
+    """Samples of one file; what a stopped run loses at most."""
+    folder: str | None = None
+    """Where the cache lies, to be shared by several students; None: in the run folder."""
+
+    @property
+    def width(self) -> int:
+        """Draws, or k."""
+        return self.draws if self.kind is TargetKind.SAMPLED else self.k
