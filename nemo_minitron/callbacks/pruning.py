@@ -13,7 +13,7 @@ from nemo_minitron.callbacks.importance import ImportanceCallback
 from nemo_minitron.checkpoints.source import open_checkpoint
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import ExportFormat, TargetConfig
-from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_digest
+from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.forward import MicroBatch
@@ -132,9 +132,7 @@ class PruningCallback(Callback):
 
     def _prune(self, model: MegatronGPTModel, source: Path) -> tuple[PruningPlan, dict[ExportFormat, Path]]:
         scores = self._importance.scores
-        files = model.tokenizer_files
-        digest = tokenizer_digest(load_tokenizer(files)) if "tokenizer.json" in files else None
-        scores.check_made_for(model.spec, tokenizer_digest=digest)
+        scores.check_made_for(model.spec, tokenizer_digest=digest_of_files(model.tokenizer_files))
         plan = build_plan(scores, self.target, model.spec)
         student = PrunedSource(open_checkpoint(source), plan)
         scores.save(self.folder / "scores.safetensors")
@@ -179,9 +177,12 @@ def _on_first_rank(action: Callable[[], Any]) -> Any:
         try:
             result = action()
         except Exception as error:
-            # A stranger's error may not survive the way to the other ranks.
             failure = error
-            result = error if isinstance(error, MinitronError) else RuntimeError(f"rank 0: {error!r}")
+            if isinstance(error, OSError):
+                failure = MinitronError(f"PruningCallback: rank 0 could not write ({error})")
+            # A stranger's error may not survive the way to the other ranks.
+            stranger = not isinstance(failure, MinitronError)
+            result = RuntimeError(f"rank 0: {type(error).__name__}: {error}") if stranger else failure
     result = megatron_runtime.broadcast_object(result)
     if isinstance(result, Exception):
         raise failure or result

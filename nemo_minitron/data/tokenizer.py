@@ -108,6 +108,15 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
+def digest_of_files(files: dict[str, bytes]) -> str | None:
+    """`tokenizer_digest` of the tokenizer that a checkpoint carries; None when it carries none.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    return tokenizer_digest(load_tokenizer(files)) if "tokenizer.json" in files else None
+
+
 def _whole(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     """A copy that neither cuts nor pads: some `tokenizer.json` carry a length limit from their last use."""
     from tokenizers import Tokenizer

@@ -7,8 +7,8 @@ from nemo_minitron.errors import ScoresError
 
 TIE = 1e-6
 """Neighbours in the ranking whose scores differ by no more than this, relative to the larger, are tied. Tensor
-parallelism adds up in another order, which moves scores of fp32 activations by 1e-7; units that are copies of each other
-must not be told apart by that."""
+parallelism adds up in another order, which moves scores of fp32 activations by 1e-7; that must not tell copies of one
+unit apart."""
 
 
 def top_indices(score: Tensor, *, keep: int) -> Tensor:

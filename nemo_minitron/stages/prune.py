@@ -5,6 +5,7 @@ from typing import Any
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.rounds import round_targets
@@ -17,7 +18,9 @@ def run(context: StageContext) -> dict[str, Any]:
     teacher = open_checkpoint(context.input("model"))
     original = open_checkpoint(context.input("teacher")).spec
     target = round_targets(context.config.target, original, context.config.steps)[context.stage.round - 1]
-    plan = build_plan(Scores.load(context.input("scores")), target, teacher.spec)
+    scores = Scores.load(context.input("scores"))
+    scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
+    plan = build_plan(scores, target, teacher.spec)
     plan.save(context.out / "plan.json")
     write_folder(PrunedSource(teacher, plan), context.out / "student")
     student = plan.student
