@@ -1,8 +1,10 @@
 """What a model says of each label, token by token, with the output layer inside.
 
-The forward-only sibling of `fused_linear_cross_entropy`, for losses that are not one sum over all tokens.
+The forward-only sibling of `fused_linear_cross_entropy`, for losses that are not one sum over all tokens. Without a
+gradient the logits need not outlive the sum over them, so they are formed in tiles of tokens and columns, which is
+faster where caches are small.
 
-Shapes: N tokens, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
+Shapes: N tokens, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks, T tiles of columns.
 """
 
 from dataclasses import dataclass
@@ -14,9 +16,7 @@ from torch.distributed import ProcessGroup
 from nemo_minitron.parallel.collectives import gather
 from nemo_minitron.parallel.fused_linear import (
     OutputLayer,
-    chunk_rows,
     label_columns,
-    label_logits,
     labelled,
     pieces,
     project,
@@ -24,6 +24,10 @@ from nemo_minitron.parallel.fused_linear import (
     wide_dtype,
     widened,
 )
+
+_TILE_TOKENS = 2048
+_TILE_COLUMNS = {"cpu": 4096}
+_TILE_COLUMNS_ELSEWHERE = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +48,50 @@ def label_scores(
     keep: Tensor | None = None,
     *,
     vocab_size: int,
-    chunk_tokens: int | None = None,
+    tile: tuple[int, int] | None = None,
     tp: ProcessGroup | None = None,
 ) -> LabelScores:
-    """Score labels without a `[tokens, vocabulary]` tensor; no gradient. Arguments: `fused_linear_cross_entropy`."""
-    layer = OutputLayer.of(hidden, weight, keep, vocab_size, chunk_tokens, tp)
+    """Score labels without a `[tokens, vocabulary]` tensor; no gradient.
+
+    Args:
+        hidden: `[N, h]` after the final norm, the same on every tensor-parallel rank.
+        weight: `[V, h]`, rank r holding tokens `r * V` and following.
+        labels: `[N]` token ids.
+        keep: `[N]` bool; None keeps all. The others are not computed.
+        vocab_size: Real tokens; columns beyond it carry no probability.
+        tile: Tokens and columns whose logits exist at one time; None chooses.
+        tp: Ranks that share the vocabulary.
+    """
+    rows, width = tile or (_TILE_TOKENS, _TILE_COLUMNS.get(hidden.device.type, _TILE_COLUMNS_ELSEWHERE))
+    layer = OutputLayer.of(hidden, weight, keep, vocab_size, None, tp)
     kept_hidden, kept_labels = layer.tokens.of(hidden), layer.tokens.of(labels)
-    columns = weight[: layer.real]
     nats, correct = [kept_hidden.new_zeros(0, dtype=torch.float64)], [labels.new_zeros(0, dtype=torch.bool)]
-    rows = chunk_rows(kept_hidden.shape[0], layer.columns, hidden.dtype.itemsize, chunk_tokens)
     for chunk in pieces(kept_hidden.shape[0], rows):
-        values = _values(project("student", kept_hidden[chunk], columns), kept_labels[chunk], layer)
-        peak, mass, label, found = gather(values, layer.tp).double().unbind(1)
+        local, mine = label_columns(kept_labels[chunk], columns=layer.columns, real=layer.real, tp=layer.tp)
+        values = _tiles(kept_hidden[chunk], weight, local, layer, width)
+        values[2] *= mine
+        peak, mass, label = gather(values, layer.tp).double().transpose(0, 1).flatten(1, 2)
+        found = gather(mine.to(peak.dtype), layer.tp)
         nats.append(labelled(torch.logsumexp(peak + mass.log(), 0) - label.sum(0), found))
         correct.append(label.sum(0) == peak.amax(0))
     return LabelScores(layer.tokens.spread(torch.cat(nats)), layer.tokens.spread(torch.cat(correct)))
 
 
-def _values(logits: Tensor, labels: Tensor, layer: OutputLayer) -> Tensor:
-    """Peak, mass above it, the label's logit and whether it is among them, of this rank's columns: `[4, rows]`."""
-    local, mine = label_columns(labels, columns=layer.columns, real=layer.real, tp=layer.tp)
-    values = torch.zeros(4, logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
-    values[2], values[3] = label_logits(logits, local, mine), mine
-    for block in layer.blocks(logits):
-        s = widened("student block", logits[block])
-        row_max(s, values[0, block])
-        torch.sum(s.sub_(values[0, block].unsqueeze(1)).exp_(), -1, out=values[1, block])
+def _tiles(hidden: Tensor, weight: Tensor, local: Tensor, layer: OutputLayer, width: int) -> Tensor:
+    """Peak, mass above it, and the label's logit if it is there, of each tile of this rank's columns: `[3, T, rows]`.
+
+    Every rank has equally many tiles; those beyond the real columns hold nothing.
+    """
+    tiles = list(pieces(layer.columns, width))
+    values = torch.zeros(3, len(tiles), hidden.shape[0], dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    for index, tile in enumerate(tiles):
+        peak, mass, label = values[:, index]
+        logits = project("student", hidden, weight[tile.start : max(tile.start, min(tile.stop, layer.real))])
+        s = widened("student block", logits)
+        row_max(s, peak)
+        if s.shape[1]:
+            inside = (local >= tile.start) & (local < tile.start + s.shape[1])
+            column = torch.where(inside, local - tile.start, 0).unsqueeze(1)
+            label.copy_(torch.where(inside, s.gather(1, column).squeeze(1), 0))
+            torch.sum(s.sub_(peak.unsqueeze(1)).exp_(), -1, out=mass)
     return values
