@@ -78,7 +78,7 @@ class DistributedWeights:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.prefix = self._find_prefix()
-        self._keys = frozenset(key for key in store.tensors if not is_training_state(key))
+        self._keys = frozenset(store.tensors)
         self.stacked = not any(_LAYER.match(key.removeprefix(self.prefix)) for key in self._keys)
 
     def vocab_rows(self) -> int:
@@ -145,8 +145,3 @@ def check_shape(weight: Weight, stored: Shape, expected: Shape, *, where: str) -
 def stacked_name(name: str) -> str:
     """A layer's weight name without the layer's number."""
     return _LAYER.sub("decoder.layers.", name)
-
-
-def is_training_state(key: str) -> bool:
-    """Whether a key belongs to an optimizer, a scheduler or random states, not to the model."""
-    return key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))

@@ -10,10 +10,9 @@ Megatron-Core's own conventions, so its `dist_checkpointing` loads the folder at
 """
 
 import hashlib
-import io
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.nemo_config import lineage_of, nemo_config, spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weight_named, weights
+from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.files import (
     Files,
     FolderFiles,
@@ -33,7 +32,8 @@ from nemo_minitron.checkpoints.files import (
     staged_folder,
 )
 from nemo_minitron.checkpoints.layouts import open_weights
-from nemo_minitron.checkpoints.megatron_weights import DistributedWeights, stacked_name
+from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
+from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
@@ -41,9 +41,8 @@ from nemo_minitron.checkpoints.source import (
     TensorSource,
     check_tokenizer_fits,
     names_of,
-    stream,
 )
-from nemo_minitron.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
+from nemo_minitron.checkpoints.torch_dist import TorchDistReader
 from nemo_minitron.errors import CheckpointError
 
 CONFIG_FILE = "model_config.yaml"
@@ -124,26 +123,11 @@ def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | Non
         dtype: Type of the weights; None keeps the source's.
     """
     dtype = dtype or source.dtype
-    spec = source.spec
     with staged_folder(folder) as partial:
         (partial / WEIGHTS_FOLDER).mkdir()
-        with TorchDistWriter(partial / WEIGHTS_FOLDER) as writer:
-            for name, tensor in stream(source):
-                layer = weight_named(spec, name).layer
-                tensor = tensor.to(dtype)  # noqa: PLW2901
-                if layer is None or not spec.is_uniform:
-                    writer.add(KEY_PREFIX + name, tensor)
-                else:
-                    writer.add(
-                        KEY_PREFIX + stacked_name(name),
-                        tensor[None],
-                        offsets=(layer, *(0 for _ in tensor.shape)),
-                        shape=(spec.num_layers, *tensor.shape),
-                    )
-            for key in extra_state_keys(spec):
-                writer.add_object(key, _empty_state())
+        write_weights(source, partial / WEIGHTS_FOLDER, prefix=KEY_PREFIX, dtype=dtype)
         write_folder_files(
-            partial, spec=spec, dtype=dtype, tokenizer_files=source.tokenizer_files(), lineage=source.lineage
+            partial, spec=source.spec, dtype=dtype, tokenizer_files=source.tokenizer_files(), lineage=source.lineage
         )
 
 
@@ -228,26 +212,6 @@ def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, byt
         return {name: read_bytes(files, value.removeprefix("nemo:")) for name, value in named.items()}
     found = {match.group(1): name for name in files.names() if (match := _ARTIFACT.match(name))}
     return {name: read_bytes(files, found[name]) for name in (*TOKENIZER_FILES, *LICENCE_FILES) if name in found}
-
-
-def extra_state_keys(spec: ModelSpec) -> Iterator[str]:
-    """Keys of the empty per-layer states that Megatron-Core asks for beside each linear layer's weight."""
-    for weight in weights(spec):
-        module = weight.name.removesuffix(".weight")
-        if weight.layer is None or not module.rpartition(".")[2].startswith("linear_") or module == weight.name:
-            continue
-        if spec.is_uniform:
-            yield f"{KEY_PREFIX}{stacked_name(module)}._extra_state/shard_{weight.layer}_{spec.num_layers}"
-        else:
-            yield f"{KEY_PREFIX}{module}._extra_state/shard_0_1"
-
-
-def _empty_state() -> io.BytesIO:
-    """No FP8 state, as Transformer Engine saves it: bytes that hold None."""
-    state = io.BytesIO()
-    torch.save(None, state)
-    state.seek(0)
-    return state
 
 
 def _tokenizer_section(artifacts: Mapping[str, str], lineage: Mapping[str, Any]) -> dict[str, Any]:

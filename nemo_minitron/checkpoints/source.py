@@ -87,7 +87,8 @@ def open_checkpoint(path: Path) -> TensorSource:
     """Open a checkpoint of any readable format, found out by looking at it.
 
     Args:
-        path: A Hugging Face folder, a `.gguf` file, a `.nemo` file or an unpacked `.nemo` folder.
+        path: A Hugging Face folder, a `.gguf` file, a `.nemo` file or its unpacked folder, a NeMo-2 folder, or a
+            checkpoint folder of Megatron-LM or Megatron-Bridge.
 
     Raises:
         CheckpointError: The path does not exist, is of no known format, or is damaged.
@@ -95,16 +96,23 @@ def open_checkpoint(path: Path) -> TensorSource:
     """
     from nemo_minitron.checkpoints.gguf import GgufSource
     from nemo_minitron.checkpoints.hf import HfSource
+    from nemo_minitron.checkpoints.megatron_dist import MegatronSource, is_megatron_folder
     from nemo_minitron.checkpoints.nemo1 import NemoSource
+    from nemo_minitron.checkpoints.nemo2 import Nemo2Source, is_nemo2_folder
 
     if path.is_dir():
         if (path / "model_config.yaml").is_file():
             return NemoSource(path)
         if (path / "config.json").is_file():
             return HfSource(path)
+        if is_nemo2_folder(path):
+            return Nemo2Source(path)
+        if is_megatron_folder(path):
+            return MegatronSource(path)
         raise CheckpointError(
             f"{path}: not a checkpoint folder",
-            rule="config.json (Hugging Face) or model_config.yaml (unpacked .nemo) lies in it",
+            rule="config.json (Hugging Face), model_config.yaml (unpacked .nemo), context/ and weights/ (NeMo 2), or "
+            "iterations of Megatron lie in it",
             remedy="name the folder that holds the weights themselves",
         )
     if not path.is_file():

@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def stored_tensors(index: Metadata, *, label: str) -> dict[str, StoredTensor]:
-    """Tensors of an index by key; other objects are left out.
+    """Tensors of an index by key; other objects are left out, and so is what belongs to a training, not to a model.
 
     Raises:
         CheckpointError: An entry is damaged, a piece lies outside its tensor or is larger than its record, or
@@ -42,13 +42,18 @@ def stored_tensors(index: Metadata, *, label: str) -> dict[str, StoredTensor]:
     """
     found = {}
     for key, entry in index.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
+        if isinstance(entry, TensorStorageMetadata) and not is_training_state(str(key)):
             try:
                 found[str(key)] = _stored_tensor(key, entry, index.storage_data)
             except (AttributeError, TypeError, ValueError, KeyError) as error:
                 what = f"{label}/.metadata: entry of {key} is damaged ({type(error).__name__}: {error})"
                 raise CheckpointError(what, remedy="fetch or write it again") from error
     return found
+
+
+def is_training_state(key: str) -> bool:
+    """Whether a key belongs to an optimizer, a schedule or random states, not to the model."""
+    return key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))
 
 
 def check_files(tensors: Mapping[str, StoredTensor], sizes: Mapping[str, int], *, label: str) -> None:

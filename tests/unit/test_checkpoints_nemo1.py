@@ -267,7 +267,7 @@ def test_megatron_loads_strictly_what_we_write_and_we_read_what_it_saves(hf: Pat
 
 
 def _rewrite_with_a_key_a_layer(source: TensorSource, folder: Path) -> None:
-    from nemo_minitron.checkpoints.nemo1 import extra_state_keys
+    from nemo_minitron.checkpoints.megatron_writer import extra_state_keys
     from nemo_minitron.checkpoints.torch_dist import TorchDistWriter
 
     first, *others = source.spec.layers
@@ -277,7 +277,7 @@ def _rewrite_with_a_key_a_layer(source: TensorSource, folder: Path) -> None:
     with TorchDistWriter(folder / "model_weights") as writer:
         for name in source.names():
             writer.add(f"model.{name}", source.get(name))
-        for key in extra_state_keys(uneven):
+        for key in extra_state_keys(uneven, prefix="model."):
             writer.add_object(key, io.BytesIO())
 
 

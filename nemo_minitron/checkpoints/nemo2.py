@@ -1,0 +1,227 @@
+"""NeMo-2 checkpoints: a folder of context and weights.
+
+    context/model.yaml       the model and its configuration, every field written out
+    context/io.json          the same as NeMo 2 rebuilds it from
+    context/nemo_tokenizer/  Hugging Face files
+    context/minitron.json    ours: the architecture whole, and the lineage
+    weights/                 torch_dist (or zarr), keys with the prefix `module.`
+
+NeMo 2 builds what `io.json` names, by importing it. Nothing is imported here: both files are read as data.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from nemo_minitron.arch.megatron_config import (
+    rope_fields,
+    says_all,
+    spec_from_transformer_fields,
+    transformer_fields,
+)
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import weight_named
+from nemo_minitron.checkpoints.fiddle_json import FiddleDocument, Symbol, arguments_at
+from nemo_minitron.checkpoints.files import FolderFiles, read_bytes, staged_folder
+from nemo_minitron.checkpoints.layouts import open_weights
+from nemo_minitron.checkpoints.megatron_dist import (
+    OURS,
+    named_functions,
+    read_ours,
+    recorded_spec,
+    travelling_files,
+    write_travelling,
+)
+from nemo_minitron.checkpoints.megatron_writer import write_weights
+from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
+from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
+from nemo_minitron.errors import CheckpointError
+
+CONTEXT, WEIGHTS = "context", "weights"
+KEY_PREFIX = "module."
+_TOKENIZER = "nemo_tokenizer"
+_MODEL_YAML, _IO_JSON = "model.yaml", "io.json"
+_MODELS = "nemo.collections.llm.gpt.model."
+# Family to NeMo 2's module, class of the model, class of its configuration.
+_CLASSES: dict[str, tuple[str, str, str]] = {
+    "llama": ("llama", "LlamaModel", "LlamaConfig"),
+    "mistral": ("mistral", "MistralModel", "MistralConfig7B"),
+    "qwen2": ("qwen2", "Qwen2Model", "Qwen2Config"),
+    "qwen3": ("qwen3", "Qwen3Model", "Qwen3Config"),
+    "nemotron": ("nemotron", "NemotronModel", "NemotronConfig"),
+    "phi3": ("phi3mini", "Phi3Model", "Phi3Config"),
+    "gemma": ("gemma", "GemmaModel", "GemmaConfig"),
+}
+_UNSAYABLE = ("nemo_minitron.unsayable.Model", "nemo_minitron.unsayable.Config")
+"""In place of classes where NeMo 2's fields cannot say what the model computes: NeMo 2 stops, it does not guess."""
+_AUTO_TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
+_TRAINER_CONTEXT = "nemo.lightning.io.pl.TrainerContext"
+
+
+class Nemo2Source:
+    """A NeMo-2 folder as canonical tensors.
+
+    Raises:
+        CheckpointError: A file is missing or damaged or names code, a weight is missing, unknown or of the wrong shape,
+            or the tokenizer does not fit the vocabulary.
+        SpecError: The architecture is not supported, or not written out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = FolderFiles(folder)
+        context = f"{CONTEXT}/" if any(name.startswith(f"{CONTEXT}/") for name in self._files.names()) else ""
+        self._context = context
+        self._weights = open_weights(self._files, WEIGHTS)
+        self._ours = read_ours(self._files, context + OURS)
+        model = self._read_model()
+        refuse_code(model, where=f"{folder / context}")
+        self._spec = self._read_spec(model.get("config"))
+        self._weights.check(self._spec)
+        self._dtype = self._weights.dtype(self._spec)
+        self._tokenizer_files = travelling_files(self._files, context + self._tokenizer_folder(model))
+        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture, from the context."""
+        return self._spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that holds every stored weight exactly."""
+        return self._dtype
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What the writer recorded; for a foreign folder its name."""
+        known = self._ours.get("lineage")
+        name = self.folder.absolute().name
+        return dict(known) if known else {"base_model": name, "license": None, "format": "nemo2"}
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names in table order."""
+        return names_of(self._spec)
+
+    def get(self, name: str) -> Tensor:
+        """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
+        return self._weights.get(weight_named(self._spec, name)).to(self._dtype)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Tokenizer, generation defaults, licence and plan files of the context."""
+        return dict(self._tokenizer_files)
+
+    def _read_model(self) -> dict[str, Any]:
+        """The model's arguments as plain data; `model.yaml` has every default written out, `io.json` has not."""
+        names = self._files.names()
+        if self._context + _MODEL_YAML in names:
+            where = f"{self.folder / self._context / _MODEL_YAML}"
+            return read_yaml(read_bytes(self._files, self._context + _MODEL_YAML), where=where)
+        if self._context + _IO_JSON in names:
+            where = f"{self.folder / self._context / _IO_JSON}"
+            document = read_json(read_bytes(self._files, self._context + _IO_JSON), where=where)
+            parts = {name: arguments_at(document, f"model.{name}", where=where) for name in ("config", "tokenizer")}
+            return {**arguments_at(document, "model", where=where), **parts}
+        raise CheckpointError(
+            f"{self.folder}: has neither {CONTEXT}/{_MODEL_YAML} nor {CONTEXT}/{_IO_JSON}",
+            rule="the context describes the model",
+        )
+
+    def _read_spec(self, config: Any) -> ModelSpec:
+        where = f"{self.folder / CONTEXT}"
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{where}: the model has no config")
+        fields = named_functions(config)
+        rows = self._weights.vocab_rows()
+        found = recorded_spec(self._ours, fields, where=where)
+        return found or spec_of(
+            lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where), fields, where=where
+        )
+
+    def _tokenizer_folder(self, model: Mapping[str, Any]) -> str:
+        tokenizer = model.get("tokenizer")
+        named = tokenizer.get("pretrained_model_name") if isinstance(tokenizer, dict) else None
+        start = f"{self._context}{named}/"
+        inside = isinstance(named, str) and any(name.startswith(start) for name in self._files.names())
+        return str(named) if inside else _TOKENIZER
+
+
+def is_nemo2_folder(path: Path) -> bool:
+    """Whether a folder has NeMo 2's parts."""
+    return (path / WEIGHTS).is_dir() and ((path / CONTEXT).is_dir() or (path / _IO_JSON).is_file())
+
+
+def write_nemo2(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a NeMo-2 folder, one tensor in memory at a time. Equal sources give equal bytes.
+
+    Args:
+        source: What to write.
+        folder: Where; a folder of that name is replaced once the new one is whole.
+        dtype: Type of the weights; None keeps the source's.
+    """
+    dtype = dtype or source.dtype
+    with staged_folder(folder) as partial:
+        context = partial / CONTEXT
+        context.mkdir()
+        (partial / WEIGHTS).mkdir()
+        write_weights(source, partial / WEIGHTS, prefix=KEY_PREFIX, dtype=dtype)
+        write_travelling(context, _TOKENIZER, source)
+        model, config = _classes(source.spec)
+        fields = _fields(source.spec, dtype)
+        tokenizer = {"pretrained_model_name": _TOKENIZER, "use_fast": True} if source.tokenizer_files() else None
+        (context / _MODEL_YAML).write_text(_model_yaml(model, config, fields, tokenizer), encoding="utf-8")
+        document = _io_json(model, config, fields, tokenizer)
+        (context / _IO_JSON).write_text(json.dumps(document), encoding="utf-8")
+
+
+def _fields(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    fields = transformer_fields(spec) | rope_fields(spec)
+    fields["activation_func"] = Symbol(fields["activation_func"])
+    name = Symbol(str(dtype))
+    return fields | {
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "params_dtype": name,
+        "pipeline_dtype": name,
+        "autocast_dtype": name,
+    }
+
+
+def _classes(spec: ModelSpec) -> tuple[str, str]:
+    """Dotted names of the classes of model and configuration."""
+    if spec.family not in _CLASSES or not says_all(spec) or (spec.scaled_embeddings and spec.family != "gemma"):
+        return _UNSAYABLE
+    if spec.rope_scaling is not None and spec.family != "llama":
+        return _UNSAYABLE
+    module, model, config = _CLASSES[spec.family]
+    scaled = "Llama31Config" if spec.rope_scaling is not None else config
+    return f"{_MODELS}{module}.{model}", f"{_MODELS}{module}.{scaled}"
+
+
+def _model_yaml(model: str, config: str, fields: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> str:
+    plain = {
+        key: {"_target_": str(value), "_call_": False} if isinstance(value, Symbol) else value
+        for key, value in fields.items()
+    }
+    data = {
+        "_target_": model,
+        "config": {"_target_": config, **plain},
+        "optim": None,
+        "tokenizer": None if tokenizer is None else {"_target_": _AUTO_TOKENIZER, **tokenizer},
+        "model_transform": None,
+    }
+    return yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
+
+
+def _io_json(model: str, config: str, fields: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    document = FiddleDocument()
+    parts: dict[str, Any] = {"config": document.add(config, fields, path="model.config")}
+    if tokenizer is not None:
+        parts["tokenizer"] = document.add(_AUTO_TOKENIZER, tokenizer, path="model.tokenizer")
+    inner = document.add(model, parts, path="model")
+    return document.document(document.add(_TRAINER_CONTEXT, {"model": inner}, path=""))
