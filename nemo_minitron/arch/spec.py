@@ -155,7 +155,7 @@ class ModelSpec:
             "num_attention_heads": num_attention_heads,
             "num_query_groups": num_query_groups,
         }
-        wanted = {key: value for key, value in sizes.items() if value is not None}
+        wanted: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
         layers = self.layers if num_layers is None else (self.layers * num_layers)[:num_layers]
         return replace(
             self,

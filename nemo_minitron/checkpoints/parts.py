@@ -63,7 +63,7 @@ def fuse_stored(tensors: Sequence[Tensor], weight: Weight, spec: ModelSpec) -> T
     shapes = part_shapes(weight, spec)
     if len(tensors) < len(shapes):
         (stacked,) = tensors
-        tensors = stacked.split([shape[0] for shape in shapes])
+        tensors = torch.split(stacked, [shape[0] for shape in shapes])
     return fuse(tensors, weight, spec)
 
 

@@ -46,12 +46,14 @@ def show(job: Job, *, console: Console) -> None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
     else:
         from nemo_minitron.pruning.rounds import round_specs
+        from nemo_minitron.stages.prune import check_export
 
         models = {"teacher": teacher, **_named(round_specs(config.target, teacher, config.steps))}
         console.print(Group(_sizes(models), _layout(models, config.parallel)))
     console.print(_training(config))
     if teacher is not None:
         _check_layout(models.values(), config.parallel)
+        check_export(config, [*models.values()][-1])
 
 
 def _named(students: Sequence[ModelSpec]) -> dict[str, ModelSpec]:

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from nemo_minitron.arch.families import family_named
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.run import ExportFormat, RunConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
-from nemo_minitron.pruning.rounds import round_targets
+from nemo_minitron.pruning.rounds import round_specs, round_targets
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages.base import StageContext
 
@@ -17,6 +20,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `plan.json` and `student/`; returns the student's sizes and what was cut."""
     teacher = open_checkpoint(context.input("model"))
     original = open_checkpoint(context.input("teacher")).spec
+    check_export(context.config, round_specs(context.config.target, original, context.config.steps)[-1])
     target = round_targets(context.config.target, original, context.config.steps)[context.stage.round - 1]
     scores = Scores.load(context.input("scores"))
     scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
@@ -37,3 +41,13 @@ def run(context: StageContext) -> dict[str, Any]:
         "summary": f"{student.num_layers} layers, {parameters / 1e6:.1f}M parameters "
         f"({parameters / parameter_count(original):.0%} of the teacher)",
     }
+
+
+def check_export(config: RunConfig, student: ModelSpec) -> None:
+    """Find out before a model is distilled whether it can be exported as the recipe asks.
+
+    Raises:
+        SpecError: The family's `config.json` cannot say the student's sizes, or its class refuses them.
+    """
+    if ExportFormat.HF in config.export.formats:
+        family_named(student.family).write_config(student)

@@ -1,6 +1,7 @@
 """What families read from and write to configuration files, and what they refuse."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.checkpoints.hf import hf_names
 from nemo_minitron.checkpoints.parts import stored_shapes
 from nemo_minitron.errors import SpecError
+from nemo_minitron.stages.prune import check_export
 from tests import tiny
+from tests.jobs import config_for
 
 # Sizes of published models.
 MISTRAL_7B = MistralConfig(max_position_embeddings=32768, num_key_value_heads=8, rms_norm_eps=1e-5)
@@ -216,6 +219,14 @@ def test_a_gemma3_that_transformers_refuses_is_refused_before() -> None:
         family_named("gemma3").write_config(replace(spec, hidden_size=1150))
     with pytest.raises(StrictDataclassClassValidationError):
         Gemma3TextConfig(hidden_size=1150, num_attention_heads=4)
+
+
+def test_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    spec = replace(read(GEMMA3_1B.to_dict()), hidden_size=1150)
+    config = config_for(tmp_path, tmp_path)
+    with pytest.raises(SpecError, match="hidden_size = 1150 and 4 heads"):
+        check_export(config, spec)
+    check_export(config_for(tmp_path, tmp_path, export={"formats": ["nemo"]}), spec)
 
 
 # -- NeMo -------------------------------------------------------------------------------------------------------------
