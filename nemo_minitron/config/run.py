@@ -9,6 +9,7 @@ from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Se
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
+from nemo_minitron.config.tuning import TuneConfig
 
 
 class ModelConfig(Section):
@@ -102,8 +103,8 @@ class TargetConfig(Section):
     """When hidden channels go, scale RMSNorm's weight and epsilon so that channels that were zero could go without a
     trace. Left alone, the norm of fewer channels is another one."""
     merge_head_residuals: bool = False
-    """Fold what a dropped query head differs by from a kept one into that one's weights: `2 kept - dropped`, the paper's
-    residual merging (section 2.3). With grouped queries, in query weights and inside a group only."""
+    """Fold what a dropped query head differs by from a kept one into that one's weights: `2 kept - dropped`, the
+    paper's residual merging (section 2.3). With grouped queries, in query weights and inside a group only."""
     random_seed: NonNegative | None = None
     """Draw what stays by lot, whatever the scores are: the baseline."""
     batch_aggregation: Aggregation = Aggregation.L2
@@ -161,6 +162,8 @@ class RunConfig(Section):
     score: ScoreConfig = ScoreConfig()
     target: TargetConfig = TargetConfig()
     distill: DistillConfig = DistillConfig()
+    tune: TuneConfig | None = None
+    """Supervised fine-tuning of the student on conversations after distillation; nothing for none."""
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
 

@@ -6,6 +6,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from nemo_minitron.config.training import TrainingConfig
+from nemo_minitron.config.tuning import TuneConfig
+from nemo_minitron.megatron.chat_files import ConversationDataset
 from nemo_minitron.megatron.data import WindowDataset, loader, training_dataset
 from nemo_minitron.megatron.token_files import read_info
 
@@ -50,6 +52,29 @@ class TokenDataModule(LightningDataModule):
             dp_size=runtime.dp_size,
             consumed_samples=consumed_samples,
         )
+
+
+class ChatDataModule(TokenDataModule):
+    """Conversations: batches of the train split in an order by seed, and the validation split as it lies.
+
+    Args:
+        folder: What the chat stage wrote.
+        settings: As in the base class; `pack` puts several conversations into one sample.
+        seed: Order of the conversations, the same at every layout.
+    """
+
+    settings: TuneConfig
+
+    def train_dataloader(self) -> DataLoader:
+        """As in the base class."""
+        batch = self.settings.batch
+        samples = self.settings.steps * batch.global_batch_size
+        dataset = ConversationDataset(self.folder, "train", pack=self.settings.pack, samples=samples, seed=self.seed)
+        return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation conversations in order, one a sample, `validation_samples` of them at most."""
+        return self._loader(ConversationDataset(self.folder, "validation", most=self.settings.validation_samples))
 
 
 class CalibrationDataModule(LightningDataModule):

@@ -67,7 +67,7 @@ def _tiles(content: ReportContent) -> list[Row]:
     before, after = content.parameters["teacher"], content.parameters["student"]
     tiles = [{"value": f"{compact(before)} → {compact(after)}", "label": "parameters, teacher → student"}]
     perplexity = content.perplexity
-    if len(perplexity) == len(MODELS):
+    if {"teacher", "pruned", "distilled"} <= perplexity.keys():
         ratio = perplexity["distilled"] / perplexity["teacher"]
         change = f"{perplexity['teacher']:.1f} → {perplexity['distilled']:.1f}"
         tiles.append({"value": change, "label": f"held-out perplexity, {ratio:.2f} x the teacher"})
@@ -143,6 +143,8 @@ def _sections(content: ReportContent) -> list[Row]:
         caption = f"Trained on {objective}. The dotted line is where the pruned model starts."
         curve = _figure("", caption, figures.distillation(content.metrics))
         sections.append({"title": "Distillation", "figures": [curve], "table": None})
+    if training := _other_training(content):
+        sections.append({"title": "Teacher correction and tuning", "figures": [], "table": training})
     if len(content.rounds) > 1:
         sections.append({"title": "Round by round", "figures": [], "table": _rounds(content)})
     if content.importance is not None:
@@ -151,6 +153,17 @@ def _sections(content: ReportContent) -> list[Row]:
         figure = _figure("", "All attempts of a stage together.", figures.stage_seconds(content.seconds))
         sections.append({"title": "Time and memory", "figures": [figure], "table": _costs(content)})
     return sections
+
+
+def _other_training(content: ReportContent) -> Row | None:
+    """What the stages around distillation did to the model they trained, on what they validate on."""
+    rows = []
+    for name, model in (("correct", "teacher, on held-out text"), ("tune", "student, on held-out answers")):
+        if (result := content.results.get(name)) is not None:
+            first, last = result["history"][0]["ce"], result["validation"]["ce"]
+            rows.append((name, model, f"{result['steps']:,}", compact(result["tokens"]), f"{first:.3f}", f"{last:.3f}"))
+    headings = ("stage", "what", "steps", "tokens", "cross-entropy before", "after")
+    return {"headings": headings, "rows": rows} if rows else None
 
 
 def _rounds(content: ReportContent) -> Row:

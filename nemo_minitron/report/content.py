@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 
-MODELS = ("teacher", "pruned", "distilled")
+MODELS = ("teacher", "pruned", "distilled", "tuned")
 
 Row = dict[str, Any]
 Vector = NDArray[np.float64]
@@ -60,7 +60,7 @@ class ReportContent:
 
     @property
     def perplexity(self) -> dict[str, float]:
-        """Held-out perplexity by model, in the order teacher, pruned, distilled."""
+        """Held-out perplexity by model, in the order of `MODELS`."""
         measured = self.results.get("evaluate", {}).get("perplexity", {})
         return {name: float(measured[name]) for name in MODELS if name in measured}
 

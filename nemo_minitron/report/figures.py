@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from nemo_minitron.callbacks.reporter import compact
 from nemo_minitron.report.content import Importance, Row, Vector
 
-COLOURS = {"teacher": "#475569", "pruned": "#c2410c", "distilled": "#0f766e"}
+COLOURS = {"teacher": "#475569", "pruned": "#c2410c", "distilled": "#0f766e", "tuned": "#7c3aed"}
 KEPT, CUT, INK, MUTED, GRID = "#0f766e", "#e11d48", "#1e293b", "#64748b", "#e2e8f0"
 WIDTH = 7.2
 _HEAT = LinearSegmentedColormap.from_list("importance", ["#f8fafc", "#99d5cc", "#0f766e", "#042f2e"])

@@ -15,18 +15,26 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
 TITLES: dict[str, str] = {
     "import": "Read the model into a checkpoint folder.",
     "data": "Turn texts into token files with the model's own tokenizer.",
+    "chat": "Turn conversations into token files that know the answers, if the recipe tunes on them.",
     "correct": "Fine-tune the teacher on the distillation data first, if the recipe asks for it.",
     "score": "Measure the importance of layers, channels, neurons and heads.",
     "prune": "Decide what stays, and cut the rest out.",
     "distill": "Train the student on the teacher's predictions.",
+    "tune": "Fine-tune the student on the answers of conversations, if the recipe asks for it.",
     "evaluate": "Measure perplexity on held-out text, and let each model write a sample.",
     "export": "Write the student as .nemo and Hugging Face, and check what was written.",
     "report": "Put figures and numbers into one HTML file.",
 }
 """Every stage that a recipe can have, in order, and the help text of its verb."""
 
-MODELS = ("teacher", "pruned", "distilled")
+MODELS = ("teacher", "pruned", "distilled", "tuned")
 """What stage evaluate reads, by role: the models it compares, in order."""
+
+_CHAT_KEYS = (
+    *(f"tune.{key}" for key in ("sources", "prompt_key", "answer_key", "validation_fraction", "too_long")),
+    "tune.batch.sequence_length",
+    "seed",
+)
 
 ROUND = ("score", "prune", "distill")
 """The stages that `steps` repeats."""
@@ -39,6 +47,8 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         _stage("import", sections=("model",)),
         _stage("data", inputs={"teacher": teacher}, sections=("data", "seed")),
     ]
+    if config.tune is not None:
+        stages.append(_stage("chat", inputs={"teacher": teacher}, sections=_CHAT_KEYS))
     if config.correct is not None:
         stages.append(
             _stage(
@@ -55,6 +65,17 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         stages += _round(number, config.steps, teacher=teacher, model=model)
         model = f"{stages[-1].name}/student"
     models = {"teacher": teacher, "pruned": "prune/student", "distilled": "distill/student"}
+    if config.tune is not None:
+        stages.append(
+            _stage(
+                "tune",
+                inputs={"student": model, "chat": "chat", "teacher": teacher},
+                sections=("tune", "precision", "seed"),
+                collective=True,
+                saves_when_stopped=True,
+            )
+        )
+        models["tuned"] = model = "tune/student"
     stages += [
         _stage("evaluate", inputs={**models, "data": "data"}, sections=("evaluate", "precision"), collective=True),
         _stage("export", inputs={"student": model, "data": "data"}, sections=("export", "name"), collective=True),

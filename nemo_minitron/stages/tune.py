@@ -1,0 +1,32 @@
+"""Tune: supervised fine-tuning of the distilled student on conversations; only their answers are learned."""
+
+from typing import Any
+
+from nemo_minitron.callbacks.distillation import DistillationMonitor
+from nemo_minitron.callbacks.history import ValidationHistory
+from nemo_minitron.models.data import ChatDataModule
+from nemo_minitron.models.distillation import MegatronGPTDistillationModel
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.distill import training_keys
+from nemo_minitron.stages.training import Course, base_keys, train
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `student/` and `metrics.jsonl`; returns tokens, speed and validations."""
+    settings = context.config.tune
+    assert settings is not None, "the chain has this stage only with its section"
+    taught = settings.kd_weight > 0
+    course = Course(
+        kind=MegatronGPTDistillationModel if taught else MegatronGPTModel,
+        model=context.input("student"),
+        keys=training_keys(settings.as_distillation(), context.input("teacher")) if taught else base_keys(settings),
+        settings=settings,
+        data=ChatDataModule(context.input("chat"), settings, seed=context.config.seed),
+        monitor=DistillationMonitor() if taught else ValidationHistory(("ce",)),
+        metric="ce",
+        result="student",
+    )
+    result = train(context, course)
+    first, last = result["history"][0]["ce"], result["validation"]["ce"]
+    return {**result, "summary": f"cross-entropy of held-out answers {first:.3f} -> {last:.3f} nats a token"}
