@@ -132,6 +132,17 @@ class TrainingConfig(Section):
         return self
 
 
+class RampTo(Section):
+    """Values at the last step. Each goes there in a straight line from its key's value at the first; None: it stays.
+
+    Validations take the values at the end, so that they can be compared.
+    """
+
+    kd_weight: NonNegativeFloat | None = None
+    lm_weight: NonNegativeFloat | None = None
+    temperature: Positive | None = None
+
+
 class DistillConfig(TrainingConfig):
     """`kd_weight` times the forward KL from teacher to student, plus `lm_weight` times the student's cross-entropy.
 
@@ -144,6 +155,8 @@ class DistillConfig(TrainingConfig):
     """Factor of the next-token cross-entropy on the text."""
     temperature: Positive = 1.0
     """Divides both models' logits; the KL is multiplied by its square (arXiv:1503.02531, section 2)."""
+    ramp_to: RampTo = RampTo()
+    """Where weights and temperature end, as `{temperature: 1, lm_weight: 0.5}`."""
     freeze_embeddings: bool = False
     """Keep embedding and output layer as the teacher has them: faster steps, and they need no repair when hidden
     channels are not cut."""

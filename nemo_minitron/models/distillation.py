@@ -118,12 +118,21 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             teacher_states=states,
             vocab_size=self.spec.vocab_size,
             tensor_group=tensor_group(self.runtime),
-            temperature=self.distillation.get("temperature", 1.0),
-            kd_weight=self.distillation.get("kd_weight", 1.0),
-            lm_weight=self.distillation.get("lm_weight", 0.0),
+            temperature=self._now("temperature", 1.0, training),
+            kd_weight=self._now("kd_weight", 1.0, training),
+            lm_weight=self._now("lm_weight", 0.0, training),
             chunk_tokens=self.distillation.get("loss_chunk_tokens"),
             statistics=self.statistics or not training,
         )
+
+    def _now(self, name: str, default: float, training: bool) -> float:
+        """A setting at this step: on the straight line to its `ramp_to` value, where validations are from the start."""
+        first = self.distillation.get(name, default)
+        last = (self.distillation.get("ramp_to") or {}).get(name)
+        if last is None:
+            return float(first)
+        share = min(self.trainer.global_step / max(self.trainer.max_steps - 1, 1), 1.0) if training else 1.0
+        return float(first + (last - first) * share)
 
     def _check_teacher(self, cross_entropy: float) -> None:
         """A teacher whose weights were not read predicts no better than a uniform guess.

@@ -40,16 +40,20 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def watched(settings: DistillConfig) -> str:
     """The validation metric that says how good the student is."""
-    return "kl" if settings.kd_weight > 0 else "ce"
+    return "kl" if settings.kd_weight > 0 or settings.ramp_to.kd_weight else "ce"
 
 
 def _objective(settings: DistillConfig) -> str:
     """The loss in words."""
-    parts = {"forward KL over the full vocabulary": settings.kd_weight, "cross-entropy on the text": settings.lm_weight}
-    named = {name: weight for name, weight in parts.items() if weight}
-    if list(named.values()) == [1.0]:
+    parts = {"forward KL over the full vocabulary": "kd_weight", "cross-entropy on the text": "lm_weight"}
+    named = {}
+    for name, key in parts.items():
+        first, last = getattr(settings, key), getattr(settings.ramp_to, key)
+        if first or last:
+            named[name] = f"{first:g}" if last in (None, first) else f"{first:g} to {last:g}"
+    if list(named.values()) == ["1"]:
         return next(iter(named))
-    return " + ".join(f"{weight:g} x {name}" for name, weight in named.items())
+    return " + ".join(f"{weight} x {name}" for name, weight in named.items())
 
 
 def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
                 "temperature": settings.temperature,
                 "kd_weight": settings.kd_weight,
                 "lm_weight": settings.lm_weight,
+                "ramp_to": settings.ramp_to.model_dump(mode="json"),
                 "freeze_embeddings": settings.freeze_embeddings,
                 "loss_chunk_tokens": settings.loss_chunk_tokens,
                 "teacher_precision": settings.teacher_precision
