@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
 from nemo_minitron.config.tuning import TuneConfig
 
@@ -55,8 +56,16 @@ class ScoreConfig(Section):
 
     samples: Count = 1024
     """Calibration samples (the paper uses 1024)."""
+    first_sample: NonNegative = 0
+    """Which sample of the calibration documents is the first, to score them in parts: the files of parts that do not
+    overlap merge (`nemo-minitron scores merge`)."""
     sequence_length: Count = 512
     micro_batch_size: Count = 1
+    ffn_site: FfnSite = FfnSite.AFTER_ACTIVATION
+    """What MLP neurons are measured on: `after_activation` (the input of the second matrix) or `before_activation` (the
+    argument of the activation, as the paper writes it)."""
+    checkpoint_every: Count = 32
+    """Samples after which the sums so far are saved, to go on from."""
     depth: DepthConfig = DepthConfig()
 
 

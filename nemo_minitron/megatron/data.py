@@ -109,29 +109,40 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         folder: What `write_token_files` wrote.
         split: Name of the split.
         sequence_length: Tokens of a window.
-        max_samples: Take only the first ones; None for all.
+        max_samples: Take only so many; None for all.
+        first_window: Which window of the split is item 0.
 
     Raises:
         DataError: The split has no token files, or holds nothing to predict.
     """
 
-    def __init__(self, folder: Path, split: str, sequence_length: int, max_samples: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, split: str, sequence_length: int, max_samples: int | None = None, *, first_window: int = 0
+    ) -> None:
         self._indexed, info = open_split(folder, split)
         self._tokens = info["splits"][split]["tokens"]
         self._fill = info["end_of_document"]
         self._length = sequence_length
         if self._tokens < 2:
             raise DataError(f"{folder}: {self._tokens} {split} tokens", rule="at least 2", remedy="give more texts")
-        windows = -(-(self._tokens - 1) // sequence_length)
+        windows = -(-(self._tokens - 1) // sequence_length) - first_window
+        if windows < 1:
+            raise DataError(
+                f"{folder}: {windows + first_window} {split} samples of {sequence_length} tokens, the first wanted is "
+                f"number {first_window}",
+                rule="samples are counted from 0",
+                remedy="begin earlier (score.first_sample), or give more texts",
+            )
+        self._first = first_window
         self._windows = windows if max_samples is None else min(windows, max_samples)
 
     def __len__(self) -> int:
         return self._windows
 
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
-        start = 0 if index is None else index * self._length
-        if not 0 <= start < self._windows * self._length:
+        if index is not None and not 0 <= index < self._windows:
             raise IndexError(index)
+        start = (self._first + (index or 0)) * self._length
         count = min(self._length + 1, self._tokens - start)
         window = torch.full((self._length + 1,), self._fill)
         dtype = self._indexed.index.dtype

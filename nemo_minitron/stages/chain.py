@@ -99,6 +99,7 @@ def _round(number: int, steps: int, *, teacher: str, model: str) -> list[Stage]:
             sections=("score", "precision"),
             round=number,
             collective=True,
+            saves_when_stopped=True,
         ),
         _stage(
             prune,

@@ -134,7 +134,13 @@ class _Calibration:
     def over(self, data: Path, settings: ScoreConfig, own: Sequence[str]) -> DepthScores:
         """Measure on the first calibration samples."""
         self._resume()
-        windows = WindowDataset(data, "calibration", settings.sequence_length, settings.depth.samples)
+        windows = WindowDataset(
+            data,
+            "calibration",
+            settings.sequence_length,
+            min(settings.depth.samples, settings.samples),
+            first_window=settings.first_sample,
+        )
         size = settings.micro_batch_size * self._runtime.dp_size
         batches = loader(
             windows,

@@ -1,50 +1,128 @@
-"""Score: importance of every layer, channel, neuron and head, from one forward pass over calibration text."""
+"""Score: importance of every layer, channel, neuron and head, from one forward pass over calibration text.
 
+With `score.depth.metrics` it also measures what the model loses without its layers. What is summed up is saved every
+`score.checkpoint_every` samples, and on a signal, so that a run that was cut off goes on from there, at any layout.
+"""
+
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
-from nemo_minitron.callbacks.importance import ImportanceCallback
+from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.megatron.data import WindowDataset
-from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.models.gpt import MegatronGPTModel, per_token
+from nemo_minitron.pruning.coverage import Coverage
+from nemo_minitron.pruning.depth import DepthScores
+from nemo_minitron.pruning.partial import PartialScores
+from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.depth import measure_depth
 from nemo_minitron.stages.session import make_trainer, restore, validate
+
+FILE, PARTIAL, DEPTH_PARTIAL = "scores.safetensors", "partial.safetensors", "depth_partial.safetensors"
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `scores.safetensors`; returns how much text they rest on."""
-    info = context.run.result("data")
+    config, info = context.config, context.run.result("data")
+    settings = config.score
+    windows = calibration_windows(context.input("data"), config)
+    coverage = Coverage.of(info["data_digest"], settings.sequence_length, settings.first_sample, len(windows))
+    identity = {**coverage.to_dict(), "ffn_site": settings.ffn_site.value}
+    before = PartialScores.load(context.out / PARTIAL, identity)
     importance = ImportanceCallback(
-        context.out / "scores.safetensors",
+        ffn_site=settings.ffn_site,
         provenance={"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]},
+        coverage=coverage,
+        saving=Saving(
+            path=context.out / PARTIAL,
+            every=settings.checkpoint_every,
+            samples=len(windows),
+            identity=identity,
+            resume=before,
+            stop_requested=context.stop_requested,
+            stop=context.stop,
+            take_signals=signals.take,
+        ),
     )
-    nats = calibrate(
-        context.input("model"),
-        context.input("data"),
-        context.config,
-        importance,
-        ProgressDisplay(context.reporter, "score"),
-    )
-    scores = importance.scores
+    progress = ProgressDisplay(context.reporter, context.stage.name)
+    trainer, model = _calibrator(context.input("model"), config, importance, progress)
+    if before is None or before.consumed < len(windows):
+        left = calibration_windows(context.input("data"), config, skip=0 if before is None else before.consumed)
+        validate(model, left, micro_batch_size=settings.micro_batch_size, trainer=trainer)
+        scores, losses = importance.scores, importance.losses
+    else:
+        scores = Scores(model.spec, before.sums, ffn_site=importance.ffn_site, provenance=importance.provenance)
+        losses = before.losses
+    if settings.depth.metrics:
+        scores.depth = _depth(context, trainer, model)
+    if context.rank == 0:
+        scores.save(context.out / FILE)
+        for name in (PARTIAL, DEPTH_PARTIAL):
+            (context.out / name).unlink(missing_ok=True)
     return {
-        "samples": int(scores.samples),
-        "tokens": int(scores.tokens),
-        "calibration_nats": nats,
-        "summary": f"{int(scores.samples)} samples, {int(scores.tokens):,} tokens",
+        "samples": scores.samples,
+        "tokens": scores.tokens,
+        "first_sample": settings.first_sample,
+        "calibration_nats": per_token(losses)["ce"],
+        "summary": f"{scores.samples} samples, {scores.tokens:,} tokens",
     }
 
 
 def calibrate(
     model_path: Path, data: Path, config: RunConfig, importance: ImportanceCallback, *others: Callback
 ) -> float:
-    """Validate a model over the calibration split with the callback attached; returns its nats a token."""
+    """Validate a model over the calibration samples with the callback attached; returns its nats a token."""
+    trainer, model = _calibrator(model_path, config, importance, *others)
+    windows = calibration_windows(data, config)
+    return validate(model, windows, micro_batch_size=config.score.micro_batch_size, trainer=trainer)["val/ce"]
+
+
+def calibration_windows(data: Path, config: RunConfig, *, skip: int = 0) -> WindowDataset:
+    """The calibration samples that a recipe asks for, but for the first `skip` of them."""
     settings = config.score
-    trainer = make_trainer(config, [importance, *others])
-    model = restore(
-        MegatronGPTModel, model_path, config=config, micro_batch_size=settings.micro_batch_size, trainer=trainer
+    return WindowDataset(
+        data,
+        "calibration",
+        settings.sequence_length,
+        settings.samples - skip,
+        first_window=settings.first_sample + skip,
     )
-    windows = WindowDataset(data, "calibration", settings.sequence_length, settings.samples)
-    return validate(model, windows, micro_batch_size=settings.micro_batch_size, trainer=trainer)["val/ce"]
+
+
+def _calibrator(model_path: Path, config: RunConfig, *callbacks: Callback) -> tuple[Trainer, MegatronGPTModel]:
+    trainer = make_trainer(config, list(callbacks))
+    size = config.score.micro_batch_size
+    return trainer, restore(MegatronGPTModel, model_path, config=config, micro_batch_size=size, trainer=trainer)
+
+
+def _depth(context: StageContext, trainer: Trainer, model: MegatronGPTModel) -> DepthScores:
+    """The depth metrics of the recipe, with a display; stops between two batches when asked to."""
+    with ExitStack() as stack:
+        display: list[Any] = []
+
+        def advance(done: int, total: int) -> None:
+            if not display:
+                bar = context.reporter.progress(f"{context.stage.name} depth", total=total, unit="samples", done=0)
+                display.append(stack.enter_context(bar))
+                display.append(0)
+            display[0].advance(done - display[1])
+            display[1] = done
+            if trainer.strategy.reduce_boolean_decision(context.stop_requested(), all=False):
+                context.stop()
+
+        return measure_depth(
+            model.chunks,
+            model.runtime,
+            model.spec,
+            context.input("data"),
+            context.config.score,
+            tokenizer_files=model.tokenizer_files,
+            partial=context.out / DEPTH_PARTIAL,
+            progress=advance,
+        )
