@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron.arch.families import family_named
 from nemo_minitron.callbacks.importance import ImportanceCallback
 from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.depth import BLOCK_INFLUENCE
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import ExportFormat, TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.models.gpt import MegatronGPTModel
@@ -69,13 +70,14 @@ class PruningCallback(Callback):
         """Refuse what cannot come out well, before the model runs.
 
         Raises:
-            PlanError: A size that cannot be.
+            PlanError: A size that cannot be, or layers to be chosen by what a validation does not measure.
             SpecError: `config.json` cannot say the student's architecture.
             CheckpointError: The source cannot be read, or holds another model.
             MinitronError: The folder cannot be made, or the `ImportanceCallback` comes later in the trainer's list.
         """
         _claim(self.folder)
         student = student_spec(self.target, pl_module.spec)
+        _check_depth(self.target)
         if ExportFormat.HF in self.formats:
             family_named(student.family).write_config(student)
         if (source := self._checkpoint(pl_module)) is not None:
@@ -139,6 +141,16 @@ class PruningCallback(Callback):
         plan.save(self.folder / "plan.json")
         name = "student" if len(self.formats) > 1 else {"nemo": "student.nemo", "hf": "student_hf"}[self.formats[0]]
         return plan, write_checkpoint(student, self.folder / name, self.formats)
+
+
+def _check_depth(target: TargetConfig) -> None:
+    chosen = target.num_layers is not None and target.drop_layers is None and target.random_seed is None
+    if chosen and (target.depth_metric != BLOCK_INFLUENCE or target.depth_contiguous):
+        raise PlanError(
+            f"PruningCallback: depth_metric = {target.depth_metric}, depth_contiguous = {target.depth_contiguous}",
+            rule="one validation measures the block influence of each layer, and no more of depth",
+            remedy="name the layers with drop_layers, or score and prune with a recipe (score.depth.metrics)",
+        )
 
 
 def _claim(folder: Path) -> None:
