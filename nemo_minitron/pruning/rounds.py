@@ -86,9 +86,9 @@ def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: i
         name: between(first[name], last[name], number, steps, multiple_of=getattr(target.multiple_of, name))
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups")
     }
-    per_group = [whole["num_attention_heads"] // whole["num_query_groups"] for whole in (first, last)]
+    many, few = (whole["num_attention_heads"] // whole["num_query_groups"] for whole in (first, last))
     groups = sizes["num_query_groups"]
-    return sizes | {"num_attention_heads": groups * between(*per_group, number, steps, unit=1)}
+    return sizes | {"num_attention_heads": groups * between(many, few, number, steps, unit=1)}
 
 
 def between(first: int, last: int, number: int, steps: int, *, multiple_of: int = 1, unit: int | None = None) -> int:
@@ -118,11 +118,9 @@ def _unit(first: int, last: int, steps: int) -> int:
     return next(common // part for part in range(1, common + 1) if common % part == 0 and common // part <= share)
 
 
-def _explicit(target: TargetConfig, sizes: Sizes) -> dict[str, int]:
-    """The sizes of the axes that the target names."""
-    named = {name: size for name, size in sizes.items() if getattr(target, name) is not None}
-    if target.drop_layers is not None:
-        named.pop("num_layers", None)
+def _explicit(target: TargetConfig, sizes: Sizes) -> dict[str, int | None]:
+    """The sizes of the axes that the target names; layers that are named need no number."""
+    named: dict[str, int | None] = {name: size for name, size in sizes.items() if getattr(target, name) is not None}
     return named | ({"num_layers": None} if target.drop_layers is not None else {})
 
 
