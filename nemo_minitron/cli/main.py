@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli import plan
+from nemo_minitron.cli import plan, scores
 from nemo_minitron.cli.failures import reported
 from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
@@ -124,6 +124,7 @@ for _name, _title in TITLES.items():
 
 
 app.add_typer(plan.app, name="plan", rich_help_panel=AROUND)
+app.add_typer(scores.app, name="scores", rich_help_panel=AROUND)
 
 
 @app.command(name="ls", rich_help_panel=AROUND)
