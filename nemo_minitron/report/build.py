@@ -11,7 +11,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.report import figures
-from nemo_minitron.report.content import MODELS, ReportContent, Row
+from nemo_minitron.report.content import MODELS, Importance, ReportContent, Row
 
 _ARCHITECTURE: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
     ("parameters", parameter_count),
@@ -189,6 +189,7 @@ def _importance(content: ReportContent) -> list[Row]:
             "How much a layer turns the residual stream: a low bar is a layer that changes little." + basis,
             figures.layer_importance(found),
         ),
+        *_depth(found),
         _figure(
             "FFN neurons",
             "A row is a layer, its neurons sorted. Left of the red mark they stayed; pale rows are dropped layers.",
@@ -201,6 +202,23 @@ def _importance(content: ReportContent) -> list[Row]:
             figures.head_importance(found),
         ),
     ]
+
+
+def _depth(found: Importance) -> list[Row]:
+    """What layers are worth when they are left out, if that was measured."""
+    if found.depth is None:
+        return []
+    samples = f" From {found.depth.samples:,} calibration samples." if found.depth.samples else ""
+    caption = "What the model loses without each layer, the others left as they are: a low bar is a layer it can spare."
+    rows = [_figure("Layers left out one by one", caption + samples, figures.leave_one_out(found))]
+    for metric, blocks in found.depth.blocks.items():
+        if blocks:
+            caption = (
+                "A curve is a number of consecutive layers left out, by the first of them; the ring is its best block."
+            )
+            title = f"Layers left out in a row ({metric})"
+            rows.append(_figure(title, caption, figures.block_curve(found, metric)))
+    return rows
 
 
 def _figure(title: str, caption: str, svg: str) -> Row:

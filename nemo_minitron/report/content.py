@@ -16,6 +16,17 @@ Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Depth:
+    """What the teacher loses without some of its layers, by metric."""
+
+    layers: dict[str, Vector]
+    """Each single layer `[layers]`."""
+    blocks: dict[str, dict[int, Vector]]
+    """By length of the block, every block of 2 or more layers by its first one `[layers - length + 1]`."""
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Importance:
     """Scores of the teacher's units, and which of them stayed. Layers are the teacher's, in order."""
 
@@ -31,6 +42,8 @@ class Importance:
     kept_ffn: dict[int, tuple[int, ...]]
     """By layer; a dropped layer has no entry."""
     kept_heads: dict[int, tuple[int, ...]]
+    depth: Depth | None = None
+    """If it was measured."""
 
     @property
     def dropped_layers(self) -> list[int]:

@@ -18,6 +18,11 @@ from nemo_minitron.report.content import Importance, Row, Vector
 COLOURS = {"teacher": "#475569", "pruned": "#c2410c", "distilled": "#0f766e", "tuned": "#7c3aed"}
 KEPT, CUT, INK, MUTED, GRID = "#0f766e", "#e11d48", "#1e293b", "#64748b", "#e2e8f0"
 WIDTH = 7.2
+METRIC_UNITS = {
+    "lm_loss": "rise of the loss\n(nats a token)",
+    "logit_mse": "squared change of the\nlogits / their squares",
+}
+_MOST_CURVES = 7
 _HEAT = LinearSegmentedColormap.from_list("importance", ["#f8fafc", "#99d5cc", "#0f766e", "#042f2e"])
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -50,13 +55,58 @@ def layer_importance(importance: Importance) -> str:
         colours = [CUT if layer in dropped else KEPT for layer in range(len(values))]
         axes.bar(np.arange(len(values)), values, color=colours, width=0.72)
         axes.set(xlabel="layer", ylabel="Block Influence (1 - cos)", xlim=(-0.8, len(values) - 0.2))
-        if values.min() > 0 and values.max() / values.min() > 30:
-            axes.set_yscale("log")
+        _log_if_wide(axes, values)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
         axes.grid(axis="x", visible=False)
         _legend_patches(axes, dropped)
 
     return _svg(draw, height=2.7)
+
+
+def leave_one_out(importance: Importance) -> str:
+    """What the model loses without each single layer, a panel a metric, dropped layers marked."""
+    depth = importance.depth
+    assert depth is not None
+
+    def draw(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(len(depth.layers), 1, sharex=True))
+        dropped = set(importance.dropped_layers)
+        for axes, (metric, values) in zip(panels, depth.layers.items(), strict=True):
+            colours = [CUT if layer in dropped else KEPT for layer in range(len(values))]
+            axes.bar(np.arange(len(values)), values, color=colours, width=0.72)
+            axes.set(ylabel=METRIC_UNITS.get(metric, f"rise of {metric}"), xlim=(-0.8, len(values) - 0.2))
+            _log_if_wide(axes, values)
+            axes.grid(axis="x", visible=False)
+        panels[-1].set_xlabel("layer left out")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        _legend_patches(panels[0], dropped)
+
+    return _svg(draw, height=0.7 + 2.0 * len(depth.layers))
+
+
+def block_curve(importance: Importance, metric: str) -> str:
+    """What the model loses without blocks of consecutive layers, a curve a length; a ring is the block to drop."""
+    depth = importance.depth
+    assert depth is not None
+    curves = {1: depth.layers[metric], **depth.blocks[metric]}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        lengths = _some_lengths(list(curves), len(importance.dropped_layers))
+        for place, length in enumerate(lengths):
+            values, shade = curves[length], _HEAT(0.25 + 0.6 * place / max(len(lengths) - 1, 1))
+            marked = length == len(importance.dropped_layers)
+            label = f"{length} layer{'s' if length > 1 else ''}" + (", as many as went" if marked else "")
+            width = 2.6 if marked else 1.4
+            axes.plot(values, color=CUT if marked else shade, linewidth=width, label=label)
+            best = int(values.argmin())
+            axes.plot([best], [values[best]], "o", color=INK, markerfacecolor="white", markersize=6, zorder=3)
+        axes.set(xlabel="first layer left out", ylabel=METRIC_UNITS.get(metric, f"rise of {metric}"))
+        _log_if_wide(axes, np.concatenate([curves[length] for length in lengths]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="left out")
+
+    return _svg(draw, height=3.3)
 
 
 def ffn_importance(importance: Importance) -> str:
@@ -180,6 +230,17 @@ def _sorted_curve(axes: Axes, values: Vector, kept: int) -> None:
         cut = slice(max(kept - 1, 0), None)
         axes.plot(positions[cut], ordered[cut], color=CUT, linewidth=1.8, label=f"cut {len(ordered) - kept}")
     axes.legend(loc="upper right", fontsize=8)
+
+
+def _some_lengths(lengths: list[int], wanted: int) -> list[int]:
+    """A few block lengths that tell the story: doubling ones, and the wanted one."""
+    doubling = [length for length in lengths if length & (length - 1) == 0]
+    return sorted({*doubling[:_MOST_CURVES], *(length for length in lengths if length == wanted)})
+
+
+def _log_if_wide(axes: Axes, values: Vector) -> None:
+    if values.min() > 0 and values.max() / values.min() > 30:
+        axes.set_yscale("log")
 
 
 def _legend_patches(axes: Axes, dropped: Iterable[int]) -> None:

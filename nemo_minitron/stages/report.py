@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.callbacks.metrics_file import read_rows
@@ -11,11 +11,14 @@ from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.report import build
-from nemo_minitron.report.content import Importance, ReportContent, Row, summary
+from nemo_minitron.report.content import Depth, Importance, ReportContent, Row, summary
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.chain import round_name
 from nemo_minitron.stages.files import read_json, write_json, write_text
 from nemo_minitron.stages.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from nemo_minitron.pruning.depth import DepthScores
 
 FILES = ("report.html", "summary.json", "README.md")
 
@@ -85,6 +88,17 @@ def importance(scores_path: Path, plan_paths: Sequence[Path], target: TargetConf
         kept_hidden=plan.hidden,
         kept_ffn={layer.source: layer.ffn for layer in plan.layers},
         kept_heads={layer.source: layer.heads for layer in plan.layers},
+        depth=None if scores.depth is None else depth_curves(scores.depth),
+    )
+
+
+def depth_curves(scores: "DepthScores") -> Depth:
+    """Depth metrics as the report draws them."""
+    lengths = sorted({length for _, length in scores.blocks if length > 1})
+    return Depth(
+        layers={metric: scores.layers(metric).numpy() for metric in scores.metrics},
+        blocks={m: {length: scores.curve(m, length).numpy() for length in lengths} for m in scores.metrics},
+        samples=scores.samples,
     )
 
 
