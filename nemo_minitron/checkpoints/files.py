@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
+from nemo_minitron.checkpoints.large_files import open_binary
 from nemo_minitron.errors import CheckpointError
 
 
@@ -69,7 +70,7 @@ class FolderFiles:
 
     def open(self, name: str) -> BinaryIO:
         """A stream over a file."""
-        return (self.folder / name).open("rb")
+        return open_binary(self.folder / name, "rb", nbytes=self.size(name))
 
 
 class TarFiles:
@@ -93,8 +94,9 @@ class TarFiles:
                 remedy="gunzip an older one first; fetch a damaged one again",
             ) from error
         end = max((start + size for start, size in self._members.values()), default=0)
-        if end > path.stat().st_size:
-            raise CheckpointError(f"{path}: truncated at {path.stat().st_size} of at least {end} bytes")
+        self._size = path.stat().st_size
+        if end > self._size:
+            raise CheckpointError(f"{path}: truncated at {self._size} of at least {end} bytes")
 
     def names(self) -> tuple[str, ...]:
         """Member names without a leading `./`, sorted."""
@@ -107,7 +109,7 @@ class TarFiles:
     def open(self, name: str) -> BinaryIO:
         """A stream over a member's bytes."""
         start, size = self._members[name]
-        return io.BufferedReader(Window(self.path.open("rb", buffering=0), start, size, owns=True))
+        return io.BufferedReader(Window(open_binary(self.path, "rb", nbytes=self._size), start, size, owns=True))
 
 
 def _checked(member: tarfile.TarInfo, path: Path) -> tuple[str, tuple[int, int]]:

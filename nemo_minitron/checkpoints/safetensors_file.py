@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from nemo_minitron.checkpoints.large_files import open_binary
 from nemo_minitron.checkpoints.tensors import read_tensor, write_tensor
 from nemo_minitron.errors import CheckpointError
 
@@ -54,7 +55,7 @@ class SafetensorsFile:
         self.path = path
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
-        size = path.stat().st_size
+        size = self._size = path.stat().st_size
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else _LARGEST_HEADER + 1
             if length > min(_LARGEST_HEADER, size - 8):
@@ -73,7 +74,7 @@ class SafetensorsFile:
             CheckpointError: The file has shrunk since it was opened.
         """
         entry = self.entries[name]
-        with self.path.open("rb") as file:
+        with open_binary(self.path, "rb", nbytes=self._size) as file:
             file.seek(self._data_start + entry.start)
             return read_tensor(file, entry.shape, entry.dtype, where=f"{self.path}: {name}")
 
@@ -118,7 +119,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
         self._missing = set(order)
-        self._file = path.open("wb")
+        self._file = open_binary(path, "wb", nbytes=end)
         self._file.write(struct.pack("<Q", len(text)) + text)
         self._file.truncate(self._data_start + end)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
+from nemo_minitron.checkpoints.read_ahead import read_ahead
 from nemo_minitron.errors import CheckpointError
 
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -56,7 +57,7 @@ class TensorSource(Protocol):
         ...
 
     def get(self, name: str) -> Tensor:
-        """One canonical tensor: unsharded, contiguous, on the CPU. Nothing is kept between calls.
+        """One canonical tensor: unsharded, contiguous, on the CPU. Nothing is kept between calls. Several threads call.
 
         Raises:
             KeyError: The model has no such weight.
@@ -78,9 +79,14 @@ def names_of(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a source in table order; one tensor is alive at a time if the caller keeps none."""
-    for name in source.names():
-        yield name, source.get(name)
+    """Every weight of a source in table order.
+
+    While the caller has one tensor the next few are being read, in memory that is used again and again; a caller that
+    keeps none of them needs memory for the two largest, or for half a gigabyte.
+    """
+    sizes = {weight.name: weight.numel * source.dtype.itemsize for weight in weights(source.spec)}
+    names = source.names()
+    return zip(names, read_ahead(names, source.get, sizes.__getitem__), strict=True)
 
 
 def open_checkpoint(path: Path) -> TensorSource:

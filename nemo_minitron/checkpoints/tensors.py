@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.ops.memory import empty
 
 
 def write_tensor(stream: BinaryIO, tensor: Tensor) -> int:
@@ -25,7 +26,7 @@ def read_tensor(stream: BinaryIO, shape: tuple[int, ...], dtype: torch.dtype, *,
     Raises:
         CheckpointError: The stream ends too early.
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = empty(shape, dtype)
     view = tensor.reshape(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_minitron.checkpoints.files import Files, Window, read_bytes
+from nemo_minitron.checkpoints.large_files import open_binary
 from nemo_minitron.checkpoints.pickles import TensorHeader, read_metadata, read_tensor_header
 from nemo_minitron.checkpoints.tensors import read_tensor
 from nemo_minitron.checkpoints.torch_dist_index import Piece, Shape, check_files, stored_tensors
@@ -64,13 +65,14 @@ class TorchDistWriter:
 
     Args:
         folder: An empty folder.
+        nbytes: About how large it will be, if known.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, nbytes: int = 0) -> None:
         self._folder = folder
         self._tensors: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file = (folder / _DATA_FILE).open("wb")
+        self._file = open_binary(folder / _DATA_FILE, "wb", nbytes=nbytes)
 
     def add(self, key: str, tensor: Tensor, *, offsets: Shape | None = None, shape: Shape | None = None) -> None:
         """Append one piece of a tensor.

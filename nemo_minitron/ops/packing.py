@@ -8,6 +8,8 @@ Canonical (Megatron) order along dimension 0. QKV: for each KV group its query h
 import torch
 from torch import Tensor
 
+from nemo_minitron.ops.memory import empty
+
 
 def split_qkv(qkv: Tensor, *, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Take a fused QKV apart; `merge_qkv` is the inverse.
@@ -22,8 +24,11 @@ def split_qkv(qkv: Tensor, *, num_groups: int, head_dim: int) -> tuple[Tensor, T
 
 def merge_qkv(query: Tensor, key: Tensor, value: Tensor, *, num_groups: int, head_dim: int) -> Tensor:
     """Fuse query, key and value (as `split_qkv` returns them) into one tensor."""
+    rows = sum(len(part) for part in (query, key, value))
+    fused = empty((rows, *query.shape[1:]), query.dtype)
     parts = [_by_group(part, num_groups, head_dim) for part in (query, key, value)]
-    return torch.cat(parts, dim=1).flatten(0, 2)
+    torch.cat(parts, dim=1, out=_by_group(fused, num_groups, head_dim))
+    return fused
 
 
 def split_gate_up(fc1: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +39,8 @@ def split_gate_up(fc1: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     """One tensor: gate rows, then up rows."""
-    return torch.cat([gate, up])
+    fused = empty((len(gate) + len(up), *gate.shape[1:]), gate.dtype)
+    return torch.cat([gate, up], out=fused)
 
 
 def head_channels(heads: Tensor, *, head_dim: int) -> Tensor:

@@ -1,0 +1,71 @@
+"""Memory for large tensors that are soon thrown away, used again and again.
+
+New memory is slow: the system clears it page by page as it is touched, which costs more than reading a tensor from the
+page cache. Converting a checkpoint asks for new memory several times its size; with this, for the few largest tensors.
+"""
+
+import mmap
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 1 << 20
+"""Bytes below which the ordinary allocator recycles memory well by itself."""
+
+
+class _Pool:
+    """Blocks of memory; a block is free when no tensor over it is alive."""
+
+    def __init__(self) -> None:
+        self._blocks: list[mmap.mmap] = []
+        self._lock = Lock()
+
+    def take(self, nbytes: int) -> Tensor:
+        """A byte tensor over the smallest free block that holds it, or over a new one that replaces the free ones."""
+        with self._lock:
+            free = [index for index in range(len(self._blocks)) if self._is_free(index)]
+            fitting = [index for index in free if len(self._blocks[index]) >= nbytes]
+            if fitting:
+                block = self._blocks[min(fitting, key=lambda index: len(self._blocks[index]))]
+            else:
+                for index in reversed(free):
+                    del self._blocks[index]
+                block = mmap.mmap(-1, nbytes)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    block.madvise(mmap.MADV_HUGEPAGE)
+                self._blocks.append(block)
+            return torch.frombuffer(block, dtype=torch.uint8, count=nbytes)
+
+    def _is_free(self, index: int) -> bool:
+        # A tensor made by frombuffer holds a reference; two are the list's and getrefcount's own.
+        return sys.getrefcount(self._blocks[index]) == 2
+
+
+_pools: list[_Pool] = []
+
+
+@contextmanager
+def recycled_memory() -> Iterator[None]:
+    """While it lasts, `empty` reuses the memory of tensors that are gone. At its end free memory goes back at once.
+
+    Tensors may be kept as long as anybody likes; their memory is not reused before they are gone.
+    """
+    pool = _Pool()
+    _pools.append(pool)
+    try:
+        yield
+    finally:
+        _pools.remove(pool)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`torch.empty` on the CPU, in recycled memory where that is on and the tensor is large."""
+    nbytes = prod(shape) * dtype.itemsize
+    if not _pools or nbytes < _SMALLEST:
+        return torch.empty(shape, dtype=dtype)
+    return _pools[-1].take(nbytes).view(dtype).view(shape)
