@@ -5,7 +5,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, Positive, Section
+from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, OpenFraction, Positive, Section
+from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.config.parallel import Precision
 
 
@@ -144,17 +145,28 @@ class RampTo(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """`kd_weight` times the forward KL from teacher to student, plus `lm_weight` times the student's cross-entropy.
+    """`kd_weight` times the divergence of student and teacher, plus `lm_weight` times the student's cross-entropy.
 
-    Both are over the full vocabulary, in nats a token. The papers take the KL alone (arXiv:2407.14679, table 15).
+    In nats a token. The papers take the forward KL over the full vocabulary, alone (arXiv:2407.14679, table 15).
     """
 
     kd_weight: NonNegativeFloat = 1.0
-    """Factor of the KL; 0 for plain training on the text."""
+    """Factor of the divergence; 0 for plain training on the text."""
     lm_weight: NonNegativeFloat = 0.0
     """Factor of the next-token cross-entropy on the text."""
     temperature: Positive = 1.0
-    """Divides both models' logits; the KL is multiplied by its square (arXiv:1503.02531, section 2)."""
+    """Divides both models' logits; the divergence is multiplied by its square (arXiv:1503.02531, section 2)."""
+    divergence: DivergenceKind = DivergenceKind.FORWARD_KL
+    """Of the teacher's distribution p and the student's q: `forward_kl` KL(p || q), `reverse_kl` KL(q || p),
+    `jensen_shannon` (with `beta`), `skewed_kl` KL(p || s p + (1 - s) q), `skewed_reverse_kl` KL(q || (1 - s) p + s q)
+    (s is `skew`), or `total_variation`. Validations measure the forward KL too, whatever it is."""
+    beta: OpenFraction = 0.5
+    """Teacher's weight in `jensen_shannon` (arXiv:2306.13649)."""
+    skew: OpenFraction = 0.1
+    """Of the skewed divergences (arXiv:2402.03898)."""
+    top_k: Count | None = None
+    """Compare the teacher's so many likeliest tokens, and all others as one; None compares every token. The papers find
+    100 or fewer to be too few (arXiv:2407.14679)."""
     ramp_to: RampTo = RampTo()
     """Where weights and temperature end, as `{temperature: 1, lm_weight: 0.5}`."""
     freeze_embeddings: bool = False

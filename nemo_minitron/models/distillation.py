@@ -1,4 +1,4 @@
-"""The student with its teacher: forward KL over the full vocabulary, at any TP x PP x DP layout.
+"""The student with its teacher: a divergence over the full vocabulary, at any TP x PP x DP layout.
 
 The teacher runs its own forward-only pass first and leaves its final hidden states on the last stage; then the
 student's ordinary schedule runs. So no message between stages changes, 1F1B and interleaved schedules both work, and
@@ -22,6 +22,7 @@ from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.megatron.offload import OffloadedLayers
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
 from nemo_minitron.models.losses import DistillationLoss, tensor_group
+from nemo_minitron.ops.divergence import Divergence
 
 
 class MegatronGPTDistillationModel(MegatronGPTModel):
@@ -30,11 +31,13 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     Args:
         cfg: The student's configuration. `minitron.distillation` holds `teacher` (a `.nemo` file or folder),
             `temperature`, `kd_weight`, `lm_weight`, `freeze_embeddings`, `loss_chunk_tokens`, `teacher_precision`
-            (None for the student's) and `offload_teacher` (its layers wait in host memory between passes).
+            (None for the student's), `offload_teacher` (its layers wait in host memory between passes), `divergence`
+            (`kind`, `beta`, `skew`; forward KL if absent) and `top_k` (of the teacher's tokens; None for all).
         trainer: Optional; its strategy must be a `MegatronStrategy`.
 
-    A step logs `kl` in nats a token; with `statistics` also `ce`, `teacher_ce` and `agreement` (share of tokens whose
-    most likely next token is the same in both). Validation always has them.
+    A step logs `kl` in nats a token, or `kd` where the objective is another divergence; with `statistics` also `ce`,
+    `teacher_ce`, `agreement` (share of tokens whose most likely next token is the same in both) and `kl` whatever the
+    objective is. Validation always has them.
     """
 
     objective = "loss"
@@ -65,7 +68,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         """Read a teacher at the student's layout, in its numbers unless told otherwise; freeze it.
 
         Raises:
-            TrainingError: Its vocabulary or tokenizer is not the student's.
+            TrainingError: Its vocabulary or tokenizer is not the student's, or `top_k` exceeds it.
         """
         config = MegatronGPTModel.restore_from(path, return_config=True)
         for key in ("precision", "micro_batch_size"):
@@ -79,6 +82,11 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             )
         if teacher.tokenizer_files.get("tokenizer.json") != self.tokenizer_files.get("tokenizer.json"):
             raise TrainingError("teacher and student have different tokenizers", remedy="prune the student from it")
+        if (self.distillation.get("top_k") or 0) > self.spec.vocab_size:
+            raise TrainingError(
+                f"top_k = {self.distillation['top_k']} of a vocabulary of {self.spec.vocab_size} tokens",
+                rule="at most the vocabulary; leave top_k out to compare every token",
+            )
         teacher.requires_grad_(False).eval()
         # In a plain list, so that torch does not register the teacher's weights as the student's.
         self._teacher = [teacher]
@@ -118,6 +126,8 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             teacher_states=states,
             vocab_size=self.spec.vocab_size,
             tensor_group=tensor_group(self.runtime),
+            divergence=Divergence(**(self.distillation.get("divergence") or {})),
+            top_k=self.distillation.get("top_k"),
             temperature=self._now("temperature", 1.0, training),
             kd_weight=self._now("kd_weight", 1.0, training),
             lm_weight=self._now("lm_weight", 0.0, training),

@@ -1,21 +1,27 @@
-"""What the last pipeline stage does with its final hidden states: next-token loss, or KL to the teacher.
+"""What the last pipeline stage does with its final hidden states: next-token loss, or distance to the teacher.
 
 Each loss is called once a micro-batch by Megatron's schedule and returns sums over tokens, never means; the one
 division by the global token count happens in Megatron's gradient finalisation and in `MegatronGPTModel`'s reports.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.megatron.forward import LossResult, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
-from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
+from nemo_minitron.parallel.fused_linear_kd import FusedLoss, fused_linear_kd
+from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
+from nemo_minitron.parallel.sparse_targets import top_k_targets
+
+FORWARD_KL = Divergence()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +60,19 @@ class LanguageModelLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
-    """`kd_weight * KL + lm_weight * CE` over the full vocabulary, in nats, summed over kept tokens.
+    """`kd_weight * D + lm_weight * CE`, in nats, summed over kept tokens; D is the forward KL if nothing else is said.
 
     Attributes:
         student: The student's chunk that owns the output layer.
         teacher: The teacher's.
         teacher_states: The teacher's final hidden states `[s, b, H]` of each micro-batch, in order.
-        temperature: Divides both models' logits; its square multiplies the KL.
-        kd_weight: Factor of the forward KL from teacher to student.
+        divergence: D, but for its temperature.
+        temperature: Divides both models' logits; its square multiplies D.
+        top_k: Compare the teacher's so many likeliest tokens and one bucket of all others; None compares them all.
+        kd_weight: Factor of D.
         lm_weight: Factor of the student's next-token cross-entropy.
-        statistics: Also report both cross-entropies and top-1 agreement (one more pass over each chunk of logits).
+        statistics: Also report both cross-entropies and top-1 agreement (one more pass over each chunk of logits), and
+            the forward KL over the whole vocabulary where D is another (two more products with the output layers).
     """
 
     student: MinitronGPT
@@ -71,7 +80,9 @@ class DistillationLoss:
     teacher_states: Sequence[Tensor]
     vocab_size: int
     tensor_group: ProcessGroup | None
+    divergence: Divergence = FORWARD_KL
     temperature: float = 1.0
+    top_k: int | None = None
     kd_weight: float = 1.0
     lm_weight: float = 0.0
     chunk_tokens: int | None = None
@@ -79,27 +90,70 @@ class DistillationLoss:
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
         """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
-        result = fused_linear_kd(
-            hidden_SBH.flatten(0, 1),
+        student, teacher = hidden_SBH.flatten(0, 1), self.teacher_states[index].flatten(0, 1)
+        divergence = replace(self.divergence, temperature=self.temperature)
+        plain = self.top_k is None and divergence.kind is DivergenceKind.FORWARD_KL
+        if self.top_k is None:
+            result = self._full(student, teacher, micro_batch, divergence, statistics=plain and self.statistics)
+        else:
+            result = self._top_k(student, teacher, micro_batch, divergence, self.top_k)
+        report = {"loss": result.loss_sum.detach(), "kl" if plain else "kd": result.kd_sum}
+        if self.statistics:
+            watched = result
+            if not plain:
+                with torch.no_grad():
+                    kl = Divergence(temperature=self.temperature)
+                    watched = self._full(student, teacher, micro_batch, kl, statistics=True)
+            report["kl"] = watched.kd_sum
+            report["ce"] = watched.student_ce_sum
+            report["teacher_ce"] = watched.teacher_ce_sum
+            report["agreement"] = watched.top1_agreement
+        return LossResult(total=result.loss_sum, tokens=result.tokens, report=report)
+
+    def _full(
+        self, student: Tensor, teacher: Tensor, micro_batch: MicroBatch, divergence: Divergence, *, statistics: bool
+    ) -> FusedLoss:
+        return fused_linear_kd(
+            student,
             self.student.output_weight(),
-            self.teacher_states[index].flatten(0, 1),
+            teacher,
             self.teacher.output_weight(),
             keep=sequence_first(micro_batch.keep),
             labels=sequence_first(micro_batch.labels),
-            divergence=Divergence(temperature=self.temperature),
+            divergence=divergence,
             kd_weight=self.kd_weight,
             lm_weight=self.lm_weight,
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
-            statistics=self.statistics,
+            statistics=statistics,
         )
-        report = {"loss": result.loss_sum.detach(), "kl": result.kd_sum}
-        if self.statistics:
-            report["ce"] = result.student_ce_sum
-            report["teacher_ce"] = result.teacher_ce_sum
-            report["agreement"] = result.top1_agreement
-        return LossResult(total=result.loss_sum, tokens=result.tokens, report=report)
+
+    def _top_k(
+        self, student: Tensor, teacher: Tensor, micro_batch: MicroBatch, divergence: Divergence, k: int
+    ) -> FusedLoss:
+        targets = top_k_targets(
+            teacher,
+            self.teacher.output_weight(),
+            k=k,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            tp=self.tensor_group,
+        )
+        return fused_linear_sparse_kd(
+            student,
+            self.student.output_weight(),
+            targets,
+            keep=sequence_first(micro_batch.keep),
+            labels=sequence_first(micro_batch.labels),
+            divergence=divergence,
+            kd_weight=self.kd_weight,
+            lm_weight=self.lm_weight,
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.chunk_tokens,
+            tp=self.tensor_group,
+        )
 
 
 def tensor_group(runtime: Runtime) -> ProcessGroup | None:

@@ -84,6 +84,7 @@ class Divergence:
     skew: float = 0.1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", DivergenceKind(self.kind))  # configuration files hold its name
         if not self.temperature > 0 or not 0 < self.beta < 1 or not 0 < self.skew < 1:
             raise ValueError(f"temperature must be above 0, beta and skew between 0 and 1: {self}")
 

@@ -45,7 +45,9 @@ def watched(settings: DistillConfig) -> str:
 
 def _objective(settings: DistillConfig) -> str:
     """The loss in words."""
-    parts = {"forward KL over the full vocabulary": "kd_weight", "cross-entropy on the text": "lm_weight"}
+    kind = settings.divergence.value.replace("_", " ").replace("kl", "KL")
+    extent = f"the teacher's {settings.top_k} likeliest tokens" if settings.top_k else "the full vocabulary"
+    parts = {f"{kind} over {extent}": "kd_weight", "cross-entropy on the text": "lm_weight"}
     named = {}
     for name, key in parts.items():
         first, last = getattr(settings, key), getattr(settings.ramp_to, key)
@@ -65,6 +67,8 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
             **keys["minitron"],
             "distillation": {
                 "teacher": str(teacher),
+                "divergence": {"kind": settings.divergence.value, "beta": settings.beta, "skew": settings.skew},
+                "top_k": settings.top_k,
                 "temperature": settings.temperature,
                 "kd_weight": settings.kd_weight,
                 "lm_weight": settings.lm_weight,

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from tests import jobs
 from tests.ranks import run_on_ranks
@@ -62,6 +63,27 @@ def test_a_teacher_that_waits_in_host_memory_or_computes_in_bf16_teaches_the_sam
     coarse = run_on_ranks(1, jobs.distill_losses, *places, config.model_copy(update={"distill": distill}))[0]
     assert coarse != one_rank["losses"]
     np.testing.assert_allclose(coarse, one_rank["losses"], rtol=0.03)  # a bf16 number has 8 bits
+
+
+OBJECTIVES = {
+    "js": {"divergence": DivergenceKind.JENSEN_SHANNON, "beta": 0.3, "temperature": 1.5, "lm_weight": 0.2},
+    "top_k": {"divergence": DivergenceKind.SKEWED_KL, "skew": 0.3, "top_k": 20},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_another_objective_is_the_same_at_another_layout(artefacts, one_rank, objective):
+    losses = []
+    for world_size, parallel in ((1, ParallelConfig()), LAYOUTS["tp2_pp2"]):
+        config = jobs.config_for(artefacts["root"] / "hf", artefacts["root"] / "corpus", parallel=parallel)
+        distill = config.distill.model_copy(update={"tokens": 6 * 8 * 64, **OBJECTIVES[objective]})
+        config = config.model_copy(update={"distill": distill})
+        places = artefacts["student"], artefacts["teacher"], artefacts["data"]
+        losses += run_on_ranks(world_size, jobs.distill_losses, *places, config)
+    assert abs(losses[0][0] / one_rank["losses"][0] - 1) > 0.05, "another objective"
+    assert losses[0][-1] < losses[0][0], "the student learns"
+    for found in losses[1:]:
+        np.testing.assert_allclose(found, losses[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
