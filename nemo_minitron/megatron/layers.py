@@ -122,17 +122,26 @@ class NormedRowParallelLinear(RowParallelLinear):
 
 
 class LocalMLP(MLP):
-    """Megatron's MLP with its activation in one function."""
+    """Megatron's MLP with its activation in one function; see `local_mlp`."""
 
-    def __init__(self, config: TransformerConfig, *, activation: Activation, fc2: type, **_: Any) -> None:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=fc2)
+    kind: Activation
+    fc2: type
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=self.fc2)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = _ACTIVATIONS[self.kind]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Transform `[s, b, h]`; returns the output and the bias that is still to be added."""
         x, bias = self.linear_fc1(hidden_states)
         return self.linear_fc2(self.activation(x if bias is None else x + bias))
+
+
+@lru_cache
+def local_mlp(kind: Activation, fc2: type) -> type[LocalMLP]:
+    """An MLP class with an activation and a second linear; Megatron warns of every MLP given as a `ModuleSpec`."""
+    return type("LocalMLP", (LocalMLP,), {"kind": kind, "fc2": fc2})
 
 
 class SizedLayer(TransformerLayer):
@@ -187,7 +196,7 @@ def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
             ),
             self_attn_bda=add_residual,
             pre_mlp_layernorm=LocalNorm,
-            mlp=ModuleSpec(module=LocalMLP, params={"activation": spec.activation, "fc2": writer}),
+            mlp=local_mlp(spec.activation, writer),
             mlp_bda=add_residual,
             # In checkpoints the norms carry the names that Transformer Engine's fused layers give them.
             sharded_state_dict_keys_map={
