@@ -93,6 +93,12 @@ class HfSource:
         name = self._config.get("_name_or_path") or _name_of(self.folder)
         return {"base_model": name, "license": _licence_of_card(self.folder / "README.md"), "format": "hf"}
 
+    @property
+    def layout(self) -> str:
+        """How the weights are stored."""
+        kind = "safetensors" if isinstance(self._files[0], SafetensorsFile) else "files of torch.save"
+        return f"{kind} ({len(self._files)} file{'s' if len(self._files) > 1 else ''})"
+
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
         return names_of(self._spec)

@@ -96,6 +96,11 @@ class MegatronSource:
         known = self._ours.get("lineage")
         return dict(known) if known else {"base_model": _name_of(self.folder), "license": None, "format": "megatron"}
 
+    @property
+    def layout(self) -> str:
+        """How the weights are stored."""
+        return self._weights.layout
+
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
         return names_of(self._spec)

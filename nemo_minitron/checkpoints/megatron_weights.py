@@ -27,7 +27,14 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 class Weights(Protocol):
-    """Weights in Megatron's names, in whatever layout they are stored."""
+    """Weights in Megatron's names, in whatever layout they are stored.
+
+    Attributes:
+        layout: What to call that layout.
+    """
+
+    @property
+    def layout(self) -> str: ...  # noqa: D102
 
     def vocab_rows(self) -> int:
         """Rows of the embedding, padding included."""
@@ -77,6 +84,7 @@ class DistributedWeights:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.layout = str(getattr(store, "kind", "torch_dist"))
         self.prefix = self._find_prefix()
         self._keys = frozenset(store.tensors)
         self.stacked = not any(_LAYER.match(key.removeprefix(self.prefix)) for key in self._keys)

@@ -101,6 +101,11 @@ class NemoSource:
         distributed = isinstance(weights, DistributedWeights) and isinstance(weights.store, TorchDistReader)
         return self.path.is_dir() and distributed and weights.prefix == KEY_PREFIX
 
+    @property
+    def layout(self) -> str:
+        """How the weights are stored."""
+        return self._weights.layout
+
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
         return names_of(self._spec)

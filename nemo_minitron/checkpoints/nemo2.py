@@ -104,6 +104,11 @@ class Nemo2Source:
         name = self.folder.absolute().name
         return dict(known) if known else {"base_model": name, "license": None, "format": "nemo2"}
 
+    @property
+    def layout(self) -> str:
+        """How the weights are stored."""
+        return self._weights.layout
+
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
         return names_of(self._spec)

@@ -74,6 +74,8 @@ class RankWeights:
     def __init__(self, files: Files) -> None:
         self.label = files.label
         self._stages = _stages(files)
+        tensor, pipeline = len(self._stages[0].files), len(self._stages)
+        self.layout = f"a file a rank (tensor parallel {tensor}, pipeline {pipeline})"
         self._places: dict[str, tuple[_Stage, str]] = {}
         first_layer = 0
         for stage in self._stages:

@@ -41,6 +41,8 @@ class ZarrStore:
         CheckpointError: A header is damaged or of an unknown kind, or a chunk is missing or of the wrong size.
     """
 
+    kind = "zarr"
+
     def __init__(self, files: Files, folder: str) -> None:
         self._files, self._prefix = files, f"{folder}/" if folder else ""
         self.label = f"{files.label}/{folder}" if folder else files.label

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli import plan, scores
+from nemo_minitron.cli import checkpoint, plan, scores
 from nemo_minitron.cli.failures import reported
 from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
@@ -123,6 +123,8 @@ for _name, _title in TITLES.items():
     _add_verb(_name, _title)
 
 
+app.command(rich_help_panel=AROUND)(checkpoint.convert)
+app.command(rich_help_panel=AROUND)(checkpoint.inspect)
 app.add_typer(plan.app, name="plan", rich_help_panel=AROUND)
 app.add_typer(scores.app, name="scores", rich_help_panel=AROUND)
 

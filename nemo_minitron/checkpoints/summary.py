@@ -1,0 +1,130 @@
+"""What a checkpoint is, in a few lines or as JSON, without building a model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.gguf import GgufSource
+from nemo_minitron.checkpoints.hf import HfSource
+from nemo_minitron.checkpoints.megatron_dist import MegatronSource
+from nemo_minitron.checkpoints.nemo1 import NemoSource
+from nemo_minitron.checkpoints.nemo2 import Nemo2Source
+from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, tokenizer_digest
+
+_KINDS: dict[type[Any], str] = {
+    HfSource: "Hugging Face",
+    NemoSource: "NeMo 1",
+    Nemo2Source: "NeMo 2",
+    MegatronSource: "Megatron",
+    GgufSource: "GGUF",
+}
+
+
+def summary(source: TensorSource, path: Path) -> dict[str, Any]:
+    """Format, sizes, tokenizer, lineage and digests of a checkpoint as JSON data.
+
+    Weights are counted and their types known from headers; none is read.
+    """
+    spec = source.spec
+    files = source.tokenizer_files()
+    return {
+        "path": str(path),
+        "format": _format(source, path),
+        "family": spec.family,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "parameters": parameter_count(spec),
+        "parameters_without_embeddings": parameter_count(spec, embeddings=False),
+        "architecture": spec.to_dict(),
+        "tokenizer": _tokenizer(files),
+        "lineage": dict(source.lineage),
+        "files": sorted(files),
+        "carries_plan": PLAN_FILE in files,
+        "digests": {"architecture": spec.digest(), "tokenizer": tokenizer_digest(files)},
+    }
+
+
+def lines(data: Mapping[str, Any]) -> list[str]:
+    """A summary for people: a name and a value a line."""
+    spec = ModelSpec.from_dict(data["architecture"])
+    tokenizer = data["tokenizer"]
+    rows = [
+        ("format", data["format"]),
+        ("family", data["family"]),
+        ("parameters", f"{data['parameters']:,} ({data['parameters_without_embeddings']:,} without embeddings)"),
+        ("type", data["dtype"]),
+        *_sizes(spec),
+        ("tokenizer", f"{tokenizer['kind']}, {tokenizer['size']} tokens" if tokenizer else "none"),
+        *_lineage(data["lineage"]),
+        ("plan", f"carried ({PLAN_FILE})" if data["carries_plan"] else "none"),
+        ("files", ", ".join(data["files"]) or "none"),
+        *((f"{name} digest", value or "none") for name, value in data["digests"].items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _format(source: TensorSource, path: Path) -> str:
+    kind = next((name for cls, name in _KINDS.items() if isinstance(source, cls)), type(source).__name__)
+    detail = "" if isinstance(source, GgufSource) else ", a folder" if path.is_dir() else ", a file"
+    layout = getattr(source, "layout", "")
+    return f"{kind}{detail}" + (f", weights as {layout}" if layout else "")
+
+
+def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
+    def span(name: str) -> str:
+        values = [getattr(layer, name) for layer in spec.layers]
+        low, high = min(values), max(values)
+        return str(low) if low == high else f"{low} to {high}, by layer"
+
+    found = [
+        ("layers", str(spec.num_layers)),
+        ("hidden size", str(spec.hidden_size)),
+        ("FFN size", span("ffn_hidden_size")),
+        ("attention heads", f"{span('num_attention_heads')} of {spec.head_dim} channels"),
+        ("KV groups", span("num_query_groups")),
+        ("vocabulary", f"{spec.vocab_size}{', tied to the output layer' if spec.tied_embeddings else ''}"),
+        ("context", str(spec.max_position_embeddings)),
+        ("rotary base", f"{spec.rotary_base:g}{', Llama 3 scaling' if spec.rope_scaling else ''}"),
+        ("MLP and norm", f"{spec.activation}, {spec.norm} (eps {spec.norm_eps:g})"),
+    ]
+    if spec.sliding_window:
+        found.append(
+            ("sliding window", f"{spec.sliding_window}, in {sum(layer.local for layer in spec.layers)} layers")
+        )
+    return found
+
+
+def _tokenizer(files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    if "tokenizer.json" in files:
+        data = json.loads(files["tokenizer.json"])
+        model = data.get("model") or {}
+        added = {token.get("content") for token in data.get("added_tokens") or ()}
+        return {"kind": str(model.get("type", "unknown")), "size": len({*_tokens(model.get("vocab")), *added})}
+    if "tokenizer.model" in files:
+        return {"kind": "sentencepiece", "size": None}
+    return None
+
+
+def _tokens(vocabulary: Any) -> list[Any]:
+    """Tokens of a vocabulary: a mapping from them, or pairs of a token and its score."""
+    return [item if isinstance(item, str) else item[0] for item in vocabulary or ()]
+
+
+def _lineage(lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = [
+        ("base model", str(lineage.get("base_model") or "unknown")),
+        ("licence", str(lineage.get("license") or "unknown")),
+    ]
+    steps = lineage.get("pruned") or []
+    for number, step in enumerate(steps, start=1):
+        if isinstance(step, Mapping):
+            what = ", ".join(f"{key} {str(value)[:16]}" for key, value in step.items())
+            found.append(("pruned" if len(steps) == 1 else f"pruned, step {number}", what))
+    known = ("base_model", "license", "pruned")
+    found += [
+        (str(key), str(value)) for key, value in lineage.items() if key not in known and isinstance(value, str | int)
+    ]
+    return found

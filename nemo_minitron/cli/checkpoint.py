@@ -1,0 +1,67 @@
+"""`nemo-minitron convert` and `inspect`: checkpoints without a recipe and without a model being built."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_minitron.cli.failures import reported
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="Hugging Face, .nemo or its folder, NeMo 2, Megatron-LM or Bridge, or GGUF; found out by looking.",
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder, or a .nemo file.")],
+    *,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FORMAT", help="hf, nemo, nemo2 or megatron. (default: by the name DST)"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. (default: as the source)")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in another format, tensor by tensor."""
+    with reported(debug=debug):
+        from nemo_minitron.checkpoints.convert import DTYPES, Format, format_for
+        from nemo_minitron.checkpoints.convert import convert as write
+        from nemo_minitron.errors import MinitronError
+
+        if to is not None and to not in list(Format):
+            raise MinitronError(f"--to {to}", rule=f"one of {', '.join(Format)}")
+        if dtype is not None and dtype not in DTYPES:
+            raise MinitronError(f"--dtype {dtype}", rule=f"one of {', '.join(DTYPES)}")
+        kind = Format(to) if to else format_for(destination)
+        write(source, destination, to=kind, dtype=DTYPES[dtype] if dtype else None, replace=force)
+        print(destination)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Any checkpoint that can be read.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Digest the weights too, which reads them all.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a checkpoint is: format, family, sizes, tokenizer, where it comes from, digests."""
+    with reported(debug=debug):
+        import json
+
+        from nemo_minitron.checkpoints.digest import weights_digest
+        from nemo_minitron.checkpoints.source import open_checkpoint
+        from nemo_minitron.checkpoints.summary import lines, summary
+
+        source = open_checkpoint(path)
+        data = summary(source, path)
+        if weights:
+            data["digests"]["weights"] = weights_digest(source)
+        print(json.dumps(data, indent=2) if as_json else "\n".join(lines(data)))
