@@ -144,3 +144,86 @@ def measure_folder(folder: Path, samples: list[list[int]]) -> dict[str, torch.Te
     whole = torch.tensor(samples)
     collector.add(MicroBatch.of(whole[:, :-1], whole[:, 1:], torch.ones_like(whole[:, 1:], dtype=torch.bool)))
     return collector.result().tensors
+
+
+class CutOffError(Exception):
+    """Stands for a kill."""
+
+
+def stage_files(folder: Path) -> None:
+    """`hf/` and `corpus/` to `teacher/` and `data/`."""
+    from nemo_minitron.checkpoints.nemo1 import write_folder
+    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.data.documents import read_documents
+    from nemo_minitron.data.tokenizer import load_tokenizer
+    from nemo_minitron.megatron.data import write_token_files
+
+    source = open_checkpoint(folder / "hf")
+    write_folder(source, folder / "teacher")
+    (folder / "data").mkdir()
+    documents = read_documents(folder / "corpus")
+    tokenizer = load_tokenizer(source.tokenizer_files())
+    write_token_files(documents, tokenizer, folder / "data", depth_config(folder).data, seed=1)
+
+
+def depth_config(folder: Path) -> Any:
+    from tests.jobs import config_for
+
+    metrics = ["lm_loss", "logit_mse", "tests.parallel.depth_jobs:Misses", "tests.parallel.depth_jobs:LastToken"]
+    depth = {"metrics": metrics, "blocks": True, "longest_block": 2, "samples": 7}
+    return config_for(
+        folder / "hf", folder / "corpus", score={"sequence_length": 24, "micro_batch_size": 1, "depth": depth}
+    )
+
+
+def stage(folder: Path, *, partial: Path | None = None, cut_after: int | None = None, kept_seconds: float = 0.0) -> Any:
+    """The stage's measurement by name, or how far it came before it was cut off."""
+    from nemo_minitron.models.gpt import MegatronGPTModel
+    from nemo_minitron.stages import depth
+    from nemo_minitron.stages.session import make_trainer, restore
+
+    config = depth_config(folder)
+    seen: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        if done == cut_after:
+            raise CutOffError
+
+    depth.SAVE_SECONDS = kept_seconds
+    trainer = make_trainer(config)
+    model = restore(MegatronGPTModel, folder / "teacher", config=config, micro_batch_size=1, trainer=trainer)
+    try:
+        scores = depth.measure_depth(
+            model.chunks,
+            model.runtime,
+            model.spec,
+            folder / "data",
+            config.score,
+            tokenizer_files=model.tokenizer_files,
+            partial=partial,
+            progress=progress,
+        )
+    except CutOffError:
+        return seen
+    return scores.tensors, seen
+
+
+def cut_off_and_go_on(folder: Path) -> dict[str, Any]:
+    """Whole, cut off, gone on with, and gone on with from a damaged file."""
+    stage_files(folder)
+    whole, _ = stage(folder)
+    cut = stage(folder, partial=folder / "partial", cut_after=4)
+    kept = (folder / "partial").read_bytes()
+    resumed, seen = stage(folder, partial=folder / "partial")
+    (folder / "partial").write_bytes(kept[:100])
+    damaged, again = stage(folder, partial=folder / "partial")
+    (folder / "partial").write_bytes(kept)
+    return {
+        "whole": whole,
+        "cut": cut,
+        "resumed": resumed,
+        "seen": seen,
+        "damaged": damaged,
+        "again": again,
+    }
