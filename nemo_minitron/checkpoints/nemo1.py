@@ -37,6 +37,7 @@ from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.source import (
     LICENCE_FILES,
+    PLAN_FILE,
     TOKENIZER_FILES,
     TensorSource,
     check_tokenizer_fits,
@@ -211,12 +212,20 @@ def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, byt
     """Tokenizer files kept as artifacts: those that the config names, else those whose own names say so.
 
     Raises:
-        CheckpointError: A named artifact is missing.
+        CheckpointError: A named artifact is missing, or is to be called by the name of another kind of file: these
+            names are written to folders later.
     """
     if named := tokenizer_artifacts(config):
+        if strange := sorted(set(named) - {*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE}):
+            raise CheckpointError(
+                f"{files.label}: {CONFIG_FILE}: minitron.tokenizer_files names {strange[0][:80]!r}",
+                rule="files of a tokenizer, a licence or a pruning plan",
+            )
         return {name: read_bytes(files, value.removeprefix("nemo:")) for name, value in named.items()}
     found = {match.group(1): name for name in files.names() if (match := _ARTIFACT.match(name))}
-    return {name: read_bytes(files, found[name]) for name in (*TOKENIZER_FILES, *LICENCE_FILES) if name in found}
+    return {
+        name: read_bytes(files, found[name]) for name in (*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE) if name in found
+    }
 
 
 def _tokenizer_section(artifacts: Mapping[str, str], lineage: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,7 +196,7 @@ class _Unpickler(pickle._Unpickler):
             return self._names[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if self._inert and f"{module}.".startswith(self._inert):
+        if self._inert and f"{module}.".startswith(self._inert) and "." not in name:
             return type(name, (_Nothing,), {"path": f"{module}.{name}"})
         self._refuse(f"{module}.{name}")
 

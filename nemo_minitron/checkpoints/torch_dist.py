@@ -223,6 +223,10 @@ def _open_record(stream: BinaryIO, piece: Piece, where: str) -> tuple[TensorHead
     try:
         with zipfile.ZipFile(Window(stream, piece.start, piece.length)) as archive:
             pickled = next(item for item in archive.namelist() if item.endswith("/data.pkl"))
+            if archive.getinfo(pickled).compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{where}: its record is compressed", rule="torch.save stores records as they are"
+                )
             header = read_tensor_header(archive.read(pickled), where=where)
             record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{header.storage}")
         stream.seek(piece.start + record.header_offset)
