@@ -1,6 +1,6 @@
 """`--dry-run`: what a recipe comes to, before anything is paid for. Reads the model's configuration; writes nothing."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -9,6 +9,7 @@ from rich.text import Text
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.cli import preflight
 from nemo_minitron.cli.job import Job
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import ParallelConfig
@@ -41,36 +42,21 @@ def show(job: Job, *, console: Console) -> None:
     console.print(Text(to_yaml(config).rstrip()), highlight=False)
     console.print()
     console.print(_stages(job, config))
-    teacher = _teacher(config)
+    teacher = preflight.teacher_spec(config, RunFolder(job.folder(config)))
     if teacher is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
     else:
-        from nemo_minitron.pruning.rounds import round_specs
-        from nemo_minitron.stages.prune import check_export
-
-        models = {"teacher": teacher, **_named(round_specs(config.target, teacher, config.steps))}
+        models = {"teacher": teacher, **_named(preflight.students(config, teacher))}
         console.print(Group(_sizes(models), _layout(models, config.parallel)))
     console.print(_training(config))
     if teacher is not None:
-        _check_layout(models.values(), config.parallel)
-        check_export(config, [*models.values()][-1])
+        preflight.check_models(models.values(), config)
 
 
 def _named(students: Sequence[ModelSpec]) -> dict[str, ModelSpec]:
     """The model after each round; the last one is the student."""
     names = [f"round {number}" for number in range(1, len(students))]
     return dict(zip([*names, "student"], students, strict=True))
-
-
-def _teacher(config: RunConfig) -> ModelSpec | None:
-    """The teacher's sizes; None when its files are still to be fetched."""
-    from nemo_minitron.checkpoints.source import open_checkpoint
-    from nemo_minitron.data.assets import location
-
-    path = location(config.model.source)
-    if config.model.source.startswith("package:") and not path.exists():
-        return None
-    return open_checkpoint(path).spec
 
 
 def _table(*headings: str, title: str) -> Table:
@@ -148,10 +134,3 @@ def _training(config: RunConfig) -> RenderableType:
             table.add_row(stage.name, "", "", f"<= {models} x {config.evaluate.max_tokens:,}")
     note = f"{copies:g} micro-batches a step, over the data-parallel ranks"
     return Group(table, Text(note, style="dim"))
-
-
-def _check_layout(models: Iterable[ModelSpec], parallel: ParallelConfig) -> None:
-    from nemo_minitron.megatron.placement import check_layout
-
-    for spec in models:
-        check_layout(spec, parallel)

@@ -72,13 +72,14 @@ def _ranks(job: Job, config: RunConfig, size: int) -> int:
 
 def _run_here(job: Job, config: RunConfig) -> None:
     from nemo_minitron.callbacks.reporter import Reporter
-    from nemo_minitron.cli import closing
+    from nemo_minitron.cli import closing, preflight
     from nemo_minitron.stages.chain import chain_for
     from nemo_minitron.stages.engine import Request, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
     from nemo_minitron.stages.team import gather
 
     folder = RunFolder(job.folder(config))
+    preflight.check(job, config, folder)
     team = gather(config.parallel, seed=config.seed)
     reporter = Reporter(silent=team.rank > 0)
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))

@@ -46,7 +46,7 @@ def select(
     names = [stage.name for stage in chain]
     unknown = [name for name in (first, last, only) if name is not None and name not in names]
     if unknown:
-        raise ConfigError("command line", [f"no stage {name!r}; stages: {', '.join(names)}" for name in unknown])
+        raise ConfigError("command line", [_unknown(name, names) for name in unknown])
     if only is not None:
         wanted = upstream_of(chain, only) | {only}
         return tuple(stage for stage in chain if stage.name in wanted)
@@ -54,6 +54,12 @@ def select(
     if first and names.index(first) > end:
         raise ConfigError("command line", [f"--from {first} comes after --to {last}; stages: {', '.join(names)}"])
     return tuple(chain[: end + 1])
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    section = {"correct": "correct", "chat": "tune", "tune": "tune"}.get(name)
+    asked = f"; the recipe has no section `{section}:`" if section else ""
+    return f"no stage {name!r}{asked}; stages: {', '.join(names)}"
 
 
 def upstream_of(chain: Sequence[Stage], name: str) -> set[str]:

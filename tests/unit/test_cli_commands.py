@@ -206,3 +206,41 @@ def test_closed_output_is_no_defect():
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=os.environ)
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_refuses_what_a_dry_run_refuses_before_it_begins(given, tmp_path):
+    _, err = invoke("run", *given, "target.ffn_hidden_size=4096", status=2)
+    assert "ffn_hidden_size = 4096" in err
+    _, err = invoke("run", *given, "steps=40", status=2)
+    assert "would cut nothing" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_shows_every_round_and_every_training(given):
+    chat = given[2].removeprefix("data.sources=[").removesuffix("]")
+    out, _ = invoke("run", *given, "--dry-run", "steps=2", "correct={tokens: 1024}", f"tune={{sources: [{chat}]}}")
+    assert re.search(r"round 1 +student", out)
+    assert re.search(r"FFN size +96 +80 +64", out)
+    assert re.search(r"correct +2 +512 +1,024", out)
+    assert re.search(r"distill\.1 +20 +512 +10,240", out)
+    assert re.search(r"evaluate +<= 4 x 2,048", out)
+    order = (
+        "import",
+        "data",
+        "chat",
+        "correct",
+        "score.1",
+        "prune.1",
+        "distill.1",
+        "score",
+        "prune",
+        "distill",
+        "tune",
+    )
+    assert [name for name in re.findall(r"([a-z]+(?:\.\d)?):\s+do\b", out)][: len(order)] == list(order)
+
+
+def test_a_verb_without_its_section_says_so(given):
+    _, err = invoke("tune", *given, status=2)
+    assert "no stage 'tune'" in err
+    assert "tune:" in err
