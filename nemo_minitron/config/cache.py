@@ -3,6 +3,8 @@
 from enum import StrEnum
 
 from nemo_minitron.config.base import Count, Section
+from nemo_minitron.config.objective import DivergenceKind
+from nemo_minitron.config.training import DistillConfig
 
 
 class TargetKind(StrEnum):
@@ -32,3 +34,20 @@ class CacheConfig(Section):
     def width(self) -> int:
         """Draws, or k."""
         return self.draws if self.kind is TargetKind.SAMPLED else self.k
+
+
+def cache_problems(cache: CacheConfig, distill: DistillConfig, rounds: int) -> list[str]:
+    """What a distillation asks for that a cache cannot give."""
+    problems = []
+    if cache.kind is TargetKind.SAMPLED and distill.divergence is not DivergenceKind.FORWARD_KL:
+        problems.append(
+            f"distill.divergence = {distill.divergence} from sampled targets: they are unbiased for forward_kl alone; "
+            "cache.kind: top_k holds more"
+        )
+    if distill.ramp_to.temperature not in (None, distill.temperature):
+        problems.append("distill.ramp_to.temperature: cached targets are of one temperature")
+    if distill.top_k is not None:
+        problems.append("distill.top_k is for a teacher in memory; set cache.kind: top_k and cache.k")
+    if cache.folder is not None and rounds > 1:
+        problems.append(f"cache.folder with steps = {rounds}: each round sees other samples; leave cache.folder out")
+    return problems

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
+from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sites import FfnSite
@@ -171,6 +172,8 @@ class RunConfig(Section):
     score: ScoreConfig = ScoreConfig()
     target: TargetConfig = TargetConfig()
     distill: DistillConfig = DistillConfig()
+    cache: CacheConfig | None = None
+    """Distil from stored targets instead of a teacher in memory; `{}` for the defaults, nothing for the teacher."""
     tune: TuneConfig | None = None
     """Supervised fine-tuning of the student on conversations after distillation; nothing for none."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -180,6 +183,12 @@ class RunConfig(Section):
     def _layers_can_be_chosen(self) -> Self:
         target = self.target
         if problems := target_problems(self.score.depth, target.depth_metric, contiguous=target.depth_contiguous):
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _cache_has_what_is_asked_for(self) -> Self:
+        if self.cache is not None and (problems := cache_problems(self.cache, self.distill, self.steps)):
             raise ValueError("; ".join(problems))
         return self
 

@@ -59,15 +59,16 @@ class TargetWriter:
     def _manifest(self) -> CacheManifest:
         return self._writer.manifest
 
-    def run(self, *, stopped: Callable[[], bool], progress: Callable[[int, int], None]) -> bool:
+    def run(self, *, stopped: Callable[[], bool], progress: Callable[[int], None]) -> bool:
         """Write every missing shard; returns whether all are there. Collective.
 
         Args:
             stopped: Asked after each round of shards; True ends it early, on all ranks if on any.
-            progress: Told how many of how many missing shards are done.
+            progress: Told of every so many shards that are there, those from before first.
         """
         runtime = self._runtime
         missing = broadcast_object(list(self._writer.missing()) if runtime.rank == 0 else None)
+        progress(self._manifest.shards - len(missing))
         for start in range(0, len(missing), runtime.dp_size):
             if not agree(not stopped()):
                 return False
@@ -75,7 +76,7 @@ class TargetWriter:
             if runtime.dp_rank < len(own):
                 self._shard(own[runtime.dp_rank])
             barrier()
-            progress(min(start + runtime.dp_size, len(missing)), len(missing))
+            progress(len(own))
         return True
 
     def _shard(self, number: int) -> None:

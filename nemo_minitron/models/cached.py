@@ -17,6 +17,7 @@ from nemo_minitron.megatron.forward import LossResult, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.models.gpt import MegatronGPTModel, Report
 from nemo_minitron.models.losses import sequence_first, tensor_group
+from nemo_minitron.models.ramp import at_step
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
 
@@ -77,7 +78,7 @@ class MegatronGPTCachedDistillationModel(MegatronGPTModel):
 
     Args:
         cfg: The student's configuration. `minitron.distillation` holds `cache` (a folder), `kd_weight`, `lm_weight`,
-            `divergence`, `freeze_embeddings` and `loss_chunk_tokens`.
+            `ramp_to`, `divergence`, `freeze_embeddings` and `loss_chunk_tokens`.
         trainer: Optional; its strategy must be a `MegatronStrategy`. Its data are those the cache was made of, in
             order: every sample's tokens are compared with the checksum stored beside its targets.
 
@@ -130,12 +131,12 @@ class MegatronGPTCachedDistillationModel(MegatronGPTModel):
             student=self.chunks[-1],
             targets=self._targets(micro_batches) if self.runtime.is_last_stage else (),
             divergence=Divergence(
-                temperature=self.cache.manifest.temperature, **self.distillation.get("divergence", {})
+                temperature=self.cache.manifest.temperature, **(self.distillation.get("divergence") or {})
             ),
             vocab_size=self.spec.vocab_size,
             tensor_group=tensor_group(self.runtime),
-            kd_weight=self.distillation.get("kd_weight", 1.0),
-            lm_weight=self.distillation.get("lm_weight", 0.0),
+            kd_weight=at_step(self.distillation, "kd_weight", 1.0, self.trainer, training=training),
+            lm_weight=at_step(self.distillation, "lm_weight", 0.0, self.trainer, training=training),
             chunk_tokens=self.distillation.get("loss_chunk_tokens"),
         )
 

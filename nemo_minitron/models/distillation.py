@@ -22,6 +22,7 @@ from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.megatron.offload import OffloadedLayers
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
 from nemo_minitron.models.losses import DistillationLoss, tensor_group
+from nemo_minitron.models.ramp import at_step
 from nemo_minitron.ops.divergence import Divergence
 
 
@@ -128,21 +129,12 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             tensor_group=tensor_group(self.runtime),
             divergence=Divergence(**(self.distillation.get("divergence") or {})),
             top_k=self.distillation.get("top_k"),
-            temperature=self._now("temperature", 1.0, training),
-            kd_weight=self._now("kd_weight", 1.0, training),
-            lm_weight=self._now("lm_weight", 0.0, training),
+            temperature=at_step(self.distillation, "temperature", 1.0, self.trainer, training=training),
+            kd_weight=at_step(self.distillation, "kd_weight", 1.0, self.trainer, training=training),
+            lm_weight=at_step(self.distillation, "lm_weight", 0.0, self.trainer, training=training),
             chunk_tokens=self.distillation.get("loss_chunk_tokens"),
             statistics=self.statistics or not training,
         )
-
-    def _now(self, name: str, default: float, training: bool) -> float:
-        """A setting at this step: on the straight line to its `ramp_to` value, where validations are from the start."""
-        first = self.distillation.get(name, default)
-        last = (self.distillation.get("ramp_to") or {}).get(name)
-        if last is None:
-            return float(first)
-        share = min(self.trainer.global_step / max(self.trainer.max_steps - 1, 1), 1.0) if training else 1.0
-        return float(first + (last - first) * share)
 
     def _check_teacher(self, cross_entropy: float) -> None:
         """A teacher whose weights were not read predicts no better than a uniform guess.

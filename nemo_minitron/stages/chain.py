@@ -19,6 +19,7 @@ TITLES: dict[str, str] = {
     "correct": "Fine-tune the teacher on the distillation data first, if the recipe asks for it.",
     "score": "Measure the importance of layers, channels, neurons and heads.",
     "prune": "Decide what stays, and cut the rest out.",
+    "cache": "Store the teacher's targets, if the recipe asks for it, so that students need no teacher.",
     "distill": "Train the student on the teacher's predictions.",
     "tune": "Fine-tune the student on the answers of conversations, if the recipe asks for it.",
     "evaluate": "Measure perplexity on held-out text, and let each model write a sample.",
@@ -33,6 +34,13 @@ MODELS = ("teacher", "pruned", "distilled", "tuned")
 _CHAT_KEYS = (
     *(f"tune.{key}" for key in ("sources", "prompt_key", "answer_key", "validation_fraction", "too_long")),
     "tune.batch.sequence_length",
+    "seed",
+)
+
+_CACHE_KEYS = (
+    *(f"cache.{key}" for key in ("kind", "draws", "k", "samples_per_shard", "folder")),
+    *(f"distill.{key}" for key in ("tokens", "temperature", "batch.sequence_length", "batch.global_batch_size")),
+    "precision",
     "seed",
 )
 
@@ -62,7 +70,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         teacher = "correct/teacher"
     model = teacher
     for number in range(1, config.steps + 1):
-        stages += _round(number, config.steps, teacher=teacher, model=model)
+        stages += _round(number, config, teacher=teacher, model=model)
         model = f"{stages[-1].name}/student"
     models = {"teacher": teacher, "pruned": "prune/student", "distilled": "distill/student"}
     if config.tune is not None:
@@ -89,10 +97,13 @@ def round_name(stage: str, number: int, steps: int) -> str:
     return stage if number == steps else f"{stage}.{number}"
 
 
-def _round(number: int, steps: int, *, teacher: str, model: str) -> list[Stage]:
+def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> list[Stage]:
     """Score and prune the model that has come so far, then teach the result with the original teacher."""
-    score, prune, distill = (round_name(stage, number, steps) for stage in ROUND)
-    return [
+    score, prune, cache, distill = (
+        round_name(stage, number, config.steps) for stage in (*ROUND[:2], "cache", ROUND[2])
+    )
+    lesson = {"teacher": teacher} if config.cache is None else {"cache": f"{cache}/targets"}
+    stages = [
         _stage(
             score,
             inputs={"model": model, "data": "data"},
@@ -109,13 +120,26 @@ def _round(number: int, steps: int, *, teacher: str, model: str) -> list[Stage]:
         ),
         _stage(
             distill,
-            inputs={"teacher": teacher, "data": "data", "student": f"{prune}/student"},
+            inputs={**lesson, "data": "data", "student": f"{prune}/student"},
             sections=("distill", "precision", "seed"),
             round=number,
             collective=True,
             saves_when_stopped=True,
         ),
     ]
+    if config.cache is not None:
+        stages.insert(
+            2,
+            _stage(
+                cache,
+                inputs={"teacher": teacher, "data": "data"},
+                sections=_CACHE_KEYS,
+                round=number,
+                collective=True,
+                saves_when_stopped=True,
+            ),
+        )
+    return stages
 
 
 def _stage(name: str, **settings: Any) -> Stage:

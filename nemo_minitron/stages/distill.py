@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.callbacks.distillation import DistillationMonitor
+from nemo_minitron.callbacks.history import ValidationHistory
+from nemo_minitron.config.cache import CacheConfig, TargetKind
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.cached import MegatronGPTCachedDistillationModel
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.stages.base import StageContext
@@ -19,12 +22,15 @@ def run(context: StageContext) -> dict[str, Any]:
     any.
     """
     settings = context.config.distill
+    data = TokenDataModule(context.input("data"), settings, seed=order_seed(context))
+    if context.config.cache is not None:
+        return _from_cache(context, data, context.config.cache)
     course = Course(
         kind=MegatronGPTDistillationModel,
         model=context.input("student"),
         keys=training_keys(settings, context.input("teacher")),
         settings=settings,
-        data=TokenDataModule(context.input("data"), settings, seed=context.config.seed + context.stage.round - 1),
+        data=data,
         monitor=DistillationMonitor(),
         metric=watched(settings),
         result="student",
@@ -36,6 +42,37 @@ def run(context: StageContext) -> dict[str, Any]:
         "objective": _objective(settings),
         "summary": f"KL to the teacher {first:.3f} -> {last:.3f} nats a token",
     }
+
+
+def _from_cache(context: StageContext, data: TokenDataModule, cache: CacheConfig) -> dict[str, Any]:
+    """The same without the teacher; validations have no targets, so the cross-entropy is what is watched."""
+    settings = context.config.distill
+    targets = context.input("cache") if cache.folder is None else Path(cache.folder)
+    keys = base_keys(settings)
+    keys["minitron"]["distillation"] = {**_objective_keys(settings), "cache": str(targets)}
+    course = Course(
+        kind=MegatronGPTCachedDistillationModel,
+        model=context.input("student"),
+        keys=keys,
+        settings=settings,
+        data=data,
+        monitor=ValidationHistory(("ce",)),
+        metric="ce",
+        result="student",
+    )
+    result = train(context, course)
+    first, last = result["history"][0]["ce"], result["validation"]["ce"]
+    extent = f"{cache.draws} draws a token" if cache.kind is TargetKind.SAMPLED else f"{cache.k} ids a token"
+    return {
+        **result,
+        "objective": f"{_objective(settings)}, from a cache of {extent}",
+        "summary": f"cross-entropy {first:.3f} -> {last:.3f} nats a token",
+    }
+
+
+def order_seed(context: StageContext) -> int:
+    """What the order of a round's training samples follows from."""
+    return context.config.seed + context.stage.round - 1
 
 
 def watched(settings: DistillConfig) -> str:
@@ -66,18 +103,25 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
         "minitron": {
             **keys["minitron"],
             "distillation": {
+                **_objective_keys(settings),
                 "teacher": str(teacher),
-                "divergence": {"kind": settings.divergence.value, "beta": settings.beta, "skew": settings.skew},
                 "top_k": settings.top_k,
                 "temperature": settings.temperature,
-                "kd_weight": settings.kd_weight,
-                "lm_weight": settings.lm_weight,
-                "ramp_to": settings.ramp_to.model_dump(mode="json"),
-                "freeze_embeddings": settings.freeze_embeddings,
-                "loss_chunk_tokens": settings.loss_chunk_tokens,
                 "teacher_precision": settings.teacher_precision
                 and nemo_settings.precision_key(settings.teacher_precision),
                 "offload_teacher": settings.offload_teacher,
             },
         },
+    }
+
+
+def _objective_keys(settings: DistillConfig) -> dict[str, Any]:
+    """Keys that a student has with or without a teacher in memory."""
+    return {
+        "divergence": {"kind": settings.divergence.value, "beta": settings.beta, "skew": settings.skew},
+        "kd_weight": settings.kd_weight,
+        "lm_weight": settings.lm_weight,
+        "ramp_to": settings.ramp_to.model_dump(mode="json"),
+        "freeze_embeddings": settings.freeze_embeddings,
+        "loss_chunk_tokens": settings.loss_chunk_tokens,
     }

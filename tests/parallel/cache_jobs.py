@@ -54,7 +54,7 @@ def write(folder: Path, teacher: Path, data: Path, config: RunConfig, cache: Cac
         samples,
         micro_batch_size=cache.micro_batch_size,
     )
-    return writer.run(stopped=lambda: False, progress=lambda done, total: None)
+    return writer.run(stopped=lambda: False, progress=lambda shards: None)
 
 
 def samples(data: Path, config: RunConfig) -> list[Any]:
