@@ -57,7 +57,7 @@ def select(
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    section = {"correct": "correct", "chat": "tune", "tune": "tune"}.get(name)
+    section = {"correct": "correct", "chat": "tune", "tune": "tune", "cache": "cache"}.get(name)
     asked = f"; the recipe has no section `{section}:`" if section else ""
     return f"no stage {name!r}{asked}; stages: {', '.join(names)}"
 
