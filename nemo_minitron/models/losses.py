@@ -50,6 +50,7 @@ class LanguageModelLoss:
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
+            weight_gradient=main_gradient(self.model.output_weight()),
         )
         return LossResult(
             total=result.ce_sum,
@@ -126,6 +127,7 @@ class DistillationLoss:
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
+            weight_gradient=main_gradient(self.student.output_weight()),
             statistics=statistics,
         )
 
@@ -153,7 +155,13 @@ class DistillationLoss:
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
+            weight_gradient=main_gradient(self.student.output_weight()),
         )
+
+
+def main_gradient(weight: Tensor) -> Tensor | None:
+    """Megatron's fp32 buffer for the gradient of a weight that is trained."""
+    return getattr(weight, "main_grad", None)
 
 
 def tensor_group(runtime: Runtime) -> ProcessGroup | None:

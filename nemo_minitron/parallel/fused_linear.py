@@ -119,18 +119,20 @@ class LinearGradient:
     """This rank's rows that belong to real tokens, `[columns, h]`."""
     d_hidden: Tensor | None
     d_weight: Tensor | None
-    """`[V, h]`: in the weight's dtype when one chunk writes it, in the wide one when several add to it."""
-    several: bool
+    """`[V, h]`: in the weight's dtype when one chunk writes it, in the wide one when several add to it, or the buffer
+    that the caller gave."""
+    adding: bool
+    """Whether chunks add to it instead of writing it."""
 
     @classmethod
     def begin(cls, hidden: Tensor, weight: Tensor, *, layer: "OutputLayer", several: bool) -> "LinearGradient":
         """Nothing added yet; `several`: chunks will follow."""
         d_hidden = torch.empty_like(hidden) if layer.wanted[0] else None
-        d_weight = None
-        if layer.wanted[1]:
+        d_weight = layer.weight_gradient if layer.wanted[1] else None
+        if layer.wanted[1] and d_weight is None:
             dtype = wide_dtype(weight.dtype) if several else weight.dtype
             d_weight = weight.new_zeros(layer.columns, weight.shape[1], dtype=dtype)
-        return cls(hidden, weight, d_hidden, d_weight, several)
+        return cls(hidden, weight, d_hidden, d_weight, several or layer.weight_gradient is not None)
 
     @property
     def wanted(self) -> bool:
@@ -147,7 +149,7 @@ class LinearGradient:
         if self.d_weight is None:
             return
         d_weight = self.d_weight[: self.weight.shape[0]]
-        if not self.several:
+        if not self.adding:
             torch.mm(d_logits.t(), self.hidden[rows], out=d_weight)
         elif d_weight.dtype == d_logits.dtype:
             d_weight.addmm_(d_logits.t(), self.hidden[rows])
@@ -155,14 +157,19 @@ class LinearGradient:
             for piece in pieces(d_logits.shape[1], _WEIGHT_GRAD_ROWS):
                 d_weight[piece] += torch.mm(d_logits[:, piece].t(), self.hidden[rows])
 
-    def finish(self, tokens: Tokens, tp: ProcessGroup | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients in the shapes and dtypes of the arguments: all tokens, all columns, summed over `tp`."""
+    def finish(self, layer: "OutputLayer") -> tuple[Tensor | None, Tensor | None]:
+        """Gradients in the shapes and dtypes of the arguments: all tokens, all columns, summed over ranks.
+
+        None for the weight if the caller has its gradient already.
+        """
         d_hidden, d_weight = self.d_hidden, self.d_weight
         if d_hidden is not None:
-            if tp is not None:
-                d_hidden = sum_over(d_hidden.to(wide_dtype(d_hidden.dtype)), tp).to(self.hidden.dtype)
-            d_hidden = tokens.spread(d_hidden)
-        return d_hidden, None if d_weight is None else d_weight.to(self.weight.dtype)
+            if layer.tp is not None:
+                d_hidden = sum_over(d_hidden.to(wide_dtype(d_hidden.dtype)), layer.tp).to(self.hidden.dtype)
+            d_hidden = layer.tokens.spread(d_hidden)
+        if d_weight is None or d_weight is layer.weight_gradient:
+            return d_hidden, None
+        return d_hidden, d_weight.to(self.weight.dtype)
 
 
 class ChunkLoss(Protocol):
@@ -199,6 +206,8 @@ class OutputLayer:
     tp: ProcessGroup | None
     wanted: tuple[bool, bool]
     """Whether hidden states and weight need a gradient."""
+    weight_gradient: Tensor | None = None
+    """`[V, h]`: where the weight's gradient is added, instead of going to autograd."""
 
     @classmethod
     def of(  # noqa: PLR0917 - the arguments of every fused loss, in their order
@@ -209,6 +218,7 @@ class OutputLayer:
         vocab_size: int,
         chunk_tokens: int | None,
         tp: ProcessGroup | None,
+        weight_gradient: Tensor | None = None,
     ) -> "OutputLayer":
         """The layer of `hidden` `[N, h]` and `weight` `[V, h]`; see `fused_linear_kd` for the arguments."""
         grad = torch.is_grad_enabled()
@@ -219,6 +229,7 @@ class OutputLayer:
             chunk_tokens=chunk_tokens,
             tp=split_group(tp),
             wanted=(grad and hidden.requires_grad, grad and weight.requires_grad),
+            weight_gradient=weight_gradient,
         )
 
     def blocks(self, logits: Tensor) -> Iterator[slice]:
@@ -245,7 +256,8 @@ class _FusedOutputLayer(torch.autograd.Function):
             logits = project("student", hidden[chunk], weight)
             sums += loss(logits, chunk, want_gradient=gradient.wanted)
             gradient.add(chunk, logits)
-        ctx.save_for_backward(*gradient.finish(layer.tokens, layer.tp))
+        ctx.save_for_backward(*gradient.finish(layer))
+        ctx.factor_is_one = gradient.d_weight is not None and gradient.d_weight is layer.weight_gradient
         loss_sum, *rest = (value.clone() for value in sums.to(wide_dtype(hidden.dtype)).unbind())
         ctx.mark_non_differentiable(*rest)
         return loss_sum, *rest
@@ -253,6 +265,8 @@ class _FusedOutputLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
+        if ctx.factor_is_one:
+            _check_one(grads[0])
         return scaled(d_hidden, grads[0]), scaled(d_weight, grads[0]), None, None
 
 
@@ -313,6 +327,14 @@ def log_share(peak: Tensor, mass: Tensor, tp: ProcessGroup | None) -> Tensor:
         return -mass.log()
     both = gather(torch.stack([peak, mass]).double(), tp)
     return (peak - torch.logsumexp(both[:, 0] + both[:, 1].log(), 0)).to(mass.dtype)
+
+
+def _check_one(factor: Tensor) -> None:
+    """The weight's gradient was added in the forward pass; it is too late for a factor."""
+    if factor.device.type != "cpu":
+        torch._assert_async(factor == 1)  # fails at the next wait, and costs none
+    elif factor.item() != 1:
+        raise ValueError(f"weight_gradient was filled for a loss with a factor of 1, not {factor.item()}")
 
 
 def scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:

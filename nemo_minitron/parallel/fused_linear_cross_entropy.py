@@ -43,6 +43,7 @@ def fused_linear_cross_entropy(
     vocab_size: int,
     chunk_tokens: int | None = None,
     tp: ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
 ) -> FusedCrossEntropy:
     """Sum of -log p(label) over kept tokens, without a `[tokens, vocabulary]` tensor.
 
@@ -57,8 +58,9 @@ def fused_linear_cross_entropy(
         vocab_size: Real tokens; columns beyond it carry no probability.
         chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
+        weight_gradient: See `fused_linear_kd`.
     """
-    layer = OutputLayer.of(hidden, weight, keep, vocab_size, chunk_tokens, tp)
+    layer = OutputLayer.of(hidden, weight, keep, vocab_size, chunk_tokens, tp, weight_gradient)
     ce_sum, correct = layer.apply(hidden, weight, _ChunkCrossEntropy(layer.tokens.of(labels), layer))
     return FusedCrossEntropy(ce_sum, layer.tokens.count, correct)
 

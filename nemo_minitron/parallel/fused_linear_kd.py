@@ -71,6 +71,7 @@ def fused_linear_kd(  # noqa: PLR0917 - two pairs and their mask and labels, in 
     vocab_size: int,
     chunk_tokens: int | None = None,
     tp: ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
     statistics: bool = False,
 ) -> FusedLoss:
     """The distillation loss of a micro-batch and, if wanted, what one monitors beside it.
@@ -94,11 +95,14 @@ def fused_linear_kd(  # noqa: PLR0917 - two pairs and their mask and labels, in 
         vocab_size: Real tokens; columns beyond it carry no probability and receive a gradient of 0.
         chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
+        weight_gradient: `[V, h]`, float32 for bfloat16 weights. The gradient of `student_weight` is added here in the
+            forward pass and autograd gets none, which saves a tensor of its size and rounds nothing between
+            micro-batches (Megatron's `main_grad`). `loss_sum` must then be differentiated with a factor of 1.
         statistics: Also count top-1 agreement and, given labels, both cross-entropies.
     """
     if lm_weight and labels is None:
         raise ValueError("lm_weight above 0 needs labels")
-    layer = OutputLayer.of(student_hidden, student_weight, keep, vocab_size, chunk_tokens, tp)
+    layer = OutputLayer.of(student_hidden, student_weight, keep, vocab_size, chunk_tokens, tp, weight_gradient)
     job = _ChunkDivergence(
         teacher_hidden=layer.tokens.of(teacher_hidden.detach()),
         teacher_weight=teacher_weight.detach()[: layer.real],

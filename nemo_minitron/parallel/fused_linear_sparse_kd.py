@@ -47,6 +47,7 @@ def fused_linear_sparse_kd(
     vocab_size: int,
     chunk_tokens: int | None = None,
     tp: ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
     statistics: bool = False,
 ) -> FusedLoss:
     """The distillation loss of a micro-batch from stored or freshly made targets.
@@ -68,6 +69,7 @@ def fused_linear_sparse_kd(
         vocab_size: Real tokens; columns beyond it carry no probability.
         chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
+        weight_gradient: See `fused_linear_kd`.
         statistics: Also count top-1 agreement and, given labels, the student's cross-entropy.
 
     Raises:
@@ -80,7 +82,7 @@ def fused_linear_sparse_kd(
         raise ValueError(f"sampled targets are unbiased for the forward KL alone, not for {divergence.kind}")
     if divergence.temperature != targets.temperature:
         raise ValueError(f"targets were taken at temperature {targets.temperature}, not {divergence.temperature}")
-    layer = OutputLayer.of(student_hidden, student_weight, keep, vocab_size, chunk_tokens, tp)
+    layer = OutputLayer.of(student_hidden, student_weight, keep, vocab_size, chunk_tokens, tp, weight_gradient)
     job = _ChunkSparse(
         targets=targets if layer.tokens.kept is None else targets.select(layer.tokens.kept),
         labels=layer.tokens.of(labels) if labels is not None and (statistics or lm_weight) else None,

@@ -261,6 +261,34 @@ def test_a_tied_weight_collects_both_gradients():
     torch.testing.assert_close(weight.grad, twin.grad, **TOL[torch.float64])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_given_buffer_collects_the_weight_gradient_of_several_micro_batches(dtype):
+    data = problem(dtype)
+    pair = data["student_hidden"].requires_grad_(), data["student_weight"].requires_grad_()
+    teacher = data["teacher_hidden"], data["teacher_weight"]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    buffer = torch.ones(PADDED, HIDDEN, dtype=wide)
+    losses = {
+        "kd": lambda **options: fused_linear_kd(*pair, *teacher, vocab_size=14, **options).loss_sum,
+        "ce": lambda **options: fused_linear_cross_entropy(*pair, data["labels"], vocab_size=14, **options).ce_sum,
+    }
+    expected = torch.ones(PADDED, HIDDEN, dtype=wide)
+    for loss in losses.values():
+        for chunk_tokens in (None, 4):
+            whole = torch.autograd.grad(loss(chunk_tokens=chunk_tokens), pair)
+            expected += whole[1]
+            value = loss(chunk_tokens=chunk_tokens, weight_gradient=buffer)
+            found = torch.autograd.grad(value, pair, allow_unused=True)
+            assert found[1] is None
+            torch.testing.assert_close(found[0], whole[0])
+    torch.testing.assert_close(buffer, expected, **TOL[dtype])
+    with torch.no_grad():
+        losses["kd"](weight_gradient=buffer)
+    torch.testing.assert_close(buffer, expected, **TOL[dtype], msg="validation added something")
+    with pytest.raises(ValueError, match="factor of 1, not 2"):
+        (losses["kd"](weight_gradient=buffer) * 2).backward()
+
+
 def test_nothing_kept_gives_zero_with_a_graph():
     data = problem()
     for name in ("student_hidden", "student_weight"):
