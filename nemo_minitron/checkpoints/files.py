@@ -1,5 +1,6 @@
 """A folder or an uncompressed tar as one thing to read from, and writes that are whole or absent."""
 
+import errno
 import io
 import os
 import shutil
@@ -168,8 +169,8 @@ class Window(io.RawIOBase):
 def staged_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and is removed when not.
 
-    What `target` held before stays whole until the new folder is. A kill between the two renames leaves the old folder
-    as `.NAME.old`; the next write puts it back first.
+    What `target` held before stays whole until the new folder is, and the new one is on the disk before it takes the
+    name. A kill between the two renames leaves the old folder as `.NAME.old`; the next write puts it back first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -184,24 +185,52 @@ def staged_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        sync_folder(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if target.exists():
         target.rename(old)
     partial.rename(target)
+    sync(target.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """A temporary file name beside `target` that is renamed onto it when the block ends well, and removed when not."""
+    """A temporary file name beside `target` that is renamed onto it when the block ends well, and removed when not.
+
+    The new content is on the disk before it takes the name, so a power failure leaves the old or the new, never half.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
         yield partial
+        sync(partial)
         partial.replace(target)
+        sync(target.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until all files below a folder, and their names, are on the disk."""
+    for path, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(path, name))
+        sync(Path(path))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder; their files have been synced.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    finally:
+        os.close(handle)

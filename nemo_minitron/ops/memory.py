@@ -17,6 +17,8 @@ from torch import Tensor
 _SMALLEST = 1 << 20
 """Bytes below which the ordinary allocator recycles memory well by itself."""
 
+_HUGE = 1 << 28
+
 
 class _Pool:
     """Blocks of memory; a block is free when no tensor over it is alive."""
@@ -26,15 +28,19 @@ class _Pool:
         self._lock = Lock()
 
     def take(self, nbytes: int) -> Tensor:
-        """A byte tensor over the smallest free block that holds it, or over a new one that replaces the free ones."""
+        """A byte tensor over the smallest free block that suits it, or over a new one in place of those that do not.
+
+        A block suits what it holds; a huge one, only what fills a quarter of it, so that it does not linger.
+        """
         with self._lock:
-            free = [index for index in range(len(self._blocks)) if self._is_free(index)]
-            fitting = [index for index in free if len(self._blocks[index]) >= nbytes]
-            if fitting:
-                block = self._blocks[min(fitting, key=lambda index: len(self._blocks[index]))]
+            sizes = {index: len(self._blocks[index]) for index in range(len(self._blocks)) if self._is_free(index)}
+            suiting = [index for index in sizes if nbytes <= sizes[index] <= max(4 * nbytes, _HUGE)]
+            if suiting:
+                block = self._blocks[min(suiting, key=sizes.__getitem__)]
             else:
-                for index in reversed(free):
-                    del self._blocks[index]
+                for index in sorted(sizes, reverse=True):
+                    if sizes[index] < nbytes or sizes[index] > _HUGE:
+                        del self._blocks[index]
                 block = mmap.mmap(-1, nbytes)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     block.madvise(mmap.MADV_HUGEPAGE)
