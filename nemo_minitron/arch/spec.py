@@ -213,10 +213,16 @@ def _layer_data(layer: LayerSpec) -> dict[str, Any]:
     return {key: value for key, value in asdict(layer).items() if key != "local" or value}
 
 
+_MOST_LAYERS = 10_000
+"""More are a damaged file, and a list of them could fill the memory."""
+
+
 def _layers_from(data: Any) -> tuple[LayerSpec, ...]:
     if isinstance(data, dict):
         sizes = {key: value for key, value in data.items() if key != "count"}
-        return (LayerSpec(**sizes),) * int(data["count"])
+        if type(data["count"]) is not int or not 0 <= data["count"] <= _MOST_LAYERS:
+            raise ValueError(f"layers.count = {str(data['count'])[:40]} is not a number up to {_MOST_LAYERS}")
+        return (LayerSpec(**sizes),) * data["count"]
     return tuple(LayerSpec(**item) for item in data)
 
 

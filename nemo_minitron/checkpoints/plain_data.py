@@ -120,10 +120,14 @@ def spec_of(read: Callable[[], ModelSpec], config: Mapping[str, Any], *, where: 
             raise SpecError(f"{where}: {key} = {str(count)[:40]}", rule=f"a whole number from 1 to {MOST_LAYERS}")
     try:
         spec = read()
+        hash(spec)  # a value that is no number, text or flag
     except MinitronError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError) as error:
         raise SpecError(f"{where}: a value is of the wrong kind ({type(error).__name__}: {error})") from error
+    for name, value in (("norm_eps", spec.norm_eps), ("rotary_base", spec.rotary_base)):
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise SpecError(f"{where}: {name} = {str(value)[:40]}", rule="a positive number")
     sizes = (spec.vocab_size, spec.hidden_size, spec.head_dim, spec.max_position_embeddings)
     inner = [value for layer in set(spec.layers) for value in _sizes(layer)]
     if wrong := [value for value in (*sizes, *inner) if type(value) is not int or value > 2**31]:

@@ -166,8 +166,8 @@ def _parse_entry(name: str, item: Any, path: Path) -> Entry:
         sizes_fit = all(isinstance(size, int) and size >= 0 for size in (*shape, start, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: header entry of {name} is damaged") from error
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} is of type {dtype}", rule=f"one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is of type {str(dtype)[:40]}", rule=f"one of {', '.join(DTYPES)}")
     entry = Entry(DTYPES[dtype], shape, start)
     if not sizes_fit or end - start != entry.nbytes:
         raise CheckpointError(f"{path}: header entry of {name}: shape, type and place do not agree")

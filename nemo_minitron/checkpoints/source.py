@@ -159,7 +159,9 @@ def check_tokenizer_fits(files: Mapping[str, bytes], spec: ModelSpec, *, where: 
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = (token["id"] for token in data.get("added_tokens") or ())
         largest = max([*ids, *added], default=-1)
-    except (ValueError, KeyError, TypeError) as error:
+        if type(largest) is not int:
+            raise TypeError(f"a token id is {str(largest)[:40]}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: tokenizer.json cannot be read ({error})") from error
     if largest >= spec.vocab_size:
         raise CheckpointError(
