@@ -1,11 +1,13 @@
 """What ranks do in the tests of the importance collector: score a small random model at some layout."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.sites import FfnSite
 from tests.parallel.megatron_jobs import ONE, SPECS, global_batch
 
 
@@ -20,6 +22,9 @@ class ScoreCase:
     """The global batch is split into this many smaller ones."""
     poison: int | None = None
     """Layer whose MLP weight is made infinite."""
+    ffn_site: FfnSite = FfnSite.AFTER_ACTIVATION
+    fold: bool = False
+    """Gather and deal out again after each part, as saving does."""
 
 
 def score(case: ScoreCase) -> dict[str, torch.Tensor]:
@@ -40,11 +45,13 @@ def score(case: ScoreCase) -> dict[str, torch.Tensor]:
         tokens, labels, keep = global_batch()
         mine = slice(here.dp_rank, None, here.dp_size)
         whole = MicroBatch.of(tokens[mine], labels[mine], keep[mine])
-        with ImportanceCollector(chunks, here, spec) as collector:
+        with ImportanceCollector(chunks, here, spec, ffn_site=case.ffn_site) as collector:
             for part in whole.split(len(whole.tokens) // case.rounds):
                 micro_batches = part.split(case.micro_batch_size)
                 collector.expect([micro_batch.keep for micro_batch in micro_batches])
                 collect_hidden(chunks, micro_batches, here)
+                if case.fold:
+                    collector.load(collector.result())
         hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for chunk in chunks for m in chunk.modules()]
         assert sum(hooks) == 0, "hooks were left behind"
         return collector.result()
@@ -78,3 +85,24 @@ def activations() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tor
     finally:
         runtime.stop()
     return weights, score(ScoreCase("tied", micro_batch_size=4)), global_batch()[2]
+
+
+def score_tokens(source: Path, tokens: torch.Tensor, keep: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Scores of a checkpoint over given samples `[samples, tokens]`, one at a time, at either FFN site."""
+    from nemo_minitron.megatron.forward import MicroBatch, collect_hidden
+    from nemo_minitron.megatron.hooks import ImportanceCollector
+    from nemo_minitron.models.gpt import MegatronGPTModel
+    from nemo_minitron.stages.session import make_trainer, restore
+    from tests.jobs import config_for
+
+    config = config_for(source, source)
+    model = restore(MegatronGPTModel, source, config=config, micro_batch_size=1, trainer=make_trainer(config))
+    found = {}
+    for site in FfnSite:
+        with ImportanceCollector(model.chunks, model.runtime, model.spec, ffn_site=site) as collector:
+            for sample in range(len(tokens)):
+                part = slice(sample, sample + 1)
+                collector.expect([keep[part]])
+                collect_hidden(model.chunks, [MicroBatch.of(tokens[part], tokens[part], keep[part])], model.runtime)
+            found[site.value] = collector.result()
+    return found

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.ops.importance import aggregate
 from nemo_minitron.pruning.scores import HIDDEN_SITES, Scores
 from tests.oracles import importance as oracle
@@ -14,7 +15,9 @@ from tests.parallel.megatron_jobs import SPECS, global_batch
 from tests.ranks import RankError, run_on_ranks
 from tests.tolerances import TOL
 
-TP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
+TP2, PP2, TP4 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(tensor=4)
+TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
+BEFORE = FfnSite.BEFORE_ACTIVATION
 LAYOUTS = {
     "micro-batches of 4": (1, ScoreCase("tied", micro_batch_size=4)),
     "TP2": (2, ScoreCase("tied", TP2)),
@@ -22,8 +25,13 @@ LAYOUTS = {
     "PP2": (2, ScoreCase("untied", PP2, micro_batch_size=2)),
     "PP2 VPP2": (2, ScoreCase("tied", ParallelConfig(pipeline=2, virtual_pipeline=2))),
     "DP2": (2, ScoreCase("tied", micro_batch_size=2)),
-    "TP2 PP2": (4, ScoreCase("tied", ParallelConfig(tensor=2, pipeline=2), micro_batch_size=2)),
+    "PP2 uneven stages, uneven layers": (2, ScoreCase("uneven", PP2, ffn_site=BEFORE)),
+    "TP2 PP2": (4, ScoreCase("tied", TP2_PP2, micro_batch_size=2)),
+    "TP2 PP2 before the activation": (4, ScoreCase("untied", TP2_PP2, ffn_site=BEFORE)),
     "TP2 DP2": (4, ScoreCase("untied", TP2)),
+    "TP2 DP2 put down and taken up": (4, ScoreCase("untied", TP2, fold=True)),
+    "TP4": (4, ScoreCase("tied", TP4, micro_batch_size=4)),
+    "DP4 before the activation": (4, ScoreCase("tied", ffn_site=BEFORE, rounds=1)),
 }
 
 
@@ -31,8 +39,9 @@ LAYOUTS = {
 def runs(world):
     """Every case of a world size in one start of the ranks; 0 stands for the plain runs they are compared with."""
     if world == 0:
-        (results,) = run_on_ranks(1, score_all, [ScoreCase(name) for name in SPECS])
-        return {name: [result] for name, result in zip(SPECS, results, strict=True)}
+        plain = sorted({(case.spec, case.ffn_site) for _, case in LAYOUTS.values()})
+        (results,) = run_on_ranks(1, score_all, [ScoreCase(spec, ffn_site=site) for spec, site in plain])
+        return {which: [result] for which, result in zip(plain, results, strict=True)}
     names = [name for name, (size, _) in LAYOUTS.items() if size == world]
     results = run_on_ranks(world, score_all, [LAYOUTS[name][1] for name in names])
     return {name: [rank[index] for rank in results] for index, name in enumerate(names)}
@@ -41,7 +50,7 @@ def runs(world):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_are_the_same_at_every_layout_and_on_every_rank(layout):
     world, case = LAYOUTS[layout]
-    (alone,) = runs(0)[case.spec]
+    (alone,) = runs(0)[case.spec, case.ffn_site]
     for rank in runs(world)[layout]:
         assert list(rank) == list(alone)
         for name, expected in alone.items():
