@@ -79,6 +79,7 @@ def transformer_fields(spec: ModelSpec) -> dict[str, Any]:
         "window_size": keys.get("window_size"),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "apply_rope_fusion": False,  # NeMo 2's classes switch it on; without Transformer Engine they refuse it
     }
     return fields
 
