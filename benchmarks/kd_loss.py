@@ -1,6 +1,6 @@
 """Memory and time of the distillation loss with both output layers: fused, dense, and ModelOpt's, in one run.
 
-    python -m benchmarks.kd_loss [--json] [--tokens 2048] [--vocabulary 128256] [--hidden 1024] [--rounds 3]
+    python -m benchmarks.kd_loss [--json] [--tokens 2048] [--vocabulary 128256] [--hidden 512] [--rounds 2]
     torch needs no GPU for it and uses one where there is one; ModelOpt comes with `pip install -e .[bench]`.
 
 Each line is one implementation at one tensor-parallel size:
@@ -233,7 +233,7 @@ def _finished(ranks: Any, results: Any) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 2048), ("vocabulary", 128256), ("hidden", 1024), ("rounds", 3)):
+    for name, default in (("tokens", 2048), ("vocabulary", 128256), ("hidden", 512), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--teacher-hidden", type=int, help="default: as the student's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
