@@ -227,6 +227,31 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case[2]], ids=str)
+def test_a_tied_embedding_collects_both_gradients(case):
+    kind, divergence, _, _ = case
+    data = problem(torch.float64)
+    ids = torch.arange(TOKENS) % VOCABULARY
+    weight = data["student_weight"].clone().requires_grad_()
+    hidden = torch.nn.functional.embedding(ids, weight)
+    if kind == FULL:
+        pair = data["teacher_hidden"], data["teacher_weight"]
+        loss = fused_linear_kd(hidden, weight, *pair, divergence=divergence, vocab_size=VOCABULARY)
+    else:
+        targets = whole_targets(data, kind, divergence)
+        loss = fused_linear_sparse_kd(hidden, weight, targets, divergence=divergence, vocab_size=VOCABULARY)
+    loss.loss_sum.backward()
+    twin = data["student_weight"].clone().requires_grad_()
+    teacher = (data["teacher_hidden"] @ data["teacher_weight"].t())[:, :VOCABULARY]
+    student = (twin[ids] @ twin.t())[:, :VOCABULARY]
+    p, q = (torch.softmax(x / divergence.temperature, -1) for x in (teacher, student))
+    if kind != FULL:
+        p, q = targets.bucket_logp(torch.float64).exp(), buckets(q, targets)
+    each = oracle.tensor_divergence(divergence.kind, p, q, beta=divergence.beta, skew=divergence.skew)
+    (each.sum() * divergence.temperature**2).backward()
+    torch.testing.assert_close(weight.grad, twin.grad, **TOL[torch.float64])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case[2]], ids=str)
 def test_nothing_kept_gives_zero_and_zero_gradients(case):
     found = alone(case, problem(torch.float32), keep=torch.zeros(TOKENS, dtype=torch.bool))
     assert not any(value.any() for value in found.values())
