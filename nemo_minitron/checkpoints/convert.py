@@ -1,6 +1,7 @@
 """From any checkpoint to any format, tensor by tensor, building no model."""
 
 import tempfile
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
@@ -36,7 +37,13 @@ def format_for(target: Path) -> Format:
 
 
 def convert(
-    source: Path, target: Path, *, to: Format | None = None, dtype: torch.dtype | None = None, replace: bool = False
+    source: Path,
+    target: Path,
+    *,
+    to: Format | None = None,
+    dtype: torch.dtype | None = None,
+    replace: bool = False,
+    card: Callable[[TensorSource, Format], dict[str, bytes]] | None = None,
 ) -> TensorSource:
     """Write a checkpoint in another format; returns what was written, opened.
 
@@ -48,6 +55,7 @@ def convert(
         to: The format; None goes by the name of `target`.
         dtype: Type of the weights; None keeps the source's.
         replace: Whether a checkpoint that is already there may be replaced.
+        card: Makes the model card for the Hugging Face folder or the `.nemo` file, by its file name.
 
     Raises:
         CheckpointError: The source cannot be read; or `target` is there already and is not to be replaced, is no
@@ -56,9 +64,11 @@ def convert(
     """
     check_target(source, target, replace=replace)
     opened = open_checkpoint(source)
-    match to or format_for(target):
+    kind = to or format_for(target)
+    extra = card(opened, kind) if card is not None else {}
+    match kind:
         case Format.HF:
-            write_hf(opened, target, dtype=dtype)
+            write_hf(opened, target, dtype=dtype, extra_files=extra)
         case Format.NEMO2:
             write_nemo2(opened, target, dtype=dtype)
         case Format.MEGATRON:
@@ -66,12 +76,12 @@ def convert(
         case Format.NEMO if target.suffix != ".nemo":
             write_folder(opened, target, dtype=dtype)
         case Format.NEMO if isinstance(opened, NemoSource) and opened.is_native and dtype in (None, opened.dtype):
-            pack_nemo(source, target)
+            pack_nemo(source, target, extra_files=extra)
         case Format.NEMO:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
                 write_folder(opened, Path(scratch) / "folder", dtype=dtype)
-                pack_nemo(Path(scratch) / "folder", target)
+                pack_nemo(Path(scratch) / "folder", target, extra_files=extra)
     return open_checkpoint(target)
 
 

@@ -168,7 +168,12 @@ def hf_config(
 
 
 def write_hf(
-    source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    source: TensorSource,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a Hugging Face folder: safetensors in shards, index, config, generation defaults, tokenizer files.
 
@@ -177,6 +182,7 @@ def write_hf(
         folder: Where; a folder of that name is replaced once the new one is whole.
         dtype: Type of the weights; None keeps the source's.
         shard_bytes: Largest weight file, unless one tensor alone is larger.
+        extra_files: More files by name, as a model card.
 
     Raises:
         SpecError: The family's `config.json` cannot say this architecture (layers of different sizes).
@@ -186,7 +192,7 @@ def write_hf(
     config = hf_config(source.spec, dtype=dtype, files=files, lineage=source.lineage)
     with staged_folder(folder) as partial:
         _write_weights(source, partial, dtype, shard_bytes)
-        for name, data in files.items():
+        for name, data in (*files.items(), *(extra_files or {}).items()):
             (partial / name).write_bytes(data)
         (partial / "config.json").write_bytes(_json_bytes(config))
 

@@ -10,6 +10,7 @@ Megatron-Core's own conventions, so its `dist_checkpointing` loads the folder at
 """
 
 import hashlib
+import io
 import re
 import tarfile
 from collections.abc import Mapping
@@ -168,8 +169,13 @@ def write_folder_files(
         partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def pack_nemo(folder: Path, file: Path) -> None:
+def pack_nemo(folder: Path, file: Path, *, extra_files: Mapping[str, bytes] | None = None) -> None:
     """Pack a checkpoint folder into a `.nemo` file. Equal folders give equal bytes.
+
+    Args:
+        folder: The folder; it stays as it is.
+        file: The archive; one that is there is replaced once the new one is whole.
+        extra_files: More members by name, as a model card.
 
     Raises:
         CheckpointError: The folder is not a whole checkpoint.
@@ -186,6 +192,10 @@ def pack_nemo(folder: Path, file: Path) -> None:
             entry.size, entry.mode = (folder / name).stat().st_size, 0o644
             with (folder / name).open("rb") as stream_:
                 archive.addfile(entry, stream_)
+        for name, data in (extra_files or {}).items():
+            entry = tarfile.TarInfo(f"./{name}")
+            entry.size, entry.mode = len(data), 0o644
+            archive.addfile(entry, io.BytesIO(data))
 
 
 def read_config(files: Files) -> dict[str, Any]:

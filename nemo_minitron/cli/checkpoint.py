@@ -34,14 +34,22 @@ def convert(
     with reported(debug=debug):
         from nemo_minitron.checkpoints.convert import DTYPES, Format, format_for
         from nemo_minitron.checkpoints.convert import convert as write
+        from nemo_minitron.checkpoints.source import TensorSource
         from nemo_minitron.errors import MinitronError
+        from nemo_minitron.report.model_card import CARD, model_card
 
         if to is not None and to not in list(Format):
             raise MinitronError(f"--to {to}", rule=f"one of {', '.join(Format)}")
         if dtype is not None and dtype not in DTYPES:
             raise MinitronError(f"--dtype {dtype}", rule=f"one of {', '.join(DTYPES)}")
         kind = Format(to) if to else format_for(destination)
-        write(source, destination, to=kind, dtype=DTYPES[dtype] if dtype else None, replace=force)
+
+        def card(opened: TensorSource, into: Format) -> dict[str, bytes]:
+            library = "transformers" if into is Format.HF else "nemo"
+            text = model_card(opened, name=destination.name.removesuffix(".nemo"), library=library)
+            return {CARD: text.encode()}
+
+        write(source, destination, to=kind, dtype=DTYPES[dtype] if dtype else None, replace=force, card=card)
         print(destination)
 
 

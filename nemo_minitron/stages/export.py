@@ -1,4 +1,4 @@
-"""Export: the distilled student as `.nemo` and as a Hugging Face folder, each checked by reading it back."""
+"""Export: the finished student as `.nemo` and as a Hugging Face folder, each checked by reading it back."""
 
 from pathlib import Path
 from typing import Any
@@ -9,38 +9,37 @@ from torch import Tensor
 from nemo_minitron.checkpoints.hf import write_hf
 from nemo_minitron.checkpoints.nemo1 import pack_nemo
 from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import ExportFormat
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, RunFolderError
+from nemo_minitron.evaluation.difference import first_state_difference, first_weight_difference, largest_difference
 from nemo_minitron.evaluation.logits import gather_logits
+from nemo_minitron.evaluation.states import States, megatron_states, transformers_states
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.report.model_card import CARD, Making, model_card
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.session import make_trainer, restore
 
 CHECK_TOKENS = 128
 """Held-out tokens whose logits are compared."""
 
+_LIBRARIES = {ExportFormat.HF: "transformers", ExportFormat.NEMO: "nemo"}
+
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `<name>.nemo` and `<name>_hf/`; returns their sizes and the largest difference of logits.
 
     Raises:
-        CheckpointError: What was written does not give the distilled model back.
+        CheckpointError: What was written does not give the finished model back; says where it begins to differ.
     """
     student = context.input("student")
     if context.rank == 0:
         _write(context, student)
     megatron_runtime.barrier()
-    tokens = _check_tokens(context)
-    expected = _logits(context, student, tokens)
-    differences: dict[str, float] = {}
-    for kind in context.config.export.formats:
-        path = _path(context, kind)
-        found = _hf_logits(path, tokens) if kind is ExportFormat.HF else _logits(context, path, tokens)
-        differences[kind.value] = (found - expected).abs().max().item()
-    _judge(differences, tolerance=context.config.export.check_tolerance)
+    differences = _check(context, student)
     sizes = {kind.value: _size(_path(context, kind)) for kind in context.config.export.formats}
     files = {kind.value: _path(context, kind).name for kind in context.config.export.formats}
     worst = max(differences.values(), default=0.0)
@@ -58,11 +57,90 @@ def _path(context: StageContext, kind: ExportFormat) -> Path:
 
 
 def _write(context: StageContext, student: Path) -> None:
+    source = open_checkpoint(student)
+    making = _making(context)
     for kind in context.config.export.formats:
+        text = model_card(source, name=context.config.name, library=_LIBRARIES[kind], making=making)
         if kind is ExportFormat.NEMO:
-            pack_nemo(student, _path(context, kind))
+            pack_nemo(student, _path(context, kind), extra_files={CARD: text.encode()})
         else:
-            write_hf(open_checkpoint(student), _path(context, kind))
+            write_hf(source, _path(context, kind), extra_files={CARD: text.encode()})
+
+
+def _making(context: StageContext) -> Making:
+    """What the stages before know about how the model came to be."""
+
+    def result(name: str) -> dict[str, Any]:
+        try:
+            return context.run.result(name)
+        except (RunFolderError, OSError):
+            return {}
+
+    distilled = result("distill")
+    return Making(
+        recipe=to_yaml(context.config),
+        objective=distilled.get("objective", ""),
+        tokens=distilled.get("tokens"),
+        sources=tuple(str(source) for source in context.config.data.sources),
+        evaluation=result("evaluate"),
+    )
+
+
+# -- the check -------------------------------------------------------------------------------------------------------
+
+
+def _check(context: StageContext, student: Path) -> dict[str, float]:
+    """Largest difference of logits by format, on every rank.
+
+    A model on one rank is compared layer by layer, so that it need not fit into memory; one that is spread over ranks
+    is run as it lies.
+
+    Raises:
+        CheckpointError: One is beyond `export.check_tolerance`, or is no number.
+    """
+    parallel = context.config.parallel
+    tokens = _check_tokens(context)
+    if parallel.model_parallel_size > 1:
+        return _check_spread(context, student, tokens)
+    differences: dict[str, float] = {}
+    failure: CheckpointError | None = None
+    if context.rank == 0:
+        try:
+            expected = megatron_states(open_checkpoint(student), tokens, megatron_runtime.current())
+            for kind in context.config.export.formats:
+                found = _states(_path(context, kind), kind, tokens)
+                differences[kind.value] = largest_difference(expected, found)
+                _judge(context, kind, differences[kind.value], student, states=(expected, found))
+        except CheckpointError as error:
+            failure = error
+    differences, failure = megatron_runtime.broadcast_object((differences, failure))
+    if failure is not None:
+        raise failure
+    return differences
+
+
+def _states(path: Path, kind: ExportFormat, tokens: Tensor) -> States:
+    """What the exported checkpoint computes: a Hugging Face folder under `transformers`, as its users will run it."""
+    if kind is ExportFormat.HF:
+        return transformers_states(path, tokens)
+    return megatron_states(open_checkpoint(path), tokens, megatron_runtime.current())
+
+
+def _check_spread(context: StageContext, student: Path, tokens: Tensor) -> dict[str, float]:
+    """The same for a model over several ranks; every rank calls it and gets the same numbers."""
+    expected = _logits(context, student, tokens)
+    differences: dict[str, float] = {}
+    for kind in context.config.export.formats:
+        path = _path(context, kind)
+        if kind is ExportFormat.HF:
+            found = megatron_runtime.broadcast_object(
+                transformers_states(path, tokens)["logits"] if context.rank == 0 else None
+            )
+        else:
+            found = _logits(context, path, tokens)
+        differences[kind.value] = (found - expected).abs().max().item()
+        _judge(context, kind, differences[kind.value], student)
+    return differences
 
 
 def _check_tokens(context: StageContext) -> Tensor:
@@ -72,6 +150,7 @@ def _check_tokens(context: StageContext) -> Tensor:
     return window["tokens"].unsqueeze(0)
 
 
+@torch.no_grad()
 def _logits(context: StageContext, path: Path, tokens: Tensor) -> Tensor:
     """Our model's, in fp32, at the run's layout."""
     config = context.config.model_copy(update={"precision": Precision.FP32})
@@ -80,23 +159,28 @@ def _logits(context: StageContext, path: Path, tokens: Tensor) -> Tensor:
     return gather_logits(model.chunks, tokens, model.runtime, model.spec.vocab_size).cpu()
 
 
-@torch.no_grad()
-def _hf_logits(path: Path, tokens: Tensor) -> Tensor:
-    """What `transformers` makes of the exported folder, in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model(tokens).logits.float()
-
-
-def _judge(differences: dict[str, float], *, tolerance: float) -> None:
-    for kind, difference in differences.items():
-        if not difference <= tolerance:
-            raise CheckpointError(
-                f"export as {kind}: logits differ from the distilled model's by {difference:.2e}",
-                rule=f"at most export.check_tolerance = {tolerance:.0e}, both in fp32",
-                remedy="this is a defect of the export; please report it with the model's config.json",
-            )
+def _judge(
+    context: StageContext,
+    kind: ExportFormat,
+    difference: float,
+    student: Path,
+    *,
+    states: tuple[States, States] | None = None,
+) -> None:
+    tolerance = context.config.export.check_tolerance
+    if difference <= tolerance:
+        return
+    first = first_weight_difference(open_checkpoint(student), open_checkpoint(_path(context, kind)))
+    if not first:
+        first = "all weights are the same"
+        if states is not None and (where := first_state_difference(*states, tolerance=tolerance)):
+            first += f"; of what the layers compute, the first to differ is {where}"
+    raise CheckpointError(
+        f"export as {kind.value}: logits differ from the finished model's by {difference:.2e}\n"
+        f"  first difference: {first}",
+        rule=f"at most export.check_tolerance = {tolerance:.0e}, both in fp32",
+        remedy="this is a defect of the export; please report it with the model's config.json",
+    )
 
 
 def _size(path: Path) -> int:

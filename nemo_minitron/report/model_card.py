@@ -1,0 +1,176 @@
+"""The model card that lies beside exported weights: what the model is, where it comes from, how well it does.
+
+Only what is known is said; a fact that is missing leaves its line out.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource
+from nemo_minitron.pruning.plan import PruningPlan
+from nemo_minitron.version import __version__
+
+CARD = "README.md"
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_ROLES = {"teacher": "base model", "pruned": "pruned, before training", "distilled": "distilled", "tuned": "fine-tuned"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How a run made the model, as far as it is known."""
+
+    recipe: str = ""
+    """The resolved recipe as YAML."""
+    objective: str = ""
+    """The loss in words."""
+    tokens: int | None = None
+    """Tokens the student was trained on."""
+    sources: tuple[str, ...] = ()
+    """Where the texts came from."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """What stage evaluate returned."""
+    checks: Mapping[str, float] = field(default_factory=dict)
+    """Largest difference of logits by format, from reading back what was written."""
+
+
+def model_card(source: TensorSource, *, name: str, library: str, making: Making | None = None) -> str:
+    """A card in Markdown with YAML front matter, as Hugging Face reads it.
+
+    Args:
+        source: The model.
+        name: What to call it.
+        library: "transformers", "nemo" or "megatron".
+        making: How it was made, if a run made it.
+    """
+    making = making or Making()
+    plan = carried_plan(source)
+    front = yaml.safe_dump(_front_matter(source, library, making, plan), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{front}---", f"# {_line(name)}", _introduction(source, plan)]
+    for title, body in _sections(source, library, making, plan):
+        parts.append(f"## {title}\n\n{body}")
+    return "\n\n".join(parts) + "\n"
+
+
+def carried_plan(source: TensorSource) -> PruningPlan | None:
+    """What is left of the first teacher, if the model carries it.
+
+    Raises:
+        PlanError: The plan it carries is damaged.
+    """
+    content = source.tokenizer_files().get(PLAN_FILE)
+    return None if content is None else PruningPlan.from_bytes(content, where=PLAN_FILE)
+
+
+def _front_matter(source: TensorSource, library: str, making: Making, plan: PruningPlan | None) -> dict[str, Any]:
+    lineage = source.lineage
+    found: dict[str, Any] = {}
+    base = str(lineage.get("base_model") or "")
+    if _HUB_NAME.fullmatch(base):
+        found["base_model"] = base
+    licence = str(lineage.get("license") or "").lower()
+    if _LICENCE.fullmatch(licence):
+        found["license"] = licence
+    elif licence:
+        found |= {"license": "other", "license_name": _line(licence)}
+    found |= {"library_name": library, "pipeline_tag": "text-generation"}
+    tags = ["nemo_minitron", source.spec.family]
+    tags += ["pruning"] if plan is not None and not plan.is_identity else []
+    tags += ["distillation"] if making.tokens else []
+    found["tags"] = tags
+    if datasets := [name for name in making.sources if _is_dataset(name)]:
+        found["datasets"] = datasets
+    return found
+
+
+def _is_dataset(name: str) -> bool:
+    """Whether a source of texts is the name of a dataset on the hub, not a file or folder."""
+    return _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix and not Path(name).exists()
+
+
+def _introduction(source: TensorSource, plan: PruningPlan | None) -> str:
+    spec, lineage = source.spec, source.lineage
+    base = lineage.get("base_model")
+    origin = f" of {_line(base)}" if base else ""
+    pruned = plan is not None and not plan.is_identity
+    kind = f"A pruned version{origin}" if pruned else f"The weights{origin}" if origin else "A language model"
+    sizes = f"{parameter_count(spec):,} parameters, {spec.num_layers} layers, hidden size {spec.hidden_size}"
+    dtype = str(source.dtype).removeprefix("torch.")
+    return f"{kind}: {sizes}, {dtype}. Written by nemo_minitron {__version__}."
+
+
+def _sections(
+    source: TensorSource, library: str, making: Making, plan: PruningPlan | None
+) -> Iterator[tuple[str, str]]:
+    if plan is not None and not plan.is_identity:
+        digest = plan.digest()
+        yield (
+            "What was cut",
+            f"```\n{plan.table()}\n```\n\nThe kept units are listed in `{PLAN_FILE}` (plan {digest[:16]}).",
+        )
+    if rows := _evaluation_rows(making.evaluation):
+        yield "Evaluation", rows
+    if training := _training(making):
+        yield "Training", training
+    yield "Use", _use(library)
+    if licence := source.lineage.get("license"):
+        files = [name for name in source.tokenizer_files() if name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
+        kept = f" Its terms are in {', '.join(f'`{name}`' for name in files)}." if files else ""
+        yield "Licence", f"That of the base model: {_line(licence)}.{kept}"
+    if making.recipe:
+        yield "Recipe", f"```yaml\n{making.recipe.rstrip()}\n```"
+
+
+def _evaluation_rows(evaluation: Mapping[str, Any]) -> str:
+    perplexity, errors = evaluation.get("perplexity") or {}, evaluation.get("standard_error") or {}
+    rows = []
+    for role, words in _ROLES.items():
+        if role in perplexity:
+            error = f" ± {errors[role]:.2f}" if role in errors else ""
+            rows.append(f"| {words} | {perplexity[role]:.2f}{error} |")
+    if not rows:
+        return ""
+    tokens = evaluation.get("tokens")
+    over = f" over {tokens:,} tokens of" if tokens else " on"
+    note = f"Perplexity{over} held-out documents, on which nothing was trained."
+    return "\n".join(["| model | perplexity |", "| --- | ---: |", *rows, "", note])
+
+
+def _training(making: Making) -> str:
+    found = []
+    if making.tokens:
+        found.append(f"- tokens: {making.tokens:,}")
+    if making.objective:
+        found.append(f"- loss: {_line(making.objective)}")
+    if making.sources:
+        found.append(f"- texts: {', '.join(f'`{_line(name)}`' for name in making.sources)}")
+    for kind, difference in making.checks.items():
+        found.append(f"- read back as {kind}: logits differ by {difference:.1e} at most")
+    return "\n".join(found)
+
+
+def _use(library: str) -> str:
+    if library == "transformers":
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'folder = "."  # where this file lies\n'
+            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+            "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        )
+    elif library == "nemo":
+        code = 'from nemo_minitron import MegatronGPTModel\n\nmodel = MegatronGPTModel.restore_from("model.nemo")'
+    else:
+        return "`nemo-minitron convert . OTHER_FOLDER --to hf` writes it for `transformers`."
+    return f"```python\n{code}\n```"
+
+
+def _line(text: Any) -> str:
+    """Text of a stranger in one line, without what Markdown or HTML would take for its own."""
+    return re.sub(r"[<>`|\[\]]", "", " ".join(str(text).split()))[:200]

@@ -1,0 +1,253 @@
+"""The check of exports: states layer by layer, where two checkpoints begin to differ, and the model card."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from nemo_minitron.checkpoints.hf import HfSource, write_hf
+from nemo_minitron.checkpoints.nemo1 import NemoSource, write_folder
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.cli.main import app
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.evaluation import states
+from nemo_minitron.evaluation.difference import first_state_difference, first_weight_difference, largest_difference
+from nemo_minitron.evaluation.states import megatron_states, transformers_states
+from nemo_minitron.megatron import runtime
+from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.pruning.apply import PrunedSource
+from nemo_minitron.report.model_card import CARD, Making, model_card
+from nemo_minitron.stages import export
+from tests import tiny
+from tests.jobs import config_for
+from tests.unit.test_checkpoints_nemo1 import UNIFORM, RandomSource
+from tests.unit.test_families import plan_for
+
+TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def here() -> Iterator[Runtime]:
+    yield runtime.start(ParallelConfig(), seed=0)
+    runtime.stop()
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("export")
+    tiny.write_family(root / "hf", "llama")
+    return root / "hf"
+
+
+@pytest.mark.parametrize("case", ["llama 3.2", "nemotron", "phi4 mini", "gemma", "gemma3"])
+def test_states_are_those_of_transformers(case: str, tmp_path: Path, here: Runtime) -> None:
+    """One layer in memory at a time, on both sides, gives what the whole model gives."""
+    tiny.write_family(tmp_path / "hf", case)
+    write_folder(HfSource(tmp_path / "hf"), tmp_path / "nemo")
+    ours, theirs = (
+        megatron_states(NemoSource(tmp_path / "nemo"), TOKENS, here),
+        transformers_states(tmp_path / "hf", TOKENS),
+    )
+    assert list(ours) == ["embedding", "layer 0", "layer 1", "layer 2", "layer 3", "logits"] == list(theirs)
+    assert first_state_difference(ours, theirs, tolerance=1e-4) == ""
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        whole = model(TOKENS, output_hidden_states=True)
+    assert torch.equal(theirs["logits"], whole.logits)
+    assert torch.equal(theirs["layer 1"], whole.hidden_states[2])
+    assert largest_difference(ours, theirs) < 1e-4
+
+
+def test_weights_come_and_go_with_the_call(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no time does the transformers model hold more weights than the modules that are being called."""
+    most = 0
+    built: list[Any] = []
+    original = states._read_when_called
+
+    def watch(model: Any, read: Any) -> None:
+        def counting(name: str) -> torch.Tensor:
+            nonlocal most
+            held = sum(p.numel() for p in model.parameters() if p.device.type != "meta")
+            tensor: torch.Tensor = read(name)
+            most = max(most, held + tensor.numel())
+            return tensor
+
+        built.append(model)
+        original(model, counting)
+
+    monkeypatch.setattr(states, "_read_when_called", watch)
+    transformers_states(hf, TOKENS)
+    assert most == 256 * 64  # the embedding, the largest of them
+    assert all(parameter.device.type == "meta" for parameter in built[0].parameters())
+
+
+def damaged(hf: Path, target: Path, name: str, **edits: Any) -> Path:
+    """A copy of a folder with one value of one weight changed."""
+    write_hf(HfSource(hf), target, **edits)
+    state = load_file(target / "model.safetensors")
+    state[name].view(-1)[7] += 0.5
+    save_file(state, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_the_first_difference_is_found_weight_by_weight(hf: Path, tmp_path: Path) -> None:
+    source = HfSource(hf)
+    assert first_weight_difference(source, HfSource(hf)) == ""
+    other = damaged(hf, tmp_path / "one", "model.layers.2.mlp.down_proj.weight")
+    told = first_weight_difference(source, HfSource(other))
+    assert told.startswith("weight decoder.layers.2.mlp.linear_fc2.weight: 1 of 6144 values, by 5.00e-01")
+    assert "(0, 7) first" in told
+    pruned = PrunedSource(source, plan_for(source))
+    assert "the architecture: hidden_size = 48, was 64" in first_weight_difference(source, pruned)
+
+
+def test_the_first_difference_is_found_layer_by_layer(hf: Path, tmp_path: Path, here: Runtime) -> None:
+    expected = megatron_states(HfSource(hf), TOKENS, here)
+    other = damaged(hf, tmp_path / "one", "model.layers.2.mlp.down_proj.weight")
+    told = first_state_difference(expected, megatron_states(HfSource(other), TOKENS, here), tolerance=1e-4)
+    assert told.startswith("layer 2: differs by")
+    assert first_state_difference(expected, {"embedding": expected["embedding"]}, tolerance=1).endswith("is missing")
+    nan = expected | {"layer 1": expected["layer 1"] * torch.nan}
+    assert first_state_difference(expected, nan, tolerance=1e9).startswith("layer 1: differs by nan")
+
+
+class Export:
+    """The stage on its own, for a student that is a folder."""
+
+    def __init__(self, hf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_folder(HfSource(hf), folder / "student")
+        config = config_for(hf, hf, export={"formats": ["hf"]})
+        run = SimpleNamespace(result=lambda name: {})
+        student = folder / "student"
+        self.context: Any = SimpleNamespace(config=config, run=run, out=folder, rank=0, input=lambda role: student)
+        monkeypatch.setattr(export, "_check_tokens", lambda context: TOKENS[:1])
+
+    def error(self) -> str:
+        with pytest.raises(CheckpointError, match="logits differ from the finished model's") as caught:
+            export.run(self.context)
+        return str(caught.value)
+
+
+def test_an_export_that_gives_the_model_back_passes(
+    hf: Path, tmp_path: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = export.run(Export(hf, tmp_path, monkeypatch).context)
+    assert result["largest_logit_difference"]["hf"] < 1e-4
+    assert "seed: 1234" in (tmp_path / "tiny_hf" / CARD).read_text()
+
+
+def test_an_export_that_loses_a_value_says_which(
+    hf: Path, tmp_path: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    monkeypatch.setattr(export, "write_hf", lambda source, folder, **_: damaged(hf, folder, name))
+    words = "weight decoder.layers.1.self_attention.linear_qkv.weight: 1 of"
+    assert f"first difference: {words}" in Export(hf, tmp_path, monkeypatch).error()
+
+
+def test_an_export_with_another_setting_says_which(
+    hf: Path, tmp_path: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(source: Any, folder: Path, **_: Any) -> None:
+        write_hf(source, folder)
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace("10000.0", "300.0"))
+
+    monkeypatch.setattr(export, "write_hf", write)
+    words = "the architecture: rotary_base = 300.0, was 10000.0"
+    assert f"first difference: {words}" in Export(hf, tmp_path, monkeypatch).error()
+
+
+def test_a_class_that_computes_something_else_is_found_by_layer(
+    hf: Path, tmp_path: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(folder: Path, tokens: torch.Tensor) -> Any:
+        found = transformers_states(folder, tokens)
+        return found | {name: found[name] + 1 for name in ("layer 2", "layer 3", "logits")}
+
+    monkeypatch.setattr(export, "transformers_states", other)
+    told = Export(hf, tmp_path, monkeypatch).error()
+    assert (
+        "all weights are the same; of what the layers compute, the first to differ is layer 2: differs by 1.00" in told
+    )
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_the_card_says_what_is_known(hf: Path) -> None:
+    source = HfSource(hf)
+    pruned = PrunedSource(source, plan_for(source))
+    pruned._lineage.update(base_model="org/base", license="apache-2.0")
+    making = Making(
+        recipe="seed: 7\n",
+        objective="forward KL over the full vocabulary",
+        tokens=204_800,
+        sources=("texts/a.jsonl", "org/corpus"),
+        evaluation={
+            "perplexity": {"teacher": 23.31, "pruned": 90.12, "distilled": 36.45},
+            "standard_error": {"distilled": 0.61},
+            "tokens": 20480,
+        },
+        checks={"hf": 3e-6},
+    )
+    card = model_card(pruned, name="small", library="transformers", making=making)
+    assert front_matter(card) == {
+        "base_model": "org/base",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["nemo_minitron", "llama", "pruning", "distillation"],
+        "datasets": ["org/corpus"],
+    }
+    for words in ("# small", "| distilled | 36.45 ± 0.61 |", "| base model | 23.31 |", "204,800", "20,480 tokens"):
+        assert words in card
+    for words in ("hidden size", "layers dropped: 1", "seed: 7", "apache-2.0", "forward KL", "3.0e-06"):
+        assert words in card
+
+
+def test_the_card_leaves_out_what_is_not_known() -> None:
+    source = RandomSource(UNIFORM)
+    source.lineage = {}
+    card = model_card(source, name="x", library="nemo")
+    assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
+    for placeholder in ("None", "null", "TODO", "unknown", "[More Information Needed]", "{", "nan"):
+        assert placeholder not in card
+    assert [line for line in card.splitlines() if line.startswith("## ")] == ["## Use"]
+
+
+def test_a_stranger_s_words_stay_words() -> None:
+    source = RandomSource(UNIFORM)
+    source.lineage = {"base_model": "a/b\nlicense: mit", "license": "x: [y]\n---\n# <script>"}
+    card = model_card(source, name="na\nme", library="nemo")
+    front = front_matter(card)
+    assert front["license"] == "other"
+    assert "base_model" not in front
+    assert "<script>" not in card
+    assert "\nlicense: mit" not in card
+
+
+def test_cards_lie_beside_the_weights(hf: Path, tmp_path: Path) -> None:
+    for name in ("out", "x.nemo"):
+        done = CliRunner().invoke(app, ["convert", str(hf), str(tmp_path / name)])
+        assert done.exit_code == 0, done.stderr
+    assert "library_name: transformers" in (tmp_path / "out" / CARD).read_text()
+    with tarfile.open(tmp_path / "x.nemo") as archive:
+        member = archive.extractfile(f"./{CARD}")
+        assert member is not None
+        assert b"library_name: nemo" in member.read()
+    assert open_checkpoint(tmp_path / "x.nemo").spec == HfSource(hf).spec
