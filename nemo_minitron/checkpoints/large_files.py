@@ -24,7 +24,7 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 def open_binary(path: Path, mode: Literal["rb", "wb"], *, nbytes: int) -> BinaryIO:
     """`path.open(mode)` for a file that has, or will have, about `nbytes` bytes."""
     if nbytes < LARGE or sys.platform != "linux":
-        return cast(BinaryIO, path.open(mode))
+        return path.open(mode)
     raw = _LargeFile(path, mode)
     return cast(BinaryIO, io.BufferedReader(raw) if mode == "rb" else io.BufferedWriter(raw))
 

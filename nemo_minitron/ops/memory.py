@@ -41,7 +41,8 @@ class _Pool:
                 for index in sorted(sizes, reverse=True):
                     if sizes[index] < nbytes or sizes[index] > _HUGE:
                         del self._blocks[index]
-                block = mmap.mmap(-1, nbytes)
+                # Private, because the system has large pages for private memory; shared is Python's default.
+                block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
                     block.madvise(mmap.MADV_HUGEPAGE)
                 self._blocks.append(block)
