@@ -65,7 +65,9 @@ def sparse_targets(
 
 def _by_sample(x_NK: Tensor, samples: int) -> np.ndarray:
     """`[s * b, K]` as `[b, s, K]`."""
-    return x_NK.cpu().unflatten(0, (-1, samples)).transpose(0, 1).contiguous().numpy()
+    whole = x_NK.cpu()
+    rows: np.ndarray = whole.view(-1, samples, whole.shape[1]).transpose(0, 1).contiguous().numpy()
+    return rows
 
 
 def _sequence_first(x_BSK: Tensor, device: torch.device) -> Tensor:
