@@ -73,7 +73,6 @@ class MegatronConnector(SaveRestoreConnector):
             model.tokenizer_files = source.tokenizer_files()
             model.lineage = dict(source.lineage)
             model.restored_from = Path(self.model_extracted_dir or restore_path)
-            model.restored_from = Path(self.model_extracted_dir or restore_path)
             model.configure_model()
             if isinstance(source, NemoSource) and source.is_native:
                 load_weights(model.chunks, source.path)

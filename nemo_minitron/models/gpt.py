@@ -47,7 +47,6 @@ class MegatronGPTModel(ModelPT):
         validation_reports: What each batch of the latest validation summed up to.
         lineage: Where the model comes from (base model, licence, plan); saved with the model.
         restored_from: The checkpoint that the weights were read from; None for a model made from scratch.
-        restored_from: The checkpoint that the weights were read from; None for a model made from scratch.
 
     Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
     A batch holds this data-parallel rank's share of one global batch; a step returns sums and counts over all ranks.
@@ -61,7 +60,6 @@ class MegatronGPTModel(ModelPT):
         self.spec: ModelSpec = spec_from_nemo_config(OmegaConf.to_container(self._cfg, resolve=True))
         self.tokenizer_files: dict[str, bytes] = {}
         self.lineage: dict[str, Any] = {}
-        self.restored_from: Path | None = None
         self.restored_from: Path | None = None
         self.chunks: list[MinitronGPT] = []
         self.training_chunks: list[torch.nn.Module] = []
