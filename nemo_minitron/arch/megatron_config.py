@@ -174,7 +174,7 @@ def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> M
     if not args.get("swiglu") and not args.get("squared_relu") and args.get("openai_gelu"):
         raise SpecError(f"{where}: openai_gelu is not supported")
     keys["activation"] = "fast-swiglu" if args.get("swiglu") else "squared-relu" if args.get("squared_relu") else "gelu"
-    keys["normalization"] = _norm(args | {"layernorm_zero_centered_gamma": args.get("apply_layernorm_1p")}, where)
+    keys["normalization"] = _norm({**args, "layernorm_zero_centered_gamma": args.get("apply_layernorm_1p")}, where)
     keys["share_embeddings_and_output_weights"] = not args.get("untie_embeddings_and_output_weights", False)
     if args.get("use_rotary_position_embeddings"):
         keys["position_embedding_type"] = "rope"

@@ -62,7 +62,7 @@ def _value(value: Any, objects: Mapping[str, Any], where: str, depth: int) -> An
         return value.get("value")
     if kind == "pyref":
         return f"{value.get('module')}.{value.get('name')}"
-    if kind in ({"type": "pyref", "module": "builtins", "name": name} for name in ("list", "tuple")):
+    if kind in (_builtin("list"), _builtin("tuple")):
         pairs = value.get("items")
         kept = pairs if isinstance(pairs, list) else []
         return [

@@ -309,7 +309,8 @@ def _training_args(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _yaml(data: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _name_of(folder: Path) -> str:

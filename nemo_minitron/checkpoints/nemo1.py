@@ -33,6 +33,7 @@ from nemo_minitron.checkpoints.files import (
     staged_folder,
 )
 from nemo_minitron.checkpoints.layouts import open_weights
+from nemo_minitron.checkpoints.large_files import open_binary
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
@@ -51,6 +52,7 @@ CONFIG_FILE = "model_config.yaml"
 WEIGHTS_FOLDER = "model_weights"
 KEY_PREFIX = "model."
 
+_COPY_BYTES = 8 << 20
 _ARTIFACT = re.compile(r"^[0-9a-f]{32}_(.+)$")
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 
@@ -100,8 +102,9 @@ class NemoSource:
     def is_native(self) -> bool:
         """Whether Megatron-Core itself can load the weights: an unpacked folder in torch_dist form, with our prefix."""
         weights = self._weights
-        distributed = isinstance(weights, DistributedWeights) and isinstance(weights.store, TorchDistReader)
-        return self.path.is_dir() and distributed and weights.prefix == KEY_PREFIX
+        if not isinstance(weights, DistributedWeights) or not isinstance(weights.store, TorchDistReader):
+            return False
+        return self.path.is_dir() and weights.prefix == KEY_PREFIX
 
     @property
     def layout(self) -> str:
@@ -181,16 +184,21 @@ def pack_nemo(folder: Path, file: Path, *, extra_files: Mapping[str, bytes] | No
         CheckpointError: The folder is not a whole checkpoint.
     """
     NemoSource(folder)
-    names = sorted(FolderFiles(folder).names(), key=lambda name: (name != CONFIG_FILE, "/" in name, name))
-    with staged_file(file) as partial, tarfile.open(partial, "w:", format=tarfile.PAX_FORMAT) as archive:
+    files = FolderFiles(folder)
+    names = sorted(files.names(), key=lambda name: (name != CONFIG_FILE, "/" in name, name))
+    with (
+        staged_file(file) as partial,
+        open_binary(partial, "wb", nbytes=sum(map(files.size, names))) as whole,
+        tarfile.open(fileobj=whole, mode="w:", format=tarfile.PAX_FORMAT, copybufsize=_COPY_BYTES) as archive,
+    ):
         for directory in ("./", f"./{WEIGHTS_FOLDER}"):
             entry = tarfile.TarInfo(directory)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             archive.addfile(entry)
         for name in names:
             entry = tarfile.TarInfo(f"./{name}")
-            entry.size, entry.mode = (folder / name).stat().st_size, 0o644
-            with (folder / name).open("rb") as stream_:
+            entry.size, entry.mode = files.size(name), 0o644
+            with files.open(name) as stream_:
                 archive.addfile(entry, stream_)
         for name, data in (extra_files or {}).items():
             entry = tarfile.TarInfo(f"./{name}")

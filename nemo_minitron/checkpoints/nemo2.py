@@ -220,7 +220,8 @@ def _model_yaml(model: str, config: str, fields: Mapping[str, Any], tokenizer: M
         "tokenizer": None if tokenizer is None else {"_target_": _AUTO_TOKENIZER, **tokenizer},
         "model_transform": None,
     }
-    return yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
+    text: str = yaml.safe_dump(data, sort_keys=True, allow_unicode=True)
+    return text
 
 
 def _io_json(model: str, config: str, fields: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:

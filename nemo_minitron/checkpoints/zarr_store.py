@@ -94,9 +94,12 @@ class ZarrStore:
     def _add(self, key: str, names: set[str]) -> None:
         where = f"{self.label}/{key}{_HEADER}"
         header = read_json(read_bytes(self._files, f"{self._prefix}{key}{_HEADER}"), where=where)
-        shape, chunks = header.get("shape"), header.get("chunks")
-        if not _are_sizes(shape) or not _are_sizes(chunks) or len(shape) != len(chunks):
-            raise CheckpointError(f"{where}: shape {shape}, chunks {chunks}", rule="whole numbers, one a dimension")
+        shape, chunks = _sizes(header.get("shape")), _sizes(header.get("chunks"))
+        if not shape or len(shape) != len(chunks):
+            raise CheckpointError(
+                f"{where}: shape {str(header.get('shape'))[:80]}, chunks {str(header.get('chunks'))[:80]}",
+                rule="whole numbers, one a dimension",
+            )
         if header.get("zarr_format") != 2 or header.get("order") != "C" or header.get("filters"):
             raise CheckpointError(f"{where}: not a plain array", rule="zarr_format 2, order C, no filters")
         if header.get("dtype") not in _DTYPES or header.get("dimension_separator", ".") not in (".", "/"):
@@ -116,11 +119,13 @@ class ZarrStore:
                 raise CheckpointError(f"{self.label}: {name} is missing", rule=f"it holds a piece of {key}")
             if header["compressor"] is None and self._files.size(name) != nbytes:
                 raise CheckpointError(f"{self.label}: {name} has {self._files.size(name)} of {nbytes} bytes")
-        self.tensors[key] = StoredTensor(tuple(shape), dtype, ())
+        self.tensors[key] = StoredTensor(shape, dtype, ())
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(type(value) is int and value > 0 for value in values)
+def _sizes(values: Any) -> tuple[int, ...]:
+    """Positive whole numbers, or () for anything else."""
+    fits = isinstance(values, list) and all(type(value) is int and value > 0 for value in values)
+    return tuple(values) if fits else ()
 
 
 def _check_codec(codec: Any, where: str) -> None:
