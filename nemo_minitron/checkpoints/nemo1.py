@@ -32,8 +32,8 @@ from nemo_minitron.checkpoints.files import (
     staged_file,
     staged_folder,
 )
-from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.large_files import open_binary
+from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
