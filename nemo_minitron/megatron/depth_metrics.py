@@ -1,7 +1,7 @@
 """What a model loses without some of its layers, measured over micro-batches at any parallel layout."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.parallel.collectives import sum_over
 from nemo_minitron.parallel.fused_linear import pieces
-from nemo_minitron.parallel.label_scores import label_scores
+from nemo_minitron.parallel.label_scores import TILE_TOKENS, label_scores
 from nemo_minitron.parallel.vocab import real_columns
 from nemo_minitron.pruning.depth import Block, DepthScores
 
@@ -60,6 +60,18 @@ class _Sums:
     def zeros(cls, candidates: int, device: torch.device) -> "_Sums":
         values = torch.zeros(1 + candidates, dtype=torch.float64, device=device)
         return cls(values, torch.zeros(1, dtype=torch.float64, device=device))
+
+
+@dataclass(slots=True)
+class _Text:
+    """A micro-batch, and what the whole model makes of it."""
+
+    whole: MicroBatch
+    local: MicroBatch
+    """This context-parallel rank's positions."""
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    nats: Tensor = field(default_factory=lambda: torch.empty(0))
+    correct: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class DepthCollector:
@@ -153,20 +165,50 @@ class DepthCollector:
         if not (built_in or own) or not bool(whole.keep.any()):
             return
         whole = whole.to(self._runtime.device)
-        local = whole.on_context_rank(self._runtime.cp_rank, self._runtime.parallel.context)
-        full: Tensor | None = None
+        text = _Text(whole, whole.on_context_rank(self._runtime.cp_rank, self._runtime.parallel.context))
+        together = max(1, TILE_TOKENS // text.local.tokens.numel())  # so many fill a tile of the output layer
+        waiting: dict[int, Tensor] = {}
         for index, states_SBH in self._skipper.outputs(whole):
-            if LM_LOSS in built_in or own:
-                nats, correct = self._label_scores(states_SBH, local)
-                if LM_LOSS in built_in:
-                    self._add(LM_LOSS, index, nats.sum(), local.keep.sum())
-                for name in own:
-                    self._add_own(name, index, whole, nats, correct)
+            if index == 0:
+                text.states = states_SBH
             if LOGIT_MSE in built_in:
-                kept = states_SBH.transpose(0, 1)[local.keep]
-                full = kept if index == 0 else full
-                difference = kept.double() if full is kept else full.double() - kept.double()
-                self._add(LOGIT_MSE, index, self._squared_logits(difference), local.keep.sum())
+                self._add_change(index, states_SBH, text)
+            if LM_LOSS in built_in or own:
+                waiting[index] = states_SBH
+            if len(waiting) == together:
+                self._add_scores(waiting, text, LM_LOSS in built_in, own)
+                waiting.clear()
+        if waiting:
+            self._add_scores(waiting, text, LM_LOSS in built_in, own)
+
+    def _add_change(self, index: int, states_SBH: Tensor, text: "_Text") -> None:
+        """Squared logits of the whole model, or of the difference to it."""
+        wide = states_SBH.double() if index == 0 else text.states.double() - states_SBH.double()
+        kept = wide.transpose(0, 1)[text.local.keep]
+        self._add(LOGIT_MSE, index, self._squared_logits(kept), text.local.keep.sum())
+
+    def _add_scores(self, states: Mapping[int, Tensor], text: "_Text", lm_loss: bool, own: Sequence[str]) -> None:
+        """Losses of several candidates, whose output layer is one matrix product."""
+        samples, length = text.local.tokens.shape
+        scores = label_scores(
+            torch.cat([x_SBH.flatten(0, 1) for x_SBH in states.values()]),
+            self._model.output_weight(),
+            text.local.labels.t().flatten().repeat(len(states)),
+            text.local.keep.t().flatten().repeat(len(states)),
+            vocab_size=self._spec.vocab_size,
+            tp=self._runtime.groups.tp,
+        )
+        every = (x.view(len(states), length, samples).transpose(1, 2) for x in (scores.nats, scores.correct))
+        for (index, x_SBH), own_nats, own_correct in zip(states.items(), *every, strict=True):
+            if index == 0:
+                text.nats, text.correct = own_nats, own_correct
+            # A row's logits may depend on where in the product it stands; equal states cost exactly nothing.
+            same = (x_SBH == text.states).all()
+            nats, correct = torch.where(same, text.nats, own_nats), torch.where(same, text.correct, own_correct)
+            if lm_loss:
+                self._add(LM_LOSS, index, nats.sum(), text.local.keep.sum())
+            for name in own:
+                self._add_own(name, index, text.whole, nats, correct)
 
     def _add(self, metric: str, index: int, value: Tensor | float, count: Tensor | float) -> None:
         sums = self._sums[metric]
@@ -189,19 +231,6 @@ class DepthCollector:
         places = torch.arange(length * size, device=local_BS.device).expand(samples, -1)
         mine = MicroBatch(places, places, places, places).on_context_rank(self._runtime.cp_rank, size).tokens
         return sum_over(local_BS.new_zeros(samples, length * size).scatter(1, mine, local_BS), self._runtime.groups.cp)
-
-    def _label_scores(self, states_SBH: Tensor, local: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Nats and hits of each position `[b, s]`."""
-        samples, length = local.tokens.shape
-        scores = label_scores(
-            states_SBH.flatten(0, 1),
-            self._model.output_weight(),
-            local.labels.t().flatten(),
-            local.keep.t().flatten(),
-            vocab_size=self._spec.vocab_size,
-            tp=self._runtime.groups.tp,
-        )
-        return scores.nats.view(length, samples).t(), scores.correct.view(length, samples).t()
 
     def _squared_logits(self, states_NH: Tensor) -> Tensor:
         """Sum over tokens and vocabulary of `(W x)^2`, as `x (W^T W) x`: the logits themselves are not needed."""

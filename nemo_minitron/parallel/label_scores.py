@@ -25,7 +25,8 @@ from nemo_minitron.parallel.fused_linear import (
     widened,
 )
 
-_TILE_TOKENS = 2048
+TILE_TOKENS = 2048
+"""Tokens that a matrix product with the output layer takes at one time; fewer at a time cost more a token."""
 _TILE_COLUMNS = {"cpu": 4096}
 _TILE_COLUMNS_ELSEWHERE = 32768
 
@@ -62,7 +63,7 @@ def label_scores(
         tile: Tokens and columns whose logits exist at one time; None chooses.
         tp: Ranks that share the vocabulary.
     """
-    rows, width = tile or (_TILE_TOKENS, _TILE_COLUMNS.get(hidden.device.type, _TILE_COLUMNS_ELSEWHERE))
+    rows, width = tile or (TILE_TOKENS, _TILE_COLUMNS.get(hidden.device.type, _TILE_COLUMNS_ELSEWHERE))
     layer = OutputLayer.of(hidden, weight, keep, vocab_size, None, tp)
     kept_hidden, kept_labels = layer.tokens.of(hidden), layer.tokens.of(labels)
     nats, correct = [kept_hidden.new_zeros(0, dtype=torch.float64)], [labels.new_zeros(0, dtype=torch.bool)]
