@@ -189,7 +189,7 @@ def pack_nemo(folder: Path, file: Path, *, extra_files: Mapping[str, bytes] | No
     with (
         staged_file(file) as partial,
         open_binary(partial, "wb", nbytes=sum(map(files.size, names))) as whole,
-        tarfile.open(fileobj=whole, mode="w:", format=tarfile.PAX_FORMAT, copybufsize=_COPY_BYTES) as archive,
+        tarfile.open(fileobj=whole, mode="w:", format=tarfile.PAX_FORMAT, copybufsize=_COPY_BYTES) as archive,  # type: ignore[call-overload]
     ):
         for directory in ("./", f"./{WEIGHTS_FOLDER}"):
             entry = tarfile.TarInfo(directory)

@@ -45,6 +45,27 @@ def test_a_model_goes_into_each_format_and_back(root: Path, tmp_path: Path, name
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([target, "back"])
 
 
+def test_nemo_restores_what_was_converted(root: Path, tmp_path: Path) -> None:
+    """`ModelPT.restore_from` of the installed NeMo, with our class and its connector."""
+    from nemo.core import ModelPT
+
+    from nemo_minitron import MegatronGPTModel
+    from nemo_minitron.megatron import runtime
+
+    assert invoke("convert", root / "pruned", tmp_path / "x.nemo")[0] == 0
+    source = HfSource(root / "pruned")
+    try:
+        assert MegatronGPTModel.__mro__.index(ModelPT) > 0
+        model = MegatronGPTModel.restore_from(tmp_path / "x.nemo")
+        (chunk,) = model.chunks
+        held = {weight.name: parameter for weight, parameter in chunk.named_weights()}
+        assert set(held) == set(source.names())
+        for name, parameter in held.items():
+            assert parameter.float().equal(source.get(name).to(parameter.dtype).float()), name
+    finally:
+        runtime.stop()
+
+
 def test_types_are_converted(root: Path, tmp_path: Path) -> None:
     assert invoke("convert", root / "hf", tmp_path / "half", "--dtype", "bfloat16")[0] == 0
     source, half = HfSource(root / "hf"), HfSource(tmp_path / "half")

