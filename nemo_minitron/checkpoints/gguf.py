@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.source import check_tokenizer_fits, names_of
 from nemo_minitron.errors import CheckpointError, SpecError
 
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_LONGEST_ROW = 1 << 13  # bytes; 16 of them and their fp32 values stay in the processor's cache
 _PERMUTED_FAMILIES = ("llama",)
 _QUANTISATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
@@ -101,10 +102,7 @@ class GgufSource:
         return dict(self._tokenizer_files)
 
     def _part(self, name: str) -> Tensor:
-        from gguf.quants import dequantize
-
-        tensor = self._tensors[name]
-        values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32, copy=True))
+        values = _dequantised(self._tensors[name])
         kind = name.rpartition(".")[0].rpartition("_")[2]
         if self._spec.family in _PERMUTED_FAMILIES and kind in ("q", "k") and ".attn_" in name:
             return _rotary_rows_as_halves(values, head_dim=self._spec.head_dim)
@@ -196,6 +194,22 @@ def _open(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: not a sound GGUF file ({type(error).__name__}: {error})", remedy="truncated? fetch it again"
         ) from error
+
+
+def _dequantised(tensor: Any) -> Tensor:
+    """A tensor of the file in fp32.
+
+    The package works on 16 rows at a time, which is too little for its overhead: it is handed fewer and longer rows
+    (blocks know nothing of rows), and plain arrays, because slicing a memory map costs more than the arithmetic.
+    """
+    from gguf.quants import dequantize
+
+    data = np.asarray(tensor.data).view(np.ndarray)
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    rows = data.shape[0] if data.ndim > 1 else 1
+    joined = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * data[0].nbytes <= _LONGEST_ROW))
+    values = dequantize(data.reshape(rows // joined, -1), tensor.tensor_type)
+    return torch.from_numpy(np.array(values, dtype=np.float32).reshape(shape))
 
 
 def _rotary_rows_as_halves(rows: Tensor, *, head_dim: int) -> Tensor:
