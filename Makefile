@@ -3,6 +3,8 @@
 PYTHON ?= python3
 RUN ?= runs/demo
 TESTS ?= tests
+# Test files that run at a time; the ones that start ranks take about 1 GB a rank.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help
 help:  ## show this list
-	@echo "make TARGET  (PYTHON=$(PYTHON) RUN=$(RUN) TESTS=$(TESTS))"
+	@echo "make TARGET  (PYTHON=$(PYTHON) RUN=$(RUN) TESTS=$(TESTS) WORKERS=$(WORKERS))"
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 15
 
 .PHONY: install
@@ -33,7 +35,7 @@ demo: $(STAMP)  ## prune and distill a real model, SmolLM2-135M, into RUN
 
 .PHONY: test
 test: lint  ## lint, then run the tests in TESTS
-	$(BIN)/python -m pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 .PHONY: lint
 lint: $(STAMP)  ## ruff, mypy and the import contracts

