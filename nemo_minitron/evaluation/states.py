@@ -4,6 +4,7 @@ So two checkpoints of a model can be compared where neither fits into memory: 8 
 layer of them 0.9 GB and an embedding 2.1 GB.
 """
 
+import ctypes
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,10 +54,13 @@ def megatron_states(source: TensorSource, tokens_BS: Tensor, runtime: Runtime) -
         angles = model.rotary_pos_emb(tokens_BS.shape[1])
         x_SBH, _ = model.decoder.layers[0](hidden_states=x_SBH.clone(), attention_mask=None, rotary_pos_emb=angles)
         found[f"layer {index}"] = x_SBH.transpose(0, 1).cpu()
+        _give_back_memory()
     model = next(iter(models.values()))
     normed = model.decoder.final_layernorm(x_SBH).transpose(0, 1)
     head = _EMBEDDING if spec.tied_embeddings else "output_layer.weight"
     found["logits"] = _product(normed, source.get(head)).cpu()
+    del model, models
+    _give_back_memory()
     return found
 
 
@@ -103,6 +107,7 @@ def transformers_states(folder: Path, tokens_BS: Tensor) -> States:
     def keep_output(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             found[name] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+            _give_back_memory()
 
         return keep
 
@@ -155,6 +160,17 @@ def _dropper(names: list[str]) -> Callable[..., None]:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     return drop
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can.
+
+    Training tells glibc to keep it (`megatron/runtime.py`); between layers of a model that does not fit, it must not.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # not glibc
 
 
 def _reader(folder: Path, model: Any) -> Callable[[str], Tensor]:
