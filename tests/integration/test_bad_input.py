@@ -79,7 +79,7 @@ def test_a_text_too_short_to_train_on(inputs, tmp_path):
     ("override", "words"),
     [
         ("target.ffn_hidden_size=4096", ["ffn_hidden_size = 4096", "96"]),
-        ("target.num_layers=0", ["target.num_layers", "greater than"]),
+        ("target.num_layers=0", ["target.num_layers", "at least 1"]),
         ("target.num_atention_heads=4", ["did you mean target.num_attention_heads"]),
         ("target.num_attention_heads=6", ["num_attention_heads = 6", "num_query_groups = 4"]),
         ("parallel.tensor=3", ["3"]),

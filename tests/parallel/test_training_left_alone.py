@@ -59,8 +59,6 @@ def poison_everything() -> None:
 
 
 def _poison(steps: set[int], rank: int) -> None:
-    from dataclasses import replace
-
     from nemo_minitron.models import gpt
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel as Model
 
@@ -72,11 +70,7 @@ def _poison(steps: set[int], rank: int) -> None:
         if not (training and self.trainer.global_step in steps and self.runtime.rank == rank):
             return loss
 
-        def call(*args):
-            result = loss(*args)
-            return replace(result, total=result.total * float("nan"))
-
-        return call
+        return lambda hidden, *rest: loss(hidden * float("nan"), *rest)
 
     def watched(self, batch, batch_idx):
         before = _state(self)
@@ -112,9 +106,9 @@ def test_too_many_skipped_steps_end_training_with_a_reason(run, inputs):
 
 
 def test_training_ends_when_it_gets_no_better_and_leaves_the_best_weights(run, inputs, tmp_path):
-    """With a rate that does harm it soon ends; what is left validates as the best did."""
+    """With a rate that does more and more harm it soon ends; what is left validates as the best did."""
     again = shutil.copytree(run, tmp_path / "again")
-    harmful = {"optimizer": {**STEADY, "lr": 1.0}, "validate_every": 2, "checkpoint_every": 2}
+    harmful = {"optimizer": {**STEADY, "lr": 10.0, "warmup_steps": 20}, "validate_every": 2, "checkpoint_every": 2}
     ((result, _, _),) = distill(run, inputs, patience=2, finish_with="best", keep_last=2, **harmful)
     validations = result["history"][1:]
     best = min(validations, key=lambda row: row["kl"])

@@ -247,7 +247,7 @@ def test_gradients_that_are_not_finite_change_nothing(here: Runtime) -> None:
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_learning_rates(schedule: Schedule, here: Runtime) -> None:
     chunks = build_chunks(SPEC, here, Precision.FP32, seed=1)
-    config = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule=schedule)
+    config = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule=schedule, decay_share=0.5)
     optimizer = optim.build_optimizer(optim.wrap(chunks, config), config, Precision.FP32, 6)
     rates = []
     for _ in range(6):
@@ -257,6 +257,7 @@ def test_learning_rates(schedule: Schedule, here: Runtime) -> None:
     falling = {
         Schedule.COSINE: [0.2 + 0.8 * (1 + math.cos(math.pi * x)) / 2 for x in progress],
         Schedule.LINEAR: [1.0 - 0.8 * x for x in progress],
+        Schedule.WSD: [1.0, 1.0 - 0.8 / 3, 1.0 - 1.6 / 3, 0.2],  # the last three of six steps go down
         Schedule.CONSTANT: [1.0] * 4,
     }[schedule]
     assert rates == pytest.approx([0.5, 1.0, *falling])
