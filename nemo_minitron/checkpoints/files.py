@@ -218,8 +218,9 @@ def staged_file(target: Path) -> Iterator[Path]:
 def sync_folder(folder: Path) -> None:
     """Wait until all files below a folder, and their names, are on the disk."""
     for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(path, name))
+        for file in (Path(path, name) for name in names):
+            if file.is_file() and not file.is_symlink():
+                sync(file)
         sync(Path(path))
 
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
+from nemo_minitron.checkpoints.files import sync, sync_folder
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.cpu import local_objects
@@ -233,9 +234,11 @@ def _make_room(partial: Path) -> None:
 def _take_place(partial: Path, path: Path) -> None:
     previous = path.with_name(f".{path.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
+    sync_folder(partial)
     if path.exists():
         path.rename(previous)
     partial.rename(path)
+    sync(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 

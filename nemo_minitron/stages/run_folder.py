@@ -20,6 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.files import sync, sync_folder
 from nemo_minitron.errors import RunFolderError
 from nemo_minitron.stages.files import read_json, write_json, write_text
 
@@ -106,7 +107,7 @@ class RunFolder:
         write_json(self.partial(name) / ATTEMPT, record)
 
     def finish(self, name: str, record: dict[str, Any], result: dict[str, Any]) -> Path:
-        """Turn a working folder into a whole stage, in one rename; what it replaces goes after that."""
+        """Turn a working folder, once it is on the disk, into a whole stage; what it replaces goes after that."""
         partial, whole = self.partial(name), self.stages / name
         write_json(partial / RESULT, result)
         write_json(partial / DONE, record)
@@ -119,8 +120,10 @@ class RunFolder:
         partial = self.partial(name)
         if not (partial / DONE).is_file():
             return False
+        sync_folder(partial)
         self.set_aside(name)
         partial.rename(self.stages / name)
+        sync(self.stages)
         for old in self.set_aside_folders(name):
             shutil.rmtree(old)
         return True
