@@ -187,7 +187,14 @@ class MegatronGPTModel(ModelPT):
         """
         if self.runtime.parallel.pipeline > 1 or len(self.chunks) != 1:
             raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_schedule()")
-        return forward.logits(self.chunks[0], tokens, position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        [model] = self.chunks
+        before, model.output = model.output, "logits"
+        try:
+            return model(tokens, position_ids, None)
+        finally:
+            model.output = before
 
     # -- data: loaders come from a data module; ModelPT wants these to exist -------------------------------------
 

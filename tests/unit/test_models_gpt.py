@@ -1,0 +1,29 @@
+"""The model class called like any module: logits of tokens, those of transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.tiny import write_llama
+
+
+def logits(folder: Path, tokens: list[list[int]]) -> tuple[np.ndarray, str]:
+    """Logits on one rank, and what the model's chunk returns afterwards."""
+    from nemo_minitron import MegatronGPTModel
+
+    model = MegatronGPTModel.restore_from(folder)
+    with torch.no_grad():
+        found = model(torch.tensor(tokens))
+    return found.numpy(), model.chunks[0].output
+
+
+def test_calling_the_model_gives_logits_and_leaves_it_as_it_was(tmp_path):
+    reference = write_llama(tmp_path / "hf").eval()
+    tokens = torch.randint(0, reference.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    [(found, output)] = run_on_ranks(1, logits, tmp_path / "hf", tokens.tolist())
+    with torch.no_grad():
+        expected = reference(tokens).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert output == "hidden", "the losses hold the output layer"
