@@ -13,14 +13,16 @@ def logits(folder: Path, tokens: list[list[int]]) -> tuple[np.ndarray, str]:
     """Logits on one rank, and what the model's chunk returns afterwards."""
     from nemo_minitron import MegatronGPTModel
 
-    model = MegatronGPTModel.restore_from(folder)
+    config = MegatronGPTModel.restore_from(folder, return_config=True)
+    config.precision = "32"
+    model = MegatronGPTModel.restore_from(folder, override_config_path=config)
     with torch.no_grad():
         found = model(torch.tensor(tokens))
     return found.numpy(), model.chunks[0].output
 
 
 def test_calling_the_model_gives_logits_and_leaves_it_as_it_was(tmp_path):
-    reference = write_llama(tmp_path / "hf").eval()
+    reference = write_llama(tmp_path / "hf").float().eval()
     tokens = torch.randint(0, reference.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     [(found, output)] = run_on_ranks(1, logits, tmp_path / "hf", tokens.tolist())
     with torch.no_grad():
