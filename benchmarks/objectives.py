@@ -1,6 +1,6 @@
 """What a student is best taught with: the demo's teacher and student, equal tokens, one objective after the other.
 
-    python -m benchmarks.objectives --work DIR --tokens 51200
+    python -m benchmarks.objectives --work DIR --tokens 51200 --precision fp32
 
 Every variant is an ordinary run of `recipes/smollm2/demo.yaml` with the overrides that its row names, in a folder of
 its own below DIR; what they share (teacher, texts, scores, pruned student) is made once and copied. The figures are
@@ -114,16 +114,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=51200)
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     args = parser.parse_args()
     common = (
         f"distill.tokens={args.tokens}",
         "distill.validate_every=0",
         "evaluate.max_tokens=10240",
         f"seed={args.seed}",
+        f"precision={args.precision}",
     )
     run(args.work / "shared", common, last="prune")
     print(
-        f"\n| {args.tokens:,} tokens, seed {args.seed} | teacher | pruned | distilled |\n| --- | ---: | ---: | ---: |"
+        f"\n| {args.tokens:,} tokens, seed {args.seed}, {args.precision} | teacher | pruned | distilled |\n| --- | ---: | ---: | ---: |"
     )
     for variant in VARIANTS:
         found = result(variant, args.work, common, args.tokens)

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.cache import CacheConfig, cache_problems
+from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sites import FfnSite
@@ -179,6 +180,8 @@ class RunConfig(Section):
     """Supervised fine-tuning of the student on conversations after distillation; nothing for none."""
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+    cluster: ClusterConfig | None = None
+    """Where it runs, for launchers and dry runs; nothing for this machine."""
 
     @model_validator(mode="after")
     def _layers_can_be_chosen(self) -> Self:

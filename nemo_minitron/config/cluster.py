@@ -1,0 +1,42 @@
+"""Where a recipe is meant to run: what a scheduler is asked for, and what a dry run reckons with."""
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from nemo_minitron.config.base import Count, Fraction, Section
+
+
+class Gpu(StrEnum):
+    """GPUs whose peak and memory are known (`nemo_minitron.estimate`)."""
+
+    A100 = "a100"
+    H100 = "h100"
+    H200 = "h200"
+    B200 = "b200"
+
+
+class ClusterConfig(Section):
+    """Nodes, GPUs and the scheduler's words. Changes nothing in what is computed."""
+
+    nodes: Count = 1
+    gpus_per_node: Count = 8
+    """One rank runs on each."""
+    gpu: Gpu = Gpu.H100
+    mfu: Fraction = 0.4
+    """Share of the GPU's dense bf16 peak that hours are reckoned with."""
+    time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")
+    """Time limit of one job, [days-]hours:minutes:seconds. Training saves before it ends, and is queued again."""
+    account: str | None = None
+    partition: str | None = None
+    container_image: str | None = None
+    """For pyxis (`srun --container-image`); None runs in the environment of the job."""
+    container_mounts: tuple[str, ...] = ()
+    """`host:container[:flags]`."""
+    env: dict[str, str] = {}
+    """Environment variables of every rank."""
+
+    @property
+    def gpus(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * self.gpus_per_node
