@@ -124,9 +124,8 @@ def main() -> None:
         f"precision={args.precision}",
     )
     run(args.work / "shared", common, last="prune")
-    print(
-        f"\n| {args.tokens:,} tokens, seed {args.seed}, {args.precision} | teacher | pruned | distilled |\n| --- | ---: | ---: | ---: |"
-    )
+    title = f"{args.tokens:,} tokens, seed {args.seed}, {args.precision}"
+    print(f"\n| {title} | teacher | pruned | distilled |\n| --- | ---: | ---: | ---: |")
     for variant in VARIANTS:
         found = result(variant, args.work, common, args.tokens)
         print(

@@ -33,7 +33,7 @@ class ClusterConfig(Section):
     """For pyxis (`srun --container-image`); None runs in the environment of the job."""
     container_mounts: tuple[str, ...] = ()
     """`host:container[:flags]`."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
 
     @property
