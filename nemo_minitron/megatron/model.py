@@ -103,7 +103,9 @@ def rotary_frequencies(spec: ModelSpec) -> Tensor:
     stay, and the ones between are interpolated by how often they fit into the original context.
     """
     rotated = int(spec.head_dim * spec.rotary_percent)
-    frequencies = 1.0 / spec.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    # The device is explicit, so that they have values in a model that is built on `meta` too.
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
+    frequencies = 1.0 / spec.rotary_base**exponents
     if (scaling := spec.rope_scaling) is None:
         return frequencies
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)

@@ -52,7 +52,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
     """The stages of a recipe, in order."""
     teacher = "import/teacher"
     stages = [
-        _stage("import", sections=("model",)),
+        _stage("import", sections=("model.source",)),
         _stage("data", inputs={"teacher": teacher}, sections=("data", "seed")),
     ]
     if config.tune is not None:
