@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -45,6 +46,9 @@ class MegatronStrategy(Strategy):
         self.parallel = parallel
         self.seed = seed
         self._runtime: Runtime | None = None
+        # The runtime finds the process's place. Lightning's own Slurm environment would refuse `--ntasks`, and save and
+        # requeue on SIGUSR1 by itself.
+        self.cluster_environment = LightningEnvironment()
 
     # -- environment ---------------------------------------------------------------------------------------------
 
