@@ -59,18 +59,39 @@ def find(text: str) -> Path:
 
 
 def copy(name: str, destination: Path) -> Path:
-    """Copy a recipe to edit it; a folder as destination keeps the file's name.
+    """Copy a recipe to edit it, and its `model.architecture` beside it; a folder as destination keeps the file's name.
 
     Raises:
         ConfigError: There is no such recipe, or the destination exists.
     """
     source = find(name)
     target = destination / source.name if destination.is_dir() else destination
-    if target.exists():
-        raise ConfigError(str(target), ["exists; name another file, or remove it first"])
+    copies = {target: source} | {target.parent / file: source.parent / file for file in _files_beside(source)}
+    taken = [
+        str(path) for path, original in copies.items() if path.exists() and (path == target or _differ(path, original))
+    ]
+    if taken:
+        raise ConfigError(taken[0], ["exists; name another file, or remove it first"])
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    for path, original in copies.items():
+        shutil.copyfile(original, path)
     return target
+
+
+def _files_beside(recipe: Path) -> list[str]:
+    """Files that a recipe needs beside it, relative to its folder."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        named = data["model"]["architecture"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return []
+    return [named] if isinstance(named, str) and not Path(named).is_absolute() else []
+
+
+def _differ(path: Path, original: Path) -> bool:
+    return path.read_bytes() != original.read_bytes()
 
 
 def _paths() -> list[Path]:

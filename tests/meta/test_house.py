@@ -75,9 +75,11 @@ def test_every_recipe_loads_and_says_what_it_is_for(recipe):
 
 def test_every_recipe_is_in_the_wheel():
     declared = (ROOT / "setup.cfg").read_text()
-    for path in tracked("recipes/**/*.yaml"):
+    for path in tracked("recipes/**/*.yaml", "recipes/**/*.json"):
         folder = path.parent.relative_to(ROOT)
-        assert f"share/nemo_minitron/{folder} = {folder}/*.yaml" in declared
+        line = re.search(rf"^share/nemo_minitron/{folder} = (.*)$", declared, re.MULTILINE)
+        assert line is not None
+        assert f"{folder}/*{path.suffix}" in line[1].split(", ")
 
 
 def test_files_and_functions_stay_short():
