@@ -89,7 +89,7 @@ def logits(folder: Path, config: RunConfig, tokens: list[list[int]]) -> Any:
     return gather_logits(model.chunks, torch.tensor(tokens), model.runtime, model.spec.vocab_size).numpy()
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, changes: dict[str, Any] | None = None) -> None:
     """`hf/` and `corpus/` to `teacher/`, `data/` and `student/`, by the functions the stages are made of."""
     from nemo_minitron.callbacks.importance import ImportanceCallback
     from nemo_minitron.checkpoints.nemo1 import write_folder
@@ -101,7 +101,7 @@ def prepare(folder: Path) -> None:
     from nemo_minitron.pruning.build import build_plan
     from nemo_minitron.stages.score import calibrate
 
-    config = config_for(folder / "hf", folder / "corpus")
+    config = config_for(folder / "hf", folder / "corpus", **(changes or {}))
     source = open_checkpoint(folder / "hf")
     write_folder(source, folder / "teacher")
     tokenizer = load_tokenizer(source.tokenizer_files())

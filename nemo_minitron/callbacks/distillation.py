@@ -8,19 +8,19 @@ from nemo_minitron.callbacks.history import ValidationHistory
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 
-NAMES = ("kl", "ce", "teacher_ce", "agreement")
+NAMES = ("kl", "ce", "teacher_ce", "agreement", "hidden")
 
 
 class DistillationMonitor(ValidationHistory):
-    """Keeps KL, both cross-entropies and top-1 agreement with the teacher over the course of training.
+    """Keeps KL, both cross-entropies, top-1 agreement and hidden loss over the course of training.
 
     Args:
         every_n_steps: Also take them on the training batch every so many steps (one more pass over the logits);
             0 for validations only.
 
     Attributes:
-        history: One row a measurement: `step`, `source` (`train` or `val`), and the four values in nats a token
-            (`agreement`: share of tokens).
+        history: One row a measurement: `step`, `source` (`train` or `val`), and the values in nats a token
+            (`agreement`: share of tokens; `hidden`: loss of intermediate states, where some are compared).
     """
 
     def __init__(self, every_n_steps: int = 0) -> None:

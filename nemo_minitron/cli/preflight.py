@@ -1,6 +1,7 @@
 """What can be known to fail later, said before anything is paid for: files, sizes, rounds, layout, batches, export."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
@@ -85,9 +86,14 @@ def students(config: RunConfig, teacher: ModelSpec) -> tuple[ModelSpec, ...]:
 
 
 def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:
-    """Whether every model fits the layout, and the last one the export.
+    """Whether every model fits the layout, the layers to be compared exist, and the last model fits the export.
+
+    Args:
+        models: The teacher, and the student of each round.
+        config: The recipe.
 
     Raises:
+        ConfigError: A pair of layers in `distill.hidden` does not exist.
         LayoutError: A size does not divide.
         SpecError: The student cannot be exported as the recipe asks.
     """
@@ -97,6 +103,10 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:
     specs = tuple(models)
     for spec in specs:
         check_layout(spec, config.parallel)
+    if (hidden := config.distill.hidden) is not None:
+        problems = [hidden.states(specs[0].num_layers, spec.num_layers)[1] for spec in specs[1:]]
+        if any(problems):
+            raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
     check_export(config, specs[-1])
 
 

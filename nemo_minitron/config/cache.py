@@ -46,6 +46,8 @@ def cache_problems(cache: CacheConfig, distill: DistillConfig, rounds: int) -> l
         )
     if distill.ramp_to.temperature not in (None, distill.temperature):
         problems.append("distill.ramp_to.temperature: cached targets are of one temperature")
+    if distill.hidden is not None:
+        problems.append("distill.hidden: a cache holds no intermediate states; leave cache out")
     if distill.top_k is not None:
         problems.append("distill.top_k is for a teacher in memory; set cache.kind: top_k and cache.k")
     if cache.folder is not None and rounds > 1:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, OpenFraction, Positive, Section
+from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.config.parallel import Precision
 
@@ -141,19 +142,25 @@ class RampTo(Section):
 
     kd_weight: NonNegativeFloat | None = None
     lm_weight: NonNegativeFloat | None = None
+    hidden_weight: NonNegativeFloat | None = None
     temperature: Positive | None = None
 
 
 class DistillConfig(TrainingConfig):
     """`kd_weight` times the divergence of student and teacher, plus `lm_weight` times the student's cross-entropy.
 
-    In nats a token. The papers take the forward KL over the full vocabulary, alone (arXiv:2407.14679, table 15).
+    Plus `hidden_weight` times the balanced losses of intermediate states, where `hidden` names some. In nats
+    a token. The papers take the forward KL over the full vocabulary, alone (arXiv:2407.14679, table 15).
     """
 
     kd_weight: NonNegativeFloat = 1.0
     """Factor of the divergence; 0 for plain training on the text."""
     lm_weight: NonNegativeFloat = 0.0
     """Factor of the next-token cross-entropy on the text."""
+    hidden_weight: NonNegativeFloat = 1.0
+    """Factor of the losses of `hidden`, after their balance."""
+    hidden: HiddenConfig | None = None
+    """Intermediate states to compare, as `{layers: [[-3, -3]], embedding: true}`; nothing for none."""
     temperature: Positive = 1.0
     """Divides both models' logits; the divergence is multiplied by its square (arXiv:1503.02531, section 2)."""
     divergence: DivergenceKind = DivergenceKind.FORWARD_KL

@@ -6,24 +6,32 @@ the two models may split their layers differently. The teacher has no gradients,
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_minitron.checkpoints.source import PLAN_FILE
+from nemo_minitron.config.hidden import HiddenConfig
+from nemo_minitron.config.load import check
 from nemo_minitron.errors import TrainingError
 from nemo_minitron.megatron import forward
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.megatron.offload import OffloadedLayers
+from nemo_minitron.megatron.optim import StepInfo
+from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
+from nemo_minitron.models.hidden import StateMatching
 from nemo_minitron.models.losses import DistillationLoss, tensor_group
 from nemo_minitron.models.ramp import at_step
 from nemo_minitron.ops.divergence import Divergence
+from nemo_minitron.pruning.plan import PruningPlan
 
 
 class MegatronGPTDistillationModel(MegatronGPTModel):
@@ -33,12 +41,14 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         cfg: The student's configuration. `minitron.distillation` holds `teacher` (a `.nemo` file or folder),
             `temperature`, `kd_weight`, `lm_weight`, `freeze_embeddings`, `loss_chunk_tokens`, `teacher_precision`
             (None for the student's), `offload_teacher` (its layers wait in host memory between passes), `divergence`
-            (`kind`, `beta`, `skew`; forward KL if absent) and `top_k` (of the teacher's tokens; None for all).
+            (`kind`, `beta`, `skew`; forward KL if absent), `top_k` (of the teacher's tokens; None for all), `hidden`
+            (intermediate states to compare; None for none) and `hidden_weight`.
         trainer: Optional; its strategy must be a `MegatronStrategy`.
 
     A step logs `kl` in nats a token, or `kd` where the objective is another divergence; with `statistics` also `ce`,
     `teacher_ce`, `agreement` (share of tokens whose most likely next token is the same in both) and `kl` whatever the
-    objective is. Validation always has them.
+    objective is. Validation always has them. Where intermediate states are compared, `hidden` is the sum over pairs of
+    their loss a token, before balance and weight.
     """
 
     objective = "loss"
@@ -47,6 +57,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         super().__init__(cfg=cfg, trainer=trainer)
         self._teacher: list[MegatronGPTModel] = []
         self._offloaded: OffloadedLayers | None = None
+        self._matching: StateMatching | None = None
         self.statistics = False
 
     @property
@@ -93,6 +104,19 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         self._teacher = [teacher]
         if self.distillation.get("offload_teacher"):
             self._offloaded = OffloadedLayers(teacher.chunks, self.runtime.device)
+        if self.distillation.get("hidden"):
+            self._matching = self._match_states(teacher)
+
+    def _match_states(self, teacher: MegatronGPTModel) -> StateMatching:
+        plan = self.tokenizer_files.get(PLAN_FILE)
+        return StateMatching(
+            check(HiddenConfig, OmegaConf.to_container(self.distillation["hidden"]), source="model configuration"),
+            student=self.spec,
+            teacher=teacher.spec,
+            runtime=self.runtime,
+            optimizer=nemo_settings.optimizer_config(self._cfg.get("optim") or {}),
+            kept=None if plan is None else PruningPlan.from_bytes(plan, where=PLAN_FILE).hidden,
+        )
 
     def configure_model(self) -> None:
         """Build the student and, if the configuration names one, read the teacher."""
@@ -110,6 +134,25 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         super().training_step(batch, batch_idx)
         self.statistics = watched
 
+    def apply_gradients(self, report: Report, values: Report) -> StepInfo:
+        """The student's step and the projection's; see the base class."""
+        info = super().apply_gradients(report, values)
+        if self._matching is not None:
+            self._matching.step(tokens=report["tokens"], lr=info.lr, skipped=info.skipped)
+        return info
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The projection between hidden states goes into training checkpoints."""
+        super().on_save_checkpoint(checkpoint)
+        if self._matching is not None:
+            checkpoint["minitron_hidden"] = self._matching.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """And comes back."""
+        super().on_load_checkpoint(checkpoint)
+        if self._matching is not None:
+            self._matching.load_state_dict(checkpoint["minitron_hidden"])
+
     def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:
         """Teacher's pass, then the student's schedule; see the base class."""
         report = super().run_schedule(batch, training=training)
@@ -117,10 +160,39 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             self._check_teacher(per_token(report)["teacher_ce"])
         return report
 
+    def run_loss(self, loss: Callable[..., Any], micro_batches: list[MicroBatch], *, training: bool) -> Report:
+        """One pass, which also compares intermediate states if the configuration names some; see the base class."""
+        matching = self._matching
+        if matching is None:
+            return super().run_loss(loss, micro_batches, training=training)
+        if not training:
+            return self._measured(matching, loss, micro_batches)
+        if matching.measures_first:
+            report = self._measured(matching, loss, micro_batches)
+            matching.balance(_divergence(report), report["hidden"])
+        assert matching.factor is not None, "measured just now, or before"
+        weight = matching.factor * at_step(self.distillation, "hidden_weight", 1.0, self.trainer, training=True)
+        with matching.compared(self.chunks, weight=weight):
+            report = super().run_loss(loss, micro_batches, training=True)
+        report["hidden"] = matching.total()
+        report["loss"] += weight * report["hidden"]
+        matching.balance(_divergence(report), report["hidden"])
+        return report
+
+    def _measured(self, matching: StateMatching, loss: Callable[..., Any], micro_batches: list[MicroBatch]) -> Report:
+        """Forward only; the hidden loss is reported, and no part of the loss."""
+        with matching.compared(self.chunks, weight=None):
+            report = super().run_loss(loss, micro_batches, training=False)
+        return {**report, "hidden": matching.total()}
+
     def make_loss(self, micro_batches: list[MicroBatch], *, training: bool) -> DistillationLoss:
         """Run the teacher over the micro-batches and bind its states to the loss."""
-        with self._offloaded.on_device() if self._offloaded else nullcontext(), torch.no_grad():
+        lent = self._offloaded.on_device() if self._offloaded else nullcontext()
+        seen = self._matching.of_teacher(self.teacher) if self._matching else nullcontext()
+        with lent, seen, torch.no_grad():
             states: list[Tensor] = forward.collect_hidden(self.teacher, micro_batches, self.runtime)
+        if self._matching is not None:
+            self._matching.deliver(micro_batches, self.teacher[0].config.params_dtype)
         return DistillationLoss(
             student=self.chunks[-1],
             teacher=self.teacher[-1],
@@ -149,3 +221,8 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
                 rule=f"a trained teacher is below the uniform guess of {uniform:.3f}",
                 remedy="check that the teacher's weights were read and that the data was made with its tokenizer",
             )
+
+
+def _divergence(report: Report) -> float:
+    """Sum over tokens of the divergence that the student is trained with."""
+    return report["kd"] if "kd" in report else report["kl"]

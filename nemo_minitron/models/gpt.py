@@ -21,6 +21,7 @@ from nemo_minitron.megatron import build, forward, optim
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
+from nemo_minitron.megatron.optim import StepInfo
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.connector import MegatronConnector
@@ -111,19 +112,29 @@ class MegatronGPTModel(ModelPT):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Forward, backward and update over one global batch; logs `train/*`."""
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
+        self.optimizers().zero_grad()
         report = self.run_schedule(batch, training=True)
         values = {f"train/{name}": value for name, value in per_token(report).items()}
         values["train/loss"] = values[f"train/{self.objective}"]
-        optimizer.optimizer.refuse = partial(self._refuse, values["train/loss"])
-        optimizer.step()
-        info = optimizer.optimizer.last
+        info = self.apply_gradients(report, values)
         values["train/lr"] = info.lr
         values["train/grad_norm"] = info.grad_norm
         values["train/skipped"] = float(self.guard.skipped)
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
         self.guard.check()
+
+    def apply_gradients(self, report: Report, values: Report) -> StepInfo:
+        """One optimizer step, unless the guard refuses it.
+
+        Args:
+            report: Sums of the pass that left the gradients.
+            values: The same a token, under the names they are logged by.
+        """
+        optimizer = self.optimizers()
+        optimizer.optimizer.refuse = partial(self._refuse, values["train/loss"])
+        optimizer.step()
+        info: StepInfo = optimizer.optimizer.last
+        return info
 
     def _refuse(self, loss: float, grad_norm: float) -> bool:
         """The guard's word on a step. Ranks agree on a spike, whose threshold rounding might put on either side."""
@@ -166,8 +177,12 @@ class MegatronGPTModel(ModelPT):
             Sums over all tokens of all ranks, the same on every rank; always with `tokens`.
         """
         micro_batches = batch.split(int(self._cfg.micro_batch_size))
-        chunks = self.training_chunks if training else self.chunks
         loss = self.make_loss(micro_batches, training=training)
+        return self.run_loss(loss, micro_batches, training=training)
+
+    def run_loss(self, loss: Callable[..., Any], micro_batches: list[MicroBatch], *, training: bool) -> Report:
+        """One pass over the micro-batches, and back if training; returns what `run_schedule` does."""
+        chunks = self.training_chunks if training else self.chunks
         reports = forward.run(chunks, micro_batches, loss, runtime=self.runtime, forward_only=not training)
         sums = forward.reduce_report(reports, self.runtime)
         sums.pop("total", None)

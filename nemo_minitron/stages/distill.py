@@ -85,6 +85,9 @@ def _objective(settings: DistillConfig) -> str:
     kind = settings.divergence.value.replace("_", " ").replace("kl", "KL")
     extent = f"the teacher's {settings.top_k} likeliest tokens" if settings.top_k else "the full vocabulary"
     parts = {f"{kind} over {extent}": "kd_weight", "cross-entropy on the text": "lm_weight"}
+    if settings.hidden is not None:
+        count = len(settings.hidden.layers) + settings.hidden.embedding
+        parts[f"{settings.hidden.kind.value} of {count} pair(s) of hidden states"] = "hidden_weight"
     named = {}
     for name, key in parts.items():
         first, last = getattr(settings, key), getattr(settings.ramp_to, key)
@@ -110,6 +113,8 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
                 "teacher_precision": settings.teacher_precision
                 and nemo_settings.precision_key(settings.teacher_precision),
                 "offload_teacher": settings.offload_teacher,
+                "hidden_weight": settings.hidden_weight,
+                "hidden": settings.hidden and settings.hidden.model_dump(mode="json"),
             },
         },
     }

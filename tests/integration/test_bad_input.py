@@ -83,6 +83,9 @@ def test_a_text_too_short_to_train_on(inputs, tmp_path):
         ("target.num_atention_heads=4", ["did you mean target.num_attention_heads"]),
         ("target.num_attention_heads=6", ["num_attention_heads = 6", "num_query_groups = 4"]),
         ("parallel.tensor=3", ["3"]),
+        ("distill.hidden.layers=[[9,1]]", ["distill.hidden.layers", "[9, 1]", "the teacher has layers 0 to 3"]),
+        ("distill.hidden.layers=[[-1,-7]]", ["[-1, -7]", "the student has layers 0 to"]),
+        ("distill.hidden.kind=cosine", ["nothing to compare"]),
     ],
 )
 def test_sizes_that_cannot_be(inputs, tmp_path, override, words):

@@ -177,6 +177,21 @@ def test_a_run_goes_on_at_another_data_parallel_size(run, inputs, tmp_path, befo
         np.testing.assert_allclose(resumed[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_a_run_with_losses_on_hidden_states_goes_on_bit_for_bit(run, inputs, tmp_path):
+    """The projection, its moments and the balance come back."""
+    whole = shutil.copytree(run, tmp_path / "whole")
+    hidden = {"layers": [[-2, -2]], "embedding": True}
+    settings = {"tokens": 10 * 8 * 64, "optimizer": STEADY, "checkpoint_every": 5, "hidden": hidden}
+    ((expected, weights, _),) = distill(whole, inputs, **settings)
+    with pytest.raises(RankError, match="stopped on purpose"):
+        distill(run, inputs, before=stop_after_seven_steps, **settings)
+    result, resumed, _ = distill(run, inputs, **settings)[0]
+    assert result["history"] == expected["history"]
+    assert "hidden" in result["history"][-1]
+    assert result["history"][-1]["hidden"] < result["history"][0]["hidden"]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
 def test_a_corrected_teacher_teaches(inputs, tmp_path):
     """Everything after the correction is made from the corrected teacher, and nothing from the original one."""
     run = tmp_path / "corrected"

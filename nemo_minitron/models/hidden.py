@@ -1,0 +1,233 @@
+"""Losses between intermediate states of student and teacher, wherever in the pipeline the two live."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.hidden import HiddenBalance, HiddenConfig
+from nemo_minitron.config.training import OptimizerConfig
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.megatron import states
+from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.ops.hidden_loss import dynamic_weight, hidden_loss
+
+
+class StateMatching:
+    """Compares states of a student with those its teacher left for the same micro-batches.
+
+    The teacher's states travel once, after its pass, to the pipeline rank that holds the student's. There the loss is
+    taken while the student runs, and its gradient joins the student's backward pass at that place; so the schedules and
+    the messages between stages stay as they are, and any layers can be compared at any layout.
+
+    The projection is the same on every rank and no part of the model: it has its own gradient sum and optimizer step,
+    is kept in training checkpoints, and is gone when training ends.
+
+    Args:
+        config: What is compared.
+        student: Architecture of the student.
+        teacher: Architecture of the teacher.
+        runtime: The running layout.
+        optimizer: Settings of the projection's AdamW, the student's; its learning rate comes with each step.
+        kept: The teacher's channels that the student has, in order; None where they are not known.
+
+    Attributes:
+        projection: `[H, h]` fp32, from the student's `h` channels to the teacher's `H`; None for none.
+        factor: What the next step's losses are multiplied by to be as large as the divergence; None before the first.
+
+    Raises:
+        ConfigError: A pair names a layer that does not exist.
+        ConfigError: Hidden sizes differ, and there is to be no projection.
+    """
+
+    def __init__(
+        self,
+        config: HiddenConfig,
+        *,
+        student: ModelSpec,
+        teacher: ModelSpec,
+        runtime: Runtime,
+        optimizer: OptimizerConfig,
+        kept: Sequence[int] | None = None,
+    ) -> None:
+        pairs, problems = config.states(teacher.num_layers, student.num_layers)
+        sizes = student.hidden_size, teacher.hidden_size
+        if config.projection is False and sizes[0] != sizes[1]:
+            problems.append(f"distill.hidden.projection = false: hidden sizes differ ({sizes[0]} and {sizes[1]})")
+        if problems:
+            raise ConfigError("recipe", problems)
+        self.config = config
+        self.pairs = pairs
+        self.factor: float | None = None if config.balance is not HiddenBalance.NONE else 1.0
+        self.projection: nn.Parameter | None = None
+        self._runtime = runtime
+        self._hidden_size = teacher.hidden_size
+        self._routes = _routes(pairs, teacher, student, runtime)
+        self._partners = {state: [other for other, own in pairs if own == state] for _, state in pairs}
+        self._seen: dict[int, list[Tensor]] = {}
+        self._targets: Mapping[int, Sequence[Tensor]] = {}
+        self._keeps: list[Tensor] = []
+        self._sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        if config.projection or sizes[0] != sizes[1]:
+            matrix = _first_projection(*sizes, kept, runtime.seed)
+            self.projection = nn.Parameter(matrix.to(runtime.device))
+            self._clip = optimizer.clip_grad
+            self._optimizer = torch.optim.AdamW(
+                [self.projection],
+                betas=(optimizer.beta1, optimizer.beta2),
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+            )
+
+    @property
+    def measures_first(self) -> bool:
+        """Whether the balance of the coming step has to be measured before it."""
+        return self.config.balance is HiddenBalance.SAME_STEP or self.factor is None
+
+    @contextmanager
+    def of_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
+        """Keep what the teacher's chunks compute inside the block, instead of what was kept before."""
+        self._seen = {teacher: [] for teacher, _ in self.pairs}
+
+        def take(state: int, value: Tensor) -> None:
+            self._seen[state].append(value)
+
+        with states.watched(chunks, self._seen, take):
+            yield
+
+    def deliver(self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype) -> None:
+        """Bring the teacher's states to where they are compared. Every rank calls it.
+
+        Args:
+            micro_batches: Those the teacher has seen, of whole sequences.
+            dtype: Of the teacher's states.
+        """
+        self._keeps = [states.local_keep(micro_batch, self._runtime) for micro_batch in micro_batches]
+        shape = (*self._keeps[0].shape, self._hidden_size)
+        like = torch.empty(shape, dtype=dtype, device=self._runtime.device)
+        self._targets = states.send(
+            self._seen, self._routes, like=like, count=len(micro_batches), runtime=self._runtime
+        )
+        self._seen = {}
+
+    @contextmanager
+    def compared(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
+        """Compare the states of one pass over the micro-batches; `total` then has the sum.
+
+        Micro-batches come in order to every place, in the forward pass as in the backward pass that computes it again.
+
+        Args:
+            chunks: The student's.
+            weight: What the losses are multiplied by in the gradient; None takes none, for passes without a graph.
+        """
+        self._sum.zero_()
+        done = dict.fromkeys(self._partners, 0)
+
+        def take(state: int, value: Tensor) -> Tensor | None:
+            if weight is not None and not torch.is_grad_enabled():
+                return None  # comes again in the backward pass, with a graph
+            loss = self._loss(state, value, done[state])
+            done[state] += 1
+            self._sum += loss.detach()
+            return None if weight is None else loss * weight
+
+        with states.watched(chunks, self._partners, take):
+            yield
+
+    def total(self) -> float:
+        """Sum of the latest pass over pairs and kept tokens of the global batch. Every rank calls it."""
+        value = self._sum.clone()
+        for group in self._groups():
+            dist.all_reduce(value, group=group)
+        return float(value)
+
+    def balance(self, divergence: float, hidden: float) -> None:
+        """Note what the same tokens gave: the sums of the divergence and of `total`."""
+        if self.config.balance is not HiddenBalance.NONE:
+            self.factor = float(dynamic_weight(torch.tensor(divergence), torch.tensor(hidden)))
+
+    def step(self, *, tokens: float, lr: float, skipped: bool) -> None:
+        """Update the projection with the gradient of the mean over the global batch. Every rank calls it.
+
+        Args:
+            tokens: Kept tokens of the global batch.
+            lr: The student's learning rate in this step.
+            skipped: Whether the student's step was skipped; then this one is, too.
+        """
+        if self.projection is None:
+            return
+        gradient = self.projection.grad if self.projection.grad is not None else torch.zeros_like(self.projection)
+        self.projection.grad = None
+        if skipped:
+            return
+        for group in self._groups():
+            dist.all_reduce(gradient, group=group)
+        self.projection.grad = gradient.div_(max(tokens, 1.0))
+        if self._clip > 0:
+            nn.utils.clip_grad_norm_([self.projection], self._clip)
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.step()
+        self.projection.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Balance, projection and its moments, the same on every rank."""
+        if self.projection is None:
+            return {"factor": self.factor}
+        optimizer = self._optimizer.state_dict()
+        return {"factor": self.factor, "projection": self.projection.detach(), "optimizer": optimizer}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.factor = state["factor"]
+        if self.projection is not None:
+            with torch.no_grad():
+                self.projection.copy_(state["projection"])
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _loss(self, state: int, value_SBh: Tensor, micro_batch: int) -> Tensor:
+        keep = self._keeps[micro_batch]
+        matrix = None if self.projection is None else self.projection.to(value_SBh.dtype)
+        losses = [
+            hidden_loss(value_SBh, self._targets[other][micro_batch], keep, matrix, kind=self.config.kind).total
+            for other in self._partners[state]
+        ]
+        return torch.stack(losses).sum()
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """The groups over which partial sums add up to the whole; each rank's part counts once."""
+        parallel, groups = self._runtime.parallel, self._runtime.groups
+        over = [groups.pp, groups.dp_cp]
+        return [*over, groups.tp] if parallel.sequence_parallel else over
+
+
+def _routes(
+    pairs: Sequence[tuple[int, int]], teacher: ModelSpec, student: ModelSpec, runtime: Runtime
+) -> list[tuple[int, int, int]]:
+    """State, source and target, each once, however many pairs it is in."""
+    parallel = runtime.parallel
+    wanted = {
+        (
+            theirs,
+            states.holder(theirs, teacher.num_layers, parallel),
+            states.holder(own, student.num_layers, parallel),
+        )
+        for theirs, own in pairs
+    }
+    return sorted(wanted)
+
+
+def _first_projection(student: int, teacher: int, kept: Sequence[int] | None, seed: int) -> Tensor:
+    """`[teacher, student]`: the student's channels in the teacher's places, or, where those are not known, random."""
+    if kept is None and student == teacher:
+        kept = range(student)
+    if kept is None or len(kept) != student:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(teacher, student, generator=generator) / student**0.5
+    matrix = torch.zeros(teacher, student)
+    matrix[torch.tensor(list(kept)), torch.arange(student)] = 1
+    return matrix

@@ -1,0 +1,92 @@
+"""Jobs on ranks: distil with losses on intermediate states, and show what came of it."""
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.run import RunConfig
+
+
+def curve(student: Path, teacher: Path, data: Path, config: RunConfig) -> dict[str, list[float]]:
+    """Loss and hidden loss of every training step."""
+    from lightning.pytorch import Callback
+
+    from nemo_minitron.models.data import TokenDataModule
+
+    class Keep(Callback):
+        def __init__(self) -> None:
+            self.rows: dict[str, list[float]] = {"loss": [], "kl": [], "hidden": []}
+
+        def on_train_batch_end(self, trainer: Any, *unused: Any) -> None:
+            for name, values in self.rows.items():
+                values.append(trainer.callback_metrics[f"train/{name}"].item())
+
+    keep = Keep()
+    model, trainer = _model(student, teacher, config, [keep])
+    trainer.fit(model, datamodule=TokenDataModule(data, config.distill, seed=config.seed))
+    return keep.rows
+
+
+def curves(student: Path, teacher: Path, data: Path, configs: list[RunConfig]) -> list[dict[str, list[float]]]:
+    """Several of one layout, on one start-up of the ranks."""
+    from nemo_minitron.megatron import runtime
+
+    found = []
+    for config in configs:
+        found.append(curve(student, teacher, data, config))
+        runtime.stop()
+    return found
+
+
+class _SeenError(Exception):
+    """Enough."""
+
+
+def first_step(student: Path, teacher: Path, data: Path, config: RunConfig) -> dict[str, Any]:
+    """Report, gradients by canonical name, the projection and its gradient sum, and the batch of the first step."""
+    from nemo_minitron.models.data import TokenDataModule
+
+    found: dict[str, Any] = {}
+    model, trainer = _model(student, teacher, config, [])
+
+    def look(report: dict[str, float], values: dict[str, float]) -> None:
+        named = [pair for chunk in model.chunks for pair in chunk.named_weights()]
+        found.update(
+            report=dict(report),
+            gradients={weight.name: parameter.main_grad.clone() for weight, parameter in named},
+            projection=model._matching.projection.detach().clone(),
+            projection_gradient=model._matching.projection.grad.clone(),
+        )
+        raise _SeenError
+
+    def keep(batch: Any, batch_idx: int) -> None:
+        found["tokens"], found["keep"] = batch.tokens, batch.keep
+        found["labels"] = batch.labels
+        step(batch, batch_idx)
+
+    step = model.training_step
+    model.apply_gradients, model.training_step = look, keep
+    try:
+        trainer.fit(model, datamodule=TokenDataModule(data, config.distill, seed=config.seed))
+    except _SeenError:
+        return found
+    raise AssertionError("no step was taken")
+
+
+def _model(student: Path, teacher: Path, config: RunConfig, callbacks: list[Any]) -> tuple[Any, Any]:
+    from nemo_minitron.models.distillation import MegatronGPTDistillationModel
+    from nemo_minitron.stages.distill import training_keys
+    from nemo_minitron.stages.session import make_trainer, restore
+
+    settings = config.distill
+    trainer = make_trainer(
+        config, callbacks, max_steps=settings.steps, max_epochs=-1, limit_val_batches=0, check_val_every_n_epoch=None
+    )
+    model = restore(
+        MegatronGPTDistillationModel,
+        student,
+        config=config,
+        micro_batch_size=settings.batch.micro_batch_size,
+        trainer=trainer,
+        extra=training_keys(settings, teacher),
+    )
+    return model, trainer
