@@ -1,6 +1,9 @@
 # Everything lives in .venv here; models and texts are cached in ~/.cache/nemo_minitron (or $NEMO_MINITRON_CACHE).
 
 PYTHON ?= python3
+# Interpreters of `make compat`.
+PYTHON311 ?= python3.11
+PYTHON312 ?= python3.12
 RUN ?= runs/demo
 TESTS ?= tests
 # Test files that run at a time; the ones that start ranks take about 1 GB a rank.
@@ -44,10 +47,14 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: compat
+compat:  ## run the tiny recipe with each pinned set; writes docs/compatibility.md (9 GB, half an hour)
+	python3 tests/compat/matrix.py --python 3.11=$(PYTHON311) --python 3.12=$(PYTHON312)
+
 .PHONY: constraints
 constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
 	{ sed -n '/^#/p' constraints.txt; \
-	  $(PIP) freeze --exclude-editable | sed -n '/==/s/+.*//p' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
+	  $(PIP) freeze --exclude-editable | sed -n '/==/{s/+.*//;p}' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
 	mv constraints.new constraints.txt
 
 .PHONY: clean
