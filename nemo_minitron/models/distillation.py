@@ -108,14 +108,16 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             self._matching = self._match_states(teacher)
 
     def _match_states(self, teacher: MegatronGPTModel) -> StateMatching:
-        plan = self.tokenizer_files.get(PLAN_FILE)
+        carried = self.tokenizer_files.get(PLAN_FILE)
+        plan = None if carried is None else PruningPlan.from_bytes(carried, where=PLAN_FILE)
+        fits = plan is not None and plan.spec.hidden_size == teacher.spec.hidden_size
         return StateMatching(
             check(HiddenConfig, OmegaConf.to_container(self.distillation["hidden"]), source="model configuration"),
             student=self.spec,
             teacher=teacher.spec,
             runtime=self.runtime,
             optimizer=nemo_settings.optimizer_config(self._cfg.get("optim") or {}),
-            kept=None if plan is None else PruningPlan.from_bytes(plan, where=PLAN_FILE).hidden,
+            kept=plan.hidden if plan and fits else None,
         )
 
     def configure_model(self) -> None:

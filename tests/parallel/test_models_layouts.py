@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_minitron.config.objective import DivergenceKind
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from tests import jobs
 from tests.ranks import run_on_ranks
 from tests.tiny import write_corpus, write_llama
@@ -17,15 +17,25 @@ LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "tp2_pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
 }
+OTHER_WAYS = {
+    "vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2), 2),
+    "recompute": (1, ParallelConfig(recompute=Recompute.FULL), 2),
+    "pp2_recompute": (2, ParallelConfig(pipeline=2, recompute=Recompute.SELECTIVE), 2),
+    "micro_batch_1": (1, ParallelConfig(), 1),
+    "micro_batch_4": (1, ParallelConfig(), 4),
+}
+"""Processes, layout, and samples of a micro-batch; a step has 8 samples."""
+SIZES = {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
+"""Of the student. Two stages of two chunks each want four layers; the teacher has five."""
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def artefacts(request, tmp_path_factory) -> dict[str, Path]:
     """Teacher, token files and student, made by the ordinary stages on one rank."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_llama(folder / "hf", tied=request.param == "tied", trained_steps=100)
+    write_llama(folder / "hf", tied=request.param == "tied", trained_steps=100, num_hidden_layers=5)
     write_corpus(folder / "corpus")
-    run_on_ranks(1, jobs.prepare, folder)
+    run_on_ranks(1, jobs.prepare, folder, {"target": SIZES})
     return {"teacher": folder / "teacher", "data": folder / "data", "student": folder / "student", "root": folder}
 
 
@@ -50,6 +60,17 @@ def test_twenty_distillation_steps_are_those_of_one_rank(artefacts, one_rank, la
     assert len(found[0]) == 20
     assert one_rank["losses"][-1] < 0.9 * one_rank["losses"][0], "the student learns"
     for losses in found:
+        np.testing.assert_allclose(losses, one_rank["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_twenty_distillation_steps_are_the_same_in_another_way(artefacts, one_rank, way):
+    world_size, parallel, micro_batch_size = OTHER_WAYS[way]
+    config = jobs.config_for(artefacts["root"] / "hf", artefacts["root"] / "corpus", parallel=parallel)
+    batch = config.distill.batch.model_copy(update={"micro_batch_size": micro_batch_size})
+    config = config.model_copy(update={"distill": config.distill.model_copy(update={"batch": batch})})
+    places = artefacts["student"], artefacts["teacher"], artefacts["data"]
+    for losses in run_on_ranks(world_size, jobs.distill_losses, *places, config):
         np.testing.assert_allclose(losses, one_rank["losses"], rtol=1e-5)
 
 
