@@ -55,6 +55,7 @@ def first_step(student: Path, teacher: Path, data: Path, config: RunConfig) -> d
             gradients={weight.name: parameter.main_grad.clone() for weight, parameter in named},
             projection=model._matching.projection.detach().clone(),
             projection_gradient=model._matching.projection.grad.clone(),
+            tp_rank=model.runtime.tp_rank,
         )
         raise _SeenError
 

@@ -97,6 +97,16 @@ def test_value_and_gradients_are_those_of_transformers(places, kind):
     _assert_close(found["projection_gradient"] / report["tokens"], projection.grad, "projection")
 
 
+def test_parts_of_the_projection_gradient_add_up_over_stages(places):
+    """Tensor-parallel ranks hold the same part each; pairs of layers lie on both stages."""
+    [whole] = run(1, hidden_jobs.first_step, places, config_for(places))
+    parts = run(4, hidden_jobs.first_step, places, config_for(places, ParallelConfig(tensor=2, pipeline=2)))
+    for tp_rank in range(2):
+        own = [part["projection_gradient"] for part in parts if part["tp_rank"] == tp_rank]
+        assert all(part.norm() > 0.01 * whole["projection_gradient"].norm() for part in own), "pairs on both stages"
+        _assert_close(sum(own), whole["projection_gradient"], "projection")
+
+
 def _assert_close(found, expected, name):
     error = (found.double() - expected).norm() / expected.norm()
     assert error < 1e-5, f"{name}: {error:.1e}"
