@@ -44,6 +44,7 @@ VARIANTS = (
     Variant("reverse KL", (*weights_of(1, 0), "distill.divergence=reverse_kl")),
     Variant("forward KL + CE", weights_of(0.5, 0.5)),
     Variant("CE alone", weights_of(0, 1)),
+    Variant("forward KL + hidden states", (*weights_of(1, 0), "distill.hidden.layers=[[-3,-3]]")),
     Variant("forward KL, 50 cached draws", (*weights_of(1, 0), "cache.kind=sampled")),
     Variant("forward KL, corrected teacher", (*weights_of(1, 0), "correct.tokens={tokens}"), shares_pruned=False),
     Variant("forward KL, all weights", (*weights_of(1, 0), "distill.freeze_embeddings=false")),
