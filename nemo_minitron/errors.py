@@ -83,9 +83,17 @@ class LayoutError(MinitronError):
     """Parallel sizes that do not fit the model or the number of processes."""
 
 
+class LaunchError(MinitronError):
+    """A job that cannot be handed to a scheduler or a launcher."""
+
+
 class RunFolderError(MinitronError):
     """A run folder that belongs to another recipe, or cannot be written."""
 
 
 class TrainingError(MinitronError):
     """Training that cannot start or go on: a teacher without weights, a loss that is not a number."""
+
+
+class LostRankError(MinitronError):
+    """Another process of the run is gone or does not answer. What the user can do is to look why, and go on."""

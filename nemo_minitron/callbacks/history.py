@@ -73,9 +73,13 @@ class BestModel(Callback):
         return None if self.folder is None or self.step is None else self.folder / f"best-{self.step:08d}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run that had already ended does no more steps."""
+        """A resumed run that had already ended does no more steps; models of steps it will do again go."""
         if self.ended:
             trainer.should_stop = True
+        if trainer.is_global_zero:
+            for step, path in self._kept().items():
+                if self.step is None or step > self.step:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare; every rank calls it."""
@@ -91,11 +95,21 @@ class BestModel(Callback):
         if self.patience and self._without >= self.patience:
             self.ended = trainer.should_stop = True
 
-    def drop_others(self) -> None:
-        """Remove models that are no longer the best: on one rank, once the newest checkpoint knows of this one."""
-        for path in self.folder.glob("best-*") if self.folder is not None else ():
-            if path != self.path:
-                shutil.rmtree(path, ignore_errors=True)
+    def drop_others(self, checkpoints: Sequence[int]) -> None:
+        """Remove models that neither this run nor one that goes on from a checkpoint can end with. On one rank.
+
+        Args:
+            checkpoints: Steps of those that are kept. Each was saved before the validation of its step.
+        """
+        kept = self._kept()
+        needed = {self.step, *(max((step for step in kept if step < saved), default=None) for saved in checkpoints)}
+        for step in kept.keys() - needed:
+            shutil.rmtree(kept[step], ignore_errors=True)
+
+    def _kept(self) -> dict[int, Path]:
+        """Models by step."""
+        found = self.folder.glob("best-*") if self.folder is not None else ()
+        return {int(path.name.removeprefix("best-")): path for path in found}
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides goes into checkpoints."""

@@ -1,6 +1,11 @@
 """How a command ends: one message and the right exit status, whatever happened.
 
-0 done; 1 a defect of ours (with its traceback); 2 something the user can mend (a message); 128 + n stopped by signal n.
+0    done
+1    a defect of ours (with its traceback), or another rank was lost (a message)
+2    something the user can mend (a message)
+75   a scheduler's signal (SIGTERM, SIGUSR1) stopped the run after it had saved: queue the same command again
+130  Ctrl-C stopped it, likewise
+137  and others above 128: `--nproc` lost a rank to signal 9 (or status - 128)
 """
 
 import os
@@ -11,11 +16,11 @@ from contextlib import contextmanager
 
 import typer
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import LostRankError, MinitronError
 from nemo_minitron.stages.signals import Stopped
 from nemo_minitron.stages.team import environment_rank, is_echo
 
-DEFECT = 1
+FAILED = 1
 USER = 2
 
 
@@ -35,7 +40,7 @@ def reported(*, debug: bool = False) -> Iterator[None]:
             traceback.print_exc()
         elif not is_echo(error):
             _say(f"{prefix}{_styled('error:', '1;31')} {error}")
-        raise typer.Exit(USER) from None
+        raise typer.Exit(FAILED if isinstance(error, LostRankError) else USER) from None
     except Stopped as stopped:
         if rank == 0:
             _say(f"stopped by {stopped.signal.name}; the same command goes on where this one stopped")
@@ -43,15 +48,15 @@ def reported(*, debug: bool = False) -> Iterator[None]:
     except BrokenPipeError:
         # Who read our output has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(DEFECT) from None
+        raise typer.Exit(FAILED) from None
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
         if is_echo(error):
-            raise typer.Exit(DEFECT) from None
+            raise typer.Exit(FAILED) from None
         traceback.print_exc()
         _say(f"\n{prefix}this is a defect of nemo_minitron or of a library under it; please report it with these lines")
-        raise typer.Exit(DEFECT) from None
+        raise typer.Exit(FAILED) from None
 
 
 def _say(text: str) -> None:

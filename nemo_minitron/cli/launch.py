@@ -1,6 +1,7 @@
 """Start several ranks on this machine, as torchrun would, and end them together.
 
-Rank 0 owns the terminal. The others' output is kept aside and shown only if one of them fails where rank 0 did not.
+Rank 0 owns the terminal. The others' output is kept aside and shown only if one of them fails where rank 0 did not. A
+rank that the system kills says nothing, and the others know only that it is gone; so the launcher speaks for them.
 """
 
 import ctypes
@@ -15,25 +16,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from nemo_minitron.stages.run_folder import RunFolder
+from nemo_minitron.stages.signals import RUN_AGAIN, SIGNALS, Stopped
+from nemo_minitron.stages.team import LAUNCHED
+
 _GRACE = 60.0
 """Seconds that ranks have to save and stop after one of them failed or was stopped."""
 _SHARED_ERROR = 3.0
 """Seconds in which an error that all ranks see ends all of them; rank 0 says it."""
+_LOST = 10.0
+"""Seconds in which the other ranks notice that one was killed; they cannot save without it."""
 _PR_SET_PDEATHSIG = 1
 
 
-def start(arguments: Sequence[str], *, ranks: int) -> int:
+def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
     """Run `python -m nemo_minitron ARGUMENTS` as that many ranks; returns the exit status of the first that failed.
 
     SIGTERM, SIGUSR1 and SIGINT go on to every rank; a rank whose launcher dies is ended by the system.
+
+    Args:
+        arguments: Behind `nemo-minitron`.
+        ranks: Number of processes.
+        run: The run folder, to name what is saved there.
     """
     with tempfile.TemporaryDirectory(prefix="nemo_minitron_") as folder:
         errors = [Path(folder) / f"rank{rank}.err" for rank in range(ranks)]
         port = _free_port()
         processes = [_spawn(arguments, rank, ranks, port, errors[rank]) for rank in range(ranks)]
-        previous = {number: signal.signal(number, _forwarder(processes)) for number in _FORWARDED}
+        asked: list[int] = []
+        previous = {number: signal.signal(number, _forwarder(processes, asked)) for number in SIGNALS}
         try:
-            return _wait(processes, errors)
+            return _wait(processes, errors, asked, run)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -41,9 +54,6 @@ def start(arguments: Sequence[str], *, ranks: int) -> int:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-
-
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def _spawn(arguments: Sequence[str], rank: int, ranks: int, port: int, errors: Path) -> "subprocess.Popen[bytes]":
@@ -57,6 +67,7 @@ def _spawn(arguments: Sequence[str], rank: int, ranks: int, port: int, errors: P
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LAUNCHED: "1",
     }
     command = [sys.executable, "-m", "nemo_minitron", *arguments]
     with errors.open("wb") as file:
@@ -77,8 +88,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _forwarder(processes: "Sequence[subprocess.Popen[bytes]]") -> Callable[[int, FrameType | None], None]:
+def _forwarder(
+    processes: "Sequence[subprocess.Popen[bytes]]", asked: list[int]
+) -> Callable[[int, FrameType | None], None]:
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -86,36 +100,64 @@ def _forwarder(processes: "Sequence[subprocess.Popen[bytes]]") -> Callable[[int,
     return forward
 
 
-def _wait(processes: "Sequence[subprocess.Popen[bytes]]", errors: Sequence[Path]) -> int:
+def _wait(
+    processes: "Sequence[subprocess.Popen[bytes]]", errors: Sequence[Path], asked: Sequence[int], run: Path
+) -> int:
     """Wait for all, or for the first failure, after which nobody can go on."""
-    while True:
-        states = [process.poll() for process in processes]
-        failed = next((rank for rank, state in enumerate(states) if state), None)
-        if failed is not None:
-            break
-        if all(state == 0 for state in states):
-            return 0
-        time.sleep(0.05)
-    status = _shell_status(processes[failed].returncode)
-    _settle(processes, _SHARED_ERROR if status < 128 else _GRACE)
+    failed = _first_failure(processes)
+    if failed is None:
+        return 0
+    code = processes[failed].returncode
+    if asked or code == RUN_AGAIN:
+        _settle(processes, _GRACE)
+        return _status([process.poll() or 0 for process in processes], asked)
+    if code < 0:
+        print(_told_as_lost(failed, -code, run), file=sys.stderr, flush=True)
+        _settle(processes, _LOST)
+        return 128 - code
+    _settle(processes, _SHARED_ERROR)
     if not processes[0].returncode:
         text = errors[failed].read_text(encoding="utf-8", errors="replace").strip() if failed else ""
-        print(text or f"rank {failed} ended with status {status}", file=sys.stderr, flush=True)
+        print(text or f"rank {failed} ended with status {code}", file=sys.stderr, flush=True)
     for process in processes:
         if process.poll() is None:
             process.terminate()
     _settle(processes, _GRACE)
-    return status
+    return code
+
+
+def _first_failure(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:
+    """Wait for it; a rank that was killed comes before those that fail for want of it. None: all ended well."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            return min(failed, key=lambda rank: (codes[rank] or 0) >= 0)
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _status(codes: Sequence[int], asked: Sequence[int]) -> int:
+    """Of ranks that were asked to stop; some may have ended before they could take the signal themselves."""
+    if RUN_AGAIN in codes:
+        return RUN_AGAIN
+    struck = next((number for number in asked if -number in codes), None)
+    if struck is not None:
+        return Stopped(struck).exit_status
+    code = next((code for code in codes if code), 0)
+    return 128 - code if code < 0 else code
+
+
+def _told_as_lost(rank: int, number: int, run: Path) -> str:
+    killer = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    return f"error: rank {rank} was ended by {signal.Signals(number).name}{killer}\n  {RunFolder(run).where_to_go_on()}"
 
 
 def _settle(processes: "Sequence[subprocess.Popen[bytes]]", seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(0.05)
-
-
-def _shell_status(returncode: int) -> int:
-    return 128 - returncode if returncode < 0 else returncode
 
 
 def _free_port() -> int:

@@ -100,8 +100,10 @@ class TrainingConfig(Section):
     """Held-out samples of one validation."""
     checkpoint_every: NonNegative = 50
     """Optimizer steps between checkpoints that a stopped run resumes from; 0 for none."""
-    keep_last: Count = 1
-    """Newest checkpoints that are kept while training goes on."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept while training goes on; with 2, one is left if the newest is damaged."""
+    async_save: bool = False
+    """Write checkpoints while training goes on. Takes host memory for a copy of what each rank writes."""
     patience: NonNegative = 0
     """Training ends after so many validations in a row without a better value; 0 for never. The value is the KL to the
     teacher, or the cross-entropy where there is no KL in the loss."""

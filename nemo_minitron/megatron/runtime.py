@@ -21,8 +21,11 @@ from nemo_minitron.megatron import cpu
 
 T = TypeVar("T")
 
+STALLED = timedelta(minutes=30)
+"""How long a rank waits for another inside a computation. One that is gone is noticed at once where its connection
+breaks; this is for one that hangs, or whose machine is gone without a word."""
 PATIENCE = timedelta(hours=6)
-"""How long a rank waits for the others: rank 0 may convert a large checkpoint meanwhile."""
+"""How long a rank waits for files: rank 0 may convert a large checkpoint meanwhile, a slow disk may take one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +88,7 @@ class _Started:
 
     runtime: Runtime | None = None
     owns_processes: bool = False
+    patient: ProcessGroup | None = None
 
 
 _started = _Started()
@@ -129,7 +133,7 @@ def stop() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    _started.runtime = None
+    _started.runtime = _started.patient = None
     if _started.owns_processes:
         dist.destroy_process_group()
         _started.owns_processes = False
@@ -152,11 +156,36 @@ def barrier() -> None:
     dist.barrier(device_ids=device_ids)
 
 
-def broadcast_object(value: T | None, *, source: int = 0) -> T:
-    """The value that rank `source` passes in, on every rank; what other ranks pass is ignored. It travels pickled."""
+def patient_group() -> ProcessGroup:
+    """All ranks, over Gloo, for waits on files; made when every rank asks for it first."""
+    if _started.patient is None:
+        _started.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _started.patient
+
+
+def broadcast_object(value: T | None, *, source: int = 0, patient: bool = False) -> T:
+    """The value that rank `source` passes in, on every rank; what other ranks pass is ignored. It travels pickled.
+
+    Args:
+        value: Anything that can be pickled.
+        source: Who has it.
+        patient: Whether the source may take up to `PATIENCE` to get it.
+    """
     values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=source, device=current().device)
+    if patient:
+        dist.broadcast_object_list(values, src=source, group=patient_group())
+    else:
+        dist.broadcast_object_list(values, src=source, device=current().device)
     return values[0]
+
+
+def gather_objects(value: T, *, group: ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, by rank, on every rank. They travel pickled, over the patient group or another."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group or patient_group())
+    return values
 
 
 def agree(ok: bool) -> bool:
@@ -237,12 +266,12 @@ def _tune_cpu() -> None:
 def _rendezvous(place: _Place, backend: str) -> None:
     if place.world_size == 1:
         # Nobody to meet: a store inside the process needs neither a port nor a file.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STALLED)
         return
     if "MASTER_ADDR" not in os.environ and _is_slurm_step():
         os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_STEP_NODELIST"])
         os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=PATIENCE)
+    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=STALLED)
 
 
 def _first_slurm_host(nodes: str) -> str:
@@ -262,6 +291,7 @@ def _make_groups(parallel: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(STALLED.total_seconds() / 60),
     )
 
 

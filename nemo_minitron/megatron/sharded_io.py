@@ -2,37 +2,27 @@
 
 Weights lie in `<folder>/model_weights` under NeMo's names: `model.` and the canonical name, layers of one size stacked
 on a leading axis, the vocabulary without padding. They are what `checkpoints` reads and writes without Megatron.
-
-Files are written by torch's writer inside this process. Megatron's own forks workers from a process whose torch has
-threads, and loses their errors when they die.
 """
 
 import json
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
-from nemo_minitron.checkpoints.files import sync, sync_folder
+from nemo_minitron.checkpoints import digests
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.megatron import runtime
+from nemo_minitron.megatron import checkpoint_writer, runtime
+from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
 from nemo_minitron.megatron.cpu import local_objects
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.optim import TrainOptimizer
@@ -49,7 +39,7 @@ def save_weights(chunks: Sequence[nn.Module], folder: Path) -> None:
     Raises:
         CheckpointError: They could not be written.
     """
-    _write({"model": _model_state(chunks)}, folder / WEIGHTS)
+    checkpoint_writer.write({"model": _model_state(chunks)}, folder / WEIGHTS)
 
 
 def load_weights(chunks: Sequence[nn.Module], folder: Path) -> None:
@@ -66,22 +56,34 @@ def load_weights(chunks: Sequence[nn.Module], folder: Path) -> None:
 
 
 def save_training(
-    chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder: Path, *, common: dict[str, Any]
+    chunks: Sequence[nn.Module],
+    optimizer: TrainOptimizer,
+    folder: Path,
+    *,
+    common: dict[str, Any],
+    background: BackgroundWriter | None = None,
 ) -> None:
     """Write all that a training run resumes from into a folder of its own, which appears when it is whole.
+
+    The folder holds the digest of each of its files.
 
     Args:
         chunks: Wrapped chunks.
         optimizer: Their optimizer, with master weights, moments and schedule.
         folder: Replaced if it exists.
         common: Plain data, equal on all ranks.
+        background: Who goes on writing after this returns; None to write here.
 
     Raises:
         CheckpointError: It could not be written.
     """
     model = _model_state(chunks)
     training = optimizer.sharded_state(model, _metadata(chunks), loading=False)
-    _write({"model": model, "training": training, "common": common}, folder)
+    state = {"model": model, "training": training, "common": common}
+    if background is None:
+        checkpoint_writer.write(state, folder, with_digests=True)
+    else:
+        background.begin(state, folder)
 
 
 def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder: Path) -> dict[str, Any]:
@@ -97,11 +99,6 @@ def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder
     _fill(chunks, loaded["model"])
     optimizer.load_sharded_state(loaded["training"])
     return dict(loaded["common"])
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a finished checkpoint: its markers are written last."""
-    return (folder / "metadata.json").is_file() and (folder / ".metadata").is_file()
 
 
 def _model_state(chunks: Sequence[nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
@@ -163,107 +160,15 @@ def _fill(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
         chunk.load_state_dict(state)
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
-    """Save collectively under a temporary name, then take the old folder's place."""
-    partial = path.with_name(f".{path.name}.partial")
-    _check_space(state, path)
-    with _errors_of(path, "could not be written"), local_objects():
-        _on_first_rank(lambda: _make_room(partial))
-        dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcessWriter())
-        _on_first_rank(lambda: _take_place(partial, path))
-
-
 def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    with _errors_of(path, "could not be read"), local_objects():
+    with checkpoint_writer.errors_of(path, "could not be read"), local_objects():
         return dict(dist_checkpointing.load(state, str(path)))
-
-
-class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format through torch's own file writer."""
-
-    def __init__(self) -> None:
-        # The parent's arguments differ between versions and configure the writer that is replaced here.
-        self.backend, self.version = "torch_dist", 1
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *unused: Any) -> None:
-        state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            torch_strategy.mcore_to_pyt_state_dict(state, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=torch_strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-@contextmanager
-def _errors_of(path: Path, what: str) -> Iterator[None]:
-    # torch's CheckpointException is no Exception: it passes by every handler that is not made for it.
-    try:
-        with warnings.catch_warnings():
-            # Megatron uses what torch is about to retire.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    except (OSError, CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(f"{path} {what}: {_first_cause(error)}") from error
-
-
-def _first_cause(error: BaseException) -> str:
-    """What the first rank that failed has to say, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (failure, _) = min(error.failures.items())
-        return f"rank {rank}: {type(failure).__name__}: {failure}"
-    return f"{type(error).__name__}: {error}".strip()
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Do something on rank 0 while the others wait; an error there is raised on every rank."""
-    problem = None
-    if runtime.current().rank == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-    if (problem := runtime.broadcast_object(problem)) is not None:
-        raise OSError(problem)
-
-
-def _make_room(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-
-def _take_place(partial: Path, path: Path) -> None:
-    previous = path.with_name(f".{path.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    sync_folder(partial)
-    if path.exists():
-        path.rename(previous)
-    partial.rename(path)
-    sync(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _check_space(state: dict[str, Any], path: Path) -> None:
-    """Make sure that the disk holds what all ranks are about to write; half a checkpoint helps nobody."""
-    size = sum(item.data.nbytes for item in nested_values(state) if _is_written_here(item))
-    here = runtime.current()
-    total = torch.tensor(size, device=here.device)
-    dist.all_reduce(total)
-    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    free = runtime.broadcast_object(shutil.disk_usage(existing).free)
-    if free < total.item():
-        raise CheckpointError(
-            f"{path} could not be written: it takes {total.item() / 2**30:.2f} GiB and the disk has {free / 2**30:.2f}",
-            remedy="free some space, or write elsewhere",
-        )
-
-
-def _is_written_here(item: Any) -> bool:
-    return isinstance(item, ShardedTensor | ShardedTensorFactory) and is_main_replica(item.replica_id)
 
 
 def _check_complete(path: Path) -> None:
     """Make sure that a folder holds a whole torch_dist checkpoint."""
     marker = path / "metadata.json"
+    digests.await_visible(marker, seconds=0 if runtime.current().rank == 0 else None)
     if not marker.is_file() or not (path / ".metadata").is_file():
         missing = marker.name if not marker.is_file() else ".metadata"
         raise CheckpointError(

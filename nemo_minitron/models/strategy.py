@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, TrainingError
 from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
 from nemo_minitron.megatron.optim import TrainOptimizer
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.sharded_io import load_training, save_training
@@ -34,6 +35,7 @@ class MegatronStrategy(Strategy):
     Args:
         parallel: Parallel sizes. None takes them from the model's configuration (NeMo-1 keys).
         seed: Seeds Megatron's random states and any weights that are not loaded.
+        async_save: Whether checkpoints are written while training goes on, from a copy in host memory.
 
     Processes are started from outside (torchrun, Slurm, the NeMo launcher); one process alone is world size 1.
     Give `Trainer(use_distributed_sampler=False)`: the data module already hands each data-parallel rank its share.
@@ -41,10 +43,11 @@ class MegatronStrategy(Strategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, parallel: ParallelConfig | None = None, *, seed: int = 1234) -> None:
+    def __init__(self, parallel: ParallelConfig | None = None, *, seed: int = 1234, async_save: bool = False) -> None:
         super().__init__()
         self.parallel = parallel
         self.seed = seed
+        self._background = BackgroundWriter() if async_save else None
         self._runtime: Runtime | None = None
         # The runtime finds the process's place. Lightning's own Slurm environment would refuse `--ntasks`, and save and
         # requeue on SIGUSR1 by itself.
@@ -173,7 +176,28 @@ class MegatronStrategy(Strategy):
         common = {
             key: value for key, value in checkpoint.items() if not key.startswith(("hyper_parameters", "hparams_"))
         }
-        save_training(self._training_chunks(), self._megatron_optimizer(), Path(filepath), common=common)
+        save_training(
+            self._training_chunks(),
+            self._megatron_optimizer(),
+            Path(filepath),
+            common=common,
+            background=self._background,
+        )
+
+    def finish_saving(self, *, wait: bool) -> Path | None:
+        """The asynchronous checkpoint that has become whole since the last call, if one has. Every rank calls it.
+
+        Args:
+            wait: Whether to wait for the one that is being written.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        return self._background.finished(wait=wait) if self._background is not None else None
+
+    def on_train_end(self) -> None:
+        """What is still being written becomes whole."""
+        self.finish_saving(wait=True)
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Read back what `save_checkpoint` wrote, at this run's layout; returns Lightning's part.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.stages import signals
@@ -35,8 +35,8 @@ class StageContext:
     """Progress and lines for the user; metrics files. Rank 0 speaks, the others' is silent."""
     stop_requested: Callable[[], bool] = signals.requested
     """For stages that save when stopped: poll between steps, save, then call `stop`."""
-    stop: Callable[[], None] = signals.follow
-    """Ends the run if `stop_requested()` (raises `signals.Stopped`)."""
+    stop: Callable[[], NoReturn] = signals.stop
+    """Ends the run (raises `signals.Stopped`). All ranks call it, if `stop_requested()` holds on any."""
 
     def input(self, role: str) -> Path:
         """Where what the stage reads under a name lies (`input("teacher")`); the chain says which stage made it.

@@ -1,5 +1,6 @@
 """Run a chain of stages in a run folder: skip what is whole, go on in what was cut off, end cleanly in any case."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -10,13 +11,13 @@ from typing import Any, TypeVar, cast
 from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import LostRankError, MinitronError
 from nemo_minitron.stages import manifest, signals
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.plan import Action, Step, decide, select
 from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import Alone, Team, as_echo, start_collectives
+from nemo_minitron.stages.team import LAUNCHED, Alone, Team, as_echo, lost_another, start_collectives
 from nemo_minitron.version import __version__
 
 T = TypeVar("T")
@@ -61,10 +62,25 @@ def run_chain(
         except MinitronError as error:
             outcome = f"failed: {error.what.splitlines()[0]}"
             raise
+        except BaseException as error:
+            if told := lost_another(error):
+                outcome = "failed: a rank was lost"
+                raise _lost(told, request.run, team.rank) from error
+            raise
         finally:
             reporter.rest()
             if team.rank == 0:
                 _close(request, outcome)
+
+
+def _lost(told: str, run: RunFolder, rank: int) -> BaseException:
+    """What the ranks that are left say; `--nproc` knows more and says it for them."""
+    error = LostRankError(
+        f"rank {rank} lost another rank: {told}",
+        rule="all ranks go on, or none does; the lost one's own output, or its machine's, says why",
+        remedy=run.where_to_go_on(),
+    )
+    return as_echo(error) if LAUNCHED in os.environ else error
 
 
 def _prepare(chain: Sequence[Stage], request: Request, stack: ExitStack) -> list[tuple[str, dict[str, Any]]]:

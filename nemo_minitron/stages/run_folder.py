@@ -20,6 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints import digests
 from nemo_minitron.checkpoints.files import sync, sync_folder
 from nemo_minitron.errors import RunFolderError
 from nemo_minitron.stages.files import read_json, write_json, write_text
@@ -27,6 +28,8 @@ from nemo_minitron.stages.files import read_json, write_json, write_text
 DONE = "DONE"
 RESULT = "result.json"
 ATTEMPT = ".attempt.json"
+CHECKPOINTS = "[0-9]*.ckpt"
+"""Training checkpoints, by step."""
 OWN_FILES = (
     "config.resolved.yaml",
     "manifest.json",
@@ -143,6 +146,18 @@ class RunFolder:
         kept = self.stages / ".replaced"
         return sorted(kept.glob(f"{name}.*")) if kept.is_dir() else []
 
+    def newest_checkpoint(self) -> Path | None:
+        """The training checkpoint that was finished last, of a stage at work; its digests are not checked here."""
+        found = self.stages.glob(f".*.partial/checkpoints/{CHECKPOINTS}")
+        return max((path for path in found if digests.is_finished(path)), key=_finished_at, default=None)
+
+    def where_to_go_on(self) -> str:
+        """For messages of a run that ends early: what is saved, and how to go on."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return "no training checkpoint is there; finished stages are kept, and the same command goes on behind them"
+        return f"newest whole checkpoint: {newest} (step {int(newest.stem)}); the same command goes on from there"
+
     def write_config(self, yaml: str) -> None:
         """Save the resolved recipe of the run's newest command."""
         write_text(self.path / "config.resolved.yaml", yaml)
@@ -174,6 +189,10 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+
+
+def _finished_at(checkpoint: Path) -> float:
+    return (checkpoint / digests.NAME).stat().st_mtime
 
 
 def _holder(path: Path) -> str:

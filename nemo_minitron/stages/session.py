@@ -17,12 +17,14 @@ from nemo_minitron.models.strategy import MegatronStrategy
 ModelT = TypeVar("ModelT", bound=MegatronGPTModel)
 
 
-def make_trainer(config: RunConfig, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+def make_trainer(
+    config: RunConfig, callbacks: Sequence[Callback] = (), *, async_save: bool = False, **settings: Any
+) -> Trainer:
     """A Lightning trainer with the run's layout and nothing switched on that writes or prints by itself."""
     return Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
-        strategy=MegatronStrategy(config.parallel, seed=config.seed),
+        strategy=MegatronStrategy(config.parallel, seed=config.seed, async_save=async_save),
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=any("Checkpoint" in type(callback).__name__ for callback in callbacks),

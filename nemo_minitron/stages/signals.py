@@ -1,18 +1,22 @@
 """Being asked to stop: at once between steps of ordinary stages, after a save in training.
 
 SIGTERM (a scheduler ends the job), SIGUSR1 (it is about to) and SIGINT (Ctrl-C) all mean: stop, keep what is done.
-A training stage polls `requested()` between steps, saves, and raises `Stopped`; in every other stage the signal raises
+A training stage polls `requested()` between steps, saves, and calls `stop()`; in every other stage the signal raises
 `Stopped` where it strikes. A second SIGINT always does.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+RUN_AGAIN = os.EX_TEMPFAIL
+"""Exit status (75) after a scheduler's signal: what was done is saved, and the same command goes on. Batch scripts
+queue the job again on it, and on no other."""
 
 
 class Stopped(BaseException):
@@ -24,8 +28,8 @@ class Stopped(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process ended by this signal (143 for SIGTERM)."""
-        return 128 + int(self.signal)
+        """`RUN_AGAIN`; for Ctrl-C 130, since who pressed it does not want the job to be queued again."""
+        return 128 + self.signal if self.signal == signal.SIGINT else RUN_AGAIN
 
 
 class _State:
@@ -47,6 +51,16 @@ def follow() -> None:
     if _State.pending is not None:
         number, _State.pending = _State.pending, None
         raise Stopped(number)
+
+
+def stop() -> NoReturn:
+    """End this rank's part of a stop that all ranks have agreed on; the signal may have reached another one only.
+
+    Raises:
+        Stopped: Always.
+    """
+    follow()
+    raise Stopped(signal.SIGTERM)
 
 
 def take() -> dict[int, Any]:

@@ -10,7 +10,20 @@ if TYPE_CHECKING:  # no pydantic before a command needs a recipe
     from nemo_minitron.config.parallel import ParallelConfig
 
 T = TypeVar("T")
+LAUNCHED = "NEMO_MINITRON_LAUNCHED"
+"""Set in the environment of ranks that `--nproc` has started."""
 _ECHO = "rank 0 has told the user"
+_LOST_WORDS = (
+    "closed by peer",
+    "reset by peer",
+    "connection refused",
+    "broken pipe",
+    "connection was likely closed",
+    "timed out waiting",
+    "watchdog",
+    "remote process exited",
+)
+"""What Gloo, NCCL and torch's store say when a process at the other end is gone or silent."""
 
 
 def as_echo(error: BaseException) -> BaseException:
@@ -22,6 +35,17 @@ def as_echo(error: BaseException) -> BaseException:
 def is_echo(error: BaseException) -> bool:
     """Whether rank 0 shows this error."""
     return _ECHO in getattr(error, "__notes__", ())
+
+
+def lost_another(error: BaseException) -> str:
+    """What the network says if an error means that another rank is gone or silent; empty if it means something else."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if isinstance(seen, (RuntimeError, OSError)) and any(word in text.lower() for word in _LOST_WORDS):
+            return text.splitlines()[0]
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 class Team(Protocol):
@@ -70,8 +94,8 @@ class Ranks:
         self.size = started.world_size
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0, on every rank."""
-        received: T = self._runtime.broadcast_object(value)
+        """The value of rank 0, on every rank; rank 0 may work for hours before it has one."""
+        received: T = self._runtime.broadcast_object(value, patient=True)
         return received
 
     def agree(self, ok: bool) -> bool:

@@ -15,11 +15,11 @@ from nemo_minitron.callbacks.stopping import SaveAndStop
 from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.config.training import FinishWith, TrainingConfig
 from nemo_minitron.megatron import runtime
-from nemo_minitron.megatron.sharded_io import is_whole
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.resume import newest_whole
 from nemo_minitron.stages.session import make_trainer, restore
 
 
@@ -63,7 +63,7 @@ def train(context: StageContext, course: Course) -> dict[str, Any]:
         trainer=trainer,
         extra=course.keys,
     )
-    resume_from = newest_checkpoint(checkpoints)
+    resume_from = newest_whole(checkpoints, warn=context.reporter.line)
     with signals.deferred():
         if resume_from is None:
             trainer.validate(model, datamodule=course.data, verbose=False)
@@ -94,12 +94,6 @@ def base_keys(settings: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the most steps; half-written ones are passed over."""
-    whole = [path for path in sorted(folder.glob("[0-9]*.ckpt")) if is_whole(path)]
-    return whole[-1] if whole else None
-
-
 def _trainer(
     context: StageContext, course: Course, throughput: Throughput, best: BestModel, checkpoints: Path
 ) -> Trainer:
@@ -124,6 +118,7 @@ def _trainer(
     return make_trainer(
         context.config,
         callbacks,
+        async_save=settings.async_save,
         max_steps=settings.steps,
         max_epochs=-1,
         val_check_interval=settings.validate_every or settings.steps + 1,

@@ -97,7 +97,7 @@ def test_asked_to_stop_training_saves_and_goes_on_from_there(undisturbed, inputs
     wait_for(lambda: len(training_rows(run)) >= 7, process)
     process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 75
     steps = len(training_rows(run))
     assert steps < 20
     assert list((run / "stages/.distill.partial/checkpoints").glob(f"{steps:08d}.ckpt"))
