@@ -40,7 +40,7 @@ def distill_losses(student: Path, teacher: Path, data: Path, config: RunConfig) 
 
     from nemo_minitron.models.data import TokenDataModule
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel
-    from nemo_minitron.stages.distill import training_keys
+    from nemo_minitron.models.nemo_settings import training_keys
     from nemo_minitron.stages.session import make_trainer, restore
 
     class Keep(Callback):

@@ -1,11 +1,12 @@
 """NeMo-1 configuration keys to our sections and back: layout, numbers, batches, optimizer."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.load import check
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.training import GuardConfig, OptimizerConfig, Schedule
+from nemo_minitron.config.training import DistillConfig, GuardConfig, OptimizerConfig, Schedule, TrainingConfig
 from nemo_minitron.errors import ConfigError
 
 _PARALLEL_KEYS = {
@@ -106,3 +107,44 @@ def guard_config(minitron: Mapping[str, Any]) -> GuardConfig:
         ConfigError: With every problem found.
     """
     return check(GuardConfig, dict(minitron.get("guard") or {}), source="model configuration: minitron.guard")
+
+
+def base_keys(settings: TrainingConfig) -> dict[str, Any]:
+    """The settings that every kind of training has, as keys of a NeMo model configuration."""
+    return {
+        "optim": optimizer_keys(settings.optimizer),
+        "minitron": {"guard": settings.guard.model_dump(mode="json")},
+    }
+
+
+def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
+    """The settings as keys of a NeMo model configuration."""
+    keys = base_keys(settings)
+    return {
+        **keys,
+        "minitron": {
+            **keys["minitron"],
+            "distillation": {
+                **objective_keys(settings),
+                "teacher": str(teacher),
+                "top_k": settings.top_k,
+                "temperature": settings.temperature,
+                "teacher_precision": settings.teacher_precision and precision_key(settings.teacher_precision),
+                "offload_teacher": settings.offload_teacher,
+                "hidden_weight": settings.hidden_weight,
+                "hidden": settings.hidden and settings.hidden.model_dump(mode="json"),
+            },
+        },
+    }
+
+
+def objective_keys(settings: DistillConfig) -> dict[str, Any]:
+    """Keys that a student has with or without a teacher in memory."""
+    return {
+        "divergence": {"kind": settings.divergence.value, "beta": settings.beta, "skew": settings.skew},
+        "kd_weight": settings.kd_weight,
+        "lm_weight": settings.lm_weight,
+        "ramp_to": settings.ramp_to.model_dump(mode="json"),
+        "freeze_embeddings": settings.freeze_embeddings,
+        "loss_chunk_tokens": settings.loss_chunk_tokens,
+    }

@@ -3,10 +3,11 @@
 from typing import Any
 
 from nemo_minitron.callbacks.history import ValidationHistory
+from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.training import Course, base_keys, train
+from nemo_minitron.stages.training import Course, train
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def run(context: StageContext) -> dict[str, Any]:
     course = Course(
         kind=MegatronGPTModel,
         model=context.input("model"),
-        keys=base_keys(settings),
+        keys=nemo_settings.base_keys(settings),
         settings=settings,
         data=TokenDataModule(context.input("data"), settings, seed=context.config.seed),
         monitor=ValidationHistory(("ce",)),

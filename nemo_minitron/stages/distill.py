@@ -12,7 +12,7 @@ from nemo_minitron.models.cached import MegatronGPTCachedDistillationModel
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.training import Course, base_keys, train
+from nemo_minitron.stages.training import Course, train
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     course = Course(
         kind=MegatronGPTDistillationModel,
         model=context.input("student"),
-        keys=training_keys(settings, context.input("teacher")),
+        keys=nemo_settings.training_keys(settings, context.input("teacher")),
         settings=settings,
         data=data,
         monitor=DistillationMonitor(),
@@ -48,8 +48,8 @@ def _from_cache(context: StageContext, data: TokenDataModule, cache: CacheConfig
     """The same without the teacher; validations have no targets, so the cross-entropy is what is watched."""
     settings = context.config.distill
     targets = context.input("cache") if cache.folder is None else Path(cache.folder)
-    keys = base_keys(settings)
-    keys["minitron"]["distillation"] = {**_objective_keys(settings), "cache": str(targets)}
+    keys = nemo_settings.base_keys(settings)
+    keys["minitron"]["distillation"] = {**nemo_settings.objective_keys(settings), "cache": str(targets)}
     course = Course(
         kind=MegatronGPTCachedDistillationModel,
         model=context.input("student"),
@@ -96,37 +96,3 @@ def _objective(settings: DistillConfig) -> str:
     if list(named.values()) == ["1"]:
         return next(iter(named))
     return " + ".join(f"{weight} x {name}" for name, weight in named.items())
-
-
-def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
-    """The settings as keys of a NeMo model configuration."""
-    keys = base_keys(settings)
-    return {
-        **keys,
-        "minitron": {
-            **keys["minitron"],
-            "distillation": {
-                **_objective_keys(settings),
-                "teacher": str(teacher),
-                "top_k": settings.top_k,
-                "temperature": settings.temperature,
-                "teacher_precision": settings.teacher_precision
-                and nemo_settings.precision_key(settings.teacher_precision),
-                "offload_teacher": settings.offload_teacher,
-                "hidden_weight": settings.hidden_weight,
-                "hidden": settings.hidden and settings.hidden.model_dump(mode="json"),
-            },
-        },
-    }
-
-
-def _objective_keys(settings: DistillConfig) -> dict[str, Any]:
-    """Keys that a student has with or without a teacher in memory."""
-    return {
-        "divergence": {"kind": settings.divergence.value, "beta": settings.beta, "skew": settings.skew},
-        "kd_weight": settings.kd_weight,
-        "lm_weight": settings.lm_weight,
-        "ramp_to": settings.ramp_to.model_dump(mode="json"),
-        "freeze_embeddings": settings.freeze_embeddings,
-        "loss_chunk_tokens": settings.loss_chunk_tokens,
-    }

@@ -15,7 +15,6 @@ from nemo_minitron.callbacks.stopping import SaveAndStop
 from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.config.training import FinishWith, TrainingConfig
 from nemo_minitron.megatron import runtime
-from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
@@ -31,7 +30,7 @@ class Course:
     model: Path
     """Checkpoint folder to begin with."""
     keys: Mapping[str, Any]
-    """Settings as keys of a NeMo model configuration; `base_keys` are there already."""
+    """Settings as keys of a NeMo model configuration; `nemo_settings.base_keys` are there already."""
     settings: TrainingConfig
     data: LightningDataModule
     monitor: ValidationHistory
@@ -83,14 +82,6 @@ def train(context: StageContext, course: Course) -> dict[str, Any]:
         **throughput.summary(),
         "validation": _finished_with(course.monitor.history, best),
         "history": course.monitor.history,
-    }
-
-
-def base_keys(settings: TrainingConfig) -> dict[str, Any]:
-    """The settings that every kind of training has, as keys of a NeMo model configuration."""
-    return {
-        "optim": nemo_settings.optimizer_keys(settings.optimizer),
-        "minitron": {"guard": settings.guard.model_dump(mode="json")},
     }
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from nemo_minitron.callbacks.distillation import DistillationMonitor
 from nemo_minitron.callbacks.history import ValidationHistory
+from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.data import ChatDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.distill import training_keys
-from nemo_minitron.stages.training import Course, base_keys, train
+from nemo_minitron.stages.training import Course, train
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -20,7 +20,9 @@ def run(context: StageContext) -> dict[str, Any]:
     course = Course(
         kind=MegatronGPTDistillationModel if taught else MegatronGPTModel,
         model=context.input("student"),
-        keys=training_keys(settings.as_distillation(), context.input("teacher")) if taught else base_keys(settings),
+        keys=nemo_settings.training_keys(settings.as_distillation(), context.input("teacher"))
+        if taught
+        else nemo_settings.base_keys(settings),
         settings=settings,
         data=ChatDataModule(context.input("chat"), settings, seed=context.config.seed),
         monitor=DistillationMonitor() if taught else ValidationHistory(("ce",)),

@@ -75,7 +75,7 @@ def first_step(student: Path, teacher: Path, data: Path, config: RunConfig) -> d
 
 def _model(student: Path, teacher: Path, config: RunConfig, callbacks: list[Any]) -> tuple[Any, Any]:
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel
-    from nemo_minitron.stages.distill import training_keys
+    from nemo_minitron.models.nemo_settings import training_keys
     from nemo_minitron.stages.session import make_trainer, restore
 
     settings = config.distill
