@@ -7,7 +7,8 @@ from pathlib import Path
 from nemo_minitron.cli import launch, quiet, recipes
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.errors import LayoutError
+from nemo_minitron.launchers.commands import check_ranks
+from nemo_minitron.stages import signals
 from nemo_minitron.stages.team import environment_rank
 
 
@@ -44,11 +45,31 @@ def run(job: Job) -> int:
     _, size = environment_rank()
     ranks = _ranks(job, config, size)
     if ranks > size:
-        return launch.start(sys.argv[1:], ranks=ranks)
+        return launch.start(sys.argv[1:], ranks=ranks, run=job.folder(config))
     if not job.debug:
         quiet.install()
-    _run_here(job, config)
+    with signals.handled():  # loading the libraries takes a while
+        _run_here(job, config)
     return 0
+
+
+def submit(job: Job, *, only_print: bool = False) -> str:
+    """Queue a job with Slurm; returns what Slurm says, or the batch file itself.
+
+    Raises:
+        MinitronError: The recipe cannot run as it is, or cannot be queued.
+    """
+    from nemo_minitron.cli import preflight
+    from nemo_minitron.launchers import slurm
+    from nemo_minitron.stages.run_folder import RunFolder
+
+    config = job.config()
+    folder = job.folder(config)
+    script = slurm.batch_script(job.recipe, job.overrides, folder, config)
+    if only_print:
+        return script
+    preflight.check(job, config, RunFolder(folder))
+    return slurm.submit(script, folder)
 
 
 def _ranks(job: Job, config: RunConfig, size: int) -> int:
@@ -57,16 +78,8 @@ def _ranks(job: Job, config: RunConfig, size: int) -> int:
     Raises:
         LayoutError: The layout does not fit that number.
     """
-    needed = config.parallel.model_parallel_size
-    ranks = size if size > 1 else job.ranks or needed
-    if ranks % needed:
-        sizes = config.parallel
-        layout = f"parallel.tensor {sizes.tensor} x pipeline {sizes.pipeline} x context {sizes.context}"
-        raise LayoutError(
-            f"{ranks} process(es) for {layout}",
-            rule=f"the number of processes is a multiple of {needed}; what is left over is data parallel",
-            remedy=f"--nproc {needed}, or other sizes under parallel:",
-        )
+    ranks = size if size > 1 else job.ranks or config.parallel.model_parallel_size
+    check_ranks(ranks, config.parallel)
     return ranks
 
 
@@ -79,7 +92,7 @@ def _run_here(job: Job, config: RunConfig) -> None:
     from nemo_minitron.stages.team import gather
 
     folder = RunFolder(job.folder(config))
-    preflight.check(job, config, folder)
+    preflight.check(job, config, folder, ranks=environment_rank()[1])
     team = gather(config.parallel, seed=config.seed)
     reporter = Reporter(silent=team.rank > 0)
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))

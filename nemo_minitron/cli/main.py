@@ -37,7 +37,7 @@ Ranks = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the resolved recipe, sizes and steps; run and write nothing.")
+    bool, typer.Option("--dry-run", help="Show sizes, memory, time and the command; run and write nothing.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every library's own messages.")]
 
@@ -85,6 +85,23 @@ def run(
         dry_run=dry_run,
         debug=debug,
     )
+
+
+@app.command(rich_help_panel=WHOLE)
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    run_dir: RunDir = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the batch file; write and queue nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Queue a recipe as a Slurm job, as its section `cluster` says. The batch file stays in the run folder."""
+    with reported(debug=debug):
+        from nemo_minitron.cli.job import Job
+        from nemo_minitron.cli.job import submit as queue
+
+        print(queue(Job(recipe=recipe, overrides=overrides or [], run_dir=run_dir), only_print=only_print), end="")
 
 
 @app.command(rich_help_panel=WHOLE)

@@ -27,8 +27,12 @@ class ClusterConfig(Section):
     """Share of the GPU's dense bf16 peak that hours are reckoned with."""
     time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")
     """Time limit of one job, [days-]hours:minutes:seconds. Training saves before it ends, and is queued again."""
+    warn_seconds: Count = 120
+    """How long before the time limit that is: more than a step and a save take."""
     account: str | None = None
     partition: str | None = None
+    sbatch: tuple[str, ...] = ()
+    """Further options of `sbatch`, as `--exclusive` or `--mem=0`."""
     container_image: str | None = None
     """For pyxis (`srun --container-image`); None runs in the environment of the job."""
     container_mounts: tuple[str, ...] = ()
