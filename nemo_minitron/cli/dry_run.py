@@ -1,136 +1,177 @@
 """`--dry-run`: what a recipe comes to, before anything is paid for. Reads the model's configuration; writes nothing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.cli import dry_run_tables as tables
 from nemo_minitron.cli import preflight
 from nemo_minitron.cli.job import Job
-from nemo_minitron.config.load import to_yaml
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import Recompute
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.config.training import TrainingConfig
-from nemo_minitron.stages.chain import MODELS, chain_for
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
+from nemo_minitron.estimate.work import Work, work_of
+from nemo_minitron.launchers.commands import run_command
+from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.plan import decide, select
 from nemo_minitron.stages.run_folder import RunFolder
 
-_ROWS: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
-    ("parameters", parameter_count),
-    ("  without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
-    ("layers", lambda spec: spec.num_layers),
-    ("hidden size", lambda spec: spec.hidden_size),
-    ("FFN size", lambda spec: spec.layers[0].ffn_hidden_size),
-    ("query heads", lambda spec: spec.layers[0].num_attention_heads),
-    ("KV groups", lambda spec: spec.layers[0].num_query_groups),
-    ("head size", lambda spec: spec.head_dim),
-    ("vocabulary", lambda spec: spec.vocab_size),
-)
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A job with everything that is reckoned from."""
+
+    config: RunConfig
+    stages: Sequence[Stage]
+    ranks: int
+    teacher: ModelSpec
+    students: tuple[ModelSpec, ...]
+    described: bool
+    """Whether the teacher's sizes are those of `model.architecture` alone."""
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        """The teacher and the model after each round; the last one is the student."""
+        names = [f"round {number}" for number in range(1, len(self.students))]
+        return {"teacher": self.teacher, **dict(zip([*names, "student"], self.students, strict=True))}
+
+    def works(self) -> dict[str, Work]:
+        """Stages that run models, by name."""
+        found = {
+            stage.name: work_of(stage.kind, stage.round, self.config, self.teacher, self.students, ranks=self.ranks)
+            for stage in self.stages
+        }
+        return {name: work for name, work in found.items() if work is not None}
 
 
 def show(job: Job, *, console: Console) -> None:
-    """Print the resolved recipe, the steps, the sizes and how they fit the layout.
+    """Print stages, sizes, layout, memory and time, and the command that would run.
 
     Raises:
-        MinitronError: The recipe cannot run as it is.
+        MinitronError: The recipe cannot run as it is; after all that can be said about it.
     """
     config = job.config()
-    console.print(Text(to_yaml(config).rstrip()), highlight=False)
+    folder = RunFolder(job.folder(config))
+    chain = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
+    steps = decide(chain, config, folder, redo_from=job.redo_from)
+    console.print(Text(f"run folder {folder.path}", style="bold"))
+    console.print(Text("  ".join(f"{step.stage.name}: {step.action}" for step in steps)), highlight=False)
     console.print()
-    console.print(_stages(job, config))
-    teacher = preflight.teacher_spec(config, RunFolder(job.folder(config)))
+    teacher = preflight.teacher_spec(config, folder)
     if teacher is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
-    else:
-        models = {"teacher": teacher, **_named(preflight.students(config, teacher))}
-        console.print(Group(_sizes(models), _layout(models, config.parallel)))
-    console.print(_training(config))
-    if teacher is not None:
-        preflight.check_models(models.values(), config)
+        return
+    ranks = job.ranks or preflight.planned_ranks(config)
+    planned = _Job(
+        config=config,
+        stages=chain,
+        ranks=ranks,
+        teacher=teacher,
+        students=preflight.students(config, teacher),
+        described=not folder.is_whole("import") and not preflight.source_is_here(config),
+    )
+    on_meta, problem = _built(planned)
+    console.print(_tables(planned, on_meta), highlight=False)
+    if problem is not None:
+        raise problem
+    lines = _verdict(planned)
+    if (job.redo_from, job.last, job.only) == (None, None, None):
+        command = run_command(job.recipe, job.overrides, job.run_dir, config)
+        lines.append(_line("run", Text(command, style="bold")))
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
-def _named(students: Sequence[ModelSpec]) -> dict[str, ModelSpec]:
-    """The model after each round; the last one is the student."""
-    names = [f"round {number}" for number in range(1, len(students))]
-    return dict(zip([*names, "student"], students, strict=True))
+def _built(job: _Job) -> tuple[dict[str, list[int]], MinitronError | None]:
+    """Parameters of each pipeline stage's rank by model, or why there cannot be such a run."""
+    try:
+        preflight.check_models(job.models.values(), job.config)
+        preflight.check_batches(job.stages, job.config, job.ranks)
+        return _parameters_on_meta(job), None
+    except MinitronError as error:
+        return {}, error
 
 
-def _table(*headings: str, title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column(headings[0])
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _stages(job: Job, config: RunConfig) -> RenderableType:
-    selected = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
-    folder = RunFolder(job.folder(config))
-    steps = decide(selected, config, folder, redo_from=job.redo_from)
-    actions = "  ".join(f"{step.stage.name}: {step.action}" for step in steps)
-    return Group(Text(f"run folder {folder.path}", style="bold"), Text(actions), Text())
-
-
-def _sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
-    table = _table("", *models, "kept", title="sizes")
-    for label, size in _ROWS:
-        sizes = [size(spec) for spec in models.values()]
-        before, after = sizes[0], sizes[-1]
-        style = "bold" if label == "parameters" else ("dim" if before == after else "")
-        table.add_row(label, *(f"{value:,}" for value in sizes), f"{after / before:.1%}", style=style)
-    return table
-
-
-def _layout(models: Mapping[str, ModelSpec], parallel: ParallelConfig) -> RenderableType:
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    table = _table("a rank holds", "divided by", *models, title=_layout_title(parallel))
-    for label, name in (
-        ("query heads", "num_attention_heads"),
-        ("KV groups", "num_query_groups"),
-        ("FFN", "ffn_hidden_size"),
-    ):
-        sizes = (getattr(spec.layers[0], name) for spec in models.values())
-        table.add_row(label, f"TP {parallel.tensor}", *(_share(size, parallel.tensor) for size in sizes))
-    layers = (_layer_share(spec.num_layers, chunks) for spec in models.values())
-    table.add_row("layers", f"{chunks} stage{'s' if chunks > 1 else ''}", *layers)
-    return table
-
-
-def _layout_title(parallel: ParallelConfig) -> str:
-    sizes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context}"
-    return f"layout {sizes} ({parallel.model_parallel_size} rank(s) a copy)"
-
-
-def _share(size: int, ranks: int) -> Text:
-    return (
-        Text(f"{size // ranks:,}") if size % ranks == 0 else Text(f"{size} / {ranks} does not divide", style="bold red")
+def _tables(job: _Job, on_meta: dict[str, list[int]]) -> RenderableType:
+    works = job.works()
+    trained = {name: work for name, work in works.items() if work.memory()}
+    return Group(
+        tables.sizes(job.models),
+        tables.layout(job.models, job.config, ranks=job.ranks, on_meta=on_meta),
+        *([tables.memory(trained, _usable(job.config, job.ranks))] if trained else []),
+        tables.work(job.stages, works, job.config),
     )
 
 
-def _layer_share(layers: int, chunks: int) -> Text:
-    if layers < chunks:
-        return Text(f"{layers} < {chunks}", style="bold red")
-    least, more = divmod(layers, chunks)
-    return Text(f"{least}-{least + 1}" if more else str(least))
+def _parameters_on_meta(job: _Job) -> dict[str, list[int]]:
+    """Of Megatron models built on `meta`."""
+    from nemo_minitron.cli import quiet
+
+    quiet.install()
+    from nemo_minitron.megatron.meta import build_on_meta
+
+    parallel, precision = job.config.parallel, job.config.precision
+    return {
+        name: [
+            sum(
+                weight.numel()
+                for chunk in build_on_meta(spec, parallel, stage, precision)
+                for weight in chunk.parameters()
+            )
+            for stage in range(parallel.pipeline)
+        ]
+        for name, spec in job.models.items()
+    }
 
 
-def _training(config: RunConfig) -> RenderableType:
-    score, batch = config.score, config.distill.batch
-    copies = batch.global_batch_size / batch.micro_batch_size
-    table = _table("work", "steps", "tokens a step", "tokens", title="work")
-    for stage in chain_for(config):
-        section = getattr(config, stage.kind, None)
-        if stage.kind == "score":
-            table.add_row(stage.name, "", "", f"<= {score.samples * score.sequence_length:,}")
-        elif isinstance(section, TrainingConfig):
-            each = section.batch.tokens_per_step
-            table.add_row(stage.name, f"{section.steps:,}", f"{each:,}", f"{section.steps * each:,}")
-        elif stage.kind == "evaluate":
-            models = len(set(MODELS) & stage.inputs.keys())
-            table.add_row(stage.name, "", "", f"<= {models} x {config.evaluate.max_tokens:,}")
-    note = f"{copies:g} micro-batches a step, over the data-parallel ranks"
-    return Group(table, Text(note, style="dim"))
+def _verdict(job: _Job) -> list[Text]:
+    """Whether it fits, how long it takes, what it costs."""
+    works, config = job.works(), job.config
+    lines = []
+    if trained := {name: work for name, work in works.items() if work.memory()}:
+        name = max(trained, key=lambda each: tables.fullest(trained[each])[1].total)
+        lines.append(_line("fits", _fit(name, trained[name], config, job.ranks)))
+    durations = [duration for work in works.values() if (duration := work.duration(config)) is not None]
+    if durations and (cluster := config.cluster) is not None:
+        hours, gpu_hours = sum(each.hours for each in durations), sum(each.gpu_hours for each in durations)
+        days = f" ({hours / 24:.1f} days)" if hours >= 48 else ""
+        on = f"on {cluster.gpus} {cluster.gpu.upper()} at MFU {cluster.mfu:.0%}, pipeline bubbles on top"
+        lines.append(_line("takes", Text(f"{hours:,.1f} hours{days}, {gpu_hours:,.0f} GPU hours {on}")))
+    if job.described:
+        lines.append(_line("note", Text(f"{config.model.source} is not here: sizes are those of model.architecture")))
+    return lines
+
+
+def _fit(name: str, work: Work, config: RunConfig, ranks: int) -> Text:
+    _, most = tables.fullest(work)
+    usable = _usable(config, ranks)
+    of = (
+        "an " + config.cluster.gpu.upper()
+        if config.cluster is not None
+        else f"this machine's memory over {ranks} rank(s)"
+    )
+    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {of})"
+    needs = f"{name} needs {most.total / 1e9:.3g} GB a rank"
+    if most.total <= usable:
+        return Text(f"yes: {needs}, there are {room}", style="green")
+    smaller = [kind for kind in Recompute if tables.fullest(work, kind)[1].total <= usable]
+    remedy = f"parallel.recompute={smaller[0]} would do" if smaller else "raise parallel.tensor or parallel.pipeline"
+    return Text(f"no: {needs}, there are {room}; {remedy}", style="bold red")
+
+
+def _usable(config: RunConfig, ranks: int) -> float:
+    """Bytes that a rank can count on."""
+    if config.cluster is not None:
+        return USABLE * GPU_BYTES[config.cluster.gpu]
+    import psutil
+
+    return USABLE * float(psutil.virtual_memory().total) / ranks
+
+
+def _line(name: str, text: Text) -> Text:
+    return Text(f"{name:<6} ", style="bold").append_text(text)

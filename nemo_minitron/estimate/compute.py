@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, Recompute
 
 PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
 """Dense bf16 operations a second, from the makers' data sheets."""
@@ -25,17 +25,15 @@ def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
     return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + 4.0 * channels * sequence_length / 2
 
 
-def training_flops(spec: ModelSpec, sequence_length: int, *, recompute: bool = False) -> float:
-    """Operations of one token's step: the backward pass costs two forward passes, recomputation a third one."""
-    return forward_flops(spec, sequence_length) * (4 if recompute else 3)
-
-
-def distillation_flops(
-    student: ModelSpec, teacher: ModelSpec | None, sequence_length: int, *, recompute: bool = False
-) -> float:
-    """Operations of one token's distillation step: the student's training and the teacher's forward pass."""
-    extra = forward_flops(teacher, sequence_length) if teacher is not None else 0.0
-    return training_flops(student, sequence_length, recompute=recompute) + extra
+def training_flops(spec: ModelSpec, sequence_length: int, *, recompute: Recompute = Recompute.NONE) -> float:
+    """Operations of one token's step: the backward pass costs two forward passes, recomputation up to a third one."""
+    forward = forward_flops(spec, sequence_length)
+    again = {
+        Recompute.NONE: 0.0,
+        Recompute.SELECTIVE: 2.0 * sum(weight.numel for weight in weights(spec) if Axis.FFN in weight.row.axes),
+        Recompute.FULL: forward - 2.0 * spec.vocab_size * spec.hidden_size,
+    }
+    return 3 * forward + again[recompute]
 
 
 def pipeline_bubble(parallel: ParallelConfig, micro_batches: int) -> float:

@@ -1,54 +1,50 @@
-"""Bytes that a rank holds: weights, gradients, optimizer states, activations, buffers of the loss.
+"""Bytes that a rank holds: weights, gradients, optimizer states, teacher, activations, buffers of the loss."""
 
-What a layer keeps for its backward pass is counted tensor by tensor, for the local layers of `megatron.layers` (checked
-against what a real step saves) and for Transformer Engine's (after Korthikanti et al., arXiv:2205.05198, sec. 4, with
-the fused attention kernel, which keeps no scores).
-"""
+from dataclasses import dataclass, replace
 
-from dataclasses import dataclass
+import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
-from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.training import OptimizerConfig
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
+from nemo_minitron.estimate.activations import Pass, activations, bytes_of
 from nemo_minitron.megatron.placement import chunk_layers, padded_vocab
-from nemo_minitron.parallel.fused_linear import chunk_rows
+from nemo_minitron.parallel.fused_linear import block_rows, chunk_rows
 
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
+
+GPU_BYTES = {"a100": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}
+"""Memory of a GPU, from the makers' data sheets; an A100 is taken for the larger of its two kinds."""
+
+USABLE = 0.9
+"""Share of it that a run can count on, our choice: the CUDA context, NCCL's buffers and fragmentation take the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """How a student is trained, as far as memory depends on it.
+    """How a model is trained, as far as memory depends on it.
 
     Attributes:
-        parallel: The layout.
+        step: Forward and backward pass.
         data_parallel: Copies of the model.
-        precision: Numbers of weights and activations.
-        optimizer: Whether its states are split over the copies.
-        micro_batch_size: Samples of a forward pass.
-        sequence_length: Tokens of a sample.
-        micro_batches: Forward passes of a step on one rank.
+        distributed_optimizer: Whether optimizer states are split over the copies.
         freeze_embeddings: Whether embedding and output layer take no gradients.
-        recompute: Whether layers run forward a second time instead of keeping activations.
-        engine: Whether layers are Transformer Engine's.
+        teacher_precision: Numbers of a resident teacher.
+        offload_teacher: Whether its layers are elsewhere while the student computes.
+        chunk_tokens: Tokens whose logits exist at one time; None chooses.
     """
 
-    parallel: ParallelConfig
+    step: Pass
     data_parallel: int
-    precision: Precision
-    optimizer: OptimizerConfig
-    micro_batch_size: int
-    sequence_length: int
-    micro_batches: int
+    distributed_optimizer: bool = False
     freeze_embeddings: bool = False
-    recompute: bool = False
-    engine: bool = True
+    teacher_precision: Precision = Precision.BF16
+    offload_teacher: bool = False
+    chunk_tokens: int | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch on one context-parallel rank."""
-        return self.micro_batch_size * self.sequence_length // self.parallel.context
+    def recomputing(self, recompute: Recompute) -> "Training":
+        """The same with other activations computed again."""
+        return replace(self, step=self.step.recomputing(recompute))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +54,16 @@ class RankMemory:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
-    activations: int = 0
-    loss: int = 0
-    """Chunks of logits, and the gradients that the fused loss makes in its forward pass."""
     teacher: int = 0
     """The teacher's weights, and its final states of every micro-batch."""
+    activations: int = 0
+    loss: int = 0
+    """Chunks of logits."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.teacher
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.activations + self.loss
 
 
 def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
@@ -94,36 +90,6 @@ def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tu
     return vocabulary, others
 
 
-def layer_activations(spec: ModelSpec, sizes: LayerSpec, training: Training) -> int:
-    """Bytes that one layer keeps for the backward pass of one micro-batch.
-
-    Shapes in comments are a token's: H hidden, q query channels, k channels of all keys, F neurons of this rank.
-    """
-    tensor = training.parallel.tensor
-    element = 2 if training.precision is Precision.BF16 else 4
-    hidden = spec.hidden_size
-    # Under sequence parallelism a rank keeps its own positions of what is not split by channels.
-    outside = hidden // tensor if training.parallel.sequence_parallel else hidden
-    if training.recompute:
-        return training.tokens * outside * element
-    queries = sizes.num_attention_heads * spec.head_dim // tensor
-    keys = sizes.num_query_groups * spec.head_dim // tensor
-    neurons = sizes.ffn_hidden_size // tensor
-    gate_up = neurons * (2 if spec.activation.gated else 1)
-    # Norm: its input (Transformer Engine), or the normed states in fp32 (ours). Linear: the norm's output.
-    norms = 2 * (outside * (element if training.engine else 4) + 4 + outside * element)
-    if training.engine:
-        # q + 2k as they come, attention's output [q], one fp32 number a head, which is the next linear's input too.
-        attention = (queries + 2 * keys + queries) * element + 4 * queries // spec.head_dim
-        mlp = (gate_up + neurons) * element
-    else:
-        # q + 2k as they come, q + k rotated, attention's output [q].
-        attention = (queries + 2 * keys + queries + keys + queries) * element
-        # [gate; up], act(gate) and the product, which is the next linear's input; ungated: relu(x) and its square.
-        mlp = (gate_up + (2 if spec.activation.gated else 1) * neurons) * element
-    return training.tokens * (norms + attention + mlp)
-
-
 def training_memory(
     student: ModelSpec, training: Training, stage: int, *, teacher: ModelSpec | None = None
 ) -> RankMemory:
@@ -135,61 +101,40 @@ def training_memory(
         stage: Pipeline stage, from 0.
         teacher: A resident teacher at the same layout; None for none.
     """
-    parallel, precision = training.parallel, training.precision
-    element = 2 if precision is Precision.BF16 else 4
-    vocabulary, others = rank_parameters(student, parallel, stage)
+    step = training.step
+    vocabulary, others = rank_parameters(student, step.parallel, stage)
     trained = others + (0 if training.freeze_embeddings else vocabulary)
     # bf16 weights have fp32 masters; fp32 weights are their own.
-    per_parameter = _MOMENTS + (_MASTER if precision is Precision.BF16 else 0)
-    copies = training.data_parallel if training.optimizer.distributed else 1
+    per_parameter = _MOMENTS + (_MASTER if step.precision is Precision.BF16 else 0)
+    copies = training.data_parallel * step.parallel.context if training.distributed_optimizer else 1
     return RankMemory(
-        weights=(vocabulary + others) * element,
+        weights=(vocabulary + others) * bytes_of(step.precision),
         gradients=trained * _GRADIENT,
         optimizer=trained * per_parameter // copies,
-        activations=_activations(student, training, stage),
-        loss=_loss(student, training, stage, with_teacher=teacher is not None),
         teacher=0 if teacher is None else _teacher(teacher, training, stage),
+        activations=activations(student, step, stage),
+        loss=_loss(student, training, stage, models=1 if teacher is None else 2),
     )
 
 
-def _activations(student: ModelSpec, training: Training, stage: int) -> int:
-    parallel = training.parallel
-    chunks = parallel.virtual_pipeline or 1
-    ranges = chunk_layers(student.num_layers, parallel)
-    own = [ranges[index] for index in range(stage, parallel.pipeline * chunks, parallel.pipeline)]
-    kept = sum(layer_activations(student, student.layers[layer], training) for layers in own for layer in layers)
-    # 1F1B keeps as many micro-batches alive as there are stages from here to the end; interleaving, of each chunk,
-    # some more (Narayanan et al., arXiv:2104.04473, sec. 2.2).
-    alive = min(training.micro_batches, parallel.pipeline - stage)
-    if chunks > 1:
-        warm_up = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline + 1
-        alive_chunks = min(training.micro_batches * chunks, warm_up)
-        kept, alive = -(-kept * alive_chunks // chunks), 1
-    element = 2 if training.precision is Precision.BF16 else 4
-    # One layer's worth is computed again at a time.
-    again = 0
-    if training.recompute and own:
-        whole = Training(**{name: getattr(training, name) for name in Training.__slots__} | {"recompute": False})
-        again = max(layer_activations(student, student.layers[layer], whole) for layers in own for layer in layers)
-    final = training.tokens * student.hidden_size * (4 + element) if stage == parallel.pipeline - 1 else 0
-    return kept * alive + again + final
-
-
-def _loss(student: ModelSpec, training: Training, stage: int, *, with_teacher: bool) -> int:
-    if stage != training.parallel.pipeline - 1:
+def _loss(student: ModelSpec, training: Training, stage: int, *, models: int) -> int:
+    step = training.step
+    if stage != step.parallel.pipeline - 1:
         return 0
-    element = 2 if training.precision is Precision.BF16 else 4
-    columns = padded_vocab(student, training.parallel.tensor) // training.parallel.tensor
-    models = 2 if with_teacher else 1
-    rows = chunk_rows(training.tokens, columns, models * element, None)
-    logits = rows * columns * models * element
-    d_hidden = training.tokens * student.hidden_size * element
-    d_weight = 0 if training.freeze_embeddings else columns * student.hidden_size * element
-    return logits + d_hidden + d_weight
+    element = bytes_of(step.precision)
+    columns = padded_vocab(student, step.parallel.tensor) // step.parallel.tensor
+    rows = chunk_rows(step.tokens, columns, models * element, training.chunk_tokens)
+    block = block_rows(rows, columns, torch.device("cuda" if step.engine else "cpu"), None)
+    # Probabilities of a block in fp32, and its logits where they are not; the output weight's gradient goes straight
+    # into Megatron's buffer.
+    scratch = 4 * block * columns * (1 if element == 4 else 1 + models)
+    return rows * columns * models * element + scratch
 
 
 def _teacher(teacher: ModelSpec, training: Training, stage: int) -> int:
-    element = 2 if training.precision is Precision.BF16 else 4
-    held = sum(rank_parameters(teacher, training.parallel, stage)) * element
-    states = training.tokens * training.micro_batches * teacher.hidden_size * element
-    return held + (states if stage == training.parallel.pipeline - 1 else 0)
+    step, element = training.step, bytes_of(training.teacher_precision)
+    vocabulary, others = rank_parameters(teacher, step.parallel, stage)
+    held = vocabulary + (0 if training.offload_teacher else others)
+    is_last = stage == step.parallel.pipeline - 1
+    states = step.tokens * step.micro_batches * teacher.hidden_size if is_last else 0
+    return (held + states) * element

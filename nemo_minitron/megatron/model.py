@@ -40,10 +40,14 @@ class MinitronGPT(GPTModel):
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         embedded, *rest = super()._preprocess(*args, **kwargs)
-        if self.pre_process and self.spec.scaled_embeddings:
+        if not self.pre_process:
+            return embedded, *rest
+        if self.spec.scaled_embeddings:
             # Rounded to the numbers of the model first, as it was trained.
             embedded = embedded * torch.tensor(self.spec.hidden_size**0.5, dtype=embedded.dtype)
-        return embedded, *rest
+        # A batch of one may come with strides that are not by the book, for which torch.matmul on a CPU copies the next
+        # weight once a token.
+        return embedded.reshape(-1, embedded.shape[-1]).view(embedded.shape), *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process or self.output == "logits":

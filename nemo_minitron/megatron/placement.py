@@ -33,7 +33,7 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
             break
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if chunks > spec.num_layers:
-        problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages")
+        problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages (parallel.pipeline)")
     if padded_vocab(spec, parallel.tensor) * (parallel.tensor - 1) // parallel.tensor >= spec.vocab_size:
         problems.append(f"vocab_size = {spec.vocab_size} is too small for parallel.tensor = {parallel.tensor}")
     if problems:

@@ -1,0 +1,198 @@
+"""Tables of a dry run: sizes, layout, memory of a rank, work."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.config.parallel import ParallelConfig, Recompute
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.estimate.memory import RankMemory
+from nemo_minitron.estimate.work import Work
+from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.chain import MODELS
+
+_GB = 1e9
+
+_ROWS: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
+    ("parameters", parameter_count),
+    ("  without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
+    ("layers", lambda spec: spec.num_layers),
+    ("hidden size", lambda spec: spec.hidden_size),
+    ("FFN size", lambda spec: spec.layers[0].ffn_hidden_size),
+    ("query heads", lambda spec: spec.layers[0].num_attention_heads),
+    ("KV groups", lambda spec: spec.layers[0].num_query_groups),
+    ("head size", lambda spec: spec.head_dim),
+    ("vocabulary", lambda spec: spec.vocab_size),
+)
+
+
+def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
+    """Sizes of every model, and what the last one keeps of the first."""
+    table = _table("", *models, "kept", title="sizes")
+    for label, size in _ROWS:
+        found = [size(spec) for spec in models.values()]
+        before, after = found[0], found[-1]
+        style = "bold" if label == "parameters" else ("dim" if before == after else "")
+        table.add_row(label, *(f"{value:,}" for value in found), f"{after / before:.1%}", style=style)
+    return table
+
+
+def layout(
+    models: Mapping[str, ModelSpec], config: RunConfig, *, ranks: int, on_meta: Mapping[str, Sequence[int]]
+) -> RenderableType:
+    """What a rank holds of every axis.
+
+    Args:
+        models: By name.
+        config: The recipe.
+        ranks: Processes of the run.
+        on_meta: Parameters of each pipeline stage's rank, by model; empty if they could not be built.
+    """
+    parallel = config.parallel
+    copies = ranks / parallel.model_parallel_size
+    axes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {copies:g}"
+    title = f"layout: {ranks} rank{'s' if ranks > 1 else ''} = {axes}"
+    table = _table("a rank holds", "divided by", *models, title=title)
+    for label, name in (
+        ("query heads", "num_attention_heads"),
+        ("KV groups", "num_query_groups"),
+        ("FFN", "ffn_hidden_size"),
+    ):
+        found = (getattr(spec.layers[0], name) for spec in models.values())
+        table.add_row(label, f"TP {parallel.tensor}", *(_share(size, parallel.tensor) for size in found))
+    table.add_row("vocabulary, padded", f"TP {parallel.tensor}", *(_vocabulary(s, parallel) for s in models.values()))
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    by = f"PP {parallel.pipeline}" + (f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")
+    table.add_row("layers", by, *(_layer_share(spec.num_layers, chunks) for spec in models.values()))
+    length = config.distill.batch.sequence_length
+    pieces = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    names = f"CP {parallel.context}" + (f" x TP {parallel.tensor}" if parallel.sequence_parallel else "")
+    table.add_row("positions of a sample", names, *(_share(length, pieces) for _ in models))
+    table.add_row("experts", "EP 1", *("none" for _ in models), style="dim")
+    if on_meta:
+        most = [f"{max(on_meta[name]):,}" if name in on_meta else "" for name in models]
+        table.add_row("parameters, built on meta", "", *most, style="bold")
+    return table
+
+
+def memory(works: Mapping[str, Work], available: float | None) -> RenderableType:
+    """Memory of the fullest rank of every training, and its activations under each kind of recomputation."""
+    kinds = [field.name for field in fields(RankMemory)]
+    table = _table("GB a rank", *kinds, "total", title="")
+    again = _table("activations, total", *(f"recompute {kind}" for kind in Recompute), title="")
+    for name, work in works.items():
+        stage, most = fullest(work)
+        label = name if len(work.memory()) == 1 else f"{name}, PP stage {stage}"
+        style = "" if available is None or most.total <= available else "bold red"
+        table.add_row(label, *(_gb(getattr(most, kind)) for kind in kinds), _gb(most.total), style=style)
+        others = {kind: fullest(work, kind)[1] for kind in Recompute}
+        cells = [
+            Text(f"{_gb(held.activations)}, {_gb(held.total)}", style="bold" if _is(work, kind) else "")
+            for kind, held in others.items()
+        ]
+        again.add_row(name, *cells)
+    return Group(table, again)
+
+
+def fullest(work: Work, recompute: Recompute | None = None) -> tuple[int, RankMemory]:
+    """The pipeline stage whose ranks hold most, and what they hold."""
+    stages = work.memory(recompute)
+    stage = max(range(len(stages)), key=lambda index: stages[index].total)
+    return stage, stages[stage]
+
+
+def work(stages: Sequence[Stage], works: Mapping[str, Work], config: RunConfig) -> RenderableType:
+    """Steps, tokens and time of every stage that computes."""
+    hours = ("hours", "GPU\nhours") if config.cluster is not None else ("PFLOP",)
+    table = _table("work", "steps", "tokens\na step", "tokens", "micro-\nbatches", "bubble", *hours, title="")
+    for stage in stages:
+        if stage.kind == "evaluate":
+            models = len(set(MODELS) & stage.inputs.keys())
+            table.add_row(stage.name, "", "", f"<= {models} x {_count(config.evaluate.max_tokens)}")
+        if stage.name in works:
+            table.add_row(stage.name, *_work_cells(works[stage.name], config))
+    return table
+
+
+def _work_cells(work: Work, config: RunConfig) -> list[str]:
+    duration = work.duration(config)
+    cost = [f"{work.flops / 1e15:,.3g}"] if duration is None else [_hours(duration.hours), _hours(duration.gpu_hours)]
+    if work.section is None or work.training is None:
+        return ["", "", f"<= {_count(work.tokens)}", "", "", *cost]
+    each = work.section.batch.tokens_per_step
+    micro_batches = work.training.step.micro_batches
+    return [
+        f"{work.section.steps:,}",
+        _count(each),
+        _count(work.tokens),
+        f"{micro_batches:,}",
+        f"{work.bubble:.1%}",
+        *cost,
+    ]
+
+
+def _table(*headings: str, title: str) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _share(size: int, ranks: int) -> Text:
+    return (
+        Text(f"{size // ranks:,}") if size % ranks == 0 else Text(f"{size} / {ranks} does not divide", style="bold red")
+    )
+
+
+def _vocabulary(spec: ModelSpec, parallel: ParallelConfig) -> str:
+    from nemo_minitron.megatron.placement import padded_vocab
+
+    return f"{padded_vocab(spec, parallel.tensor) // parallel.tensor:,}"
+
+
+def _layer_share(layers: int, chunks: int) -> Text:
+    if layers < chunks:
+        return Text(f"{layers} < {chunks}", style="bold red")
+    least, more = divmod(layers, chunks)
+    return Text(f"{least}-{least + 1}" if more else str(least))
+
+
+def _is(work: Work, recompute: Recompute) -> bool:
+    return work.training is not None and work.training.step.parallel.recompute is recompute
+
+
+def _gb(count: int) -> str:
+    return f"{count / _GB:,.1f}" if count >= _GB / 10 else f"{count / _GB:.2g}"
+
+
+def _hours(hours: float) -> str:
+    return (
+        f"{hours:,.0f}"
+        if hours >= 10
+        else f"{hours:.1f}"
+        if hours >= 0.1
+        else f"{hours:.2g}"
+        if hours >= 0.01
+        else "<0.01"
+    )
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:,.4g}{letter}"
+    return f"{number:,}"

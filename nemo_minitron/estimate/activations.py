@@ -1,0 +1,150 @@
+"""What a forward pass keeps for the backward pass, counted tensor by tensor, in bytes.
+
+For the local layers of `megatron.layers` (checked against what a real step saves) and for Transformer Engine's (after
+Korthikanti et al., arXiv:2205.05198, sec. 4, with the fused attention kernel, which keeps no scores).
+"""
+
+from dataclasses import dataclass, replace
+
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
+from nemo_minitron.megatron.functional import QUERY_BLOCK
+from nemo_minitron.megatron.placement import chunk_layers
+
+
+def bytes_of(precision: Precision) -> int:
+    """Bytes of a number."""
+    return 2 if precision is Precision.BF16 else 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """A forward and a backward pass, as far as activations depend on it.
+
+    Attributes:
+        parallel: The layout, and what is computed again.
+        precision: Numbers of weights and activations.
+        micro_batch_size: Samples of a forward pass.
+        sequence_length: Tokens of a sample.
+        micro_batches: Forward passes of a step on one rank.
+        engine: Whether layers are Transformer Engine's.
+    """
+
+    parallel: ParallelConfig
+    precision: Precision
+    micro_batch_size: int
+    sequence_length: int
+    micro_batches: int
+    engine: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return self.micro_batch_size * self.sequence_length // self.parallel.context
+
+    def recomputing(self, recompute: Recompute) -> "Pass":
+        """The same with other activations computed again."""
+        return replace(self, parallel=self.parallel.model_copy(update={"recompute": recompute}))
+
+
+def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes that one layer keeps for the backward pass of one micro-batch.
+
+    Shapes in comments are a token's: H hidden, q query channels, k channels of all keys, F neurons of this rank.
+    """
+    element = bytes_of(step.precision)
+    # Under sequence parallelism a rank keeps its own positions of what is not split by channels.
+    outside = spec.hidden_size // (step.parallel.tensor if step.parallel.sequence_parallel else 1)
+    if step.parallel.recompute is Recompute.FULL:
+        return step.tokens * outside * element
+    # A norm keeps its input [H] (Transformer Engine) or what it normalised in fp32 (ours), and a number or two.
+    norm = outside * (element if step.engine else 4) + (8 if spec.norm.subtracts_mean else 4)
+    linear_input = outside * element
+    kept = norm + linear_input + _attention(spec, sizes, step)
+    if step.parallel.recompute is Recompute.SELECTIVE:
+        # The checkpoint's input [H]; Transformer Engine's first linear has its norm inside the checkpoint.
+        kept += linear_input if step.engine else norm + linear_input
+    else:
+        kept += norm + linear_input + _mlp(spec, sizes, step)
+    if spec.post_norms:
+        kept += 2 * (4 * spec.hidden_size + 4)
+    return step.tokens * kept
+
+
+def activations(spec: ModelSpec, step: Pass, stage: int) -> int:
+    """Bytes on a rank of a pipeline stage at the peak of a step, without the buffers of the loss."""
+    parallel, element = step.parallel, bytes_of(step.precision)
+    chunks = parallel.virtual_pipeline or 1
+    ranges = chunk_layers(spec.num_layers, parallel)
+    own = [spec.layers[layer] for index in range(stage, len(ranges), parallel.pipeline) for layer in ranges[index]]
+    kept = sum(layer_activations(spec, sizes, step) for sizes in own)
+    if stage > 0 and not step.engine and parallel.recompute is not Recompute.FULL:
+        kept += step.tokens * spec.hidden_size * element  # what the stage before has sent
+    kept = kept * _alive(step, stage) // chunks
+    working = max((_working(spec, sizes, step) for sizes in own), default=0)
+    # The last norm's [H] in fp32, its output and that one's gradient are gone when the last layer's turn comes.
+    final = step.tokens * spec.hidden_size * (4 + 2 * element) if stage == parallel.pipeline - 1 else 0
+    return kept + max(working, final)
+
+
+def _working(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes that the backward pass of a layer takes beside what was kept: what it computes again, and gradients."""
+    recompute = step.parallel.recompute
+    element = bytes_of(step.precision)
+    mlp = step.tokens * _mlp(spec, sizes, step)
+    again = {
+        Recompute.NONE: 0,
+        Recompute.SELECTIVE: mlp,
+        Recompute.FULL: layer_activations(spec, sizes, step.recomputing(Recompute.NONE)),
+    }[recompute]
+    # Gradients of [gate; up] and of what they are made of; those of the residual stream, into the MLP and past it.
+    neurons = sizes.ffn_hidden_size // step.parallel.tensor
+    in_mlp = again + step.tokens * (3 * neurons + 2 * spec.hidden_size) * element
+    if step.engine:
+        return in_mlp
+    # Attention's weights and their gradients, a block of queries at a time; the MLP's part is free again by then.
+    heads = sizes.num_attention_heads // step.parallel.tensor
+    scores = 3 * step.micro_batch_size * heads * min(QUERY_BLOCK, step.sequence_length) * step.sequence_length * element
+    of_qkv = step.tokens * (2 * heads + 4 * sizes.num_query_groups // step.parallel.tensor) * spec.head_dim * element
+    in_attention = scores + of_qkv + step.tokens * 2 * spec.hidden_size * element
+    in_attention += 0 if recompute is Recompute.SELECTIVE else again - mlp
+    return max(in_mlp, in_attention)
+
+
+def _attention(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes a token; with `[q]` channels of queries and of the output, `[k]` of keys and of values, on this rank."""
+    element = bytes_of(step.precision)
+    heads = sizes.num_attention_heads // step.parallel.tensor
+    groups = sizes.num_query_groups // step.parallel.tensor
+    queries, keys = heads * spec.head_dim, groups * spec.head_dim
+    if step.engine:
+        # q + 2k as they come, attention's output [q], which is the next linear's input too, one fp32 number a head.
+        kept = (queries + 2 * keys + queries) * element + 4 * heads
+        normed_heads = (queries + keys) * element + 4 * (heads + groups)
+    else:
+        # q + 2k as they come, q + k rotated, attention's output [q].
+        kept = (queries + 2 * keys + queries + keys + queries) * element
+        normed_heads = (queries + keys) * 4 + 4 * (heads + groups)
+    return kept + (normed_heads if spec.qk_norm else 0)
+
+
+def _mlp(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes a token, on this rank."""
+    neurons = sizes.ffn_hidden_size // step.parallel.tensor
+    # The first linear's output, [gate; up] or [F], and the next one's input [F]; where gated, ours keeps act(gate) too.
+    numbers = 2 if not spec.activation.gated else 3 if step.engine else 4
+    return numbers * neurons * bytes_of(step.precision)
+
+
+def _alive(step: Pass, stage: int) -> int:
+    """Model chunks whose activations a rank holds at one time, counted over its micro-batches.
+
+    1F1B keeps as many micro-batches alive as there are stages from here to the end; interleaving, of each chunk, some
+    more (Narayanan et al., arXiv:2104.04473, sec. 2.2).
+    """
+    ahead = step.parallel.pipeline - stage
+    chunks = step.parallel.virtual_pipeline or 1
+    if chunks == 1:
+        return min(step.micro_batches, ahead)
+    warm_up = 2 * (ahead - 1) + (chunks - 1) * step.parallel.pipeline + 1
+    return min(step.micro_batches * chunks, warm_up)

@@ -1,0 +1,148 @@
+"""What each stage of a recipe computes and holds on the GPUs (or processes) it is meant for."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.parallel import Recompute
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.training import DistillConfig, TrainingConfig
+from nemo_minitron.estimate.activations import Pass
+from nemo_minitron.estimate.compute import (
+    PEAK_FLOPS,
+    Duration,
+    forward_flops,
+    pipeline_bubble,
+    training_flops,
+)
+from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one stage comes to.
+
+    Attributes:
+        tokens: Tokens that pass through its models, at most.
+        flops: Operations, those that are done again included.
+        bubble: Share of the time that a pipeline stage waits.
+        section: Settings of a training; None for a stage that only runs models forward.
+        model: The model in training.
+        teacher: The teacher beside it in memory.
+        training: What memory depends on.
+    """
+
+    tokens: int
+    flops: float
+    bubble: float = 0.0
+    section: TrainingConfig | None = None
+    model: ModelSpec | None = None
+    teacher: ModelSpec | None = None
+    training: Training | None = None
+
+    def memory(self, recompute: Recompute | None = None) -> tuple[RankMemory, ...]:
+        """Bytes on a rank of each pipeline stage; with other activations computed again than the recipe says, if given.
+
+        Empty for a stage that does not train.
+        """
+        if self.training is None or self.model is None:
+            return ()
+        training = self.training if recompute is None else self.training.recomputing(recompute)
+        stages = range(training.step.parallel.pipeline)
+        return tuple(training_memory(self.model, training, stage, teacher=self.teacher) for stage in stages)
+
+    def duration(self, config: RunConfig) -> Duration | None:
+        """How long it takes on the recipe's cluster; None without one.
+
+        `cluster.mfu` is the share of the peak while a stage computes; the bubble comes on top.
+        """
+        cluster = config.cluster
+        if cluster is None:
+            return None
+        mfu = cluster.mfu * (1 - self.bubble)
+        return Duration(flops=self.flops, gpus=cluster.gpus, peak=PEAK_FLOPS[cluster.gpu], mfu=mfu)
+
+
+def work_of(
+    kind: str, number: int, config: RunConfig, teacher: ModelSpec, students: tuple[ModelSpec, ...], *, ranks: int
+) -> Work | None:
+    """The work of a stage, None for one that runs no model, or little.
+
+    Args:
+        kind: Which stage, as `distill`.
+        number: Its round, from 1.
+        config: The recipe.
+        teacher: The model to begin with.
+        students: The model after each round.
+        ranks: Processes of the run.
+    """
+    before, student = list(pairwise((teacher, *students)))[number - 1]
+    match kind:
+        case "score":
+            return _scoring(config, before)
+        case "cache":
+            tokens = config.distill.steps * config.distill.batch.tokens_per_step
+            return Work(tokens=tokens, flops=tokens * forward_flops(teacher, config.distill.batch.sequence_length))
+        case "correct":
+            return _training(config.correct, config, teacher, None, ranks)
+        case "distill":
+            return _training(config.distill, config, student, None if config.cache else teacher, ranks)
+        case "tune":
+            watched = teacher if config.tune is not None and config.tune.kd_weight > 0 else None
+            return _training(config.tune, config, students[-1], watched, ranks)
+    return None
+
+
+def _scoring(config: RunConfig, model: ModelSpec) -> Work:
+    score = config.score
+    depth, layers = score.depth, model.num_layers
+    passes = float(score.samples)
+    if depth.metrics:
+        # A candidate begins where its block does: `DepthConfig.blocks` says what that comes to.
+        passes += depth.samples * (layers / 2 + (layers**2 / 6 if depth.blocks else 0))
+    tokens = score.samples * score.sequence_length
+    return Work(tokens=tokens, flops=passes * score.sequence_length * forward_flops(model, score.sequence_length))
+
+
+def _training(
+    section: TrainingConfig | None, config: RunConfig, model: ModelSpec, teacher: ModelSpec | None, ranks: int
+) -> Work | None:
+    if section is None:
+        return None
+    batch, parallel = section.batch, config.parallel
+    copies = max(ranks // parallel.model_parallel_size, 1)
+    micro_batches = -(-batch.global_batch_size // (batch.micro_batch_size * copies))
+    flops = training_flops(model, batch.sequence_length, recompute=parallel.recompute)
+    if teacher is not None:
+        flops += forward_flops(teacher, batch.sequence_length)
+    tokens = section.steps * batch.tokens_per_step
+    step = Pass(
+        parallel=parallel,
+        precision=config.precision,
+        micro_batch_size=batch.micro_batch_size,
+        sequence_length=batch.sequence_length,
+        micro_batches=micro_batches,
+        engine=config.cluster is not None,
+    )
+    return Work(
+        tokens=tokens,
+        flops=tokens * flops,
+        bubble=pipeline_bubble(parallel, micro_batches),
+        section=section,
+        model=model,
+        teacher=teacher,
+        training=_memory_settings(section, config, step, copies),
+    )
+
+
+def _memory_settings(section: TrainingConfig, config: RunConfig, step: Pass, copies: int) -> Training:
+    distill = section if isinstance(section, DistillConfig) else DistillConfig()
+    return Training(
+        step=step,
+        data_parallel=copies,
+        distributed_optimizer=section.optimizer.distributed,
+        freeze_embeddings=distill.freeze_embeddings,
+        teacher_precision=distill.teacher_precision or config.precision,
+        offload_teacher=distill.offload_teacher,
+        chunk_tokens=distill.loss_chunk_tokens,
+    )
