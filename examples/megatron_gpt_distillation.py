@@ -5,8 +5,10 @@ configuration files. It needs a teacher, a student and token files, for example 
 
     nemo-minitron prune smollm2/demo --run-dir runs/demo
     python examples/megatron_gpt_distillation.py \
-        model.teacher=runs/demo/stages/import/teacher model.student=runs/demo/stages/prune/student \
-        model.data=runs/demo/stages/data
+        model.minitron.distillation.teacher=runs/demo/stages/import/teacher \
+        model.student=runs/demo/stages/prune/student model.data=runs/demo/stages/data
+
+`model.minitron` takes every setting that a recipe has for the objective; `+model.minitron.distillation.top_k=128`.
 
 `exp_manager` writes TensorBoard logs and checkpoints (folders that any parallel layout can read) below
 `exp_manager.exp_dir`, resumes from them with `exp_manager.resume_if_exists=true`, and leaves `<name>.nemo` at the end.
@@ -23,7 +25,7 @@ from nemo_minitron import MegatronGPTDistillationModel, MegatronStrategy
 from nemo_minitron.config.load import check
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.models.data import TokenDataModule
-from nemo_minitron.models.nemo_settings import parallel_config
+from nemo_minitron.models.nemo_settings import parallel_config, parallel_keys
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_distillation")
@@ -32,17 +34,9 @@ def main(cfg: DictConfig) -> None:
     exp_manager(trainer, cfg.exp_manager)
 
     student = MegatronGPTDistillationModel.restore_from(cfg.model.student, return_config=True)
-    settings = OmegaConf.merge(
-        student,
-        {
-            "precision": cfg.model.precision,
-            "micro_batch_size": cfg.model.micro_batch_size,
-            "tensor_model_parallel_size": cfg.model.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": cfg.model.pipeline_model_parallel_size,
-            "optim": cfg.model.optim,
-            "minitron": {"distillation": {"teacher": cfg.model.teacher}},
-        },
-    )
+    layout = parallel_keys(parallel_config(cfg.model))
+    keys = ("precision", "micro_batch_size", "optim", "minitron")
+    settings = OmegaConf.merge(student, layout, {key: cfg.model[key] for key in keys})
     model = MegatronGPTDistillationModel.restore_from(cfg.model.student, override_config_path=settings, trainer=trainer)
 
     batch = {
@@ -51,7 +45,8 @@ def main(cfg: DictConfig) -> None:
         "global_batch_size": cfg.model.global_batch_size,
     }
     tokens = cfg.trainer.max_steps * cfg.model.encoder_seq_length * cfg.model.global_batch_size
-    training = check(DistillConfig, {"tokens": tokens, "batch": batch}, source="model")
+    values = {"tokens": tokens, "batch": batch, "validation_samples": cfg.model.validation_samples}
+    training = check(DistillConfig, values, source="model")
     trainer.fit(model, datamodule=TokenDataModule(Path(cfg.model.data), training, seed=cfg.model.seed))
 
 

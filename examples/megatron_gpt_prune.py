@@ -7,8 +7,8 @@ configuration files, at any parallel layout. It needs a model and token files, f
     python examples/megatron_gpt_prune.py model.restore_from_path=runs/demo/stages/import/teacher \
         model.data=runs/demo/stages/data pruning.target.ffn_hidden_size=0.8 pruning.folder=pruned
 
-`pruning.folder` then holds `scores.safetensors`, `plan.json`, `student.nemo` and `student_hf/`. Other plans come from
-the same scores by `nemo-minitron plan build`, without another pass.
+`pruning.folder` then holds `scores.safetensors`, `plan.json`, `student.nemo` and `student_hf/`. With `pruning.scores`,
+a file that this script or megatron_gpt_score.py has left, no model runs: the checkpoint is cut on the CPU of rank 0.
 """
 
 from pathlib import Path
@@ -17,13 +17,41 @@ from lightning.pytorch import Trainer
 from nemo.core.config import hydra_runner
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron import ImportanceCallback, MegatronGPTModel, MegatronStrategy, PruningCallback
+from nemo_minitron import ImportanceCallback, MegatronGPTModel, MegatronStrategy, PruningCallback, Scores
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.load import check
+from nemo_minitron.config.run import ExportFormat, TargetConfig
 from nemo_minitron.models.data import CalibrationDataModule
-from nemo_minitron.models.nemo_settings import parallel_config
+from nemo_minitron.models.nemo_settings import parallel_config, parallel_keys
+from nemo_minitron.pruning.apply import PrunedSource
+from nemo_minitron.pruning.build import build_plan
+from nemo_minitron.pruning.write import write_checkpoint
+from nemo_minitron.stages.team import environment_rank
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_prune")
 def main(cfg: DictConfig) -> None:
+    if cfg.pruning.scores is None:
+        score_and_prune(cfg)
+    elif environment_rank()[0] == 0:
+        prune_by_scores(cfg)
+
+
+def prune_by_scores(cfg: DictConfig) -> None:
+    teacher = open_checkpoint(Path(cfg.model.restore_from_path))
+    target = check(TargetConfig, OmegaConf.to_container(cfg.pruning.target), source="pruning.target")
+    plan = build_plan(Scores.load(Path(cfg.pruning.scores)), target, teacher.spec)
+    folder = Path(cfg.pruning.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / "plan.json")
+    formats = [ExportFormat(name) for name in cfg.pruning.formats]
+    name = "student" if len(formats) > 1 else {"nemo": "student.nemo", "hf": "student_hf"}[formats[0]]
+    students = write_checkpoint(PrunedSource(teacher, plan), folder / name, formats)
+    print(plan.table())
+    print(*students.values(), sep="\n")
+
+
+def score_and_prune(cfg: DictConfig) -> None:
     calibration = CalibrationDataModule(
         Path(cfg.model.data),
         sequence_length=cfg.model.encoder_seq_length,
@@ -37,8 +65,8 @@ def main(cfg: DictConfig) -> None:
     )
 
     own = MegatronGPTModel.restore_from(cfg.model.restore_from_path, return_config=True)
-    keys = ("precision", "micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    settings = OmegaConf.merge(own, {key: cfg.model[key] for key in keys})
+    layout = parallel_keys(parallel_config(cfg.model))
+    settings = OmegaConf.merge(own, layout, {key: cfg.model[key] for key in ("precision", "micro_batch_size")})
     model = MegatronGPTModel.restore_from(cfg.model.restore_from_path, override_config_path=settings, trainer=trainer)
 
     trainer.validate(model, datamodule=calibration)

@@ -33,8 +33,9 @@ def parallel_config(cfg: Mapping[str, Any]) -> ParallelConfig:
 
 
 def parallel_keys(parallel: ParallelConfig) -> dict[str, Any]:
-    """The inverse of `parallel_config`."""
-    return {key: getattr(parallel, name) for name, key in _PARALLEL_KEYS.items()}
+    """The inverse of `parallel_config`, as plain data."""
+    values = parallel.model_dump(mode="json")
+    return {key: values[name] for name, key in _PARALLEL_KEYS.items()}
 
 
 def precision(cfg: Mapping[str, Any]) -> Precision:

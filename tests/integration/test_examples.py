@@ -32,7 +32,8 @@ def artefacts(tmp_path_factory) -> Path:
 def distill(artefacts: Path, where: Path, *more: str) -> str:
     command = [
         *(sys.executable, str(EXAMPLES / "megatron_gpt_distillation.py")),
-        *(f"model.{name}={artefacts / name}" for name in ("teacher", "student", "data")),
+        *(f"model.{name}={artefacts / name}" for name in ("student", "data")),
+        f"model.minitron.distillation.teacher={artefacts / 'teacher'}",
         *("model.precision=32", "model.encoder_seq_length=64", "trainer.val_check_interval=3"),
         f"exp_manager.exp_dir={where}",
         *more,

@@ -88,7 +88,7 @@ def inputs(tmp_path_factory) -> list[str]:
 def test_without_slurm_the_file_is_named(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     run = tmp_path / "run"
-    ended = CliRunner().invoke(app, ["submit", str(RECIPE), *inputs, "cluster.nodes=1", "--run-dir", str(run)])
+    ended = CliRunner().invoke(app, ["submit", str(RECIPE), *inputs, "cluster.gpus_per_node=2", "--run-dir", str(run)])
 
     assert ended.exit_code == 2
     assert f"there is no sbatch here; the batch file is {run / 'job.sbatch'}" in ended.stderr

@@ -1,0 +1,32 @@
+"""`nemorun minitron recipe=RECIPE`: NeMo-Run finds it by the entry point group `nemo_run.cli`."""
+
+from pathlib import Path
+
+import nemo_run
+
+from nemo_minitron.cli.job import Job
+from nemo_minitron.launchers.nemorun import experiment
+
+
+@nemo_run.cli.entrypoint(namespace="minitron", type="experiment")  # type: ignore[untyped-decorator]
+def minitron(
+    ctx: nemo_run.cli.RunContext, recipe: str, overrides: list[str] | None = None, run_dir: str | None = None
+) -> None:
+    """Run a recipe, as its section `cluster` says.
+
+    Args:
+        ctx: Of NeMo-Run: `--dryrun`, `--detach`.
+        recipe: A recipe file, or the name of a bundled one.
+        overrides: Put on top of the recipe, as `["distill.tokens=1000000"]`.
+        run_dir: Where the run goes; runs/NAME if not given.
+    """
+    job = Job(recipe=recipe, overrides=overrides or [], run_dir=None if run_dir is None else Path(run_dir))
+    config = job.config()
+    # The name of a bundled recipe holds in a container too, a path only with a mount.
+    given = str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe
+    found = experiment(given, job.overrides, job.folder(config).absolute(), config)
+    with found:
+        if ctx.dryrun:
+            found.dryrun()
+        else:
+            found.run(detach=ctx.detach, tail_logs=True)
