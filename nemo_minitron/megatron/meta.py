@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
@@ -17,6 +19,13 @@ from nemo_minitron.megatron.runtime import Runtime
 _META = torch.device("meta")
 
 
+class _Stay(TorchFunctionMode):
+    """Tensors that are sent to a device stay on `meta`; Megatron sends both copies of a tied embedding."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (torch.Tensor.cpu, torch.Tensor.cuda) else func(*args, **(kwargs or {}))
+
+
 def build_on_meta(spec: ModelSpec, parallel: ParallelConfig, stage: int, precision: Precision) -> list[MinitronGPT]:
     """The chunks that the first tensor-parallel rank of a pipeline stage would hold, in a process that is alone.
 
@@ -26,7 +35,7 @@ def build_on_meta(spec: ModelSpec, parallel: ParallelConfig, stage: int, precisi
         LayoutError: The model cannot be split so, or a layout is running in this process.
     """
     layout = parallel.model_copy(update={"context": 1})
-    with _pretended(layout, rank=stage * parallel.tensor) as here, _META:
+    with _pretended(layout, rank=stage * parallel.tensor) as here, _META, _Stay():
         return build_chunks(spec, replace(here, device=_META), precision)
 
 
