@@ -8,7 +8,7 @@ from rich.text import Text
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli import dry_run_tables as tables
-from nemo_minitron.cli import preflight
+from nemo_minitron.cli import preflight, quiet
 from nemo_minitron.cli.job import Job
 from nemo_minitron.config.parallel import Recompute
 from nemo_minitron.config.run import RunConfig
@@ -56,6 +56,8 @@ def show(job: Job, *, console: Console) -> None:
         MinitronError: The recipe cannot run as it is; after all that can be said about it.
     """
     config = job.config()
+    if not job.debug:
+        quiet.install()
     folder = RunFolder(job.folder(config))
     chain = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
     steps = decide(chain, config, folder, redo_from=job.redo_from)
@@ -110,9 +112,6 @@ def _tables(job: _Job, on_meta: dict[str, list[int]]) -> RenderableType:
 
 def _parameters_on_meta(job: _Job) -> dict[str, list[int]]:
     """Of Megatron models built on `meta`."""
-    from nemo_minitron.cli import quiet
-
-    quiet.install()
     from nemo_minitron.megatron.meta import build_on_meta
 
     parallel, precision = job.config.parallel, job.config.precision
