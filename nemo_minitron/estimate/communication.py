@@ -1,0 +1,202 @@
+"""Bytes that ranks tell each other in one optimizer step, by axis of the layout, and bytes of a training checkpoint.
+
+Equal to what the collectives of a real step move (`tests/parallel/test_estimate_traffic.py`), scalars aside: token
+counts, the gradient norm, reports. Context parallelism and losses on intermediate states are left out.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count, weights
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
+from nemo_minitron.estimate.activations import Pass, bytes_of
+from nemo_minitron.estimate.memory import Training, rank_parameters
+from nemo_minitron.megatron.placement import chunk_layers, padded_vocab
+
+_FP32, _FP64 = 4, 8
+_MOMENTS, _MASTER = 2 * _FP32, _FP32
+
+LOSS_BYTES = 11 * _FP32 + 4 * _FP64
+"""What a rank tells the others a token in the fused distillation loss.
+
+Eleven numbers of its shard of the vocabulary, and peaks and masses of both models.
+"""
+
+
+class Split(StrEnum):
+    """Between which ranks."""
+
+    TENSOR = "tensor"
+    PIPELINE = "pipeline"
+    DATA = "data"
+
+
+class Collective(StrEnum):
+    """How."""
+
+    ALL_REDUCE = "all-reduce"
+    ALL_GATHER = "all-gather"
+    REDUCE_SCATTER = "reduce-scatter"
+    SEND = "send"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What one rank takes part in during a step.
+
+    Attributes:
+        split: The axis.
+        collective: The operation.
+        bytes: Size of the whole tensors, all calls together: what is gathered, or what is scattered.
+        ranks: Ranks in the group.
+    """
+
+    split: Split
+    collective: Collective
+    bytes: int
+    ranks: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends if the ranks form a ring (Thakur, Rabenseifner and Gropp, 2005)."""
+        share = (self.ranks - 1) / self.ranks
+        match self.collective:
+            case Collective.ALL_REDUCE:
+                return 2 * share * self.bytes
+            case Collective.SEND:
+                return float(self.bytes)
+        return share * self.bytes
+
+
+def step_traffic(
+    student: ModelSpec, training: Training, stage: int, *, teacher: ModelSpec | None = None
+) -> tuple[Traffic, ...]:
+    """A rank of a pipeline stage in one step of training; with a teacher, of distillation by the fused loss.
+
+    Operations over one rank are left out.
+    """
+    found = _tensor(student, training, stage, teacher)
+    found += _pipeline(student, training, stage, teacher)
+    found += _data(student, training, stage)
+    return tuple(each for each in found if each.bytes and each.ranks > 1)
+
+
+def forward_traffic(spec: ModelSpec, step: Pass, stage: int) -> tuple[Traffic, ...]:
+    """A rank of a pipeline stage in a forward pass over a step's micro-batches."""
+    found = _layers(spec, step, stage, passes=1)
+    found.append(_sends(spec, step, stage, backward=False))
+    return tuple(each for each in found if each.bytes and each.ranks > 1)
+
+
+def checkpoint_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """A training checkpoint: weights, both moments, and fp32 masters of bf16 weights; headers add under a percent."""
+    master = _MASTER if precision is Precision.BF16 else 0
+    return parameter_count(spec) * (bytes_of(precision) + _MOMENTS + master)
+
+
+def _own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> int:
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    ranges = chunk_layers(spec.num_layers, parallel)
+    return sum(len(ranges[index]) for index in range(stage, chunks, parallel.pipeline))
+
+
+def _states(spec: ModelSpec, step: Pass) -> int:
+    """Bytes of the hidden states of one micro-batch, all positions and channels."""
+    return step.tokens * spec.hidden_size * bytes_of(step.precision)
+
+
+def _layers(spec: ModelSpec, step: Pass, stage: int, *, passes: int) -> list[Traffic]:
+    """Tensor parallelism outside of the loss: two sums a layer in each direction, and the embedding's.
+
+    Under sequence parallelism a sum becomes a gather before a block and a scattered sum behind it; the backward pass
+    gathers the inputs of both blocks a second time (Korthikanti et al., arXiv:2205.05198, sec. 4.2.2).
+
+    Args:
+        spec: The model.
+        step: Its passes.
+        stage: The pipeline stage.
+        passes: 1 for forward, 2 for forward and backward, 3 with a second forward pass between them.
+    """
+    parallel = step.parallel
+    layers = _own_layers(spec, parallel, stage)
+    first, last = int(stage == 0), int(stage == parallel.pipeline - 1)
+    both = int(passes > 1)
+    size = step.micro_batches * _states(spec, step)
+    if not parallel.sequence_parallel:
+        calls = 2 * layers * passes + first
+        return [_on_tensor(Collective.ALL_REDUCE, calls * size, parallel)]
+    scattered = 2 * layers * passes + first
+    gathered = 2 * layers * (passes + both) + first * both + last
+    return [
+        _on_tensor(Collective.ALL_GATHER, gathered * size, parallel),
+        _on_tensor(Collective.REDUCE_SCATTER, scattered * size, parallel),
+    ]
+
+
+def _tensor(student: ModelSpec, training: Training, stage: int, teacher: ModelSpec | None) -> list[Traffic]:
+    step = training.step
+    parallel = step.parallel
+    again = parallel.recompute is Recompute.FULL
+    found = _layers(student, step, stage, passes=3 if again else 2)
+    if teacher is not None:
+        found += _layers(teacher, step, stage, passes=1)
+    if stage == parallel.pipeline - 1:
+        tokens = step.tokens * step.micro_batches
+        # The gradient of the final states, added up in fp32.
+        found.append(_on_tensor(Collective.ALL_REDUCE, tokens * student.hidden_size * _FP32, parallel))
+        if teacher is not None:
+            found.append(_on_tensor(Collective.ALL_GATHER, tokens * LOSS_BYTES * parallel.tensor, parallel))
+    if parallel.sequence_parallel:
+        norms = sum(weight.numel for weight in weights(student) if weight.shape == (student.hidden_size,))
+        final = student.hidden_size * (2 if student.norm.subtracts_mean else 1)
+        own = (norms - final) // student.num_layers * _own_layers(student, parallel, stage)
+        own += final if stage == parallel.pipeline - 1 else 0
+        found.append(_on_tensor(Collective.ALL_REDUCE, own * _FP32, parallel))
+    return found
+
+
+def _on_tensor(collective: Collective, size: int, parallel: ParallelConfig) -> Traffic:
+    return Traffic(split=Split.TENSOR, collective=collective, bytes=size, ranks=parallel.tensor)
+
+
+def _sends(spec: ModelSpec, step: Pass, stage: int, *, backward: bool) -> Traffic:
+    """States to the next stage, and gradients to the one before."""
+    parallel = step.parallel
+    chunks = parallel.virtual_pipeline or 1
+    forward_calls = chunks - (1 if stage == parallel.pipeline - 1 else 0)
+    backward_calls = chunks - (1 if stage == 0 else 0) if backward else 0
+    shares = parallel.tensor if parallel.sequence_parallel else 1
+    size = (forward_calls + backward_calls) * step.micro_batches * _states(spec, step) // shares
+    return Traffic(split=Split.PIPELINE, collective=Collective.SEND, bytes=size, ranks=parallel.pipeline)
+
+
+def _pipeline(student: ModelSpec, training: Training, stage: int, teacher: ModelSpec | None) -> list[Traffic]:
+    step = training.step
+    parallel = step.parallel
+    found = [_sends(student, step, stage, backward=True)]
+    if teacher is not None:
+        found.append(_sends(teacher, step, stage, backward=False))
+    at_an_end = stage in (0, parallel.pipeline - 1)
+    if parallel.pipeline > 1 and student.tied_embeddings and at_an_end and not training.freeze_embeddings:
+        rows = padded_vocab(student, parallel.tensor) // parallel.tensor
+        size = rows * student.hidden_size * _FP32
+        found.append(Traffic(split=Split.PIPELINE, collective=Collective.ALL_REDUCE, bytes=size, ranks=2))
+    return found
+
+
+def _data(student: ModelSpec, training: Training, stage: int) -> list[Traffic]:
+    """Gradients in fp32 over the copies of the model; the distributed optimizer scatters them and gathers weights."""
+    step = training.step
+    vocabulary, others = rank_parameters(student, step.parallel, stage)
+    trained = others + (0 if training.freeze_embeddings else vocabulary)
+    sizes = {Collective.ALL_REDUCE: trained * _FP32}
+    if training.distributed_optimizer:
+        sizes = {
+            Collective.REDUCE_SCATTER: trained * _FP32,
+            Collective.ALL_GATHER: trained * bytes_of(step.precision),
+        }
+    ranks = training.data_parallel * step.parallel.context
+    return [
+        Traffic(split=Split.DATA, collective=collective, bytes=size, ranks=ranks) for collective, size in sizes.items()
+    ]

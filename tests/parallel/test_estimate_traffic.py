@@ -1,0 +1,81 @@
+"""The cost model against real steps: bytes of every collective, operations, bytes of a checkpoint."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.estimate.activations import Pass
+from nemo_minitron.estimate.communication import Collective, Split, Traffic, checkpoint_bytes, step_traffic
+from nemo_minitron.estimate.compute import training_flops
+from nemo_minitron.estimate.memory import Training
+from tests.parallel.traffic_jobs import LENGTH, MICRO_BATCHES, SAMPLES, distill_once, train_once
+from tests.ranks import run_on_ranks
+
+STUDENT = ModelSpec(
+    family="llama",
+    vocab_size=512,
+    hidden_size=96,
+    head_dim=16,
+    layers=(LayerSpec(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=128),) * 5,
+    max_position_embeddings=256,
+)
+TEACHER = replace(STUDENT, hidden_size=128).with_sizes(ffn_hidden_size=256)
+TIED = replace(STUDENT, tied_embeddings=True)
+FP32, BF16 = Precision.FP32, Precision.BF16
+TP2, PP2, DP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig()
+SP2 = ParallelConfig(tensor=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "spec", "precision", "distributed"),
+    [
+        pytest.param(TP2, STUDENT, FP32, False, id="TP2"),
+        pytest.param(TP2, STUDENT, BF16, False, id="TP2, bf16"),
+        pytest.param(SP2, STUDENT, FP32, False, id="TP2 with sequence parallelism"),
+        pytest.param(PP2, STUDENT, FP32, False, id="PP2"),
+        pytest.param(PP2, TIED, FP32, False, id="PP2, tied"),
+        pytest.param(DP2, STUDENT, FP32, False, id="DP2"),
+        pytest.param(DP2, STUDENT, BF16, True, id="DP2, distributed optimizer, bf16"),
+    ],
+)
+def test_a_step_of_distillation_moves_what_is_estimated(parallel, spec, precision, distributed):
+    copies = 2 // parallel.model_parallel_size
+    step = Pass(
+        parallel=parallel,
+        precision=precision,
+        micro_batch_size=SAMPLES,
+        sequence_length=LENGTH,
+        micro_batches=MICRO_BATCHES,
+        engine=False,
+    )
+    training = Training(step=step, data_parallel=copies, distributed_optimizer=distributed)
+    for stage, counted in run_on_ranks(2, distill_once, spec, TEACHER, parallel, precision, distributed):
+        expected = Counter()
+        for traffic in step_traffic(spec, training, stage, teacher=TEACHER):
+            kind = f"gradient {traffic.collective}" if traffic.split is Split.DATA else str(traffic.collective)
+            expected[kind] += traffic.bytes
+        # Without copies of the model, its buffers of gradients go to nobody.
+        moved = {kind: size for kind, size in counted.items() if copies > 1 or not kind.startswith("gradient")}
+        assert moved.keys() == expected.keys()
+        for kind, size in moved.items():
+            if kind.startswith("gradient"):
+                assert size == pytest.approx(expected[kind], rel=0.01), "buffers are padded"
+            else:
+                assert size == expected[kind], kind
+
+
+def test_what_a_ring_sends():
+    """Eight bytes over four ranks: each passes on two bytes, three times to gather and three to add up."""
+    sent = {kind: Traffic(split=Split.DATA, collective=kind, bytes=8, ranks=4).sent for kind in Collective}
+    assert sent == {"all-reduce": 12, "all-gather": 6, "reduce-scatter": 6, "send": 8}
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+def test_operations_and_checkpoint(precision):
+    spec = STUDENT.with_sizes(ffn_hidden_size=384)
+    operations, size = run_on_ranks(1, train_once, spec, precision, 2, 256)[0]
+    assert operations == pytest.approx(512 * training_flops(spec, 256), rel=0.05)
+    assert size == pytest.approx(checkpoint_bytes(spec, precision), rel=0.05)
