@@ -135,6 +135,39 @@ def test_dry_run_refuses_what_a_run_would_refuse(given, override, expected):
     assert expected in err
 
 
+def test_what_cannot_be_is_shown_before_it_is_refused(given):
+    out, err = invoke("run", *given, "parallel.tensor=3", "--dry-run", status=2)
+    assert re.search(r"query heads +TP 3 +8 / 3 does not divide +4 / 3 does not divide", out)
+    assert "num_attention_heads = 8 is not a multiple of parallel.tensor = 3" in err
+    out, err = invoke("run", *given, "parallel.pipeline=5", "--dry-run", status=2)
+    assert re.search(r"layers +PP 5 +4 < 5 +3 < 5", out)
+    assert "4 layer(s) cannot fill 5 pipeline stages (parallel.pipeline)" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distill.batch.global_batch_size=7", "distill.batch.global_batch_size = 7 is not a multiple"),
+        ("parallel.context=5", "distill.batch.sequence_length = 64 is not a multiple of 10, which parallel.context"),
+        ("cluster={gpus_per_node: 3}", "distill.batch.global_batch_size = 8 is not a multiple"),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel = true without tensor parallelism"),
+    ],
+)
+def test_dry_run_names_the_key_of_a_batch_or_layout_that_cannot_be(given, override, expected):
+    out, err = invoke("run", *given, override, "--dry-run", status=2)
+    assert "layout: " in out
+    assert expected in err
+
+
+def test_too_little_memory_is_a_warning():
+    name = "qwen3_8b_to_6b_depth_64gpu_h100"
+    large = ("parallel.tensor=1", "parallel.sequence_parallel=false", "distill.batch.micro_batch_size=4")
+    out, _ = invoke("run", name, *large, "--dry-run")
+    assert re.search(r"^fits +no: distill needs \d+ GB .* parallel.recompute=full would do$", out, re.MULTILINE)
+    out, _ = invoke("run", name, *large, "parallel.recompute=full", "--dry-run")
+    assert re.search(r"^fits +yes: ", out, re.MULTILINE)
+
+
 def test_processes_that_do_not_fit_the_layout_are_refused(given):
     _, err = invoke("run", *given, "parallel.tensor=2", "--nproc", "3", status=2)
     assert "3 process(es) for parallel.tensor 2" in err

@@ -22,6 +22,7 @@ from tests.tiny import write_llama
 
 NAME = re.compile(r"[a-z0-9]+/[a-z0-9_]+_\d+b_to_\d+b_(width|depth)_(?P<gpus>\d+)gpu_(?P<gpu>a100|h100)")
 CITED = re.compile(r"# (table|text|section|README|guidelines)\b")
+README = Path(__file__).parents[2] / "recipes/README.md"
 ALL = recipes.bundled()
 PAPERS = [recipe for recipe in ALL if "gpu" in recipe.name]
 
@@ -173,6 +174,11 @@ def tiny(tmp_path_factory) -> list[str]:
     return [f"model.source={model}", "data.sources=[texts]"]
 
 
+def documented(name: str) -> str:
+    """A recipe's row in the table of recipes/README.md."""
+    return re.search(rf"^\| `{name}` \|.*$", README.read_text(), re.MULTILINE)[0]
+
+
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
 def test_every_recipe_dry_runs(recipe, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("NEMO_MINITRON_CACHE", str(tmp_path / "nothing is here"))
@@ -185,7 +191,10 @@ def test_every_recipe_dry_runs(recipe, tiny, tmp_path, monkeypatch):
     assert re.search(r"^run +nemo-minitron ", done.stdout, re.MULTILINE)
     assert re.search(r"parameters, built on meta", done.stdout)
     if recipe in PAPERS:
-        assert re.search(r"^takes +[\d.,]+ hours.* GPU hours on ", done.stdout, re.MULTILINE)
+        takes = re.search(r"^takes +[\d.,]+ hours.*, ([\d,]+) GPU hours on \d+ (\w+)", done.stdout, re.MULTILINE)
+        parameters = re.search(r"parameters +[\d,]+ +([\d,]+)", done.stdout)
+        assert f"| {parameters[1]} |" in documented(recipe.name)
+        assert f"| {takes[1]} {takes[2]} |" in documented(recipe.name)
     assert not list(tmp_path.iterdir())
 
 
