@@ -10,7 +10,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -34,6 +35,15 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
     Raises:
         RankError: A rank raised, died or took too long.
     """
+    with started(world_size, function, *args) as (_, readers):
+        return collect(readers, timeout)
+
+
+@contextmanager
+def started(
+    world_size: int, function: Callable[..., Any], *args: Any
+) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
+    """The processes of `run_on_ranks`, by rank, and what each one's answer comes through; at the end none is left."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "nemo_minitron.models.distillation"])
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +60,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
             readers.append(reader)
             processes.append(process)
         try:
-            return _collect(readers, timeout)
+            yield processes, readers
         finally:
             for process in processes:
                 process.join(GRACE_SECONDS if process.exitcode is None else 0)
@@ -61,7 +71,12 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
                 reader.close()
 
 
-def _collect(readers: list[Connection], timeout: float) -> list[Any]:
+def collect(readers: list[Connection], timeout: float) -> list[Any]:
+    """What each rank returned.
+
+    Raises:
+        RankError: A rank raised, died or took too long.
+    """
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout

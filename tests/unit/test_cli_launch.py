@@ -17,7 +17,7 @@ from pathlib import Path
 from nemo_minitron.cli import launch
 module = Path(sys.argv[1])
 launch.sys.executable = str(module / "python")
-sys.exit(launch.start(["x"], ranks=3))
+sys.exit(launch.start(["x"], ranks=3, run=module / "run"))
 """
 
 
@@ -116,6 +116,61 @@ def test_signals_reach_every_rank(start, tmp_path, number):
     assert status == 128 + number
     assert all((tmp_path / f"saved{rank}").exists() for rank in range(3))
     assert err == ""
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(start, tmp_path, lost):
+    checkpoint = tmp_path / "run/stages/.distill.partial/checkpoints/00000030.ckpt"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "SHA256SUMS").touch()
+    (checkpoint.parent / "00000040.ckpt").mkdir()  # not finished
+    began = time.monotonic()
+    status, _, err = finish(
+        start(
+            f"""
+            import os, signal, sys, time
+            if os.environ["RANK"] == "{lost}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+            """
+        )
+    )
+    assert status == 137
+    assert err == (
+        f"error: rank {lost} was ended by SIGKILL, as the system does when memory runs out\n"
+        f"  newest whole checkpoint: {checkpoint} (step 30); the same command goes on from there\n"
+    )
+    assert time.monotonic() - began < 25
+
+
+def test_ranks_that_have_saved_are_to_be_run_again(start):
+    """Status 75, although the rank that ended last had lost the others by then."""
+    status, _, err = finish(
+        start(
+            """
+            import os, sys, time
+            time.sleep(float(os.environ["RANK"]))
+            sys.exit(75 if os.environ["RANK"] == "0" else 1)
+            """
+        )
+    )
+    assert (status, err) == (75, "")
+
+
+def test_a_signal_before_ranks_can_take_it_is_no_failure(start, tmp_path):
+    process = start(
+        """
+        import os, sys, time
+        from pathlib import Path
+        (Path(sys.argv[1]) / ("ready" + os.environ["RANK"])).touch()
+        time.sleep(60)
+        """
+    )
+    for rank in range(3):
+        wait_for(tmp_path / f"ready{rank}")
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    assert (status, err) == (75, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system ends orphans on Linux only")
