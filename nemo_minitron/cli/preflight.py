@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli.job import Job
-from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.run import EvaluateConfig, RunConfig, ScoreConfig
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.errors import ConfigError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
@@ -129,7 +130,10 @@ def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> Non
     for kind in dict.fromkeys(stage.kind for stage in stages):
         section = getattr(config, kind, None)
         if isinstance(section, TrainingConfig):
-            problems += _batch_problems(kind, section, config, copies)
+            problems += _batch_problems(kind, section, config.parallel, copies)
+            problems += _length_problems(f"{kind}.batch", section.batch.sequence_length, config.parallel)
+        elif isinstance(section, ScoreConfig | EvaluateConfig):
+            problems += _length_problems(kind, section.sequence_length, config.parallel)
     if problems:
         raise LayoutError(
             "a batch cannot be shared out so: " + "; ".join(problems),
@@ -138,30 +142,32 @@ def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> Non
         )
 
 
-def _batch_problems(kind: str, section: TrainingConfig, config: RunConfig, copies: int) -> list[str]:
-    batch, parallel = section.batch, config.parallel
-    problems = []
+def _batch_problems(kind: str, section: TrainingConfig, parallel: ParallelConfig, copies: int) -> list[str]:
+    batch = section.batch
     micro_batches, left = divmod(batch.global_batch_size, batch.micro_batch_size * copies)
     if left:
-        problems.append(
+        return [
             f"{kind}.batch.global_batch_size = {batch.global_batch_size} is not a multiple of "
             f"{kind}.batch.micro_batch_size {batch.micro_batch_size} x {copies} data-parallel copies"
-        )
-    elif parallel.virtual_pipeline is not None and micro_batches % parallel.pipeline:
-        problems.append(
+        ]
+    if parallel.virtual_pipeline is not None and micro_batches % parallel.pipeline:
+        return [
             f"{kind}.batch gives {micro_batches} micro-batches a copy, with parallel.virtual_pipeline not a multiple "
             f"of parallel.pipeline = {parallel.pipeline}"
-        )
+        ]
+    return []
+
+
+def _length_problems(section: str, length: int, parallel: ParallelConfig) -> list[str]:
     pieces = {
         "parallel.context": 2 * parallel.context if parallel.context > 1 else 1,
-        "parallel.tensor": parallel.tensor * parallel.context if parallel.sequence_parallel else 1,
+        "parallel.sequence_parallel": parallel.tensor * parallel.context if parallel.sequence_parallel else 1,
     }
-    problems += [
-        f"{kind}.batch.sequence_length = {batch.sequence_length} is not a multiple of {count}, which {key} needs"
+    return [
+        f"{section}.sequence_length = {length} is not a multiple of {count}, which {key} needs"
         for key, count in pieces.items()
-        if batch.sequence_length % count
+        if length % count
     ]
-    return problems
 
 
 def _check_sources(recipe: str, ahead: Sequence[Stage], config: RunConfig) -> None:

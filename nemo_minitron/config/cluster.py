@@ -24,7 +24,7 @@ class ClusterConfig(Section):
     """One rank runs on each."""
     gpu: Gpu = Gpu.H100
     mfu: Fraction = 0.4
-    """Share of the GPU's dense bf16 peak that hours are reckoned with."""
+    """Share of the GPU's dense bf16 peak that a stage is taken to reach while it computes."""
     time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")
     """Time limit of one job, [days-]hours:minutes:seconds. Training saves before it ends, and is queued again."""
     warn_seconds: Count = 120

@@ -149,6 +149,7 @@ def test_what_cannot_be_is_shown_before_it_is_refused(given):
     [
         ("distill.batch.global_batch_size=7", "distill.batch.global_batch_size = 7 is not a multiple"),
         ("parallel.context=5", "distill.batch.sequence_length = 64 is not a multiple of 10, which parallel.context"),
+        ("parallel.context=5", "score.sequence_length = 64 is not a multiple of 10"),
         ("cluster={gpus_per_node: 3}", "distill.batch.global_batch_size = 8 is not a multiple"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel = true without tensor parallelism"),
     ],
