@@ -60,6 +60,15 @@ PARTS: tuple[Part, ...] = (
     Part("pyarrow", "pyarrow", False, "no parquet texts: pip install pyarrow"),
     Part("tensorboard", "tensorboard", False, "metrics.jsonl only: pip install tensorboard"),
     Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install 'nemo_minitron[eval]'", extra=True),
+    Part("nemo-run", "nemo_run", False, "no NeMo-Run experiments: pip install 'nemo_minitron[nemo-run]'", extra=True),
+    Part("wandb", "wandb", False, "no exp_manager.create_wandb_logger: pip install 'nemo_minitron[wandb]'", extra=True),
+    Part(
+        "mlflow",
+        "mlflow",
+        False,
+        "no exp_manager.create_mlflow_logger: pip install 'nemo_minitron[mlflow]'",
+        extra=True,
+    ),
 )
 GPU_PARTS: tuple[Part, ...] = (
     Part(
@@ -68,7 +77,7 @@ GPU_PARTS: tuple[Part, ...] = (
         False,
         "on a GPU: slower layers, no context or sequence parallelism, no fp8",
     ),
-    Part("apex", "apex", False, "on a GPU without Transformer Engine: slower optimizer and norms"),
+    Part("apex", "apex", False, "on a GPU without Transformer Engine: slower optimizer and norms", extra=True),
 )
 
 _PROBE = """
@@ -88,7 +97,7 @@ def examine() -> list[Finding]:
     findings += [_part(part) for part in PARTS]
     torch = _probe_torch()
     findings += _devices(torch)
-    findings += [_part(part, relevant=bool(torch.get("gpus"))) for part in GPU_PARTS]
+    findings += [_gpu_part(part, torch) for part in GPU_PARTS]
     return findings + _machine()
 
 
@@ -108,7 +117,7 @@ def show(findings: list[Finding], console: Console) -> None:
 
 
 def healthy(findings: list[Finding], *, strict: bool) -> bool:
-    """Whether stages can run; `strict` lets a container image fail whose GPU parts do not import."""
+    """Whether stages can run; `strict` lets a container image fail that lacks what it is built for."""
     bad = {BAD, WARN} if strict else {BAD}
     subjects = {part.distribution for part in (*PARTS, *GPU_PARTS)}
     return not any(
@@ -116,16 +125,30 @@ def healthy(findings: list[Finding], *, strict: bool) -> bool:
     )
 
 
-def _part(part: Part, *, relevant: bool = True) -> Finding:
+def _gpu_part(part: Part, torch: dict[str, object]) -> Finding:
+    """A part for GPUs. Without one it is not tried; where torch is built for them, as in an image, it must be there."""
+    if torch.get("gpus"):
+        return _part(part)
+    version = _version(part.distribution)
+    if version:
+        return Finding(part.distribution, OK, version, "not tried: there is no GPU")
+    if str(torch.get("build", "")).startswith("CUDA"):
+        return Finding(part.distribution, EXTRA if part.extra else WARN, "absent", part.cost)
+    return Finding(part.distribution, OK, "absent", "nothing here: torch is a CPU build")
+
+
+def _version(distribution: str) -> str:
     try:
-        version = metadata.version(part.distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        version = ""
+        return ""
+
+
+def _part(part: Part) -> Finding:
+    version = _version(part.distribution)
     error = _import_error(part.module)
     if error is None:
         return Finding(part.distribution, OK, version or "imports")
-    if not relevant:
-        return Finding(part.distribution, OK, "absent", "nothing here: there is no GPU")
     found = f"{version} is installed but fails: {error}" if version else "absent"
     state = BAD if part.needed else EXTRA if part.extra and not version else WARN
     return Finding(part.distribution, state, found, part.cost)
