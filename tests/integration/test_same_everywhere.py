@@ -60,7 +60,8 @@ def test_example_scripts_make_the_same_scores_plan_and_losses(run, given):
         where = (f"--config-path={run / stage}", "--config-name=hydra.yaml")
         execute(*TORCHRUN, str(ROOT / "examples" / f"{script}.py"), *where, f"hydra.run.dir={run / stage}")
 
-    assert PruningPlan.load(run / "prune/plan.json") == PruningPlan.load(run / "stages/prune/plan.json")
+    plans = [PruningPlan.load(run / folder / "plan.json") for folder in ("prune", "stages/prune")]
+    assert plans[0].digest() == plans[1].digest()
     events = EventAccumulator(str(run / "distill/results"))
     events.Reload()
     seen = [event.value for event in events.Scalars("train/loss")]
