@@ -101,13 +101,12 @@ def killed(rank: int, moment: float, job: tuple[Path, Path, dict, Path]) -> bool
         while len(list(begun.iterdir())) < RANKS:
             time.sleep(0.01)
         processes[rank].join(moment)
-        if processes[rank].exitcode is not None:
+        processes[rank].kill()
+        try:
             collect(readers, timeout=60)
             return False
-        processes[rank].kill()
-        with pytest.raises(RankError) as caught:
-            collect(readers, timeout=60)
-    told = dict(re.findall(r"--- rank (\d) ---\n(.*?)(?=\n--- rank|\Z)", str(caught.value), flags=re.DOTALL))
+        except RankError as error:
+            told = dict(re.findall(r"--- rank (\d) ---\n(.*?)(?=\n--- rank|\Z)", str(error), flags=re.DOTALL))
     assert told.pop(str(rank)) == "the process died without a word"
     for text in told.values():
         assert "LostRankError: rank" in text, text

@@ -245,6 +245,13 @@ def test_a_training_stage_saves_before_it_stops(recorder, run, number):
     assert run.result("import")["from"] == "step 7"
 
 
+def test_a_rank_stops_with_the_others_although_no_signal_reached_it():
+    assert not signals.requested()
+    with pytest.raises(signals.Stopped) as caught:
+        signals.stop()
+    assert caught.value.exit_status == 75
+
+
 def test_a_training_stage_that_ends_in_spite_of_a_signal_is_whole(recorder, run):
     def train(context: StageContext) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)
