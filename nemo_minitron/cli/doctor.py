@@ -62,13 +62,6 @@ PARTS: tuple[Part, ...] = (
     Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install 'nemo_minitron[eval]'", extra=True),
     Part("nemo-run", "nemo_run", False, "no NeMo-Run experiments: pip install 'nemo_minitron[nemo-run]'", extra=True),
     Part("wandb", "wandb", False, "no exp_manager.create_wandb_logger: pip install 'nemo_minitron[wandb]'", extra=True),
-    Part(
-        "mlflow",
-        "mlflow",
-        False,
-        "no exp_manager.create_mlflow_logger: pip install 'nemo_minitron[mlflow]'",
-        extra=True,
-    ),
 )
 GPU_PARTS: tuple[Part, ...] = (
     Part(
