@@ -136,6 +136,13 @@ def _mlp(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     return numbers * neurons * bytes_of(step.precision)
 
 
+def micro_batches_alive(step: Pass, stage: int) -> int:
+    """Micro-batches whose graph a layer of a stage holds at one time, rounded up; with full recomputation, one."""
+    if step.parallel.recompute is Recompute.FULL:
+        return 1
+    return -(-_alive(step, stage) // (step.parallel.virtual_pipeline or 1))
+
+
 def _alive(step: Pass, stage: int) -> int:
     """Model chunks whose activations a rank holds at one time, counted over its micro-batches.
 

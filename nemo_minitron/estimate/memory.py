@@ -6,9 +6,10 @@ import torch
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
+from nemo_minitron.config.hidden import StatePair
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
-from nemo_minitron.estimate.activations import Pass, activations, bytes_of
-from nemo_minitron.megatron.placement import chunk_layers, padded_vocab
+from nemo_minitron.estimate.activations import Pass, activations, bytes_of, micro_batches_alive
+from nemo_minitron.megatron.placement import chunk_layers, padded_vocab, state_holder
 from nemo_minitron.parallel.fused_linear import block_rows, chunk_rows
 
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
@@ -32,6 +33,8 @@ class Training:
         teacher_precision: Numbers of a resident teacher.
         offload_teacher: Whether its layers are elsewhere while the student computes.
         chunk_tokens: Tokens whose logits exist at one time; None chooses.
+        compared: Pairs of intermediate states, the teacher's and the student's.
+        projection: Whether a learned matrix maps the student's to the teacher's.
     """
 
     step: Pass
@@ -41,6 +44,8 @@ class Training:
     teacher_precision: Precision = Precision.BF16
     offload_teacher: bool = False
     chunk_tokens: int | None = None
+    compared: tuple[StatePair, ...] = ()
+    projection: bool = False
 
     def recomputing(self, recompute: Recompute) -> "Training":
         """The same with other activations computed again."""
@@ -55,10 +60,10 @@ class RankMemory:
     gradients: int = 0
     optimizer: int = 0
     teacher: int = 0
-    """The teacher's weights, and its final states of every micro-batch."""
+    """The teacher's weights, and its states of every micro-batch, the final and those that are compared here."""
     activations: int = 0
     loss: int = 0
-    """Chunks of logits."""
+    """Chunks of logits, and what comparing intermediate states keeps."""
 
     @property
     def total(self) -> int:
@@ -110,10 +115,11 @@ def training_memory(
     return RankMemory(
         weights=(vocabulary + others) * bytes_of(step.precision),
         gradients=trained * _GRADIENT,
-        optimizer=trained * per_parameter // copies,
-        teacher=0 if teacher is None else _teacher(teacher, training, stage),
+        optimizer=trained * per_parameter // copies + _projection(student, teacher, training) * (_MASTER + _MOMENTS),
+        teacher=0 if teacher is None else _teacher(teacher, student, training, stage),
         activations=activations(student, step, stage),
-        loss=_loss(student, training, stage, models=1 if teacher is None else 2),
+        loss=_loss(student, training, stage, models=1 if teacher is None else 2)
+        + (0 if teacher is None else _comparison(student, teacher, training, stage)),
     )
 
 
@@ -131,10 +137,32 @@ def _loss(student: ModelSpec, training: Training, stage: int, *, models: int) ->
     return rows * columns * models * element + scratch
 
 
-def _teacher(teacher: ModelSpec, training: Training, stage: int) -> int:
+def _projection(student: ModelSpec, teacher: ModelSpec | None, training: Training) -> int:
+    return student.hidden_size * teacher.hidden_size if teacher is not None and training.projection else 0
+
+
+def _compared_here(student: ModelSpec, training: Training, stage: int) -> list[StatePair]:
+    parallel = training.step.parallel
+    return [pair for pair in training.compared if state_holder(pair[1], student.num_layers, parallel) == stage]
+
+
+def _comparison(student: ModelSpec, teacher: ModelSpec, training: Training, stage: int) -> int:
+    """What the losses on intermediate states keep for the backward pass, and the projection's gradient."""
+    step, pairs = training.step, len(_compared_here(student, training, stage))
+    # Both states in fp32; with a projection, the student's before it as well.
+    widths = 4 * (student.hidden_size + teacher.hidden_size)
+    if training.projection:
+        widths = bytes_of(step.precision) * student.hidden_size + 8 * teacher.hidden_size
+    positions = step.tokens // (step.parallel.tensor if step.parallel.sequence_parallel else 1)
+    return pairs * micro_batches_alive(step, stage) * positions * widths + 4 * _projection(student, teacher, training)
+
+
+def _teacher(teacher: ModelSpec, student: ModelSpec, training: Training, stage: int) -> int:
     step, element = training.step, bytes_of(training.teacher_precision)
     vocabulary, others = rank_parameters(teacher, step.parallel, stage)
     held = vocabulary + (0 if training.offload_teacher else others)
     is_last = stage == step.parallel.pipeline - 1
-    states = step.tokens * step.micro_batches * teacher.hidden_size if is_last else 0
-    return (held + states) * element
+    compared = len({theirs for theirs, _ in _compared_here(student, training, stage)})
+    parts = step.parallel.tensor if step.parallel.sequence_parallel else 1
+    states = step.tokens * step.micro_batches * teacher.hidden_size
+    return (held + is_last * states + compared * states // parts) * element

@@ -1,7 +1,8 @@
 """What each stage of a recipe computes and holds on the GPUs (or processes) it is meant for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import Recompute
@@ -131,8 +132,20 @@ def _training(
         section=section,
         model=model,
         teacher=teacher,
-        training=_memory_settings(section, config, step, copies),
+        training=replace(_memory_settings(section, config, step, copies), **_compared(section, model, teacher)),
     )
+
+
+def _compared(section: TrainingConfig, student: ModelSpec, teacher: ModelSpec | None) -> dict[str, Any]:
+    """What a training with losses on intermediate states has more."""
+    hidden = section.hidden if isinstance(section, DistillConfig) else None
+    if hidden is None or teacher is None:
+        return {}
+    differ = teacher.hidden_size != student.hidden_size
+    return {
+        "compared": hidden.states(teacher.num_layers, student.num_layers)[0],
+        "projection": differ if hidden.projection is None else hidden.projection,
+    }
 
 
 def _memory_settings(section: TrainingConfig, config: RunConfig, step: Pass, copies: int) -> Training:

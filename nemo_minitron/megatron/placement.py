@@ -66,6 +66,14 @@ def chunk_layers(num_layers: int, parallel: ParallelConfig) -> list[range]:
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def state_holder(state: int, num_layers: int, parallel: ParallelConfig) -> int:
+    """The pipeline rank that computes a state: what enters layer `state`, or what the final norm returns."""
+    if state == num_layers:
+        return parallel.pipeline - 1
+    chunks = chunk_layers(num_layers, parallel)
+    return next(index for index, layers in enumerate(chunks) if state in layers) % parallel.pipeline
+
+
 def local_shard(weight: Weight, tensor: Tensor, spec: ModelSpec, *, rank: int, size: int) -> Tensor:
     """A tensor-parallel rank's part of a canonical tensor, in the layout of Megatron's modules.
 

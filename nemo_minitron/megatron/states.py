@@ -15,11 +15,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.hooks import fused_norm
 from nemo_minitron.megatron.model import unwrap
-from nemo_minitron.megatron.placement import chunk_layers
 from nemo_minitron.megatron.runtime import Runtime
 
 Take = Callable[[int, Tensor], Tensor | None]
@@ -81,14 +79,6 @@ class _WithLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.like
         return grad, torch.ones((), dtype=dtype, device=device)
-
-
-def holder(state: int, num_layers: int, parallel: ParallelConfig) -> int:
-    """The pipeline rank that computes a state."""
-    if state == num_layers:
-        return parallel.pipeline - 1
-    chunks = chunk_layers(num_layers, parallel)
-    return next(index for index, layers in enumerate(chunks) if state in layers) % parallel.pipeline
 
 
 def local_keep(micro_batch: MicroBatch, runtime: Runtime) -> Tensor:

@@ -14,6 +14,7 @@ from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.megatron import states
 from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.placement import state_holder
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.hidden_loss import dynamic_weight, hidden_loss
 
@@ -213,8 +214,8 @@ def _routes(
     wanted = {
         (
             theirs,
-            states.holder(theirs, teacher.num_layers, parallel),
-            states.holder(own, student.num_layers, parallel),
+            state_holder(theirs, teacher.num_layers, parallel),
+            state_holder(own, student.num_layers, parallel),
         )
         for theirs, own in pairs
     }

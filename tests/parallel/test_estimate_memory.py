@@ -1,5 +1,6 @@
 """Estimated memory against what real models hold, and what a real step allocates."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
+from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.estimate.activations import Pass
@@ -33,6 +35,7 @@ class Case(NamedTuple):
     precision: Precision = Precision.FP32
     teacher: ModelSpec | None = None
     micro_batches: int = 1
+    hidden: HiddenConfig | None = None
 
     def estimate(self, stage: int) -> RankMemory:
         step = Pass(
@@ -44,6 +47,9 @@ class Case(NamedTuple):
             engine=False,
         )
         training = Training(step=step, data_parallel=1, teacher_precision=self.precision)
+        if self.hidden is not None:
+            compared, _ = self.hidden.states(self.teacher.num_layers, self.spec.num_layers)
+            training = replace(training, compared=compared, projection=True)
         return training_memory(self.spec, training, stage, teacher=self.teacher)
 
 
@@ -75,6 +81,7 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
     from nemo_minitron.megatron import forward, optim, runtime
     from nemo_minitron.megatron.build import build_chunks
     from nemo_minitron.megatron.forward import MicroBatch
+    from nemo_minitron.models.hidden import StateMatching
     from nemo_minitron.models.losses import DistillationLoss, LanguageModelLoss, tensor_group
     from nemo_minitron.parallel.fused_linear import WORKSPACE
 
@@ -90,14 +97,25 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
     batch = MicroBatch.of(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
     batches = [batch] * case.micro_batches
 
+    matching = None
+    if case.hidden is not None:
+        sizes = {"student": case.spec, "teacher": case.teacher}
+        matching = StateMatching(case.hidden, **sizes, runtime=here, optimizer=config)
+
     def gradients() -> None:
         trainer.zero_grad()
+        if matching is not None:
+            matching.projection.grad = None
         shared: dict[str, Any] = {"vocab_size": case.spec.vocab_size, "tensor_group": tensor_group(here)}
         loss: Any = LanguageModelLoss(model=chunks[-1], **shared)
         if teacher:
-            states = forward.collect_hidden(teacher, batches, here)
+            with matching.of_teacher(teacher) if matching else nullcontext():
+                states = forward.collect_hidden(teacher, batches, here)
+            if matching is not None:
+                matching.deliver(batches, chunks[0].config.params_dtype)
             loss = DistillationLoss(student=chunks[-1], teacher=teacher[-1], teacher_states=states, **shared)
-        forward.run(wrapped, batches, loss, runtime=here, forward_only=False)
+        with matching.compared(chunks, weight=1.0) if matching else nullcontext():
+            forward.run(wrapped, batches, loss, runtime=here, forward_only=False)
 
     gradients()  # what the first step alone allocates and keeps
     WORKSPACE.clear()
@@ -106,6 +124,10 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
     moments = [state for adam in optim._torch_adams(trainer.optimizer) for state in adam.state.values()]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     masters = 4 * sum(parameter.numel() for parameter in parameters) if case.precision is Precision.BF16 else 0
+    if matching is not None:
+        matching.step(tokens=TOKENS, lr=1e-4, skipped=False)
+        moments += matching._optimizer.state.values()
+        masters += matching.projection.nbytes
     held = {
         "stage": here.pp_rank,
         "weights": sum(parameter.nbytes for parameter in parameters),
@@ -130,6 +152,7 @@ def peak_of(work: Any) -> int:
     return peak
 
 
+HIDDEN = HiddenConfig(layers=((1, 1), (-3, -2), (-1, -1)), embedding=True)
 BF16, PIPELINE = Precision.BF16, ParallelConfig(pipeline=2)
 LAYERNORM = replace(SPEC, activation=Activation.SQUARED_RELU, norm=Norm.LAYERNORM1P)
 CASES = {
@@ -146,6 +169,9 @@ CASES = {
     "two tensor ranks in bf16": Case(parallel=ParallelConfig(tensor=2), teacher=TEACHER, precision=BF16),
     "two pipeline stages": Case(parallel=PIPELINE, teacher=TEACHER, micro_batches=4),
     "two pipeline stages in bf16": Case(parallel=PIPELINE, teacher=TEACHER, micro_batches=4, precision=BF16),
+    "hidden states": Case(teacher=TEACHER, hidden=HIDDEN),
+    "hidden states on two stages": Case(parallel=PIPELINE, teacher=TEACHER, micro_batches=4, hidden=HIDDEN),
+    "hidden states in bf16": Case(teacher=TEACHER, hidden=HIDDEN, precision=BF16),
     "interleaved": Case(parallel=ParallelConfig(pipeline=2, virtual_pipeline=2), micro_batches=4),
 }
 
@@ -160,7 +186,9 @@ def test_a_real_step_allocates_what_is_estimated(case):
         if case.teacher is not None:
             is_last = found["stage"] == case.parallel.pipeline - 1
             element = 2 if case.precision is BF16 else 4
-            assert states == (is_last and case.micro_batches * TOKENS * TEACHER.hidden_size * element)
+            every = case.micro_batches * TOKENS * TEACHER.hidden_size * element
+            compared = 0 if case.hidden is None else 4 if case.parallel == ParallelConfig() else 2
+            assert states == (is_last + compared) * every
         assert found["peak"] == pytest.approx(estimate.activations + estimate.loss + states, rel=0.1)
 
 

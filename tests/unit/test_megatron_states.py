@@ -7,7 +7,8 @@ import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.states import holder, local_keep
+from nemo_minitron.megatron.placement import state_holder
+from nemo_minitron.megatron.states import local_keep
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from nemo_minitron.megatron.states import holder, local_keep
     ],
 )
 def test_a_state_is_where_its_norm_is(layers, parallel, ranks):
-    assert [holder(state, layers, parallel) for state in range(layers + 1)] == ranks
+    assert [state_holder(state, layers, parallel) for state in range(layers + 1)] == ranks
 
 
 @pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 1), (1, 2), (2, 2)])
