@@ -74,10 +74,12 @@ def test_twenty_kills_of_random_ranks_change_nothing(inputs, pruned, tmp_path):
         run = shutil.copytree(pruned, tmp_path / f"run{runs}")
         settings = {"async_save": runs % 2 == 1}
         while len(kills) < KILLS and not (run / "stages/distill/DONE").is_file():
-            rank, moment = rng.randrange(RANKS), rng.uniform(0.0, 0.9 * seconds)
+            rank, moment = rng.randrange(RANKS), rng.uniform(0.0, 0.6 * seconds)
             if killed(rank, moment, (run, inputs, settings, tmp_path / "begun")):
                 kills.append(rank)
                 resumed += check_checkpoints(run)
+            else:
+                seconds *= 0.7  # the machine was busier when it was measured
         run_on_ranks(RANKS, distill, run, inputs, settings, tmp_path / "begun")
         found = chain_jobs.weights(run)
         assert found.keys() == expected.keys()
