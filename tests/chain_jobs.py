@@ -23,16 +23,15 @@ def run_to(
     from nemo_minitron.cli import quiet
     from nemo_minitron.megatron import runtime
     from nemo_minitron.stages.chain import chain_for
-    from nemo_minitron.stages.engine import Request, run_chain
+    from nemo_minitron.stages.engine import Request, meet, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
-    from nemo_minitron.stages.team import gather
 
     quiet.install()
     if before is not None:
         before()
     config = merged(inputs, **changes)
     folder = RunFolder(run)
-    team = gather(config.parallel, seed=config.seed)
+    team = meet(config, folder)
     try:
         chain = chain_for(config)
         request = Request(config=config, run=folder, last=last)

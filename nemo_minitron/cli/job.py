@@ -87,13 +87,12 @@ def _run_here(job: Job, config: RunConfig) -> None:
     from nemo_minitron.callbacks.reporter import Reporter
     from nemo_minitron.cli import closing, preflight
     from nemo_minitron.stages.chain import chain_for
-    from nemo_minitron.stages.engine import Request, run_chain
+    from nemo_minitron.stages.engine import Request, meet, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
-    from nemo_minitron.stages.team import gather
 
     folder = RunFolder(job.folder(config))
     preflight.check(job, config, folder, ranks=environment_rank()[1])
-    team = gather(config.parallel, seed=config.seed)
+    team = meet(config, folder)
     reporter = Reporter(silent=team.rank > 0)
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))
     request = Request(config=config, run=folder, redo_from=job.redo_from, last=job.last, only=job.only)

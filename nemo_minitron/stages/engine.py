@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,7 +17,16 @@ from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.plan import Action, Step, decide, select
 from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import LAUNCHED, Alone, Team, as_echo, lost_another, start_collectives
+from nemo_minitron.stages.team import (
+    LAUNCHED,
+    Alone,
+    Team,
+    as_echo,
+    environment_rank,
+    gather,
+    lost_another,
+    start_collectives,
+)
 from nemo_minitron.version import __version__
 
 T = TypeVar("T")
@@ -38,6 +47,17 @@ class Request:
     """Bring this stage up to date, with what it needs, and no other."""
 
 
+def meet(config: RunConfig, run: RunFolder) -> Team:
+    """The processes of this run, which may lose one while they are meeting.
+
+    Raises:
+        LayoutError: The parallel sizes do not fit the number of processes.
+        LostRankError: Another rank is gone.
+    """
+    with _loss_named(run, environment_rank()[0]):
+        return gather(config.parallel, seed=config.seed)
+
+
 def run_chain(
     chain: Sequence[Stage], request: Request, *, team: Team | None = None, reporter: Reporter | None = None
 ) -> None:
@@ -51,26 +71,36 @@ def run_chain(
     reporter = reporter or Reporter(silent=team.rank > 0)
     with ExitStack() as stack:
         stack.enter_context(signals.handled())
-        steps = _together(team, request.run.path, lambda: _prepare(chain, request, stack))
+        with _loss_named(request.run, team.rank):
+            steps = _together(team, request.run.path, lambda: _prepare(chain, request, stack))
         by_name = {stage.name: stage for stage in chain}
         outcome = "stopped"
         try:
-            for position, (name, data) in enumerate(steps, start=1):
-                step = Step(stage=by_name[name], **data)
-                _one(step, request, team, reporter, position=position, count=len(steps))
+            with _loss_named(request.run, team.rank):
+                for position, (name, data) in enumerate(steps, start=1):
+                    step = Step(stage=by_name[name], **data)
+                    _one(step, request, team, reporter, position=position, count=len(steps))
             outcome = "finished"
         except MinitronError as error:
             outcome = f"failed: {error.what.splitlines()[0]}"
-            raise
-        except BaseException as error:
-            if told := lost_another(error):
-                outcome = "failed: a rank was lost"
-                raise _lost(told, request.run, team.rank) from error
             raise
         finally:
             reporter.rest()
             if team.rank == 0:
                 _close(request, outcome)
+
+
+@contextmanager
+def _loss_named(run: RunFolder, rank: int) -> Iterator[None]:
+    """Turn what the network says when another rank is gone, while connecting too, into an error that says so."""
+    try:
+        yield
+    except MinitronError:
+        raise
+    except BaseException as error:
+        if told := lost_another(error):
+            raise _lost(told, run, rank) from error
+        raise
 
 
 def _lost(told: str, run: RunFolder, rank: int) -> BaseException:

@@ -20,6 +20,7 @@ _LOST_WORDS = (
     "broken pipe",
     "connection was likely closed",
     "timed out waiting",
+    "connectfullmesh failed",
     "watchdog",
     "remote process exited",
 )
