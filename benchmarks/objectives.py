@@ -4,11 +4,13 @@
 
 Every variant is an ordinary run of `recipes/smollm2/demo.yaml` with the overrides that its row names, in a folder of
 its own below DIR; what they share (teacher, texts, scores, pruned student) is made once and copied. The figures are
-perplexities on held-out Wikipedia. A run of DIR that was cut off goes on where it was.
+perplexities on held-out Wikipedia, and the forward KL to the teacher on the samples of a validation (none where no
+teacher is in memory). A run of DIR that was cut off goes on where it was.
 """
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -95,7 +97,7 @@ def run(folder: Path, overrides: tuple[str, ...], *, last: str) -> None:
 
 
 def result(variant: Variant, work: Path, common: tuple[str, ...], tokens: int) -> dict[str, float]:
-    """Perplexities of one variant."""
+    """Perplexities of one variant, and the KL to its teacher."""
     folder = work / variant.name.replace(" ", "_").replace(",", "").replace("+", "and")
     overrides = (*common, *(word.format(tokens=tokens) for word in variant.overrides))
     if not folder.exists() and variant.shares_pruned:
@@ -107,7 +109,9 @@ def result(variant: Variant, work: Path, common: tuple[str, ...], tokens: int) -
             write_folder(RandomSource(open_checkpoint(student), seed=1234), student)
         partial.rename(folder)
     run(folder, overrides, last="evaluate")
-    return json.loads((folder / "stages/evaluate/evaluation.json").read_text())["perplexity"]
+    validation = json.loads((folder / "stages/distill/result.json").read_text())["validation"]
+    perplexity = json.loads((folder / "stages/evaluate/evaluation.json").read_text())["perplexity"]
+    return {**perplexity, "kl": validation.get("kl", math.nan)}
 
 
 def main() -> None:
@@ -126,13 +130,11 @@ def main() -> None:
     )
     run(args.work / "shared", common, last="prune")
     title = f"{args.tokens:,} tokens, seed {args.seed}, {args.precision}"
-    print(f"\n| {title} | teacher | pruned | distilled |\n| --- | ---: | ---: | ---: |")
+    print(f"\n| {title} | teacher | pruned | distilled | KL |\n| --- | ---: | ---: | ---: | ---: |")
     for variant in VARIANTS:
         found = result(variant, args.work, common, args.tokens)
-        print(
-            f"| {variant.name} | {found['teacher']:.2f} | {found['pruned']:.2f} | {found['distilled']:.2f} |",
-            flush=True,
-        )
+        perplexities = " | ".join(f"{found[model]:.2f}" for model in ("teacher", "pruned", "distilled"))
+        print(f"| {variant.name} | {perplexities} | {found['kl']:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
