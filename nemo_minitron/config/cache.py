@@ -21,7 +21,8 @@ class CacheConfig(Section):
 
     kind: TargetKind = TargetKind.SAMPLED
     draws: Count = 50
-    """Random draws a token of `sampled` targets: about 12 ids and 36 bytes at 50."""
+    """Random draws a token of `sampled` targets. 50 give about 12 ids and 36 bytes (the same paper); a teacher that is
+    less sure gives more, SmolLM2-135M on Wikipedia 17 ids and 52 bytes."""
     k: Count = 100
     """Ids a token of `top_k` targets; far fewer than 100 do harm (the same paper)."""
     micro_batch_size: Count = 1
