@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # Interpreters of `make compat`.
 PYTHON311 ?= python3.11
+PYTHON3112 ?= /usr/bin/python3.11
 PYTHON312 ?= python3.12
 RUN ?= runs/demo
 TESTS ?= tests
@@ -49,7 +50,7 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 
 .PHONY: compat
 compat:  ## run the tiny recipe with each pinned set; writes docs/compatibility.md (9 GB, half an hour)
-	python3 tests/compat/matrix.py --python 3.11=$(PYTHON311) --python 3.12=$(PYTHON312)
+	python3 tests/compat/matrix.py --python 3.11=$(PYTHON311) --python 3.11.2=$(PYTHON3112) --python 3.12=$(PYTHON312)
 
 .PHONY: constraints
 constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
