@@ -10,7 +10,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli import dry_run_tables as tables
 from nemo_minitron.cli import preflight, quiet
 from nemo_minitron.cli.job import Job
-from nemo_minitron.config.parallel import Recompute
+from nemo_minitron.config.parallel import Precision, Recompute
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
@@ -19,6 +19,7 @@ from nemo_minitron.launchers.commands import run_command
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.plan import decide, select
+from nemo_minitron.stages.precision import foreseen
 from nemo_minitron.stages.run_folder import RunFolder
 
 
@@ -59,6 +60,8 @@ def show(job: Job, *, console: Console) -> None:
     if not job.debug:
         quiet.install()
     folder = RunFolder(job.folder(config))
+    precision, why = _precision(config, folder)
+    config = config.model_copy(update={"precision": precision})
     chain = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
     steps = decide(chain, config, folder, redo_from=job.redo_from)
     console.print(Text(f"run folder {folder.path}", style="bold"))
@@ -81,12 +84,22 @@ def show(job: Job, *, console: Console) -> None:
     console.print(_tables(planned, on_meta), highlight=False)
     if problem is not None:
         raise problem
-    lines = _verdict(planned)
+    lines = [_line("in", Text(f"{precision}{why}")), *_verdict(planned)]
     if (job.redo_from, job.last, job.only) == (None, None, None):
         command = run_command(job.recipe, job.overrides, job.run_dir, config)
         lines.append(_line("run", Text(command, style="bold")))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _precision(config: RunConfig, folder: RunFolder) -> tuple[Precision, str]:
+    """What `precision: auto` will be where the recipe runs, and why."""
+    if config.precision is not Precision.AUTO:
+        return config.precision, ""
+    if config.cluster is not None:
+        return Precision.BF16, f" (auto: on {config.cluster.gpu.upper()} GPUs)"
+    choice = foreseen(folder)
+    return choice.chosen, f" (auto: {choice.reason})"
 
 
 def _built(job: _Job) -> tuple[dict[str, list[int]], MinitronError | None]:

@@ -6,10 +6,13 @@ from nemo_minitron.config.base import Count, Section
 
 
 class Precision(StrEnum):
-    """Numbers of weights and activations. Master weights, gradient sums and losses are fp32 in either case."""
+    """Dtype of weights and activations. Master weights, gradient sums and losses are fp32 in every case."""
 
     FP32 = "fp32"
     BF16 = "bf16"
+    AUTO = "auto"
+    """A recipe's word only: bf16 on a GPU and on processors that multiply it faster than fp32, else fp32. It is settled
+    by a short measurement before work begins, and the run keeps what was chosen (`nemo_minitron.stages.precision`)."""
 
 
 class Recompute(StrEnum):

@@ -150,7 +150,7 @@ def _recomputation(recompute: Recompute) -> dict[str, Any]:
 
 def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch dtype of a precision."""
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    return {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}[precision]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_minitron.config.base import in_steps
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
 from nemo_minitron.megatron.model import unwrap
@@ -175,14 +176,15 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(megatron_config, list(chunks), use_gloo_process_groups=False)
     _prepare_torch_adam(optimizer)
+    warmup_steps = in_steps(config.warmup_steps, steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
+        lr_warmup_steps=warmup_steps,
         # A warm-up longer than the training is a ramp that is not finished.
-        lr_decay_steps=max(steps, config.warmup_steps + 1),
+        lr_decay_steps=max(steps, warmup_steps + 1),
         lr_decay_style=_DECAY_STYLES[config.schedule],
         wsd_decay_steps=max(round(config.decay_share * steps), 1),
         lr_wsd_decay_style="linear",

@@ -52,7 +52,7 @@ def precision(cfg: Mapping[str, Any]) -> Precision:
 
 def precision_key(value: Precision) -> str:
     """The inverse of `precision`."""
-    return "bf16" if value is Precision.BF16 else "32"
+    return {Precision.BF16: "bf16", Precision.FP32: "32"}[value]
 
 
 def optimizer_config(optim: Mapping[str, Any]) -> OptimizerConfig:

@@ -35,10 +35,22 @@ PACKAGES = (
 )
 
 
-def begin(folder: Path, config: RunConfig) -> None:
-    """Add a command to the manifest, with the state of code and machine it starts in."""
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder; empty before its first command."""
     path = folder / "manifest.json"
-    commands = read_json(path)["commands"] if path.is_file() else []
+    return read_json(path) if path.is_file() else {}
+
+
+def begin(folder: Path, config: RunConfig, *, precision: dict[str, Any] | None = None) -> None:
+    """Add a command to the manifest, with the state of code and machine it starts in.
+
+    Args:
+        folder: The run folder.
+        config: The recipe.
+        precision: How the run's precision was settled; None if nothing was to be settled.
+    """
+    before = read(folder)
+    commands = before.get("commands", [])
     commands.append(
         {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -54,17 +66,17 @@ def begin(folder: Path, config: RunConfig) -> None:
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
+        "precision": precision or before.get("precision"),
         "commands": commands,
     }
-    write_json(path, record)
+    write_json(folder / "manifest.json", record)
 
 
 def end(folder: Path, outcome: str) -> None:
     """Note how the newest command ended."""
-    path = folder / "manifest.json"
-    record = read_json(path)
+    record = read(folder)
     record["commands"][-1].update(end=now(), outcome=outcome)
-    write_json(path, record)
+    write_json(folder / "manifest.json", record)
 
 
 def now() -> str:

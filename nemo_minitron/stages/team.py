@@ -58,6 +58,9 @@ class Team(Protocol):
     def broadcast(self, value: T) -> T:
         """The value of rank 0, on every rank."""
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
 
@@ -74,6 +77,10 @@ class Alone:
     def broadcast(self, value: T) -> T:
         """The value itself."""
         return value
+
+    def collect(self, value: T) -> list[T]:
+        """The value itself."""
+        return [value]
 
     def agree(self, ok: bool) -> bool:
         """One's own opinion."""
@@ -98,6 +105,10 @@ class Ranks:
         """The value of rank 0, on every rank; rank 0 may work for hours before it has one."""
         received: T = self._runtime.broadcast_object(value, patient=True)
         return received
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        return list(self._runtime.gather_objects(value))
 
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
