@@ -113,10 +113,13 @@ class _Job(threading.Thread):
         super().__init__(name=f"writes {path.name}", daemon=True)
         self.path, self.partial, self.size = path, partial, size
         self._request = request
+        self._device = runtime.current().device
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread starts with the first one
             self._request.async_fn(*self._request.async_fn_args)
         except BaseException as error:  # torch's CheckpointException is no Exception
             self._error = error
@@ -167,7 +170,8 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
         alone = dist.get_world_size() == 1
         dcp.save(
             state,
-            storage_writer=_FileWriter(folder, thread_count=1),
+            # Copying ahead would wait for the training's stream every few megabytes.
+            storage_writer=_FileWriter(folder, thread_count=1, per_thread_copy_ahead=0),
             planner=torch_strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=None if alone else self._group,
             no_dist=alone,

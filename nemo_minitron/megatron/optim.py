@@ -175,7 +175,7 @@ def build_optimizer(
         use_distributed_optimizer=config.distributed,
     )
     optimizer = get_megatron_optimizer(megatron_config, list(chunks), use_gloo_process_groups=False)
-    _prepare_torch_adam(optimizer)
+    _prepare_adam(optimizer)
     warmup_steps = in_steps(config.warmup_steps, steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -196,12 +196,15 @@ def build_optimizer(
     return TrainOptimizer(chunks, optimizer, scheduler, config.clip_grad)
 
 
-def _prepare_torch_adam(optimizer: Any) -> None:
-    """Set up torch's AdamW where Megatron falls back to it.
+def _prepare_adam(optimizer: Any) -> None:
+    """Make the moments now, where Adam would at its first step, so that a state can be saved or loaded before it.
 
-    Each parameter is updated in one pass over memory, and moments exist from the start, as in Apex's and Transformer
-    Engine's optimizers, so that a state can be saved or loaded before the first step.
+    Torch's AdamW, to which Megatron falls back without Transformer Engine and Apex, is also told to update each
+    parameter in one pass over memory.
     """
+    for part in optimizer.chained_optimizers:
+        if (inner := getattr(part, "optimizer", None)) is not None:
+            part.init_state_fn(inner, part.config)
     for adam in _torch_adams(optimizer):
         adam.defaults.update(fused=True, foreach=False)
         for group in adam.param_groups:

@@ -27,6 +27,7 @@ from nemo_minitron.stages.team import (
     environment_rank,
     gather,
     lost_another,
+    release_memory,
     start_collectives,
 )
 from nemo_minitron.version import __version__
@@ -179,6 +180,7 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
             if stage.collective:
                 start_collectives(request.config.parallel, seed=request.config.seed)
                 result = _guarded(stage, context)
+                release_memory()
                 team.barrier()
             else:
                 result = _together(team, request.run.path, lambda: _guarded(stage, context))

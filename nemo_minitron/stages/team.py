@@ -126,6 +126,21 @@ def start_collectives(parallel: "ParallelConfig", *, seed: int) -> None:
     runtime.start(parallel, seed=seed)
 
 
+def release_memory() -> None:
+    """Free what the models of a stage leave behind.
+
+    A model, its trainer and Megatron's gradient buffers refer to each other in cycles, which only the garbage collector
+    frees; until it happens to run, the next stage's model has to fit beside them.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def environment_rank() -> tuple[int, int]:
     """Rank and world size that torchrun or srun gave this process; `(0, 1)` when started alone.
 
