@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help
 help:  ## show this list
 	@echo "make TARGET  (PYTHON=$(PYTHON) RUN=$(RUN) TESTS=$(TESTS) WORKERS=$(WORKERS))"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 15
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 15
 
 .PHONY: install
 install: $(STAMP)  ## make .venv and install the tested set into it (minutes)
@@ -56,6 +56,19 @@ constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
 	{ sed -n '/^#/p' constraints.txt; \
 	  $(PIP) freeze --exclude-editable | sed -n '/==/{s/+.*//;p}' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
 	mv constraints.new constraints.txt
+
+# On a machine with a card `make gpu` takes the interpreter that has its torch; it installs nothing.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+DIR ?= gpu-bundle
+SETS ?= base
+
+.PHONY: gpu
+gpu:  ## everything that only a card can show, in 8 minutes at most (GPU_PYTHON; TINY=1: on a CPU)
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+.PHONY: gpu-bundle
+gpu-bundle:  ## collect into DIR what `make gpu` needs on a machine without an index (SETS="base nemo model engine")
+	$(GPU_PYTHON) -m benchmarks.gpu.bundle $(DIR) --sets $(SETS)
 
 .PHONY: clean
 clean:  ## remove caches and build products; .venv and runs stay
