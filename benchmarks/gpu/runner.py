@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-START_LIMIT = 120.0
+START_LIMIT = 240.0
 """Seconds in which the process must be ready: it imports torch and finds the card."""
 TINY_PATIENCE = 4
 """A check's limit is multiplied by this on a CPU, which others may be using."""

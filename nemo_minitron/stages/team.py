@@ -61,8 +61,8 @@ class Team(Protocol):
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
 
-    def barrier(self) -> None:
-        """Wait for everyone."""
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; all ranks wait for all."""
 
 
 class Alone:
@@ -79,8 +79,9 @@ class Alone:
         """One's own opinion."""
         return ok
 
-    def barrier(self) -> None:
-        """Nobody to wait for."""
+    def gather(self, value: T) -> list[T]:
+        """The value itself."""
+        return [value]
 
 
 class Ranks:
@@ -103,9 +104,9 @@ class Ranks:
         """Whether all ranks said yes."""
         return bool(self._runtime.agree(ok))
 
-    def barrier(self) -> None:
-        """Wait for everyone."""
-        self._runtime.barrier()
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; all ranks wait for all, for hours if need be."""
+        return list(self._runtime.gather_objects(value))
 
 
 def start_collectives(parallel: "ParallelConfig", *, seed: int) -> None:

@@ -14,9 +14,11 @@ from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.callbacks.stopping import SaveAndStop
 from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.config.training import FinishWith, TrainingConfig
+from nemo_minitron.estimate.compute import forward_flops, training_flops
 from nemo_minitron.megatron import runtime
+from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
-from nemo_minitron.stages import signals
+from nemo_minitron.stages import signals, speed
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.resume import newest_whole
 from nemo_minitron.stages.session import make_trainer, restore
@@ -79,10 +81,20 @@ def train(context: StageContext, course: Course) -> dict[str, Any]:
         "ended_early": best.ended,
         "best": {"step": best.step, course.metric: best.value},
         "finished_with": best.step if best.path is not None else trainer.global_step,
-        **throughput.summary(),
+        **_speed(model, throughput, settings.batch.sequence_length),
         "validation": _finished_with(course.monitor.history, best),
         "history": course.monitor.history,
     }
+
+
+def _speed(model: MegatronGPTModel, throughput: Throughput, sequence_length: int) -> dict[str, float | None]:
+    """Tokens a second, and the fraction of the GPUs' peak that student and teacher together computed at."""
+    found = throughput.summary()
+    flops = training_flops(model.spec, sequence_length)
+    if isinstance(model, MegatronGPTDistillationModel):
+        flops += forward_flops(model.teacher[0].spec, sequence_length)
+    used = speed.mfu(found["tokens_per_second"], flops, devices=model.runtime.world_size, gpu=speed.gpu_name())
+    return {**found, "mfu": used}
 
 
 def _trainer(
