@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 
+from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
 from nemo_minitron.callbacks.history import BestModel, ValidationHistory
 from nemo_minitron.callbacks.metrics import MetricsLogger
 from nemo_minitron.callbacks.progress import ProgressDisplay
@@ -110,7 +112,7 @@ def _trainer(
         keep=settings.keep_last,
         best=best,
     )
-    callbacks = [
+    callbacks: list[Callback] = [
         throughput,
         course.monitor,
         _metrics(context, settings),
@@ -118,6 +120,11 @@ def _trainer(
         best,
         saving,
     ]
+    interval = interval_of(
+        context.config.parallel.gc_interval, on_gpu=torch.cuda.is_available(), ranks=context.world_size
+    )
+    if interval:
+        callbacks.append(GarbageCollection(interval))
     return make_trainer(
         context.config,
         callbacks,

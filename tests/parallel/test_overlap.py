@@ -1,4 +1,4 @@
-"""Adding gradients up during the backward pass changes nothing, in small buckets, with tied and untied output layers."""
+"""Adding gradients up during the backward pass changes nothing, in small buckets, tied output layers or not."""
 
 import pytest
 
