@@ -75,6 +75,19 @@ constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv
 	  $(PIP) freeze --exclude-editable | sed -n '/==/{s/+.*//;p}' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
 	mv constraints.new constraints.txt
 
+# On a machine with a card `make gpu` takes the interpreter that has its torch; it installs nothing.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+DIR ?= gpu-bundle
+SETS ?= base
+
+.PHONY: gpu
+gpu:  ## everything that only a card can show, in 8 minutes at most (GPU_PYTHON; TINY=1: on a CPU)
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+.PHONY: gpu-bundle
+gpu-bundle:  ## collect into DIR what `make gpu` needs on a machine without an index (SETS="base nemo model engine")
+	$(GPU_PYTHON) -m benchmarks.gpu.bundle $(DIR) --sets $(SETS)
+
 .PHONY: clean
 clean:  ## remove caches and build products; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

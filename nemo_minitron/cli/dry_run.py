@@ -18,6 +18,7 @@ from nemo_minitron.estimate.work import Work, work_of
 from nemo_minitron.launchers.commands import run_command
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
+from nemo_minitron.stages.manifest import gpu_memory
 from nemo_minitron.stages.plan import decide, select
 from nemo_minitron.stages.precision import foreseen
 from nemo_minitron.stages.run_folder import RunFolder
@@ -162,12 +163,7 @@ def _verdict(job: _Job) -> list[Text]:
 def _fit(name: str, work: Work, config: RunConfig, ranks: int) -> Text:
     _, most = tables.fullest(work)
     usable = _usable(config, ranks)
-    of = (
-        "an " + config.cluster.gpu.upper()
-        if config.cluster is not None
-        else f"this machine's memory over {ranks} rank(s)"
-    )
-    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {of})"
+    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {_memory_name(config, ranks)})"
     needs = f"{name} needs {most.total / 1e9:.3g} GB a rank"
     if most.total <= usable:
         return Text(f"yes: {needs}, there are {room}", style="green")
@@ -180,9 +176,20 @@ def _usable(config: RunConfig, ranks: int) -> float:
     """Bytes that a rank can count on."""
     if config.cluster is not None:
         return USABLE * GPU_BYTES[config.cluster.gpu]
+    if gpus := gpu_memory():
+        return USABLE * min(gpus[:ranks])
     import psutil
 
     return USABLE * float(psutil.virtual_memory().total) / ranks
+
+
+def _memory_name(config: RunConfig, ranks: int) -> str:
+    """Whose memory `_usable` is a part of."""
+    if config.cluster is not None:
+        return f"an {config.cluster.gpu.upper()}"
+    if gpus := gpu_memory():
+        return "this machine's GPU" if ranks == 1 else f"a GPU; this machine has {len(gpus)} for {ranks} ranks"
+    return f"this machine's memory over {ranks} rank(s)"
 
 
 def _line(name: str, text: Text) -> Text:

@@ -77,8 +77,9 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    distributed: bool = False
-    """Split optimizer states over data-parallel ranks (Megatron's distributed optimizer)."""
+    distributed: bool | None = None
+    """Split optimizer states over data-parallel ranks (Megatron's distributed optimizer). None: on GPUs, where there
+    are several data-parallel ranks."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

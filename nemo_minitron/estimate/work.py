@@ -175,7 +175,9 @@ def _memory_settings(section: TrainingConfig, config: RunConfig, step: Pass, cop
     return Training(
         step=step,
         data_parallel=copies,
-        distributed_optimizer=section.optimizer.distributed,
+        distributed_optimizer=copies * config.parallel.context > 1 and config.cluster is not None
+        if section.optimizer.distributed is None
+        else section.optimizer.distributed,
         freeze_embeddings=distill.freeze_embeddings,
         teacher_precision=distill.teacher_precision or config.precision,
         offload_teacher=distill.offload_teacher,

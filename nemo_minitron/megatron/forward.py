@@ -38,6 +38,10 @@ class MicroBatch:
         """The same on a device."""
         return MicroBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
 
+    def pin_memory(self) -> "MicroBatch":
+        """The same in memory that copies to a GPU need not wait for; a `DataLoader` calls it."""
+        return MicroBatch(*(getattr(self, name).pin_memory() for name in self.__slots__))
+
     def split(self, size: int) -> "list[MicroBatch]":
         """Consecutive micro-batches of `size` samples.
 

@@ -14,7 +14,9 @@ from torch import nn
 from nemo_minitron.config.base import in_steps
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
+from nemo_minitron.megatron import overlap
 from nemo_minitron.megatron.model import unwrap
+from nemo_minitron.megatron.runtime import Runtime
 
 _DECAY_STYLES = {
     Schedule.COSINE: "cosine",
@@ -36,11 +38,26 @@ class StepInfo:
     """Whether weights and optimizer were left as they are, because the gradients were not finite or were refused."""
 
 
-def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module]:
+def is_distributed(config: OptimizerConfig) -> bool:
+    """Whether optimizer states are split over data-parallel ranks, decided here where the settings leave it open."""
+    if config.distributed is not None:
+        return config.distributed
+    from megatron.core import parallel_state
+
+    return torch.cuda.is_available() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+
+
+def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runtime | None = None) -> list[nn.Module]:
     """Chunks inside Megatron's data-parallel wrapper, with fp32 gradient buffers (`parameter.main_grad`).
 
     `forward.run` then adds gradients up over data-parallel ranks, and over the two copies of a tied embedding, and
     divides them by the number of tokens.
+
+    Args:
+        chunks: This rank's chunks of a model.
+        config: Of its optimizer.
+        runtime: The running layout, whose settings say whether gradients are added up while the backward pass goes on;
+            None: they are not.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -50,8 +67,9 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module
 
     parallel_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=overlap.is_wanted(runtime),
+        bucket_size=None if runtime is None else runtime.parallel.grad_bucket_size,
+        use_distributed_optimizer=is_distributed(config),
         check_for_nan_in_grad=False,
         average_in_collective=False,
     )
@@ -67,6 +85,8 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module
                 disable_bucketing=index > 0,
             )
         )
+    if runtime is not None and parallel_config.overlap_grad_reduce:
+        overlap.connect(wrapped, runtime)
     return wrapped
 
 
@@ -172,7 +192,7 @@ def build_optimizer(
         clip_grad=config.clip_grad,
         bf16=precision is Precision.BF16,
         params_dtype=unwrap(chunks[0]).config.params_dtype,
-        use_distributed_optimizer=config.distributed,
+        use_distributed_optimizer=is_distributed(config),
     )
     optimizer = get_megatron_optimizer(megatron_config, list(chunks), use_gloo_process_groups=False)
     _prepare_adam(optimizer)

@@ -13,7 +13,7 @@ from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import LostRankError, MinitronError
-from nemo_minitron.stages import manifest, signals
+from nemo_minitron.stages import manifest, signals, speed
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.plan import Action, Step, decide, select
@@ -165,6 +165,7 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
     record = _together(team, request.run.path, lambda: _begin(step, run))
     started = time.monotonic()
     manifest.reset_peak_memory()
+    speed.reset_gpu_memory()
     context = StageContext(
         config=request.config,
         run=run,
@@ -180,8 +181,8 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
             if stage.collective:
                 start_collectives(request.config.parallel, seed=request.config.seed)
                 result = _guarded(stage, context)
+                result |= _gpu_memory(team)
                 release_memory()
-                team.barrier()
             else:
                 result = _together(team, request.run.path, lambda: _guarded(stage, context))
         except BaseException:
@@ -193,6 +194,13 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
             result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
         _together(team, request.run.path, lambda: _finish(step, run, record, result))
     reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
+
+
+def _gpu_memory(team: Team) -> dict[str, Any]:
+    """Peak GPU memory of the rank that held most, as a part of the stage's result; empty without GPUs. Collective."""
+    peaks = [peak for peak in team.collect(speed.peak_gpu_memory()) if peak]
+    most = {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
+    return {"peak_gpu_memory_gb": most} if most else {}
 
 
 def _guarded(stage: Stage, context: StageContext) -> dict[str, Any]:

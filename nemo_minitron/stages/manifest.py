@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,23 @@ def gpu_names() -> list[str]:
         timeout=20,
     )
     return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+
+
+@lru_cache
+def gpu_memory() -> list[float]:
+    """Memory of each NVIDIA GPU the driver shows, in bytes; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    if asked.returncode:
+        return []
+    return [float(line) * 2**20 for line in asked.stdout.split() if line.strip().isdigit()]
 
 
 def git_state() -> str | None:

@@ -4,6 +4,7 @@ With `score.depth.metrics` it also measures what the model loses without its lay
 `score.checkpoint_every` samples, and on a signal, so that a run that was cut off goes on from there, at any layout.
 """
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from lightning.pytorch import Callback, Trainer
 from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel, per_token
 from nemo_minitron.pruning.coverage import Coverage
 from nemo_minitron.pruning.depth import DepthScores
 from nemo_minitron.pruning.partial import PartialScores
 from nemo_minitron.pruning.scores import Scores
-from nemo_minitron.stages import signals
+from nemo_minitron.stages import signals, speed
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.depth import measure_depth
 from nemo_minitron.stages.session import make_trainer, restore, validate
@@ -52,9 +54,12 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     progress = ProgressDisplay(context.reporter, context.stage.name)
     trainer, model = _calibrator(context.input("model"), config, importance, progress)
+    rate: float | None = None
     if before is None or before.consumed < len(windows):
         left = calibration_windows(context.input("data"), config, skip=0 if before is None else before.consumed)
+        began = time.perf_counter()
         validate(model, left, micro_batch_size=settings.micro_batch_size, trainer=trainer)
+        rate = len(left) * settings.sequence_length / (time.perf_counter() - began)
         scores, losses = importance.scores, importance.losses
     else:
         scores = Scores(model.spec, before.sums, ffn_site=importance.ffn_site, provenance=importance.provenance)
@@ -70,6 +75,13 @@ def run(context: StageContext) -> dict[str, Any]:
         "tokens": scores.tokens,
         "first_sample": settings.first_sample,
         "calibration_nats": per_token(losses)["ce"],
+        "tokens_per_second": None if rate is None else round(rate, 2),
+        "mfu": speed.mfu(
+            rate,
+            forward_flops(model.spec, settings.sequence_length),
+            devices=model.runtime.world_size,
+            gpu=speed.gpu_name(),
+        ),
         "summary": f"{scores.samples} samples, {scores.tokens:,} tokens",
     }
 

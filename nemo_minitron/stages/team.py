@@ -64,9 +64,6 @@ class Team(Protocol):
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
 
-    def barrier(self) -> None:
-        """Wait for everyone."""
-
 
 class Alone:
     """A run of one process."""
@@ -85,9 +82,6 @@ class Alone:
     def agree(self, ok: bool) -> bool:
         """One's own opinion."""
         return ok
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
 
 
 class Ranks:
@@ -113,10 +107,6 @@ class Ranks:
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
         return bool(self._runtime.agree(ok))
-
-    def barrier(self) -> None:
-        """Wait for everyone."""
-        self._runtime.barrier()
 
 
 def start_collectives(parallel: "ParallelConfig", *, seed: int) -> None:

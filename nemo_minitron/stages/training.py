@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 
+from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
 from nemo_minitron.callbacks.history import BestModel
 from nemo_minitron.callbacks.metrics import MetricsLogger
 from nemo_minitron.callbacks.progress import ProgressDisplay
@@ -15,9 +17,11 @@ from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.callbacks.stopping import SaveAndStop
 from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.config.training import FinishWith, TrainingConfig
+from nemo_minitron.estimate.compute import forward_flops, training_flops
 from nemo_minitron.megatron import runtime
+from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
-from nemo_minitron.stages import budget, signals, trial
+from nemo_minitron.stages import budget, signals, speed, trial
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.files import read_json
 from nemo_minitron.stages.resume import newest_whole
@@ -67,7 +71,7 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         "ended_early": best.ended,
         "best": {"step": best.step, job.metric: best.value},
         "finished_with": best.step if best.path is not None else trainer.global_step,
-        **throughput.summary(),
+        **_speed(model, throughput, settings.batch.sequence_length),
         "validation": _finished_with(job.monitor.history, best),
         "history": job.monitor.history,
     }
@@ -98,6 +102,16 @@ def _budget(context: StageContext) -> dict[str, Any]:
     return {"budget": read_json(path)} if context.rank == 0 and path.is_file() else {}
 
 
+def _speed(model: MegatronGPTModel, throughput: Throughput, sequence_length: int) -> dict[str, float | None]:
+    """Tokens a second, and the fraction of the GPUs' peak that student and teacher together computed at."""
+    found = throughput.summary()
+    flops = training_flops(model.spec, sequence_length)
+    if isinstance(model, MegatronGPTDistillationModel):
+        flops += forward_flops(model.teacher[0].spec, sequence_length)
+    used = speed.mfu(found["tokens_per_second"], flops, devices=model.runtime.world_size, gpu=speed.gpu_name())
+    return {**found, "mfu": used}
+
+
 def _trainer(
     context: StageContext, job: TrainingJob, throughput: Throughput, best: BestModel, checkpoints: Path
 ) -> Trainer:
@@ -111,7 +125,7 @@ def _trainer(
         keep=settings.keep_last,
         best=best,
     )
-    callbacks = [
+    callbacks: list[Callback] = [
         throughput,
         job.monitor,
         _metrics(context, settings),
@@ -119,6 +133,11 @@ def _trainer(
         best,
         saving,
     ]
+    interval = interval_of(
+        context.config.parallel.gc_interval, on_gpu=torch.cuda.is_available(), ranks=context.world_size
+    )
+    if interval:
+        callbacks.append(GarbageCollection(interval))
     return make_trainer(
         context.config,
         callbacks,

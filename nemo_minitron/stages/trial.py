@@ -1,6 +1,5 @@
 """A few steps of a training, to measure what its parts cost on this machine; nothing of them remains."""
 
-import gc
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.budget import Costs
 from nemo_minitron.stages.session import make_trainer, restore
+from nemo_minitron.stages.team import release_memory
 from nemo_minitron.stages.training_job import TrainingJob
 
 MIN_STEPS = 2
@@ -109,6 +109,6 @@ def measure(context: StageContext, job: TrainingJob, *, seconds: float) -> Costs
         start=start,
     )
     del model, trainer
-    gc.collect()
+    release_memory()
     agreed: Costs = runtime.broadcast_object(costs)
     return agreed
