@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_minitron.ops.linear import linear, linear_input_gradient, suits_onednn
 from nemo_minitron.parallel.collectives import gather, group_rank, split_group, sum_over
 from nemo_minitron.parallel.vocab import real_columns
 
@@ -145,7 +146,7 @@ class LinearGradient:
             target = self.d_hidden[rows]
             in_pieces = d_logits.device.type == "cpu" and torch.get_num_threads() > 1
             for piece in pieces(d_logits.shape[0], _HIDDEN_GRAD_ROWS if in_pieces else d_logits.shape[0]):
-                torch.mm(d_logits[piece], self.weight, out=target[piece])
+                linear_input_gradient(d_logits[piece], self.weight, out=target[piece])
         if self.d_weight is None:
             return
         d_weight = self.d_weight[: self.weight.shape[0]]
@@ -271,7 +272,9 @@ class _FusedOutputLayer(torch.autograd.Function):
 
 
 def project(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits of a chunk of tokens in a reused buffer, `[rows, columns]`."""
+    """Logits of a chunk of tokens, `[rows, columns]`; in a reused buffer unless the library brings its own memory."""
+    if suits_onednn(hidden, weight):
+        return linear(hidden, weight, wide=True)
     logits = WORKSPACE.take(name, (hidden.shape[0], weight.shape[0]), hidden.dtype, hidden.device)
     return torch.mm(hidden, weight.t(), out=logits)
 
