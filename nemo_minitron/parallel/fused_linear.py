@@ -24,7 +24,9 @@ CHUNK_BYTES_MOST = 256 << 20
 CHUNK_SHARE = 1 / 6
 """Memory of all buffers of logits together: this share of one float32 `[tokens, columns]` tensor, within the bounds.
 With the element-wise blocks it stays below a quarter of that tensor wherever that matters."""
-_BLOCK_ELEMENTS_A_THREAD = 1 << 17
+# Threads meet after each operation on a block: few large blocks, since a busy machine makes them wait for each other.
+_BLOCK_ELEMENTS_A_THREAD = 1 << 19
+_BLOCK_ELEMENTS_MOST = 1 << 22
 _BLOCK_ELEMENTS_SPLIT = 1 << 21  # every block costs a collective when the vocabulary is split
 _HIDDEN_GRAD_ROWS = 256  # several threads finish oneDNN's long, thin product in half the time in such pieces
 _WEIGHT_GRAD_ROWS = 4096
@@ -50,7 +52,8 @@ def chunk_rows(tokens: int, columns: int, bytes_a_logit: int, wanted: int | None
 def block_rows(rows: int, columns: int, device: torch.device, tp: ProcessGroup | None) -> int:
     """Tokens an element-wise block: what fits in cache on a CPU, what keeps the scratch buffers small elsewhere."""
     in_cache = device.type == "cpu" and tp is None
-    elements = _BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads() if in_cache else _BLOCK_ELEMENTS_SPLIT
+    threads_share = min(_BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads(), _BLOCK_ELEMENTS_MOST)
+    elements = threads_share if in_cache else _BLOCK_ELEMENTS_SPLIT
     return max(1, min(rows, elements // max(columns, 1)))
 
 
