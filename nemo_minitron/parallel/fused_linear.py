@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.kernels.available import kernels_run
+from nemo_minitron.ops.linear import linear, linear_input_gradient, suits_onednn
 from nemo_minitron.parallel.collectives import gather, group_rank, split_group, sum_over
 from nemo_minitron.parallel.vocab import real_columns
 
@@ -25,7 +26,9 @@ CHUNK_BYTES_MOST = 256 << 20
 CHUNK_SHARE = 1 / 6
 """Memory of all buffers of logits together: this share of one float32 `[tokens, columns]` tensor, within the bounds.
 With the element-wise blocks it stays below a quarter of that tensor wherever that matters."""
-_BLOCK_ELEMENTS_A_THREAD = 1 << 17
+# Threads meet after each operation on a block: few large blocks, since a busy machine makes them wait for each other.
+_BLOCK_ELEMENTS_A_THREAD = 1 << 19
+_BLOCK_ELEMENTS_MOST = 1 << 22
 _BLOCK_ELEMENTS_SPLIT = 1 << 21  # every block costs a collective when the vocabulary is split
 _HIDDEN_GRAD_ROWS = 256  # several threads finish oneDNN's long, thin product in half the time in such pieces
 _WEIGHT_GRAD_ROWS = 4096
@@ -61,7 +64,8 @@ def block_rows(rows: int, columns: int, device: torch.device, tp: ProcessGroup |
     """Tokens an element-wise block of torch's operations: what fits in cache on a CPU, the whole chunk elsewhere."""
     if device.type != "cpu":
         return max(1, rows)
-    elements = _BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads() if tp is None else _BLOCK_ELEMENTS_SPLIT
+    threads_share = min(_BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads(), _BLOCK_ELEMENTS_MOST)
+    elements = threads_share if tp is None else _BLOCK_ELEMENTS_SPLIT
     return max(1, min(rows, elements // max(columns, 1)))
 
 
@@ -158,7 +162,7 @@ class LinearGradient:
             target = self.d_hidden[rows]
             in_pieces = d_logits.device.type == "cpu" and torch.get_num_threads() > 1
             for piece in pieces(d_logits.shape[0], _HIDDEN_GRAD_ROWS if in_pieces else d_logits.shape[0]):
-                torch.mm(d_logits[piece], self.weight, out=target[piece])
+                linear_input_gradient(d_logits[piece], self.weight, out=target[piece])
         if self.d_weight is None:
             return
         d_weight = self.d_weight[: self.weight.shape[0]]
@@ -308,7 +312,12 @@ class _FusedOutputLayer(torch.autograd.Function):
 
 
 def project(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits of a chunk of tokens in a reused buffer, `[rows, columns]`; a GPU's rows begin at aligned places."""
+    """Logits of a chunk of tokens `[rows, columns]`, in a reused buffer unless the library brings its own memory.
+
+    A GPU's rows begin at aligned places.
+    """
+    if suits_onednn(hidden, weight):
+        return linear(hidden, weight, wide=True)
     rows, columns = hidden.shape[0], weight.shape[0]
     multiple = 1 if hidden.device.type == "cpu" else _ROW_ELEMENTS_ON_GPU
     buffer = WORKSPACE.take(name, (rows, math.ceil(columns / multiple) * multiple), hidden.dtype, hidden.device)
