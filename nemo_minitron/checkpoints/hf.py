@@ -20,7 +20,7 @@ from nemo_minitron.checkpoints.plain_data import read_json, spec_of
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsWriter
 from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of, stream
 from nemo_minitron.checkpoints.special_ids import IDS_FILE, ids_of, json_bytes, with_ids
-from nemo_minitron.checkpoints.travelling import left_files, travelling_names
+from nemo_minitron.checkpoints.travelling import left_files, travelling_names, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -150,6 +150,7 @@ class HfSource:
 
     def _read_tokenizer_files(self) -> dict[str, bytes]:
         files = {name: (self.folder / name).read_bytes() for name in travelling_names(self.folder)}
+        files = with_tokenizer_json(files, add_bos=None, where=str(self.folder))
         return with_ids(files, self._family.special_ids(self._config))
 
     def _settle_tied(self) -> None:

@@ -38,7 +38,7 @@ from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
 from nemo_minitron.checkpoints.torch_file import read_common_file
-from nemo_minitron.checkpoints.travelling import order_of
+from nemo_minitron.checkpoints.travelling import order_of, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError, SpecError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -72,7 +72,8 @@ class MegatronSource:
         self._spec = self._read_spec()
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
-        self._tokenizer_files = travelling_files(self._files, TOKENIZER_FOLDER)
+        found = travelling_files(self._files, TOKENIZER_FOLDER)
+        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(self.folder))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(self.folder))
 
     @property

@@ -39,7 +39,7 @@ from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
 from nemo_minitron.checkpoints.torch_dist import TorchDistReader
-from nemo_minitron.checkpoints.travelling import order_of, travels
+from nemo_minitron.checkpoints.travelling import order_of, travels, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 CONFIG_FILE = "model_config.yaml"
@@ -79,7 +79,8 @@ class NemoSource:
         )
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
-        self._tokenizer_files = tokenizer_files_in(self._files, self.config)
+        found = tokenizer_files_in(self._files, self.config)
+        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(path))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(path))
 
     @property
@@ -110,6 +111,15 @@ class NemoSource:
     def layout(self) -> str:
         """How the weights are stored."""
         return self._weights.layout
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the configuration names and the file does not carry."""
+        section = self.config.get("tokenizer") or {}
+        named = section.get("type") or section.get("model")
+        if named and not any(name in self._tokenizer_files for name in ("tokenizer.json", "tokenizer.model")):
+            return (f"tokenizer {str(named)[:80]!r} (library {section.get('library')}) is named, not carried",)
+        return ()
 
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
