@@ -228,7 +228,7 @@ def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelS
                 hidden_size=config["hidden_size"],
                 head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
                 layers=(layer,) * config["num_layers"],
-                max_position_embeddings=config.get("max_position_embeddings") or config["encoder_seq_length"],
+                max_position_embeddings=_positions(config),
                 activation=_activation(config),
                 norm=_norm(config),
                 norm_eps=float(config.get("layernorm_epsilon", 1e-5)),
@@ -274,6 +274,16 @@ def _refuse(config: Mapping[str, Any], *, defaults: Mapping[str, Any] = _NEMO_DE
     window = config.get("window_size")
     if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
         raise SpecError(f"model_config.yaml: window_size = {window} is not supported", rule="[positions, 0]")
+
+
+def _positions(config: Mapping[str, Any]) -> Any:
+    for key in ("max_position_embeddings", "encoder_seq_length"):
+        if config.get(key) is not None:
+            return config[key]
+    raise SpecError(
+        "model_config.yaml: max_position_embeddings is missing",
+        rule="max_position_embeddings, or encoder_seq_length (seq_length in NeMo 2) in its place",
+    )
 
 
 def _scaling(config: Mapping[str, Any]) -> RopeScaling | LinearScaling | None:

@@ -137,7 +137,10 @@ class GgufSource:
         for weight in weights(self._spec):
             expected |= dict(zip(self._part_names(weight), part_shapes(weight, self._spec), strict=True))
         if missing := sorted(set(expected) - set(tensors)):
-            raise CheckpointError(f"{self.path}: {len(missing)} weight(s) missing, {missing[0]} first")
+            raise CheckpointError(
+                f"{self.path}: {len(missing)} weight(s) missing, {missing[0]} first",
+                rule=f"every weight that the metadata implies is there (block_count = {self._spec.num_layers})",
+            )
         if extra := sorted(set(tensors) - set(expected) - {FACTORS}):
             raise CheckpointError(
                 f"{self.path}: {len(extra)} weight(s) unknown, {extra[0]} first",

@@ -115,15 +115,16 @@ def _value(fields: Mapping[str, Any], key: str, default: Any) -> Any:
 def _open(path: Path) -> Any:
     from gguf import GGUFReader
 
+    twice = f"{path}: key {{}} is there twice"
     try:
         reader = GGUFReader(path)
     except Exception as error:  # the reader raises whatever numpy or struct do on a damaged file
+        if match := re.search(r"Duplicate (\S+) already", str(error)):
+            raise CheckpointError(twice.format(match[1]), rule="every key once, as llama.cpp demands") from error
         raise CheckpointError(
             f"{path}: not a sound GGUF file ({type(error).__name__}: {error})", remedy="truncated? fetch it again"
         ) from error
     for name, field in reader.fields.items():
         if name != field.name:  # the reader keeps the second of two under another name
-            raise CheckpointError(
-                f"{path}: key {field.name} is there twice", rule="every key once, as llama.cpp demands"
-            )
+            raise CheckpointError(twice.format(field.name), rule="every key once, as llama.cpp demands")
     return reader

@@ -151,6 +151,10 @@ class _Reader:
             raise SpecError(
                 f"{self.path}: rope.scaling.factor = {new}, but rope.scale_linear = {old}", rule="one factor"
             )
+        if any(value is not None and type(value) not in (int, float) for value in (old, new)):
+            raise SpecError(
+                f"{self.path}: rope.scaling.factor = {str(old if new is None else new)[:40]}", rule="a number"
+            )
         factor = next((value for value in (new, old) if value), 1.0)
         if kind not in ("none", "linear", "yarn"):
             raise SpecError(f"{self.path}: rope.scaling.type = {kind!r} is not supported", rule="none, linear or yarn")
