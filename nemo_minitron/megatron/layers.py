@@ -204,7 +204,7 @@ def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
     attention = {
         "attn_mask_type": AttnMaskType.causal,
         "window": spec.sliding_window if sizes.local else None,
-        "scale": None if spec.query_scalar is None else spec.query_scalar**-0.5,
+        "scale": spec.attention_scale,
         "rotary_base": spec.local_rotary_base if sizes.local else None,
     }
     return ModuleSpec(
