@@ -4,24 +4,33 @@ With `score.depth.metrics` it also measures what the model loses without its lay
 `score.checkpoint_every` samples, and on a signal, so that a run that was cut off goes on from there, at any layout.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
 from nemo_minitron.callbacks.progress import ProgressDisplay
-from nemo_minitron.config.run import RunConfig
-from nemo_minitron.megatron.data import WindowDataset
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.run import RunConfig, ScoreConfig
+from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.merge_sums import MergeCollector
+from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.models.gpt import MegatronGPTModel, per_token
+from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.coverage import Coverage
 from nemo_minitron.pruning.depth import DepthScores
+from nemo_minitron.pruning.merge import MergeSums, check_mergeable, gaps_of
 from nemo_minitron.pruning.partial import PartialScores
+from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.depth import measure_depth
+from nemo_minitron.stages.prune import MERGE_FILE, target_of
 from nemo_minitron.stages.session import make_trainer, restore, validate
 
 FILE, PARTIAL, DEPTH_PARTIAL = "scores.safetensors", "partial.safetensors", "depth_partial.safetensors"
@@ -31,6 +40,8 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `scores.safetensors`; returns how much text they rest on."""
     config, info = context.config, context.run.result("data")
     settings = config.score
+    if config.target.merge_layers:
+        check_mergeable(open_checkpoint(context.input("model")).spec)
     windows = calibration_windows(context.input("data"), config)
     coverage = Coverage.of(info["data_digest"], settings.sequence_length, settings.first_sample, len(windows))
     identity = {**coverage.to_dict(), "ffn_site": settings.ffn_site.value}
@@ -61,6 +72,8 @@ def run(context: StageContext) -> dict[str, Any]:
         losses = before.losses
     if settings.depth.metrics:
         scores.depth = _depth(context, trainer, model)
+    if config.target.merge_layers:
+        _merge(context, model, scores)
     if context.rank == 0:
         scores.save(context.out / FILE)
         for name in (PARTIAL, DEPTH_PARTIAL):
@@ -99,6 +112,61 @@ def _calibrator(model_path: Path, config: RunConfig, *callbacks: Callback) -> tu
     trainer = make_trainer(config, list(callbacks))
     size = config.score.micro_batch_size
     return trainer, restore(MegatronGPTModel, model_path, config=config, micro_batch_size=size, trainer=trainer)
+
+
+def _merge(context: StageContext, model: MegatronGPTModel, scores: Scores) -> None:
+    """Write the sums that dropped layers are merged by, for the plan that stage `prune` will make of the scores.
+
+    One short pass; a run that is cut off in it begins it again.
+    """
+    target = target_of(context, open_checkpoint(context.input("teacher")).spec)
+    plan = build_plan(scores, target, model.spec)
+    sums = measure_merge(
+        model.chunks, model.runtime, plan, context.input("data"), context.config.score, provenance=scores.provenance
+    )
+    if context.rank == 0:
+        sums.save(context.out / MERGE_FILE)
+
+
+def measure_merge(
+    chunks: Sequence[nn.Module],
+    runtime: Runtime,
+    plan: PruningPlan,
+    data: Path,
+    settings: ScoreConfig,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> MergeSums:
+    """Pass over calibration text for `target.merge_layers`. Collective: every rank calls it, with the same arguments.
+
+    Args:
+        chunks: This rank's model chunks.
+        runtime: The running layout.
+        plan: What will go.
+        data: Token files; their calibration split is used.
+        settings: The recipe's `score`.
+        provenance: JSON data for the file.
+    """
+    gaps = gaps_of(plan)
+    collector = MergeCollector(chunks, runtime, plan.spec, gaps)
+    windows = WindowDataset(
+        data,
+        "calibration",
+        settings.sequence_length,
+        min(settings.merge_samples, settings.samples),
+        first_window=settings.first_sample,
+    )
+    # The interleaved schedule wants as many micro-batches as there are stages.
+    together = runtime.parallel.pipeline if runtime.parallel.virtual_pipeline else 1
+    batches = loader(
+        windows,
+        global_batch_size=settings.micro_batch_size * together * runtime.dp_size,
+        dp_rank=runtime.dp_rank,
+        dp_size=runtime.dp_size,
+    )
+    for batch in batches if gaps else ():
+        collector.add(batch.split(settings.micro_batch_size))
+    return MergeSums(plan.digest(), collector.result(), dict(provenance or {}))
 
 
 def _depth(context: StageContext, trainer: Trainer, model: MegatronGPTModel) -> DepthScores:
