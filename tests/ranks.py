@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+PRELOAD = ["torch.distributed", "nemo_minitron.models.distillation"]
+"""What the server imports before the first process is forked."""
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to report their own failure once one rank has failed."""
 
@@ -45,7 +47,7 @@ def started(
 ) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
     """The processes of `run_on_ranks`, by rank, and what each one's answer comes through; at the end none is left."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "nemo_minitron.models.distillation"])
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         job = pickle.dumps((function, args))
         readers: list[Connection] = []

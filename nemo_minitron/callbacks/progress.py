@@ -1,5 +1,6 @@
 """Progress of training, and of validation alone, through a `Reporter`."""
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,6 +29,8 @@ class ProgressDisplay(Callback):
         self.label = label
         self._stack = ExitStack()
         self._progress: Progress | None = None
+        self._validation_started = 0.0
+        self._validation_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the display at the step that training starts from."""
@@ -36,12 +39,14 @@ class ProgressDisplay(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step further."""
+        """One step further; the validations that are still to come are part of what is left."""
         if self._progress is not None:
+            self._progress.seconds_ahead = self._validation_seconds * _validations_left(trainer)
             self._progress.advance(fields=_fields(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open a display for a validation on its own; one inside training is short, and training's stays."""
+        self._validation_started = time.monotonic()
         if trainer.state.fn == "validate" and self._progress is None:
             self._open(total=int(sum(trainer.num_val_batches)), unit="batches")
 
@@ -57,6 +62,12 @@ class ProgressDisplay(Callback):
         """One batch further."""
         if trainer.state.fn == "validate" and self._progress is not None:
             self._progress.advance()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time it, and keep it out of the pace of training."""
+        self._validation_seconds = time.monotonic() - self._validation_started
+        if trainer.state.fn == "fit" and self._progress is not None:
+            self._progress.pause(self._validation_seconds)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the display."""
@@ -74,6 +85,14 @@ class ProgressDisplay(Callback):
     def _close(self) -> None:
         self._progress = None
         self._stack.close()
+
+
+def _validations_left(trainer: Trainer) -> int:
+    """Those between the steps that are left, and one at the end."""
+    every = trainer.val_check_batch
+    if not isinstance(every, int) or not 0 < every < float("inf"):
+        return 1
+    return -(-trainer.max_steps // every) - trainer.global_step // every
 
 
 def _fields(trainer: Trainer) -> dict[str, str]:

@@ -24,21 +24,34 @@ class Progress:
         self.unit = unit
         self.done = self.first = done
         self.fields: dict[str, str] = {}
-        self.started = time.monotonic()
+        self.seconds_ahead = 0.0
+        """Of work that is not counted and is still to come, such as validations between steps."""
         self._show = show
+        self._cold_from = self._paced_from = (time.monotonic(), done)
+        self._is_warm = False
 
     def advance(self, amount: int = 1, fields: Mapping[str, str] | None = None) -> None:
         """Count work done; `fields` (name to text, as `{"loss": "1.21"}`) replace those shown."""
         self.done += amount
+        if not self._is_warm:  # the first piece makes buffers and chooses kernels: it says little about the others
+            self._cold_from, self._paced_from = self._paced_from, (time.monotonic(), self.done)
+            self._is_warm = True
         if fields is not None:
             self.fields = dict(fields)
         self._show(self)
 
+    def pause(self, seconds: float) -> None:
+        """Leave out of the pace what something else took between two pieces."""
+        start, done = self._paced_from
+        self._paced_from = (start + seconds, done)
+
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first piece is done."""
-        done = self.done - self.first
-        return (time.monotonic() - self.started) / done * (self.total - self.done) if done else None
+        """At the pace since the first piece, with `seconds_ahead`; None before the first piece is done."""
+        if not self._is_warm:
+            return None
+        start, done = self._paced_from if self.done > self._paced_from[1] else self._cold_from
+        return (time.monotonic() - start) / (self.done - done) * (self.total - self.done) + self.seconds_ahead
 
     def line(self) -> str:
         """The state as one line, as in `distill 60/200 steps · loss 1.21 · 3.1k tokens/s · ETA 00:12`."""

@@ -11,6 +11,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, NoReturn, cast
 
@@ -178,6 +179,10 @@ _INERT = (
 )
 
 
+_GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
+"""Its names since protocol 3 and before."""
+
+
 class _Unpickler(pickle._Unpickler):
     """The interpreter in Python.
 
@@ -194,11 +199,25 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._names:
             return self._names[module, name]
+        if (module, name) in _GETATTR:
+            return self._attribute
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if self._inert and f"{module}.".startswith(self._inert) and "." not in name:
             return type(name, (_Nothing,), {"path": f"{module}.{name}"})
         self._refuse(f"{module}.{name}")
+
+    def _attribute(self, owner: Any, name: Any) -> Any:
+        """What `getattr` may be asked for: a member of an enumeration that is allowed, or a name inside an inert class.
+
+        Python 3.11.0 to 3.11.3 pickle a member so, and protocols below 4 a nested class.
+        """
+        if isinstance(owner, type) and isinstance(name, str) and name.isidentifier():
+            if issubclass(owner, Enum) and name in owner.__members__:
+                return owner[name]
+            if issubclass(owner, _Nothing) and not name.startswith("_"):
+                return type(name, (_Nothing,), {"path": f"{owner.path}.{name}"})
+        self._refuse(f"builtins.getattr({getattr(owner, '__name__', type(owner).__name__)}, {str(name)[:40]!r})")
 
     def _build(self) -> None:
         if callable(self.stack[-2]):  # type: ignore[attr-defined]

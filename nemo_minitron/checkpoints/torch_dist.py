@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from enum import Enum
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -114,12 +115,25 @@ class TorchDistWriter:
         self._file.close()
         if kind is not None:
             return
-        index = Metadata(
-            self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION
-        )
-        (self._folder / ".metadata").write_bytes(pickle.dumps(index, protocol=4))
+        write_index(self._folder, Metadata(self._tensors, storage_data=self._places))
         torch.save({}, self._folder / "common.pt")
         (self._folder / "metadata.json").write_text(json.dumps(_MARKER))
+
+
+def write_index(folder: Path, index: Metadata) -> None:
+    """Write `.metadata` so that its bytes do not depend on the version of Python.
+
+    Enumerations are stored as class and value (Python 3.11.0 to 3.11.3 would store a call of `getattr`), and the folder
+    that it was written to is left out: Python 3.13 pickles a path under a name that older ones do not have.
+    """
+    index.storage_meta, index.version = StorageMeta(), CURRENT_DCP_VERSION
+    with (folder / ".metadata").open("wb") as file:
+        _IndexPickler(file, protocol=4).dump(index)
+
+
+class _IndexPickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        return (type(value), (value.value,)) if isinstance(value, Enum) else NotImplemented
 
 
 class TorchDistReader:

@@ -1,5 +1,6 @@
 """`doctor`: what is installed, what is missing, and what that costs. Imports each library in a process of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -73,6 +74,9 @@ GPU_PARTS: tuple[Part, ...] = (
     Part("apex", "apex", False, "on a GPU without Transformer Engine: slower optimizer and norms", extra=True),
 )
 
+_SELF_TEST_SECONDS = 90
+_SELF_TEST_COST = "runs on this GPU would fail or be wrong: look at the driver, torch's build, and nvidia-smi"
+
 _PROBE = """
 import json, torch
 print(json.dumps({
@@ -91,7 +95,29 @@ def examine() -> list[Finding]:
     torch = _probe_torch()
     findings += _devices(torch)
     findings += [_gpu_part(part, torch) for part in GPU_PARTS]
+    if torch.get("gpus"):
+        findings += self_test("cuda")
     return findings + _machine()
+
+
+def self_test(device: str) -> list[Finding]:
+    """What the device does when it is asked to, in a process of its own: a broken driver may take that along."""
+    command = [sys.executable, "-W", "ignore", "-m", "nemo_minitron.stages.self_test", device]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SELF_TEST_SECONDS)
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+        ended = f"no end in {_SELF_TEST_SECONDS} s"
+    else:
+        told = tried.stdout
+        last = (tried.stderr.strip().splitlines() or [""])[-1]
+        ended = "" if tried.returncode == 0 else f"ended with status {tried.returncode}: {last}"
+    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    findings = [
+        Finding(f"GPU: {row['name']}", OK if row["ok"] else BAD, row["found"], "" if row["ok"] else _SELF_TEST_COST)
+        for row in rows
+    ]
+    return [*findings, Finding("GPU: self test", BAD, ended, _SELF_TEST_COST)] if ended else findings
 
 
 def show(findings: list[Finding], console: Console) -> None:
@@ -158,8 +184,6 @@ def _import_error(module: str) -> str | None:
 
 
 def _probe_torch() -> dict[str, object]:
-    import json
-
     tried = subprocess.run([sys.executable, "-W", "ignore", "-c", _PROBE], capture_output=True, text=True, check=False)
     found: dict[str, object] = json.loads(tried.stdout) if tried.returncode == 0 else {}
     return found

@@ -10,7 +10,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli import dry_run_tables as tables
 from nemo_minitron.cli import preflight, quiet
 from nemo_minitron.cli.job import Job
-from nemo_minitron.config.parallel import Recompute
+from nemo_minitron.config.parallel import Precision, Recompute
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
@@ -18,7 +18,9 @@ from nemo_minitron.estimate.work import Work, work_of
 from nemo_minitron.launchers.commands import run_command
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
+from nemo_minitron.stages.manifest import gpu_memory
 from nemo_minitron.stages.plan import decide, select
+from nemo_minitron.stages.precision import foreseen
 from nemo_minitron.stages.run_folder import RunFolder
 
 
@@ -59,6 +61,8 @@ def show(job: Job, *, console: Console) -> None:
     if not job.debug:
         quiet.install()
     folder = RunFolder(job.folder(config))
+    precision, why = _precision(config, folder)
+    config = config.model_copy(update={"precision": precision})
     chain = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
     steps = decide(chain, config, folder, redo_from=job.redo_from)
     console.print(Text(f"run folder {folder.path}", style="bold"))
@@ -81,12 +85,22 @@ def show(job: Job, *, console: Console) -> None:
     console.print(_tables(planned, on_meta), highlight=False)
     if problem is not None:
         raise problem
-    lines = _verdict(planned)
+    lines = [_line("in", Text(f"{precision}{why}")), *_verdict(planned)]
     if (job.redo_from, job.last, job.only) == (None, None, None):
         command = run_command(job.recipe, job.overrides, job.run_dir, config)
         lines.append(_line("run", Text(command, style="bold")))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _precision(config: RunConfig, folder: RunFolder) -> tuple[Precision, str]:
+    """What `precision: auto` will be where the recipe runs, and why."""
+    if config.precision is not Precision.AUTO:
+        return config.precision, ""
+    if config.cluster is not None:
+        return Precision.BF16, f" (auto: on {config.cluster.gpu.upper()} GPUs)"
+    choice = foreseen(folder)
+    return choice.chosen, f" (auto: {choice.reason})"
 
 
 def _built(job: _Job) -> tuple[dict[str, list[int]], MinitronError | None]:
@@ -149,12 +163,7 @@ def _verdict(job: _Job) -> list[Text]:
 def _fit(name: str, work: Work, config: RunConfig, ranks: int) -> Text:
     _, most = tables.fullest(work)
     usable = _usable(config, ranks)
-    of = (
-        "an " + config.cluster.gpu.upper()
-        if config.cluster is not None
-        else f"this machine's memory over {ranks} rank(s)"
-    )
-    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {of})"
+    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {_memory_name(config, ranks)})"
     needs = f"{name} needs {most.total / 1e9:.3g} GB a rank"
     if most.total <= usable:
         return Text(f"yes: {needs}, there are {room}", style="green")
@@ -167,9 +176,20 @@ def _usable(config: RunConfig, ranks: int) -> float:
     """Bytes that a rank can count on."""
     if config.cluster is not None:
         return USABLE * GPU_BYTES[config.cluster.gpu]
+    if gpus := gpu_memory():
+        return USABLE * min(gpus[:ranks])
     import psutil
 
     return USABLE * float(psutil.virtual_memory().total) / ranks
+
+
+def _memory_name(config: RunConfig, ranks: int) -> str:
+    """Whose memory `_usable` is a part of."""
+    if config.cluster is not None:
+        return f"an {config.cluster.gpu.upper()}"
+    if gpus := gpu_memory():
+        return "this machine's GPU" if ranks == 1 else f"a GPU; this machine has {len(gpus)} for {ranks} ranks"
+    return f"this machine's memory over {ranks} rank(s)"
 
 
 def _line(name: str, text: Text) -> Text:

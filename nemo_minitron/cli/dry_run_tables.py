@@ -127,13 +127,14 @@ def _work_cells(work: Work, config: RunConfig) -> list[str]:
         return ["", "", f"<= {_count(work.tokens)}", "", "", *cost]
     each = work.section.batch.tokens_per_step
     micro_batches = work.training.step.micro_batches
+    fixed = work.minutes is None
     return [
-        f"{work.section.steps:,}",
+        f"{work.tokens // each:,}" if fixed else "measured",
         _count(each),
-        _count(work.tokens),
+        _count(work.tokens) if fixed else f"of {work.minutes:g} min",
         f"{micro_batches:,}",
         f"{work.bubble:.1%}",
-        *cost,
+        *(cost if fixed else [""]),
     ]
 
 

@@ -40,6 +40,8 @@ class CacheConfig(Section):
 def cache_problems(cache: CacheConfig, distill: DistillConfig, rounds: int) -> list[str]:
     """What a distillation asks for that a cache cannot give."""
     problems = []
+    if distill.minutes is not None:
+        problems.append("distill.minutes: a cache is made for a known number of samples; give distill.tokens")
     if cache.kind is TargetKind.SAMPLED and distill.divergence is not DivergenceKind.FORWARD_KL:
         problems.append(
             f"distill.divergence = {distill.divergence} from sampled targets: they are unbiased for forward_kl alone; "

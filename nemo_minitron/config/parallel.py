@@ -1,15 +1,21 @@
 """How a model is spread over processes, and in which numbers it computes."""
 
 from enum import StrEnum
+from typing import Self
 
-from nemo_minitron.config.base import Count, Section
+from pydantic import model_validator
+
+from nemo_minitron.config.base import Count, NonNegative, Section
 
 
 class Precision(StrEnum):
-    """Numbers of weights and activations. Master weights, gradient sums and losses are fp32 in either case."""
+    """Dtype of weights and activations. Master weights, gradient sums and losses are fp32 in every case."""
 
     FP32 = "fp32"
     BF16 = "bf16"
+    AUTO = "auto"
+    """A recipe's word only: bf16 on a GPU and on processors that multiply it faster than fp32, else fp32. It is settled
+    by a short measurement before work begins, and the run keeps what was chosen (`nemo_minitron.stages.precision`)."""
 
 
 class Recompute(StrEnum):
@@ -37,6 +43,37 @@ class ParallelConfig(Section):
     """Split norms and dropouts over the tensor-parallel ranks. Needs Transformer Engine or Apex."""
     recompute: Recompute = Recompute.NONE
     """Less memory for more time; results are the same."""
+
+    overlap_grad_reduce: bool | None = None
+    """Add gradients up over data-parallel ranks while the backward pass goes on. None: on GPUs, where there are several
+    data-parallel ranks."""
+    grad_bucket_size: Count | None = None
+    """Parameters whose gradients are added up together under `overlap_grad_reduce`; None for Megatron's choice, 40
+    million or a million a data-parallel rank."""
+    overlap_p2p_comm: bool | None = None
+    """Exchange activations between pipeline stages while they compute; needs `virtual_pipeline` and GPUs. None: where
+    that holds."""
+    gradient_accumulation_fusion: bool | None = None
+    """Let the matrix product add to the fp32 gradient, with Transformer Engine's layers and Apex's extension. None:
+    where both are."""
+    apply_rope_fusion: bool | None = None
+    """Transformer Engine's kernel for rotary positions, in its layers. None: where it is."""
+    gc_interval: NonNegative | None = None
+    """Optimizer steps between collections of Python's garbage, which all ranks then make at the same step instead of
+    each at its own; 0 leaves it to Python. None: 100 on several GPUs, else 0."""
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        if self.overlap_p2p_comm and self.virtual_pipeline is None:
+            raise ValueError(
+                "overlap_p2p_comm = true without virtual_pipeline: only the interleaved schedule has other work to do "
+                "while stages exchange activations"
+            )
+        if self.grad_bucket_size is not None and self.overlap_grad_reduce is False:
+            raise ValueError(
+                "grad_bucket_size with overlap_grad_reduce = false: gradients are cut into buckets only to overlap"
+            )
+        return self
 
     @property
     def model_parallel_size(self) -> int:

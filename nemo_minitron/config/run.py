@@ -176,7 +176,7 @@ class RunConfig(Section):
     steps: Count = 1
     """Rounds of scoring, pruning and distilling on the way to the target; each scores the model it finds anew, and each
     distillation takes `distill.tokens` and learns from the original teacher."""
-    precision: Precision = Precision.BF16
+    precision: Precision = Precision.AUTO
     parallel: ParallelConfig = ParallelConfig()
     model: ModelConfig
     data: DataConfig

@@ -3,9 +3,19 @@
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from nemo_minitron.config.base import Count, Fraction, NonNegative, NonNegativeFloat, OpenFraction, Positive, Section
+from nemo_minitron.config.base import (
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    OpenFraction,
+    Positive,
+    Section,
+    Steps,
+    in_steps,
+)
 from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.config.parallel import Precision
@@ -55,8 +65,8 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     min_lr: float = 1e-5
     """Where the schedule ends."""
-    warmup_steps: NonNegative = 10
-    """Optimizer steps of linear warm-up from zero."""
+    warmup_steps: Steps = 10
+    """Optimizer steps of linear warm-up from zero; below 1, a fraction of all steps."""
     schedule: Schedule = Schedule.COSINE
     decay_share: Fraction = 0.2
     """Share of all steps in which schedule `wsd` goes down."""
@@ -67,8 +77,9 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    distributed: bool = False
-    """Split optimizer states over data-parallel ranks (Megatron's distributed optimizer)."""
+    distributed: bool | None = None
+    """Split optimizer states over data-parallel ranks (Megatron's distributed optimizer). None: on GPUs, where there
+    are several data-parallel ranks."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -87,19 +98,25 @@ class GuardConfig(Section):
     """Training ends with an error after so many skipped steps in a row."""
 
 
+DEFAULT_TOKENS = 100_000
+
+
 class TrainingConfig(Section):
     """What every training stage has."""
 
-    tokens: Count = 100_000
-    """Tokens to train on; rounded down to whole steps."""
+    tokens: Count | None = None
+    """Tokens to train on, rounded down to complete steps; 100,000 if `minutes` is not given either."""
+    minutes: Positive | None = None
+    """Wall-clock minutes of the stage, instead of `tokens`: its own speed is measured at its start, and the number of
+    steps that fit is fixed then. A resumed run keeps that number."""
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    validate_every: NonNegative = 50
-    """Optimizer steps between validations; 0 for none before the end."""
+    validate_every: Steps = 50
+    """Optimizer steps between validations, or a fraction of all steps; 0 for none before the end."""
     validation_samples: Count = 16
     """Held-out samples of one validation."""
-    checkpoint_every: NonNegative = 50
-    """Optimizer steps between checkpoints that a stopped run resumes from; 0 for none."""
+    checkpoint_every: Steps = 50
+    """Optimizer steps between checkpoints that a stopped run resumes from, or a fraction of all steps; 0 for none."""
     keep_last: Count = 2
     """Newest checkpoints that are kept while training goes on; with 2, one is left if the newest is damaged."""
     async_save: bool = False
@@ -115,11 +132,42 @@ class TrainingConfig(Section):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps.
+
+        Raises:
+            ValueError: The training has a time budget, whose steps are not fixed yet.
+        """
+        if self.tokens is None:
+            raise ValueError("the number of steps is not known before the speed is measured")
         return self.tokens // self.batch.tokens_per_step
 
+    @property
+    def validation_interval(self) -> int:
+        """Optimizer steps between validations; more than there are for none before the end."""
+        return in_steps(self.validate_every, self.steps) or self.steps + 1
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Optimizer steps between checkpoints; 0 for none."""
+        return in_steps(self.checkpoint_every, self.steps)
+
+    def with_steps(self, steps: int) -> Self:
+        """The same training with its number of optimizer steps fixed."""
+        return self.model_copy(update={"tokens": steps * self.batch.tokens_per_step, "minutes": None})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_or_minutes(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("minutes") is not None:
+            return data
+        return {**data, "tokens": DEFAULT_TOKENS if data.get("tokens") is None else data["tokens"]}
+
     @model_validator(mode="after")
-    def _whole_steps(self) -> Self:
+    def _some_steps(self) -> Self:
+        if self.minutes is not None:
+            if self.tokens is not None:
+                raise ValueError(f"tokens = {self.tokens} and minutes = {self.minutes:g}: give one of them")
+            return self
         if self.steps < 1:
             raise ValueError(
                 f"tokens = {self.tokens} is less than one step "
@@ -182,11 +230,18 @@ class DistillConfig(TrainingConfig):
     """Keep embedding and output layer as the teacher has them: faster steps, and they need no repair when hidden
     channels are not cut."""
     teacher_precision: Precision | None = None
-    """Numbers of the teacher; None for those of the run."""
+    """Dtype of the teacher, fp32 or bf16; None for the run's."""
     offload_teacher: bool = False
     """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
     loss_chunk_tokens: Count | None = None
     """Tokens whose logits exist at one time; None chooses from the vocabulary and the device."""
+
+    @field_validator("teacher_precision")
+    @classmethod
+    def _said(cls, value: Precision | None) -> Precision | None:
+        if value is Precision.AUTO:
+            raise ValueError("fp32 or bf16; leave it out for the precision of the run, which may be auto")
+        return value
 
 
 class CorrectConfig(TrainingConfig):

@@ -14,7 +14,7 @@ from nemo_minitron.megatron.placement import chunk_layers
 
 def bytes_of(precision: Precision) -> int:
     """Bytes of a number."""
-    return 2 if precision is Precision.BF16 else 4
+    return {Precision.BF16: 2, Precision.FP32: 4}[precision]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

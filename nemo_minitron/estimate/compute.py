@@ -11,6 +11,23 @@ PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
 """Dense bf16 operations a second, from the makers' data sheets."""
 
 
+def gpu_kind(name: str) -> str | None:
+    """Which row of the tables a GPU belongs to, by the name that its driver gives it; None if to none.
+
+    A name such as "NVIDIA H100 80GB HBM3". The PCIe and NVL cards of the H100 family reach less than the SXM's peak.
+    """
+    words = name.lower().replace("-", " ").split()
+    if {"pcie", "nvl"} & set(words) and "h100" in words:
+        return None
+    return next((kind for kind in PEAK_FLOPS if kind in words), None)
+
+
+def peak_flops_of(name: str) -> float | None:
+    """`PEAK_FLOPS` of a GPU, by the name that its driver gives it; None if it is not in the table."""
+    kind = gpu_kind(name)
+    return None if kind is None else PEAK_FLOPS[kind]
+
+
 def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
     """Operations of one token's forward pass: two for every multiplied weight, and attention over what came before.
 

@@ -27,6 +27,7 @@ class Work:
         tokens: Tokens that pass through its models, at most.
         flops: Operations, those that are done again included.
         bubble: Share of the time that a pipeline stage waits.
+        minutes: Time budget of a training whose tokens only its speed decides; `tokens` and `flops` are then 0.
         section: Settings of a training; None for a stage that only runs models forward.
         model: The model in training.
         teacher: The teacher beside it in memory.
@@ -36,6 +37,7 @@ class Work:
     tokens: int
     flops: float
     bubble: float = 0.0
+    minutes: float | None = None
     section: TrainingConfig | None = None
     model: ModelSpec | None = None
     teacher: ModelSpec | None = None
@@ -117,7 +119,8 @@ def _training(
     flops = training_flops(model, batch.sequence_length, recompute=parallel.recompute)
     if teacher is not None:
         flops += forward_flops(teacher, batch.sequence_length)
-    tokens = section.steps * batch.tokens_per_step
+    bubble = pipeline_bubble(parallel, micro_batches)
+    tokens = _tokens(section, config, flops, bubble)
     step = Pass(
         parallel=parallel,
         precision=config.precision,
@@ -129,12 +132,31 @@ def _training(
     return Work(
         tokens=tokens,
         flops=tokens * flops,
-        bubble=pipeline_bubble(parallel, micro_batches),
+        bubble=bubble,
+        minutes=None if tokens else section.minutes,
         section=section,
         model=model,
         teacher=teacher,
         training=replace(_memory_settings(section, config, step, copies), **_compared(section, model, teacher)),
     )
+
+
+def _tokens(section: TrainingConfig, config: RunConfig, flops: float, bubble: float) -> int:
+    """Tokens of a training; 0 for a time budget on a machine whose speed is not known.
+
+    Args:
+        section: The training.
+        config: The recipe.
+        flops: Operations of one token.
+        bubble: Share of the time that a pipeline stage waits.
+    """
+    each = section.batch.tokens_per_step
+    if section.minutes is None:
+        return section.steps * each
+    if (cluster := config.cluster) is None:
+        return 0
+    speed = cluster.gpus * PEAK_FLOPS[cluster.gpu] * cluster.mfu * (1 - bubble) / flops
+    return int(speed * 60 * section.minutes) // each * each
 
 
 def _compared(section: TrainingConfig, student: ModelSpec, teacher: ModelSpec | None) -> dict[str, Any]:
@@ -154,7 +176,9 @@ def _memory_settings(section: TrainingConfig, config: RunConfig, step: Pass, cop
     return Training(
         step=step,
         data_parallel=copies,
-        distributed_optimizer=section.optimizer.distributed,
+        distributed_optimizer=copies * config.parallel.context > 1 and config.cluster is not None
+        if section.optimizer.distributed is None
+        else section.optimizer.distributed,
         freeze_embeddings=distill.freeze_embeddings,
         teacher_precision=distill.teacher_precision or config.precision,
         offload_teacher=distill.offload_teacher,

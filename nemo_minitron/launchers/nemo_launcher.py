@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, LaunchError
 from nemo_minitron.launchers.commands import arguments, check_ranks
@@ -184,16 +185,18 @@ def _distill(config: RunConfig, folder: Path) -> dict[str, Any]:
         "validation_samples": settings.validation_samples,
         **nemo_settings.training_keys(settings, folder / "stages/import/teacher"),
     }
-    trainer = {"max_steps": settings.steps, "val_check_interval": settings.validate_every or settings.steps + 1}
+    trainer = {"max_steps": settings.steps, "val_check_interval": settings.validation_interval}
     logs = {"name": config.name, "explicit_log_dir": str(folder / "distill/results"), "resume_if_exists": True}
     return {"model": model | _shared(config, folder), "trainer": trainer, "exp_manager": logs, "name": config.name}
 
 
 def _shared(config: RunConfig, folder: Path) -> dict[str, Any]:
+    auto = config.precision is Precision.AUTO
     return {
         **nemo_settings.parallel_keys(config.parallel),
         "data": str(folder / "stages/data"),
-        "precision": nemo_settings.precision_key(config.precision),
+        # The launcher is for clusters, and on their GPUs `auto` is bf16.
+        "precision": nemo_settings.precision_key(Precision.BF16 if auto else config.precision),
     }
 
 
@@ -209,5 +212,6 @@ def _left_out(config: RunConfig) -> list[str]:
         "cache": config.cache is not None,
         "tune": config.tune is not None,
         "score.depth.metrics": bool(config.score.depth.metrics),
+        "distill.minutes": config.distill.minutes is not None,
     }
     return [f"{key}: not through this launcher; use `nemo-minitron submit`" for key, is_so in asked.items() if is_so]

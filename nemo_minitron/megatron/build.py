@@ -91,6 +91,7 @@ def transformer_config(
     dtype = torch_dtype(precision)
     first = spec.layers[0]
     engine = engine_carries(spec, device)
+    overlapping = _overlapping_p2p(parallel, device)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -115,7 +116,8 @@ def transformer_config(
         # tanh, whatever the config says.
         bias_activation_fusion=engine and spec.activation is Activation.SWIGLU,
         bias_dropout_fusion=engine,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fused_accumulation(parallel.gradient_accumulation_fusion, engine=engine),
+        apply_rope_fusion=_fused_rope(parallel.apply_rope_fusion, engine=engine),
         init_method_std=INIT_STD,
         perform_initialization=False,
         use_cpu_initialization=device.type != "cuda",
@@ -132,10 +134,69 @@ def transformer_config(
         **_recomputation(parallel.recompute),
         deallocate_pipeline_outputs=True,
         # Batched messages between two stages that are each other's next and previous one are paired up wrongly by
-        # Gloo: the loss is right and the gradients are not.
-        batch_p2p_comm=device.type == "cuda",
-        batch_p2p_sync=device.type == "cuda",
+        # In one batch under Gloo, the loss is right and the gradients are not.
+        batch_p2p_comm=device.type == "cuda" and not overlapping,
+        batch_p2p_sync=device.type == "cuda" and not overlapping,
+        overlap_p2p_comm=overlapping,
     )
+
+
+def _overlapping_p2p(parallel: ParallelConfig, device: torch.device) -> bool:
+    """Whether pipeline stages exchange activations while they compute.
+
+    Raises:
+        LayoutError: They are to, and there is no GPU.
+    """
+    on_gpu = device.type == "cuda"
+    if parallel.overlap_p2p_comm and not on_gpu:
+        raise LayoutError(
+            "parallel.overlap_p2p_comm = true on a CPU",
+            rule="Gloo sends while the sender waits",
+            remedy="leave it unset",
+        )
+    return on_gpu and parallel.virtual_pipeline is not None and parallel.overlap_p2p_comm is not False
+
+
+def _fused_accumulation(wanted: bool | None, *, engine: bool) -> bool:
+    """Whether matrix products add to the fp32 gradients themselves.
+
+    Raises:
+        LayoutError: They are to, and cannot.
+    """
+    if wanted is False or not engine:
+        able = False
+    else:
+        from megatron.core.tensor_parallel import layers
+
+        able = bool(layers._grad_accum_fusion_available)
+    if wanted and not able:
+        raise LayoutError(
+            "parallel.gradient_accumulation_fusion = true",
+            rule="it needs Transformer Engine's layers on a GPU, and Apex's fused_weight_gradient_mlp_cuda",
+            remedy="leave it unset, or take an NGC container, which has both",
+        )
+    return able
+
+
+def _fused_rope(wanted: bool | None, *, engine: bool) -> bool:
+    """Whether rotary positions are Transformer Engine's kernel.
+
+    Raises:
+        LayoutError: They are to, and cannot.
+    """
+    if wanted is False or not engine:
+        able = False
+    else:
+        from megatron.core.models.common.embeddings import rope_utils
+
+        able = rope_utils.fused_apply_rotary_pos_emb is not None
+    if wanted and not able:
+        raise LayoutError(
+            "parallel.apply_rope_fusion = true",
+            rule="it is part of Transformer Engine's layers, which need a GPU",
+            remedy="leave it unset; our own layers turn positions inside their attention",
+        )
+    return able
 
 
 def _recomputation(recompute: Recompute) -> dict[str, Any]:
@@ -150,7 +211,7 @@ def _recomputation(recompute: Recompute) -> dict[str, Any]:
 
 def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch dtype of a precision."""
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    return {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}[precision]
 
 
 @torch.no_grad()

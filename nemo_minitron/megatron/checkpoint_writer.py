@@ -25,9 +25,12 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_minitron.checkpoints import digests
 from nemo_minitron.checkpoints.files import sync, sync_folder
+from nemo_minitron.checkpoints.torch_dist import write_index
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.cpu import local_objects
@@ -110,10 +113,13 @@ class _Job(threading.Thread):
         super().__init__(name=f"writes {path.name}", daemon=True)
         self.path, self.partial, self.size = path, partial, size
         self._request = request
+        self._device = runtime.current().device
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread starts with the first one
             self._request.async_fn(*self._request.async_fn_args)
         except BaseException as error:  # torch's CheckpointException is no Exception
             self._error = error
@@ -164,7 +170,8 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
         alone = dist.get_world_size() == 1
         dcp.save(
             state,
-            storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
+            # Copying ahead would wait for the training's stream every few megabytes.
+            storage_writer=_FileWriter(folder, thread_count=1, per_thread_copy_ahead=0),
             planner=torch_strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=None if alone else self._group,
             no_dist=alone,
@@ -195,6 +202,14 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
             rest = [path.name for path in partial.iterdir() if path.name not in self._sums]
             digests.write(partial, {**self._sums, **digests.sums(partial, rest)})
         _take_place(partial, self._path)
+
+
+class _FileWriter(dcp.FileSystemWriter):
+    """torch's writer, with an index that any version of Python can read."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {result.index: result.storage_data for row in results for result in row}
+        write_index(Path(self.path), metadata)
 
 
 @contextmanager

@@ -229,6 +229,8 @@ def loader(
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # Only from pinned memory does a copy to the GPU run beside other work.
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.model import MinitronGPT, unwrap
+from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
 from nemo_minitron.megatron.placement import chunk_layers
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.parallel.fused_linear import pieces
@@ -90,7 +90,8 @@ class LayerSkipper:
         # All of a window receive before any of it sends: two stages that are each other's next and previous one
         # (virtual stages on two ranks) then post their messages in matching order, which NCCL needs.
         window = self._runtime.parallel.pipeline if len(self._parts) > 1 else 1
-        rotary = [part.model.rotary_pos_emb(length) for part in self._parts]
+        with outside_inference_mode():  # Megatron caches them
+            rotary = [part.model.rotary_pos_emb(length) for part in self._parts]
         for indices in pieces(len(self._blocks), window):
             for part, angles in zip(self._parts, rotary, strict=True):
                 active = [i for i in range(indices.start, indices.stop) if self._blocks[i][0] < part.layers.stop]

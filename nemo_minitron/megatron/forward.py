@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_minitron.errors import LayoutError, TrainingError
-from nemo_minitron.megatron.model import unwrap
+from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 
 
@@ -37,6 +37,10 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device."""
         return MicroBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in memory that copies to a GPU need not wait for; a `DataLoader` calls it."""
+        return MicroBatch(*(getattr(self, name).pin_memory() for name in self.__slots__))
 
     def split(self, size: int) -> "list[MicroBatch]":
         """Consecutive micro-batches of `size` samples.
@@ -116,8 +120,7 @@ def run(
         report = {name: value.detach() for name, value in result.report.items()}
         return result.total, tokens.int(), {"total": result.total.detach(), "tokens": tokens, **report}
 
-    with torch.set_grad_enabled(not forward_only):
-        return _schedule(chunks, micro_batches, finish, runtime=runtime, forward_only=forward_only)
+    return _schedule(chunks, micro_batches, finish, runtime=runtime, forward_only=forward_only)
 
 
 def collect_hidden(chunks: Sequence[nn.Module], micro_batches: Sequence[MicroBatch], runtime: Runtime) -> list[Tensor]:
@@ -130,7 +133,6 @@ def collect_logits(chunks: Sequence[nn.Module], micro_batches: Sequence[MicroBat
     return _collect(chunks, micro_batches, runtime, output="logits")
 
 
-@torch.no_grad()
 def _collect(
     chunks: Sequence[nn.Module],
     micro_batches: Sequence[MicroBatch],
@@ -181,6 +183,7 @@ def _schedule(
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
+    """Megatron's schedule, outside of inference mode, in which Lightning validates on NCCL."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     shape = _common_shape(micro_batches, runtime)
@@ -194,16 +197,17 @@ def _schedule(
     local = [micro_batch.to(runtime.device).on_context_rank(rank, size) for micro_batch in micro_batches]
     iterators = [iter(enumerate(local)) for _ in chunks]
     interleaved = runtime.parallel.virtual_pipeline is not None
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if interleaved else iterators[0],
-        model=list(chunks) if interleaved else chunks[0],
-        num_microbatches=len(micro_batches),
-        seq_length=shape[1],
-        micro_batch_size=shape[0],
-        forward_only=forward_only,
-        collect_non_loss_data=collect_non_loss_data,
-    )
+    with outside_inference_mode(), torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if interleaved else iterators[0],
+            model=list(chunks) if interleaved else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+        )
 
 
 def _common_shape(micro_batches: Sequence[MicroBatch], runtime: Runtime) -> tuple[int, int]:

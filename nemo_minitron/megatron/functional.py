@@ -9,6 +9,7 @@ Shapes: S sequence, B batch, H hidden, F neurons of this rank, G KV groups of th
 D channels of a head.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +55,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source: Zhang and Sennrich, arXiv:1910.07467, eq. 4.
     """
     if x.is_cuda:
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+        if weight.dtype == x.dtype:
+            return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        # A zero-centred weight comes as 1 + w in fp32: rounded to bf16 it would shift whole channels by up to 4e-3.
+        wide = at_least_fp32(x)
+        return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension, in fp32 inside; in the dtype of `x`.
+
+    Source: Ba et al., arXiv:1607.06450, eq. 3.
+    """
+    wide = at_least_fp32(x)
+    return F.layer_norm(wide, (x.shape[-1],), weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -198,13 +212,57 @@ def _fused_attention(turned: Tensor, values: Tensor, batch: int, how: _How) -> T
     q = turned[:, :-1].reshape(batch, -1, length, head_dim)
     k = turned[:, -1].reshape(batch, -1, length, head_dim)
     v = values.reshape(batch, -1, length, head_dim)
-    seen = None
-    if how.window is not None and how.window < length:
-        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_().triu_(1 - how.window)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, scale=how.scale, enable_gqa=True
-    )
+    if how.window is None or how.window >= length:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale, enable_gqa=True)
+    elif not q.is_cuda:
+        mask = _window_mask(length, how.window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale, enable_gqa=True)
+    else:
+        out = _windowed_attention(q, k, v, how.window, how.scale)
     return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Attention of `[B, heads, S, D]` queries to the latest `window` of `[B, G, S, D]` keys: `[B, heads, S, D]`.
+
+    Blocks of `window` queries each look at their own keys and those of the block before, so work and memory grow with
+    `S * window`. KV heads are repeated: at some head sizes no fused kernel takes both a mask and grouped queries, and
+    PyTorch computes fp32 scores of all heads instead, `[B, heads, S, S]`.
+    """
+    batch, heads, length, _ = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    blocks = -(-length // window)
+    if 2 * blocks * window**2 >= length**2:
+        mask = _window_mask(length, window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    behind = blocks * window - length
+
+    def with_block_before(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, window, behind)).unfold(2, 2 * window, window).mT.transpose(1, 2).flatten(0, 1)
+
+    q_blocks = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+    mask = _block_mask(batch, blocks, window, q.device)
+    out = F.scaled_dot_product_attention(
+        q_blocks, with_block_before(k), with_block_before(v), attn_mask=mask, scale=scale
+    )
+    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+@lru_cache(maxsize=2)
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys a query sees, `[S, S]`. Kept, since every layer of a model asks for the same one."""
+    with torch.inference_mode(False):
+        return torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+
+
+@lru_cache(maxsize=2)
+def _block_mask(batch: int, blocks: int, window: int, device: torch.device) -> Tensor:
+    """Which keys a block's queries see, `[B * blocks, 1, window, 2 * window]`; none lie before the first."""
+    with torch.inference_mode(False):
+        band = torch.ones(window, 2 * window, dtype=torch.bool, device=device).tril_(window).triu_(1)
+        mask = band.repeat(blocks, 1, 1)
+        mask[0, :, :window] = False
+        return mask.repeat(batch, 1, 1).unsqueeze(1)
 
 
 def causal_attention(

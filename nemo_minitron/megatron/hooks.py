@@ -28,8 +28,8 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.functional import rms_norm
-from nemo_minitron.megatron.model import unwrap
+from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
+from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.score_sums import SITES, RankSums, Site, deal_out, gather, rank_channels
 from nemo_minitron.ops.block_influence import Stream, dissimilarity, stream_of
@@ -115,7 +115,8 @@ class ImportanceCollector:
         self._samples = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self._tokens = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self._masks: list[_Masks] = []
-        self._states = [self._state(chunk) for chunk in self._chunks]
+        with outside_inference_mode():  # the model adds to the sums outside of it
+            self._states = [self._state(chunk) for chunk in self._chunks]
         self._handles: list[RemovableHandle] = []
         self._workspace = Workspace()
 
@@ -172,7 +173,7 @@ class ImportanceCollector:
         for state in self._states:
             for group in state.groups:
                 torch.cat([mine.sites[site] for site in group.sites], dim=1, out=group.sums.values)
-            state.influence = torch.stack([mine.influence[number] for number in state.layers])
+            state.influence.copy_(torch.stack([mine.influence[number] for number in state.layers]))
         self._samples, self._tokens = mine.samples, mine.tokens
 
     def _state(self, chunk: nn.Module) -> _Chunk:
@@ -310,10 +311,12 @@ class ImportanceCollector:
 
 def fused_norm(linear: nn.Module, x: Tensor) -> Tensor:
     """What the norm inside a Transformer Engine LayerNormLinear returns for `x`."""
-    weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
+    weight = linear.layer_norm_weight
+    if linear.zero_centered_gamma:
+        weight = at_least_fp32(weight) + 1
     if linear.normalization == "RMSNorm":
         return rms_norm(x, weight, linear.eps)
-    return nn.functional.layer_norm(x, (x.shape[-1],), weight, linear.layer_norm_bias, linear.eps)
+    return layer_norm(x, weight, linear.layer_norm_bias, linear.eps)
 
 
 def _announced(state: _Chunk) -> _Masks:

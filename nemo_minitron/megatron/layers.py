@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
 from nemo_minitron.megatron import functional
-from nemo_minitron.megatron.functional import at_least_fp32, causal_attention, rms_norm, rotary_tables
+from nemo_minitron.megatron.functional import at_least_fp32, causal_attention, layer_norm, rms_norm, rotary_tables
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SWIGLU: functional.swiglu,
@@ -53,11 +53,7 @@ class LocalNorm(nn.Module):
         weight = at_least_fp32(self.weight) + 1 if self.zero_centred else self.weight
         if self.bias is None:
             return rms_norm(x, weight, self.eps)
-        wide = at_least_fp32(x)
-        normed = nn.functional.layer_norm(
-            wide, (x.shape[-1],), weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps
-        )
-        return normed.to(x.dtype)
+        return layer_norm(x, weight, self.bias, self.eps)
 
 
 class LocalSelfAttention(SelfAttention):

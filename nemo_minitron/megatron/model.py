@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,12 @@ class MinitronGPT(GPTModel):
         self.output = output
         # Megatron knows Llama 3's scaling with one set of constants; the spec may have others.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Megatron's forward pass; in inference mode too, what layers cache can be used by training afterwards."""
+        with outside_inference_mode():
+            output: Tensor = super().forward(*args, **kwargs)
+        return output
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         embedded, *rest = super()._preprocess(*args, **kwargs)
@@ -83,6 +90,18 @@ class MinitronGPT(GPTModel):
             if rest.startswith(local):
                 rest = canonical + rest.removeprefix(local)
         return LAYER_PREFIX.format(i=self.decoder.layers[int(index)].layer_number - 1) + rest
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """A block whose tensors may be kept for training; gradients stay on or off as they were.
+
+    What layers cache in a forward pass (rotary tables, Transformer Engine's sequence lengths) is used by later training
+    steps, which refuse tensors made in inference mode.
+    """
+    with_grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
+        yield
 
 
 def freeze_vocabulary(model: MinitronGPT) -> None:

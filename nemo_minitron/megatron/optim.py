@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_minitron.config.base import in_steps
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
+from nemo_minitron.megatron import overlap
 from nemo_minitron.megatron.model import unwrap
+from nemo_minitron.megatron.runtime import Runtime
 
 _DECAY_STYLES = {
     Schedule.COSINE: "cosine",
@@ -35,11 +38,26 @@ class StepInfo:
     """Whether weights and optimizer were left as they are, because the gradients were not finite or were refused."""
 
 
-def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module]:
+def is_distributed(config: OptimizerConfig) -> bool:
+    """Whether optimizer states are split over data-parallel ranks, decided here where the settings leave it open."""
+    if config.distributed is not None:
+        return config.distributed
+    from megatron.core import parallel_state
+
+    return torch.cuda.is_available() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+
+
+def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runtime | None = None) -> list[nn.Module]:
     """Chunks inside Megatron's data-parallel wrapper, with fp32 gradient buffers (`parameter.main_grad`).
 
     `forward.run` then adds gradients up over data-parallel ranks, and over the two copies of a tied embedding, and
     divides them by the number of tokens.
+
+    Args:
+        chunks: This rank's chunks of a model.
+        config: Of its optimizer.
+        runtime: The running layout, whose settings say whether gradients are added up while the backward pass goes on;
+            None: they are not.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -49,8 +67,9 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module
 
     parallel_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=overlap.is_wanted(runtime),
+        bucket_size=None if runtime is None else runtime.parallel.grad_bucket_size,
+        use_distributed_optimizer=is_distributed(config),
         check_for_nan_in_grad=False,
         average_in_collective=False,
     )
@@ -66,6 +85,8 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig) -> list[nn.Module
                 disable_bucketing=index > 0,
             )
         )
+    if runtime is not None and parallel_config.overlap_grad_reduce:
+        overlap.connect(wrapped, runtime)
     return wrapped
 
 
@@ -171,18 +192,19 @@ def build_optimizer(
         clip_grad=config.clip_grad,
         bf16=precision is Precision.BF16,
         params_dtype=unwrap(chunks[0]).config.params_dtype,
-        use_distributed_optimizer=config.distributed,
+        use_distributed_optimizer=is_distributed(config),
     )
     optimizer = get_megatron_optimizer(megatron_config, list(chunks), use_gloo_process_groups=False)
-    _prepare_torch_adam(optimizer)
+    _prepare_adam(optimizer)
+    warmup_steps = in_steps(config.warmup_steps, steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
+        lr_warmup_steps=warmup_steps,
         # A warm-up longer than the training is a ramp that is not finished.
-        lr_decay_steps=max(steps, config.warmup_steps + 1),
+        lr_decay_steps=max(steps, warmup_steps + 1),
         lr_decay_style=_DECAY_STYLES[config.schedule],
         wsd_decay_steps=max(round(config.decay_share * steps), 1),
         lr_wsd_decay_style="linear",
@@ -194,12 +216,15 @@ def build_optimizer(
     return TrainOptimizer(chunks, optimizer, scheduler, config.clip_grad)
 
 
-def _prepare_torch_adam(optimizer: Any) -> None:
-    """Set up torch's AdamW where Megatron falls back to it.
+def _prepare_adam(optimizer: Any) -> None:
+    """Make the moments now, where Adam would at its first step, so that a state can be saved or loaded before it.
 
-    Each parameter is updated in one pass over memory, and moments exist from the start, as in Apex's and Transformer
-    Engine's optimizers, so that a state can be saved or loaded before the first step.
+    Torch's AdamW, to which Megatron falls back without Transformer Engine and Apex, is also told to update each
+    parameter in one pass over memory.
     """
+    for part in optimizer.chained_optimizers:
+        if (inner := getattr(part, "optimizer", None)) is not None:
+            part.init_state_fn(inner, part.config)
     for adam in _torch_adams(optimizer):
         adam.defaults.update(fused=True, foreach=False)
         for group in adam.param_groups:

@@ -53,7 +53,7 @@ class Runtime:
     rank: int
     world_size: int
     local_rank: int
-    """Rank among the processes of this machine; also the index of its GPU."""
+    """Rank among the processes of this machine."""
     device: torch.device
     parallel: ParallelConfig
     seed: int
@@ -152,7 +152,7 @@ def current() -> Runtime:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    device_ids = [current().local_rank] if dist.get_backend() == "nccl" else None
+    device_ids = [current().device.index] if dist.get_backend() == "nccl" else None
     dist.barrier(device_ids=device_ids)
 
 
@@ -238,13 +238,17 @@ def _claim_device(place: _Place) -> torch.device:
     if not torch.cuda.is_available():
         _tune_cpu()
         return torch.device("cpu")
-    if place.local_rank >= torch.cuda.device_count():
+    count, index = torch.cuda.device_count(), place.local_rank
+    if count == 1 and (_is_slurm_step() or "CUDA_VISIBLE_DEVICES" in os.environ):
+        index = 0  # each process is shown a GPU of its own, as by `srun --gpus-per-task=1`
+    if index >= count:
         raise LayoutError(
-            f"local rank {place.local_rank} on a machine with {torch.cuda.device_count()} GPU(s)",
+            f"local rank {place.local_rank} on a machine with {count} GPU(s)",
             rule="one process a GPU",
+            remedy="start fewer processes, or show each one a GPU of its own with CUDA_VISIBLE_DEVICES",
         )
-    torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _tune_cpu() -> None:

@@ -155,9 +155,18 @@ def _without_padding(value: Any, spec: ModelSpec) -> Any:
 
 
 def _fill(chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
+    """Copy what was read into the model; every weight must be there.
+
+    Transformer Engine's layers count an absent `_extra_state` as a missing weight. It belongs to fp8 and is not read.
+    """
     for index, chunk in enumerate(map(unwrap, chunks)):
         state = {name.removeprefix(PREFIX): value for name, value in loaded[f"chunk{index}"].items()}
-        chunk.load_state_dict(state)
+        missing, unexpected = chunk.load_state_dict(state, strict=False)
+        if wrong := sorted(name for name in (*missing, *unexpected) if not name.endswith("_extra_state")):
+            raise CheckpointError(
+                f"{len(wrong)} name(s) of the checkpoint and the model differ: {', '.join(wrong[:8])}",
+                rule="the checkpoint holds every weight of the model, and no other",
+            )
 
 
 def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:

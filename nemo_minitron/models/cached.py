@@ -13,10 +13,11 @@ from torch.distributed import ProcessGroup
 from nemo_minitron.cache.entries import SampleTargets
 from nemo_minitron.cache.folder import TargetCache
 from nemo_minitron.cache.tensors import sparse_targets
+from nemo_minitron.megatron import overlap
 from nemo_minitron.megatron.forward import LossResult, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.models.gpt import MegatronGPTModel, Report
-from nemo_minitron.models.losses import sequence_first, tensor_group
+from nemo_minitron.models.losses import main_gradient, sequence_first, tensor_group
 from nemo_minitron.models.ramp import at_step
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
@@ -54,9 +55,10 @@ class CachedDistillationLoss:
             temperature=self.divergence.temperature,
             device=hidden_SBH.device,
         )
+        weight = self.student.output_weight()
         result = fused_linear_sparse_kd(
             hidden_SBH.flatten(0, 1),
-            self.student.output_weight(),
+            overlap.for_loss(weight),
             targets,
             keep=sequence_first(micro_batch.keep),
             labels=sequence_first(micro_batch.labels),
@@ -66,11 +68,12 @@ class CachedDistillationLoss:
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
+            weight_gradient=main_gradient(weight),
             statistics=True,
         )
         assert result.student_ce_sum is not None, "statistics and labels were given"
         report = {"loss": result.loss_sum.detach(), "kd": result.kd_sum, "ce": result.student_ce_sum}
-        return LossResult(total=result.loss_sum, tokens=result.tokens, report=report)
+        return LossResult(total=overlap.ready_after(result.loss_sum, weight), tokens=result.tokens, report=report)
 
 
 class MegatronGPTCachedDistillationModel(MegatronGPTModel):

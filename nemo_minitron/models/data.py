@@ -1,6 +1,7 @@
 """Token files as Lightning loaders that know the layout and where a stopped run left off."""
 
 from pathlib import Path
+from typing import Self
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -29,6 +30,10 @@ class TokenDataModule(LightningDataModule):
         self.folder = folder
         self.settings = settings
         self.seed = seed
+
+    def with_settings(self, settings: TrainingConfig) -> Self:
+        """The same data for a training with other settings."""
+        return type(self)(self.folder, settings, seed=self.seed)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the steps that are left; its length counts all steps, as Lightning's progress does."""

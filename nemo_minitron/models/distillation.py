@@ -129,13 +129,6 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         if not self._teacher and self.distillation.get("teacher"):
             self.attach_teacher(self.distillation["teacher"])
 
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """One global batch; the first one also checks that the teacher is a trained model."""
-        watched = self.statistics
-        self.statistics = watched or self.trainer.global_step == 0
-        super().training_step(batch, batch_idx)
-        self.statistics = watched
-
     def apply_gradients(self, report: Report, values: Report) -> StepInfo:
         """The student's step and the projection's; see the base class."""
         info = super().apply_gradients(report, values)
@@ -156,11 +149,18 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             self._matching.load_state_dict(checkpoint["minitron_hidden"])
 
     def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:
-        """Teacher's pass, then the student's schedule; see the base class."""
-        report = super().run_schedule(batch, training=training)
-        if training and self.trainer.global_step == 0:
-            self._check_teacher(per_token(report)["teacher_ce"])
-        return report
+        """Teacher's pass, then the student's schedule; see the base class. The first step checks the teacher."""
+        if not training or self.trainer.global_step > 0:
+            return super().run_schedule(batch, training=training)
+        wanted, self.statistics = self.statistics, True
+        report = super().run_schedule(batch, training=True)
+        self.statistics = wanted
+        self._check_teacher(per_token(report)["teacher_ce"])
+        if wanted:
+            return report
+        # Lightning would show what only the first step has beside every later one.
+        extra = {"ce", "teacher_ce", "agreement", *(("kl",) if "kd" in report else ())}
+        return {name: value for name, value in report.items() if name not in extra}
 
     def run_loss(self, loss: Callable[..., Any], micro_batches: list[MicroBatch], *, training: bool) -> Report:
         """One pass, which also compares intermediate states if the configuration names some; see the base class."""

@@ -104,7 +104,7 @@ class MegatronGPTModel(ModelPT):
             raise MinitronError("model configuration: optim is missing", rule="training needs optim.lr at least")
         config = nemo_settings.optimizer_config(self._cfg.optim)
         precision = nemo_settings.precision(self._cfg)
-        self.training_chunks = optim.wrap(self.chunks, config)
+        self.training_chunks = optim.wrap(self.chunks, config, runtime=self.runtime)
         steps = self._cfg.optim.get("sched", {}).get("max_steps") or self.trainer.max_steps
         return MegatronOptimizer(optim.build_optimizer(self.training_chunks, config, precision, steps))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.hidden import HiddenBalance, HiddenConfig
@@ -176,11 +177,14 @@ class StateMatching:
         self.projection.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Balance, projection and its moments, the same on every rank."""
+        """Balance, projection and its moments, the same on every rank, on the CPU.
+
+        Megatron sends rank 0's copy to every rank and compares; tensors of different GPUs are never equal to it.
+        """
         if self.projection is None:
             return {"factor": self.factor}
-        optimizer = self._optimizer.state_dict()
-        return {"factor": self.factor, "projection": self.projection.detach(), "optimizer": optimizer}
+        state = {"projection": self.projection.detach(), "optimizer": self._optimizer.state_dict()}
+        return {"factor": self.factor, **tree_map_only(Tensor, Tensor.cpu, state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.objective import DivergenceKind
+from nemo_minitron.megatron import overlap
 from nemo_minitron.megatron.forward import LossResult, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
@@ -42,18 +43,19 @@ class LanguageModelLoss:
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
         """Loss of one micro-batch from the states after the final norm, `[s, b, h]`."""
+        weight = self.model.output_weight()
         result = fused_linear_cross_entropy(
             hidden_SBH.flatten(0, 1),
-            self.model.output_weight(),
+            overlap.for_loss(weight),
             labels=sequence_first(micro_batch.labels),
             keep=sequence_first(micro_batch.keep),
             vocab_size=self.vocab_size,
             chunk_tokens=self.chunk_tokens,
             tp=self.tensor_group,
-            weight_gradient=main_gradient(self.model.output_weight()),
+            weight_gradient=main_gradient(weight),
         )
         return LossResult(
-            total=result.ce_sum,
+            total=overlap.ready_after(result.ce_sum, weight),
             tokens=result.tokens,
             report={"ce": result.ce_sum},
         )
@@ -109,14 +111,15 @@ class DistillationLoss:
             report["ce"] = watched.student_ce_sum
             report["teacher_ce"] = watched.teacher_ce_sum
             report["agreement"] = watched.top1_agreement
-        return LossResult(total=result.loss_sum, tokens=result.tokens, report=report)
+        total = overlap.ready_after(result.loss_sum, self.student.output_weight())
+        return LossResult(total=total, tokens=result.tokens, report=report)
 
     def _full(
         self, student: Tensor, teacher: Tensor, micro_batch: MicroBatch, divergence: Divergence, *, statistics: bool
     ) -> FusedLoss:
         return fused_linear_kd(
             student,
-            self.student.output_weight(),
+            overlap.for_loss(self.student.output_weight()),
             teacher,
             self.teacher.output_weight(),
             keep=sequence_first(micro_batch.keep),
@@ -145,7 +148,7 @@ class DistillationLoss:
         )
         return fused_linear_sparse_kd(
             student,
-            self.student.output_weight(),
+            overlap.for_loss(self.student.output_weight()),
             targets,
             keep=sequence_first(micro_batch.keep),
             labels=sequence_first(micro_batch.labels),

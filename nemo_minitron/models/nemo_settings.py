@@ -29,13 +29,15 @@ _SCHEDULES = {
 def parallel_config(cfg: Mapping[str, Any]) -> ParallelConfig:
     """The layout a NeMo configuration asks for; absent keys mean 1."""
     wanted = {name: cfg[key] for name, key in _PARALLEL_KEYS.items() if cfg.get(key) is not None}
-    return check(ParallelConfig, wanted, source="model configuration")
+    ours = (cfg.get("minitron") or {}).get("parallel") or {}
+    return check(ParallelConfig, {**wanted, **ours}, source="model configuration")
 
 
 def parallel_keys(parallel: ParallelConfig) -> dict[str, Any]:
     """The inverse of `parallel_config`, as plain data."""
     values = parallel.model_dump(mode="json")
-    return {key: values[name] for name, key in _PARALLEL_KEYS.items()}
+    ours = {name: value for name, value in values.items() if name not in _PARALLEL_KEYS}
+    return {**{key: values[name] for name, key in _PARALLEL_KEYS.items()}, "minitron": {"parallel": ours}}
 
 
 def precision(cfg: Mapping[str, Any]) -> Precision:
@@ -52,7 +54,7 @@ def precision(cfg: Mapping[str, Any]) -> Precision:
 
 def precision_key(value: Precision) -> str:
     """The inverse of `precision`."""
-    return "bf16" if value is Precision.BF16 else "32"
+    return {Precision.BF16: "bf16", Precision.FP32: "32"}[value]
 
 
 def optimizer_config(optim: Mapping[str, Any]) -> OptimizerConfig:
@@ -77,7 +79,7 @@ def optimizer_config(optim: Mapping[str, Any]) -> OptimizerConfig:
         "beta2": beta2,
         "eps": optim.get("eps", 1e-8),
         "clip_grad": optim.get("clip_grad", 1.0),
-        "distributed": optim.get("name") == "distributed_fused_adam",
+        "distributed": optim.get("distributed", optim.get("name") == "distributed_fused_adam"),
     }
     return check(OptimizerConfig, values, source="model configuration: optim")
 
@@ -87,6 +89,7 @@ def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
     names = {schedule: name for name, schedule in _SCHEDULES.items()}
     return {
         "name": "distributed_fused_adam" if config.distributed else "adamw",
+        "distributed": config.distributed,
         "lr": config.lr,
         "weight_decay": config.weight_decay,
         "betas": [config.beta1, config.beta2],

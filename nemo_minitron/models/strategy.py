@@ -105,6 +105,10 @@ class MegatronStrategy(Strategy):
         """Make the optimizer when fitting; the chunks were built in the model's `configure_model`."""
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
+        # On NCCL, but not on Gloo, Lightning validates in inference mode. What layers cache there (rotary tables,
+        # sequence lengths) could not be used by the training that follows.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
 

@@ -95,7 +95,7 @@ def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace:
     """Sum a site's activations over blocks of `rows` positions, with as few passes and calls as there can be.
 
     Mean and variance come from batch normalisation's own statistics: squared deviations from the mean, which stay exact
-    where the mean is large. On a GPU the three sums are one reading pass each.
+    where the mean is large. On a GPU they come from reductions over the whole sequence.
 
     Args:
         x_SBC: Activations; left unchanged. Whatever stands at masked positions, NaN included, has no effect.
@@ -121,13 +121,14 @@ def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace:
 
 
 def _reduced(x_SBC: Tensor) -> Block:
-    """A whole sequence as one block by plain reductions, which GPUs do without a copy."""
-    x_SD, wide = x_SBC.flatten(1), _wide(x_SBC.dtype)
+    """A whole sequence as one block by plain reductions, as GPUs do them best.
+
+    The variance is of deviations from the mean: a difference of squares would lose all digits where the mean is large.
+    """
+    x_SD = x_SBC.flatten(1).to(_wide(x_SBC.dtype))
     size = x_SD.shape[0]
-    norm_1, norm_2 = (torch.linalg.vector_norm(x_SD, order, dim=0, dtype=wide) for order in (1, 2))
-    mean = x_SD.mean(0, dtype=wide)
-    variance = norm_2.square_().div_(size).addcmul_(mean, mean, value=-1)
-    return Block(norm_1 / size, mean, variance, size)
+    variance, mean = torch.var_mean(x_SD, 0, correction=0)
+    return Block(torch.linalg.vector_norm(x_SD, 1, dim=0) / size, mean, variance, size)
 
 
 def joined_moments(sites: Sequence[Sequence[Block]], count_B: Tensor) -> SequenceMoments:

@@ -231,8 +231,14 @@ def _costs(content: ReportContent) -> Row:
     for name, result in content.results.items():
         memory = f"{result['peak_memory_gb']:.2f} GB" if "peak_memory_gb" in result else ""
         speed = f"{compact(result['tokens_per_second'])} tokens/s" if result.get("tokens_per_second") else ""
-        rows.append((name, duration(result.get("seconds", 0.0)), memory, speed))
-    return {"headings": ("stage", "time", "peak memory (rank 0)", "speed"), "rows": rows}
+        on_gpu = result.get("peak_gpu_memory_gb") or {}
+        gpu_memory = f"{on_gpu['allocated']:.2f} of {on_gpu['reserved']:.2f} GB" if on_gpu else ""
+        used = f"{result['mfu']:.1%}" if result.get("mfu") else ""
+        rows.append((name, duration(result.get("seconds", 0.0)), memory, speed, gpu_memory, used))
+    headings = ("stage", "time", "peak memory (rank 0)", "speed")
+    if any(row[4] for row in rows):
+        return {"headings": (*headings, "peak GPU memory (fullest rank), of reserved", "MFU"), "rows": rows}
+    return {"headings": headings, "rows": [row[:4] for row in rows]}
 
 
 def _provenance(content: ReportContent) -> list[tuple[str, str]]:

@@ -122,6 +122,16 @@ def summary(content: ReportContent) -> Row:
         "peak_memory_gb": {
             name: result["peak_memory_gb"] for name, result in content.results.items() if "peak_memory_gb" in result
         },
+        "peak_gpu_memory_gb": {
+            name: result["peak_gpu_memory_gb"]
+            for name, result in content.results.items()
+            if "peak_gpu_memory_gb" in result
+        },
+        "speed": {
+            name: {key: result[key] for key in ("tokens_per_second", "mfu") if result.get(key) is not None}
+            for name, result in content.results.items()
+            if result.get("tokens_per_second")
+        },
         "command": content.command,
         **{key: content.manifest.get(key) for key in ("seed", "version", "git", "versions", "hardware")},
     }

@@ -7,14 +7,15 @@ from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.training import Course, train
+from nemo_minitron.stages.training import train
+from nemo_minitron.stages.training_job import TrainingJob
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `teacher/` and `metrics.jsonl`; returns tokens, speed and validations."""
     settings = context.config.correct
     assert settings is not None, "the chain has this stage only with its section"
-    course = Course(
+    job = TrainingJob(
         kind=MegatronGPTModel,
         model=context.input("model"),
         keys=nemo_settings.base_keys(settings),
@@ -24,6 +25,6 @@ def run(context: StageContext) -> dict[str, Any]:
         metric="ce",
         result="teacher",
     )
-    result = train(context, course)
+    result = train(context, job)
     first, last = result["history"][0]["ce"], result["validation"]["ce"]
     return {**result, "summary": f"the teacher's cross-entropy {first:.3f} -> {last:.3f} nats a token"}

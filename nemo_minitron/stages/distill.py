@@ -12,7 +12,8 @@ from nemo_minitron.models.cached import MegatronGPTCachedDistillationModel
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.training import Course, train
+from nemo_minitron.stages.training import train
+from nemo_minitron.stages.training_job import TrainingJob
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run(context: StageContext) -> dict[str, Any]:
     data = TokenDataModule(context.input("data"), settings, seed=order_seed(context))
     if context.config.cache is not None:
         return _from_cache(context, data, context.config.cache)
-    course = Course(
+    job = TrainingJob(
         kind=MegatronGPTDistillationModel,
         model=context.input("student"),
         keys=nemo_settings.training_keys(settings, context.input("teacher")),
@@ -35,7 +36,7 @@ def run(context: StageContext) -> dict[str, Any]:
         metric=watched(settings),
         result="student",
     )
-    result = train(context, course)
+    result = train(context, job)
     first, last = result["history"][0]["kl"], result["validation"]["kl"]
     return {
         **result,
@@ -50,7 +51,7 @@ def _from_cache(context: StageContext, data: TokenDataModule, cache: CacheConfig
     targets = context.input("cache") if cache.folder is None else Path(cache.folder)
     keys = nemo_settings.base_keys(settings)
     keys["minitron"]["distillation"] = {**nemo_settings.objective_keys(settings), "cache": str(targets)}
-    course = Course(
+    job = TrainingJob(
         kind=MegatronGPTCachedDistillationModel,
         model=context.input("student"),
         keys=keys,
@@ -60,7 +61,7 @@ def _from_cache(context: StageContext, data: TokenDataModule, cache: CacheConfig
         metric="ce",
         result="student",
     )
-    result = train(context, course)
+    result = train(context, job)
     first, last = result["history"][0]["ce"], result["validation"]["ce"]
     extent = f"{cache.draws} draws a token" if cache.kind is TargetKind.SAMPLED else f"{cache.k} ids a token"
     return {

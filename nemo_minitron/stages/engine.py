@@ -4,18 +4,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.config.load import to_yaml
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import LostRankError, MinitronError
-from nemo_minitron.stages import manifest, signals
+from nemo_minitron.stages import manifest, signals, speed
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.plan import Action, Step, decide, select
+from nemo_minitron.stages.precision import PrecisionChoice, settle
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.stages.team import (
     LAUNCHED,
@@ -25,6 +27,7 @@ from nemo_minitron.stages.team import (
     environment_rank,
     gather,
     lost_another,
+    release_memory,
     start_collectives,
 )
 from nemo_minitron.version import __version__
@@ -72,7 +75,8 @@ def run_chain(
     with ExitStack() as stack:
         stack.enter_context(signals.handled())
         with _loss_named(request.run, team.rank):
-            steps = _together(team, request.run.path, lambda: _prepare(chain, request, stack))
+            request, precision = _settle_precision(request, team, reporter)
+            steps = _together(team, request.run.path, lambda: _prepare(chain, request, precision, stack))
         by_name = {stage.name: stage for stage in chain}
         outcome = "stopped"
         try:
@@ -113,7 +117,20 @@ def _lost(told: str, run: RunFolder, rank: int) -> BaseException:
     return as_echo(error) if LAUNCHED in os.environ else error
 
 
-def _prepare(chain: Sequence[Stage], request: Request, stack: ExitStack) -> list[tuple[str, dict[str, Any]]]:
+def _settle_precision(request: Request, team: Team, reporter: Reporter) -> tuple[Request, PrecisionChoice | None]:
+    """The request with bf16 or fp32 in the place of `auto`; says which, and warns of a bf16 that is emulated."""
+    is_new = not (request.run.path / "manifest.json").is_file()
+    config, choice = settle(request.config, request.run, team)
+    if choice is not None and choice.asked is Precision.AUTO:
+        reporter.line(f"precision {choice.chosen} (auto: {choice.reason})")
+    elif choice is not None and choice.warning and is_new:
+        reporter.line(choice.warning)
+    return replace(request, config=config), choice
+
+
+def _prepare(
+    chain: Sequence[Stage], request: Request, precision: PrecisionChoice | None, stack: ExitStack
+) -> list[tuple[str, dict[str, Any]]]:
     """On rank 0: take the folder, decide, set aside what is to be redone. The steps travel as plain data."""
     run, config = request.run, request.config
     selected = select(chain, first=request.redo_from, last=request.last, only=request.only)
@@ -129,7 +146,7 @@ def _prepare(chain: Sequence[Stage], request: Request, stack: ExitStack) -> list
         if step.action is Action.REDO:
             run.set_aside(step.stage.name)
     run.write_config(to_yaml(config))
-    manifest.begin(run.path, config)
+    manifest.begin(run.path, config, precision=None if precision is None else asdict(precision))
     return [
         (
             step.stage.name,
@@ -148,6 +165,7 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
     record = _together(team, request.run.path, lambda: _begin(step, run))
     started = time.monotonic()
     manifest.reset_peak_memory()
+    speed.reset_gpu_memory()
     context = StageContext(
         config=request.config,
         run=run,
@@ -163,7 +181,8 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
             if stage.collective:
                 start_collectives(request.config.parallel, seed=request.config.seed)
                 result = _guarded(stage, context)
-                team.barrier()
+                result |= _gpu_memory(team)
+                release_memory()
             else:
                 result = _together(team, request.run.path, lambda: _guarded(stage, context))
         except BaseException:
@@ -175,6 +194,13 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
             result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
         _together(team, request.run.path, lambda: _finish(step, run, record, result))
     reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
+
+
+def _gpu_memory(team: Team) -> dict[str, Any]:
+    """Peak GPU memory of the rank that held most, as a part of the stage's result; empty without GPUs. Collective."""
+    peaks = [peak for peak in team.collect(speed.peak_gpu_memory()) if peak]
+    most = {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
+    return {"peak_gpu_memory_gb": most} if most else {}
 
 
 def _guarded(stage: Stage, context: StageContext) -> dict[str, Any]:

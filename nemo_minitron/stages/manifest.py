@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,22 @@ PACKAGES = (
 )
 
 
-def begin(folder: Path, config: RunConfig) -> None:
-    """Add a command to the manifest, with the state of code and machine it starts in."""
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder; empty before its first command."""
     path = folder / "manifest.json"
-    commands = read_json(path)["commands"] if path.is_file() else []
+    return read_json(path) if path.is_file() else {}
+
+
+def begin(folder: Path, config: RunConfig, *, precision: dict[str, Any] | None = None) -> None:
+    """Add a command to the manifest, with the state of code and machine it starts in.
+
+    Args:
+        folder: The run folder.
+        config: The recipe.
+        precision: How the run's precision was settled; None if nothing was to be settled.
+    """
+    before = read(folder)
+    commands = before.get("commands", [])
     commands.append(
         {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -54,17 +67,17 @@ def begin(folder: Path, config: RunConfig) -> None:
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
+        "precision": precision or before.get("precision"),
         "commands": commands,
     }
-    write_json(path, record)
+    write_json(folder / "manifest.json", record)
 
 
 def end(folder: Path, outcome: str) -> None:
     """Note how the newest command ended."""
-    path = folder / "manifest.json"
-    record = read_json(path)
+    record = read(folder)
     record["commands"][-1].update(end=now(), outcome=outcome)
-    write_json(path, record)
+    write_json(folder / "manifest.json", record)
 
 
 def now() -> str:
@@ -115,6 +128,23 @@ def gpu_names() -> list[str]:
         timeout=20,
     )
     return asked.stdout.strip().splitlines() if asked.returncode == 0 else []
+
+
+@lru_cache
+def gpu_memory() -> list[float]:
+    """Memory of each NVIDIA GPU the driver shows, in bytes; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    if asked.returncode:
+        return []
+    return [float(line) * 2**20 for line in asked.stdout.split() if line.strip().isdigit()]
 
 
 def git_state() -> str | None:

@@ -1,35 +1,34 @@
 """Score: importance of every layer, channel, neuron and head, from one forward pass over calibration text.
 
-With `score.depth.metrics` it also measures what the model loses without its layers. What is summed up is saved every
+With `score.depth.metrics` it also measures what the model loses without its layers, and with `target.merge_layers` what
+those that will go add to the residual stream. What is summed up is saved every
 `score.checkpoint_every` samples, and on a signal, so that a run that was cut off goes on from there, at any layout.
 """
 
-from collections.abc import Mapping, Sequence
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from torch import nn
 
 from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.checkpoints.source import open_checkpoint
-from nemo_minitron.config.run import RunConfig, ScoreConfig
-from nemo_minitron.megatron.data import WindowDataset, loader
-from nemo_minitron.megatron.merge_sums import MergeCollector
-from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.estimate.compute import forward_flops
+from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel, per_token
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.coverage import Coverage
 from nemo_minitron.pruning.depth import DepthScores
-from nemo_minitron.pruning.merge import MergeSums, check_mergeable, gaps_of
+from nemo_minitron.pruning.merge import check_mergeable
 from nemo_minitron.pruning.partial import PartialScores
-from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
-from nemo_minitron.stages import signals
+from nemo_minitron.stages import signals, speed
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.depth import measure_depth
+from nemo_minitron.stages.merge import measure_merge
 from nemo_minitron.stages.prune import MERGE_FILE, target_of
 from nemo_minitron.stages.session import make_trainer, restore, validate
 
@@ -63,9 +62,12 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     progress = ProgressDisplay(context.reporter, context.stage.name)
     trainer, model = _calibrator(context.input("model"), config, importance, progress)
+    rate: float | None = None
     if before is None or before.consumed < len(windows):
         left = calibration_windows(context.input("data"), config, skip=0 if before is None else before.consumed)
+        began = time.perf_counter()
         validate(model, left, micro_batch_size=settings.micro_batch_size, trainer=trainer)
+        rate = len(left) * settings.sequence_length / (time.perf_counter() - began)
         scores, losses = importance.scores, importance.losses
     else:
         scores = Scores(model.spec, before.sums, ffn_site=importance.ffn_site, provenance=importance.provenance)
@@ -83,6 +85,13 @@ def run(context: StageContext) -> dict[str, Any]:
         "tokens": scores.tokens,
         "first_sample": settings.first_sample,
         "calibration_nats": per_token(losses)["ce"],
+        "tokens_per_second": None if rate is None else round(rate, 2),
+        "mfu": speed.mfu(
+            rate,
+            forward_flops(model.spec, settings.sequence_length),
+            devices=model.runtime.world_size,
+            gpu=speed.gpu_name(),
+        ),
         "summary": f"{scores.samples} samples, {scores.tokens:,} tokens",
     }
 
@@ -126,47 +135,6 @@ def _merge(context: StageContext, model: MegatronGPTModel, scores: Scores) -> No
     )
     if context.rank == 0:
         sums.save(context.out / MERGE_FILE)
-
-
-def measure_merge(
-    chunks: Sequence[nn.Module],
-    runtime: Runtime,
-    plan: PruningPlan,
-    data: Path,
-    settings: ScoreConfig,
-    *,
-    provenance: Mapping[str, Any] | None = None,
-) -> MergeSums:
-    """Pass over calibration text for `target.merge_layers`. Collective: every rank calls it, with the same arguments.
-
-    Args:
-        chunks: This rank's model chunks.
-        runtime: The running layout.
-        plan: What will go.
-        data: Token files; their calibration split is used.
-        settings: The recipe's `score`.
-        provenance: JSON data for the file.
-    """
-    gaps = gaps_of(plan)
-    collector = MergeCollector(chunks, runtime, plan.spec, gaps)
-    windows = WindowDataset(
-        data,
-        "calibration",
-        settings.sequence_length,
-        min(settings.merge_samples, settings.samples),
-        first_window=settings.first_sample,
-    )
-    # The interleaved schedule wants as many micro-batches as there are stages.
-    together = runtime.parallel.pipeline if runtime.parallel.virtual_pipeline else 1
-    batches = loader(
-        windows,
-        global_batch_size=settings.micro_batch_size * together * runtime.dp_size,
-        dp_rank=runtime.dp_rank,
-        dp_size=runtime.dp_size,
-    )
-    for batch in batches if gaps else ():
-        collector.add(batch.split(settings.micro_batch_size))
-    return MergeSums(plan.digest(), collector.result(), dict(provenance or {}))
 
 
 def _depth(context: StageContext, trainer: Trainer, model: MegatronGPTModel) -> DepthScores:

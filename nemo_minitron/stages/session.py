@@ -13,6 +13,7 @@ from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.models.strategy import MegatronStrategy
+from nemo_minitron.stages.team import release_memory
 
 ModelT = TypeVar("ModelT", bound=MegatronGPTModel)
 
@@ -32,6 +33,7 @@ def make_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        inference_mode=False,
         **settings,
     )
 
@@ -45,7 +47,8 @@ def restore(
     trainer: Trainer,
     extra: Mapping[str, Any] | None = None,
 ) -> ModelT:
-    """Read a checkpoint folder as a model of some class, in the run's layout and numbers."""
+    """Read a checkpoint folder as a model of some class, in the run's layout and numbers; earlier ones are freed."""
+    release_memory()
     settings = kind.restore_from(path, return_config=True)
     values = {
         **nemo_settings.parallel_keys(config.parallel),

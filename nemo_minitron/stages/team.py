@@ -58,11 +58,11 @@ class Team(Protocol):
     def broadcast(self, value: T) -> T:
         """The value of rank 0, on every rank."""
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
-
-    def barrier(self) -> None:
-        """Wait for everyone."""
 
 
 class Alone:
@@ -75,12 +75,13 @@ class Alone:
         """The value itself."""
         return value
 
+    def collect(self, value: T) -> list[T]:
+        """The value itself."""
+        return [value]
+
     def agree(self, ok: bool) -> bool:
         """One's own opinion."""
         return ok
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
 
 
 class Ranks:
@@ -99,13 +100,13 @@ class Ranks:
         received: T = self._runtime.broadcast_object(value, patient=True)
         return received
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        return list(self._runtime.gather_objects(value))
+
     def agree(self, ok: bool) -> bool:
         """Whether all ranks said yes."""
         return bool(self._runtime.agree(ok))
-
-    def barrier(self) -> None:
-        """Wait for everyone."""
-        self._runtime.barrier()
 
 
 def start_collectives(parallel: "ParallelConfig", *, seed: int) -> None:
@@ -113,6 +114,21 @@ def start_collectives(parallel: "ParallelConfig", *, seed: int) -> None:
     from nemo_minitron.megatron import runtime
 
     runtime.start(parallel, seed=seed)
+
+
+def release_memory() -> None:
+    """Free what the models of a stage leave behind.
+
+    A model, its trainer and Megatron's gradient buffers refer to each other in cycles, which only the garbage collector
+    frees; until it happens to run, the next stage's model has to fit beside them.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def environment_rank() -> tuple[int, int]:

@@ -1,118 +1,150 @@
 """What every training stage does: train, validate, save so that a stop at any moment costs little, leave the result."""
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 
-from nemo_minitron.callbacks.history import BestModel, ValidationHistory
+from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
+from nemo_minitron.callbacks.history import BestModel
 from nemo_minitron.callbacks.metrics import MetricsLogger
 from nemo_minitron.callbacks.progress import ProgressDisplay
+from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.callbacks.stopping import SaveAndStop
 from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.config.training import FinishWith, TrainingConfig
+from nemo_minitron.estimate.compute import forward_flops, training_flops
 from nemo_minitron.megatron import runtime
+from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
-from nemo_minitron.stages import signals
+from nemo_minitron.stages import budget, signals, speed, trial
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.files import read_json
 from nemo_minitron.stages.resume import newest_whole
 from nemo_minitron.stages.session import make_trainer, restore
+from nemo_minitron.stages.training_job import TrainingJob
 
 
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """What one stage trains, on what, and how it is watched."""
-
-    kind: type[MegatronGPTModel]
-    model: Path
-    """Checkpoint folder to begin with."""
-    keys: Mapping[str, Any]
-    """Settings as keys of a NeMo model configuration; `nemo_settings.base_keys` are there already."""
-    settings: TrainingConfig
-    data: LightningDataModule
-    monitor: ValidationHistory
-    metric: str
-    """What says how good the model is, of those that `monitor` keeps; lower is better."""
-    result: str
-    """Name of the folder that is written."""
-
-
-def train(context: StageContext, course: Course) -> dict[str, Any]:
+def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     """Write the trained model and `metrics.jsonl`; returns steps, tokens, speed and validations. Collective.
 
-    Goes on from the newest whole checkpoint of an earlier attempt.
+    Goes on from the newest whole checkpoint of an earlier attempt. A time budget becomes a number of steps first.
     """
-    settings = course.settings
+    if job.settings.minutes is not None:
+        job = _with_steps_fixed(context, job, minutes=job.settings.minutes)
+    settings = job.settings
     checkpoints = context.out / "checkpoints"
     throughput = Throughput(settings.batch.tokens_per_step)
     best = BestModel(
-        f"val/{course.metric}",
+        f"val/{job.metric}",
         folder=checkpoints if settings.finish_with is FinishWith.BEST else None,
         patience=settings.patience,
     )
-    trainer = _trainer(context, course, throughput, best, checkpoints)
+    trainer = _trainer(context, job, throughput, best, checkpoints)
     model = restore(
-        course.kind,
-        course.model,
+        job.kind,
+        job.model,
         config=context.config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra=course.keys,
+        extra=job.keys,
     )
     resume_from = newest_whole(checkpoints, warn=context.reporter.line)
     with signals.deferred():
         if resume_from is None:
-            trainer.validate(model, datamodule=course.data, verbose=False)
-        trainer.fit(model, datamodule=course.data, ckpt_path=resume_from)
-        if course.monitor.history[-1]["step"] != trainer.global_step:
-            trainer.validate(model, datamodule=course.data, verbose=False)
-    _leave(context, model, best, context.out / course.result)
+            trainer.validate(model, datamodule=job.data, verbose=False)
+        trainer.fit(model, datamodule=job.data, ckpt_path=resume_from)
+        if job.monitor.history[-1]["step"] != trainer.global_step:
+            trainer.validate(model, datamodule=job.data, verbose=False)
+    _leave(context, model, best, context.out / job.result)
     if context.rank == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return {
+        **_budget(context),
         "steps": trainer.global_step,
         "tokens": trainer.global_step * settings.batch.tokens_per_step,
         "skipped_steps": model.guard.skipped,
         "ended_early": best.ended,
-        "best": {"step": best.step, course.metric: best.value},
+        "best": {"step": best.step, job.metric: best.value},
         "finished_with": best.step if best.path is not None else trainer.global_step,
-        **throughput.summary(),
-        "validation": _finished_with(course.monitor.history, best),
-        "history": course.monitor.history,
+        **_speed(model, throughput, settings.batch.sequence_length),
+        "validation": _finished_with(job.monitor.history, best),
+        "history": job.monitor.history,
     }
 
 
+def _with_steps_fixed(context: StageContext, job: TrainingJob, *, minutes: float) -> TrainingJob:
+    """The training with the steps that its budget allows here, or those that an earlier attempt has fixed."""
+    started = time.monotonic()
+    fixed = runtime.broadcast_object(budget.kept(context.out, job.settings) if context.rank == 0 else None)
+    if fixed is None:
+        key = context.stage.kind
+        context.reporter.line(f"          {minutes:g} minutes for {key}: measuring the speed of this machine")
+        costs = trial.measure(context, job, seconds=60 * minutes)
+        left = runtime.broadcast_object(60 * minutes - (time.monotonic() - started))
+        fixed = budget.fitting(job.settings, costs, seconds=left, key=key)
+        if context.rank == 0:
+            budget.keep(context.out, fixed, costs, minutes=minutes)
+        context.reporter.line(
+            f"          a step takes {costs.step:.3g} s: {fixed.steps:,} steps, {fixed.tokens:,} tokens, "
+            f"done in {duration(costs.of(fixed))}"
+        )
+    return replace(job, settings=fixed, data=job.data.with_settings(fixed))
+
+
+def _budget(context: StageContext) -> dict[str, Any]:
+    """How the number of steps came about, where a time budget was given."""
+    path = context.out / budget.FILE
+    return {"budget": read_json(path)} if context.rank == 0 and path.is_file() else {}
+
+
+def _speed(model: MegatronGPTModel, throughput: Throughput, sequence_length: int) -> dict[str, float | None]:
+    """Tokens a second, and the fraction of the GPUs' peak that student and teacher together computed at."""
+    found = throughput.summary()
+    flops = training_flops(model.spec, sequence_length)
+    if isinstance(model, MegatronGPTDistillationModel):
+        flops += forward_flops(model.teacher[0].spec, sequence_length)
+    used = speed.mfu(found["tokens_per_second"], flops, devices=model.runtime.world_size, gpu=speed.gpu_name())
+    return {**found, "mfu": used}
+
+
 def _trainer(
-    context: StageContext, course: Course, throughput: Throughput, best: BestModel, checkpoints: Path
+    context: StageContext, job: TrainingJob, throughput: Throughput, best: BestModel, checkpoints: Path
 ) -> Trainer:
-    settings = course.settings
+    settings = job.settings
     saving = SaveAndStop(
         requested=context.stop_requested,
         stop=context.stop,
         folder=checkpoints,
         take_signals=signals.take,
-        every=settings.checkpoint_every,
+        every=settings.checkpoint_interval,
         keep=settings.keep_last,
         best=best,
     )
-    callbacks = [
+    callbacks: list[Callback] = [
         throughput,
-        course.monitor,
+        job.monitor,
         _metrics(context, settings),
         ProgressDisplay(context.reporter, context.stage.name),
         best,
         saving,
     ]
+    interval = interval_of(
+        context.config.parallel.gc_interval, on_gpu=torch.cuda.is_available(), ranks=context.world_size
+    )
+    if interval:
+        callbacks.append(GarbageCollection(interval))
     return make_trainer(
         context.config,
         callbacks,
         async_save=settings.async_save,
         max_steps=settings.steps,
         max_epochs=-1,
-        val_check_interval=settings.validate_every or settings.steps + 1,
+        val_check_interval=settings.validation_interval,
         check_val_every_n_epoch=None,
         limit_val_batches=1.0,
     )

@@ -9,7 +9,8 @@ from nemo_minitron.models.data import ChatDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.training import Course, train
+from nemo_minitron.stages.training import train
+from nemo_minitron.stages.training_job import TrainingJob
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def run(context: StageContext) -> dict[str, Any]:
     settings = context.config.tune
     assert settings is not None, "the chain has this stage only with its section"
     taught = settings.kd_weight > 0
-    course = Course(
+    job = TrainingJob(
         kind=MegatronGPTDistillationModel if taught else MegatronGPTModel,
         model=context.input("student"),
         keys=nemo_settings.training_keys(settings.as_distillation(), context.input("teacher"))
@@ -29,6 +30,6 @@ def run(context: StageContext) -> dict[str, Any]:
         metric="ce",
         result="student",
     )
-    result = train(context, course)
+    result = train(context, job)
     first, last = result["history"][0]["ce"], result["validation"]["ce"]
     return {**result, "summary": f"cross-entropy of held-out answers {first:.3f} -> {last:.3f} nats a token"}

@@ -32,6 +32,7 @@ class PinnedSet:
 
 SETS = (
     PinnedSet("reference", "3.11", ROOT / "constraints.txt"),
+    PinnedSet("Debian 12's Python", "3.11.2", ROOT / "constraints.txt"),
     PinnedSet("older NeMo", "3.11", CONSTRAINTS / "nemo2.7.3-mcore0.15.3-py311.txt"),
     PinnedSet("newer Megatron", "3.12", CONSTRAINTS / "nemo3.0.0-mcore0.19.2-py312.txt"),
 )

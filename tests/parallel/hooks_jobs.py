@@ -61,8 +61,13 @@ def score(case: ScoreCase) -> dict[str, torch.Tensor]:
 
 def sharpen(layer: Any) -> None:
     """Make attention and norms of a freshly drawn layer do something, the same at every layout."""
-    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
-        norm.weight.data.mul_(torch.linspace(0.5, 1.5, norm.weight.numel()))
+    for norm, linear in (
+        (layer.input_layernorm, layer.self_attention.linear_qkv),
+        (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
+    ):
+        # Transformer Engine's norms are inside the linears.
+        weight = norm.weight if hasattr(norm, "weight") else linear.layer_norm_weight
+        weight.data.mul_(torch.linspace(0.5, 1.5, weight.numel()))
     for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
         linear.weight.data.mul_(12)
 

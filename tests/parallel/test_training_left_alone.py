@@ -1,5 +1,6 @@
 """Training that can be left alone: harmful steps are skipped, it ends when it gets no better, it goes on anywhere."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -190,6 +191,10 @@ def test_a_run_with_losses_on_hidden_states_goes_on_bit_for_bit(run, inputs, tmp
     assert "hidden" in result["history"][-1]
     assert result["history"][-1]["hidden"] < result["history"][0]["hidden"]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+    rows = [json.loads(line) for line in (run / "stages/distill/metrics.jsonl").read_text().splitlines()]
+    measured = {frozenset(row) for row in rows if "train/loss" in row}
+    assert len(measured) == 1, "the first step's check of the teacher leaves nothing in later rows"
+    assert {"train/kl", "train/hidden"} <= measured.pop()
 
 
 def test_a_corrected_teacher_teaches(inputs, tmp_path):

@@ -1,0 +1,79 @@
+"""Gradients that are added up over data-parallel ranks while the backward pass goes on.
+
+Megatron sends a bucket of gradients off as soon as the last of its parameters says that its gradient is complete. It
+hears so from autograd. The fused losses give autograd no gradient of the output weight: they add it to `main_grad` in
+their forward pass. So the weight reaches them as a leaf of their own, and says that it is complete when the loss's
+backward pass begins: by then all that a micro-batch adds to it is there. A tied weight is complete twice, here and
+where the embedding ends the backward pass; Megatron counts how often that is in the first step, and waits for as many.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_minitron.megatron.model import unwrap
+from nemo_minitron.megatron.runtime import Runtime
+
+_READY = "minitron_grad_ready"
+
+
+def is_wanted(runtime: Runtime | None) -> bool:
+    """Whether gradients are added up during the backward pass, decided here where the settings leave it open."""
+    if runtime is None:
+        return False
+    wanted = runtime.parallel.overlap_grad_reduce
+    if wanted is None:
+        return runtime.device.type == "cuda" and runtime.dp_size * runtime.parallel.context > 1
+    return wanted
+
+
+def connect(wrapped: Sequence[nn.Module], runtime: Runtime) -> None:
+    """Tell Megatron's schedules and the losses about wrapped chunks whose gradients overlap.
+
+    Only the last micro-batch of a step sends gradients; with a pipeline all stages send at one time, so that none waits
+    for another's.
+    """
+    config = unwrap(wrapped[0]).config
+    config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+    if runtime.parallel.pipeline > 1:
+        config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+    for chunk in wrapped:
+        model = unwrap(chunk)
+        if model.post_process and (weight := model.output_weight()).requires_grad:
+            setattr(weight, _READY, partial(chunk.param_to_bucket_group[weight].register_grad_ready, weight))
+
+
+def for_loss(weight: Tensor) -> Tensor:
+    """The output weight as a fused loss takes it that fills `main_grad`; the same memory."""
+    if not hasattr(weight, _READY) or not torch.is_grad_enabled():
+        return weight
+    return weight.detach().requires_grad_()
+
+
+def ready_after(total: Tensor, weight: Tensor) -> Tensor:
+    """The loss itself; when its backward pass begins, the weight's gradient counts as complete."""
+    ready = getattr(weight, _READY, None)
+    if ready is None or not total.requires_grad:
+        return total
+    said: Tensor = _SayReady.apply(total, ready)
+    return said
+
+
+class _SayReady(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, ready: Callable[[], None]) -> Tensor:
+        ctx.ready = ready
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.ready()
+        return grad, None
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    """As Megatron wants them: a list only where there are several chunks."""
+    return functions if len(functions) > 1 else functions[0]

@@ -1,0 +1,51 @@
+"""How much faster this device multiplies matrices in one dtype than in another, measured in milliseconds."""
+
+import time
+
+import torch
+
+_SHAPE = (64, 1024, 1024)
+"""Rows, inner dimension and columns: about a millisecond."""
+_PRODUCTS = 24
+"""Products of each dtype, after the first one."""
+_SECONDS = 1.0
+"""Limit for all of them, on devices that are slow in one dtype."""
+
+
+def product_speedup(device: torch.device, dtype: torch.dtype, base: torch.dtype) -> float:
+    """Speed of a matrix product in `dtype` over that in `base`.
+
+    On a CPU it is processor time that counts, so that other work on the machine does not change the ratio; on a GPU the
+    clock. The two take turns and the best of each counts. The first product of each, in which kernels are chosen, does
+    not.
+    """
+    products = [_Product(device, each) for each in (base, dtype)]
+    for product in products:
+        product.seconds()
+    best = [product.seconds() for product in products]
+    end = time.perf_counter() + _SECONDS
+    for _ in range(_PRODUCTS):
+        best = [min(seconds, product.seconds()) for seconds, product in zip(best, products, strict=True)]
+        if time.perf_counter() > end:
+            break
+    return best[0] / best[1]
+
+
+class _Product:
+    """A product as a linear layer does it."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        rows, inner, columns = _SHAPE
+        generator = torch.Generator().manual_seed(0)
+        self._input = torch.randn(rows, inner, generator=generator).to(device, dtype)
+        self._weight = torch.randn(columns, inner, generator=generator).to(device, dtype)
+        self._clock = time.perf_counter if device.type == "cuda" else time.process_time
+
+    @torch.no_grad()
+    def seconds(self) -> float:
+        """Time of one product."""
+        start = self._clock()
+        torch.nn.functional.linear(self._input, self._weight)
+        if self._input.is_cuda:
+            torch.cuda.synchronize(self._input.device)
+        return max(self._clock() - start, 1e-9)

@@ -1,0 +1,97 @@
+"""Take the branches of a GPU machine on a CPU: Transformer Engine's layers, and Lightning under NCCL.
+
+See `tests/support/README.md` for what this shows and what it cannot show.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ENGINE = Path(__file__).parent / "engine"
+"""Holds the package `transformer_engine`."""
+
+
+def install() -> None:
+    """Let Megatron find the stand-in, build models of it, and tell Lightning that the backend is NCCL; to stay so.
+
+    Raises:
+        RuntimeError: Megatron has been imported before, and has noted that there is no Transformer Engine.
+    """
+    if any(name.startswith(("megatron", "nemo_minitron.megatron")) for name in sys.modules):
+        raise RuntimeError("Megatron was imported before its Transformer Engine")
+    sys.path.insert(0, str(ENGINE))
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fusions, which come with the engine, are compiled
+
+    import torch
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # where Megatron's wrappers make their weights
+    _build_of_engine()
+    _context_parallel()
+    nccl = lightning_sees_nccl()
+    nccl.__enter__()
+    _kept.append(nccl)
+
+
+_kept: list[Any] = []
+
+
+@contextmanager
+def lightning_sees_nccl() -> Iterator[None]:
+    """A block in which Lightning chooses between `no_grad` and inference mode as it does on GPUs."""
+    from lightning.pytorch.loops import utilities
+
+    before = utilities.dist
+    utilities.dist = SimpleNamespace(get_backend=lambda group=None: "nccl")
+    try:
+        yield
+    finally:
+        utilities.dist = before
+
+
+@contextmanager
+def gpu_branches() -> Iterator[None]:
+    """A block in which every tensor says that it is on a GPU; its device and its kernels stay those of the CPU."""
+    import torch
+
+    torch.Tensor.is_cuda = True
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda
+
+
+def _build_of_engine() -> None:
+    """Models of a CPU come from the engine, where its layers carry them, and are initialised as on a GPU."""
+    from nemo_minitron.megatron import build
+
+    original = build.transformer_config
+
+    def carries(spec: Any, device: Any) -> bool:
+        return device.type != "meta" and not (spec.post_norms or any(layer.local for layer in spec.layers))
+
+    def config(spec: Any, parallel: Any, precision: Any, *, device: Any) -> Any:
+        made = original(spec, parallel, precision, device=device)
+        made.use_cpu_initialization = not carries(spec, device)
+        return made
+
+    build.use_transformer_engine = lambda: True
+    build.engine_carries = carries
+    build.transformer_config = config
+
+
+def _context_parallel() -> None:
+    """Without the CUDA stream and the pinned memory that Megatron uses under context parallelism."""
+    import torch
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
+
+    def on_this_rank(angles: Any, dim: int, group: Any) -> Any:
+        pieces = angles.chunk(2 * group.size(), dim=dim)
+        return torch.cat([pieces[group.rank()], pieces[2 * group.size() - 1 - group.rank()]], dim=dim)
+
+    TEDotProductAttention.cp_stream = object()
+    rotary_pos_embedding.get_pos_emb_on_this_cp_rank = on_this_rank

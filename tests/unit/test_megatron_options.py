@@ -1,0 +1,174 @@
+"""Megatron's options for speed: where they are on by themselves, and what is refused and why."""
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.training import OptimizerConfig
+from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron import build, optim, overlap
+from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.models import nemo_settings
+from tests.parallel.megatron_jobs import SPECS
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def running(device, **values):
+    settings = {"dp_size": 2, **{name: values.pop(name) for name in ("dp_size",) if name in values}}
+    return SimpleNamespace(device=device, parallel=ParallelConfig(**values), **settings)
+
+
+def config(device, monkeypatch, *, engine=False, apex=False, **values):
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.tensor_parallel import layers
+
+    monkeypatch.setattr(build, "engine_carries", lambda spec, where: engine)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", (lambda *_: None) if engine else None)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", (lambda *_: None) if engine else None)
+    return build.transformer_config(SPECS["tied"], ParallelConfig(**values), Precision.BF16, device=device)
+
+
+@pytest.mark.parametrize(
+    ("here", "wanted"),
+    [
+        (running(GPU), True),
+        (running(GPU, dp_size=1), False),
+        (running(GPU, dp_size=1, context=2), True),
+        (running(CPU), False),
+        (running(CPU, overlap_grad_reduce=True), True),
+        (running(GPU, overlap_grad_reduce=False), False),
+    ],
+)
+def test_gradients_overlap_on_gpus_with_several_replicas(here, wanted):
+    assert overlap.is_wanted(here) == wanted
+
+
+def test_activations_overlap_under_the_interleaved_schedule_on_gpus(monkeypatch):
+    interleaved = config(GPU, monkeypatch, pipeline=2, virtual_pipeline=2)
+    assert (interleaved.overlap_p2p_comm, interleaved.batch_p2p_comm) == (True, False)
+    plain = config(GPU, monkeypatch, pipeline=2)
+    assert (plain.overlap_p2p_comm, plain.batch_p2p_comm) == (False, True)
+    off = config(GPU, monkeypatch, pipeline=2, virtual_pipeline=2, overlap_p2p_comm=False)
+    assert (off.overlap_p2p_comm, off.batch_p2p_comm) == (False, True)
+    on_cpu = config(CPU, monkeypatch, pipeline=2, virtual_pipeline=2)
+    assert (on_cpu.overlap_p2p_comm, on_cpu.batch_p2p_comm) == (False, False)
+    with pytest.raises(LayoutError, match="overlap_p2p_comm = true on a CPU"):
+        config(CPU, monkeypatch, pipeline=2, virtual_pipeline=2, overlap_p2p_comm=True)
+
+
+def test_fusions_are_on_where_their_kernels_are(monkeypatch):
+    both = config(GPU, monkeypatch, engine=True, apex=True)
+    assert (both.gradient_accumulation_fusion, both.apply_rope_fusion) == (True, True)
+    no_apex = config(GPU, monkeypatch, engine=True)
+    assert (no_apex.gradient_accumulation_fusion, no_apex.apply_rope_fusion) == (False, True)
+    # Apex alone does not do: our own layers turn positions, and give autograd their gradients.
+    ours = config(GPU, monkeypatch, apex=True)
+    assert (ours.gradient_accumulation_fusion, ours.apply_rope_fusion) == (False, False)
+    off = config(GPU, monkeypatch, engine=True, apex=True, gradient_accumulation_fusion=False, apply_rope_fusion=False)
+    assert (off.gradient_accumulation_fusion, off.apply_rope_fusion) == (False, False)
+
+
+@pytest.mark.parametrize("option", ["gradient_accumulation_fusion", "apply_rope_fusion"])
+def test_a_fusion_that_is_not_there_is_refused_by_name(monkeypatch, option):
+    with pytest.raises(LayoutError, match=f"parallel.{option} = true"):
+        config(GPU, monkeypatch, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"overlap_p2p_comm": True, "pipeline": 2}, "only the interleaved schedule"),
+        ({"grad_bucket_size": 10**6, "overlap_grad_reduce": False}, "cut into buckets only to overlap"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(values, said):
+    with pytest.raises(ValidationError, match=said):
+        ParallelConfig(**values)
+
+
+def test_the_distributed_optimizer_is_on_by_itself_on_gpus_with_several_replicas(monkeypatch):
+    from megatron.core import parallel_state
+
+    ranks = 2
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **_: ranks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert optim.is_distributed(OptimizerConfig())
+    assert not optim.is_distributed(OptimizerConfig(distributed=False))
+    ranks = 1
+    assert not optim.is_distributed(OptimizerConfig())
+    ranks = 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not optim.is_distributed(OptimizerConfig())
+    assert optim.is_distributed(OptimizerConfig(distributed=True))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tensor=2),
+        ParallelConfig(
+            pipeline=2,
+            virtual_pipeline=2,
+            overlap_grad_reduce=True,
+            grad_bucket_size=5,
+            overlap_p2p_comm=False,
+            gradient_accumulation_fusion=False,
+            apply_rope_fusion=True,
+            gc_interval=7,
+        ),
+    ],
+)
+def test_options_survive_the_way_through_a_nemo_configuration(parallel):
+    assert nemo_settings.parallel_config(nemo_settings.parallel_keys(parallel)) == parallel
+
+
+@pytest.mark.parametrize("distributed", [None, True, False])
+def test_so_does_the_choice_of_the_optimizer(distributed):
+    settings = OptimizerConfig(distributed=distributed)
+    assert nemo_settings.optimizer_config(nemo_settings.optimizer_keys(settings)) == settings
+
+
+@pytest.mark.parametrize(("name", "distributed"), [("adamw", False), ("distributed_fused_adam", True)])
+def test_a_nemo_configuration_without_our_key_goes_by_the_name(name, distributed):
+    assert nemo_settings.optimizer_config({"name": name, "lr": 1e-4}).distributed is distributed
+
+
+def test_garbage_is_collected_at_the_given_steps_alone(monkeypatch):
+    collected = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(True))
+    callback, trainer = GarbageCollection(3), SimpleNamespace(global_step=0)
+    callback.on_train_start(trainer, None)
+    assert not gc.isenabled()
+    at = []
+    for trainer.global_step in range(1, 8):
+        collected.clear()
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+        if collected:
+            at.append(trainer.global_step)
+    assert at == [3, 6]
+    callback.on_exception(trainer, None, KeyboardInterrupt())
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "on_gpu", "ranks", "steps"),
+    [(None, True, 8, 100), (None, True, 1, 0), (None, False, 8, 0), (5, False, 1, 5)],
+)
+def test_garbage_is_ours_on_several_gpus(wanted, on_gpu, ranks, steps):
+    assert interval_of(wanted, on_gpu=on_gpu, ranks=ranks) == steps
+
+
+def test_a_micro_batch_is_pinned_part_by_part(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: (pinned.append(x.shape), x)[1])
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    batch = MicroBatch.of(tokens, tokens, tokens.bool())
+    assert torch.equal(batch.pin_memory().tokens, tokens)
+    assert pinned == [(2, 3)] * 4
