@@ -70,6 +70,8 @@ def _facts(scores: "Scores") -> dict[str, Any]:
 
 
 def _told(scores: "Scores") -> str:
+    from nemo_minitron.pruning.ranges import to_ranges
+
     spec = scores.spec
     known = [str(part) for part in scores.coverage] or ["unknown; they cannot be merged"]
     lines = [
@@ -80,7 +82,7 @@ def _told(scores: "Scores") -> str:
         *(f"{site:<17} {place}" for site, place in scores.sites.items()),
     ]
     if (depth := scores.depth) is not None:
-        lines.append(f"{'depth':<17} {', '.join(depth.metrics)}; blocks of up to {depth.longest} layers")
+        lines.append(f"{'depth':<17} {', '.join(depth.metrics)}; blocks of {to_ranges(depth.lengths)} layers")
     influence = scores.block_influence().tolist()
     widest = max(*influence, 1e-12)
     lines += ["", "layer  block influence"]

@@ -36,6 +36,9 @@ class DepthConfig(Section):
     about L^2 / 6 forward passes; single layers cost L / 2."""
     longest_block: Count | None = None
     """Layers of the longest block; None for every length."""
+    shortest_block: Count = 1
+    """Layers of the shortest block. Single layers are always measured. With `longest_block` the same, only blocks of
+    the length that will go are, which costs about half as many passes as there are such blocks."""
     samples: Count = 8
     """Calibration samples they are measured on, of `score.sequence_length` tokens."""
 
@@ -43,6 +46,13 @@ class DepthConfig(Section):
     def names(self) -> tuple[str, ...]:
         """The metrics' names in the score file."""
         return tuple(metric.rpartition(":")[2] for metric in self.metrics)
+
+    def lengths(self, num_layers: int) -> range:
+        """Numbers of layers of the blocks that are measured in a model of `num_layers`; single layers come on top."""
+        if not self.blocks:
+            return range(1, 2)
+        longest = min(self.longest_block or num_layers, num_layers - 1)
+        return range(self.shortest_block, longest + 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -55,6 +65,10 @@ class DepthConfig(Section):
             problems.append("blocks = true measures nothing without metrics, such as [lm_loss]")
         if self.longest_block is not None and not self.blocks:
             problems.append("longest_block needs blocks = true")
+        if self.shortest_block > 1 and not self.blocks:
+            problems.append("shortest_block needs blocks = true")
+        if self.longest_block is not None and self.shortest_block > self.longest_block:
+            problems.append(f"shortest_block = {self.shortest_block} is above longest_block = {self.longest_block}")
         if problems:
             raise ValueError("; ".join(problems))
         return self

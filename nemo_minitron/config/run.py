@@ -73,6 +73,8 @@ class ScoreConfig(Section):
     checkpoint_every: Count = 32
     """Samples after which the sums so far are saved, to go on from."""
     depth: DepthConfig = DepthConfig()
+    merge_samples: Count = 16
+    """Calibration samples, from the first on, that `target.merge_layers` rests on."""
 
 
 def _size(value: Any) -> Any:
@@ -120,6 +122,12 @@ class TargetConfig(Section):
     merge_head_residuals: bool = False
     """Fold what a dropped query head differs by from a kept one into that one's weights: `2 kept - dropped`, the
     paper's residual merging (section 2.3). With grouped queries, in query weights and inside a group only."""
+    merge_layers: bool = False
+    """Refit the second MLP matrix of the layer before dropped ones, so that it adds to the residual stream what they
+    added, as far as a linear map can (ReplaceMe, arXiv:2505.02819). Stage `score` then passes over
+    `score.merge_samples` once more, and depends on `target`."""
+    merge_ridge: Positive = 0.3
+    """Ridge penalty of that fit, relative to each neuron's second moment: more holds the weights where they are."""
     random_seed: NonNegative | None = None
     """Draw what stays by lot, whatever the scores are: the baseline."""
     batch_aggregation: Aggregation = Aggregation.L2

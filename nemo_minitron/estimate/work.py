@@ -101,8 +101,9 @@ def _scoring(config: RunConfig, model: ModelSpec) -> Work:
     depth, layers = score.depth, model.num_layers
     passes = float(score.samples)
     if depth.metrics:
-        # A candidate begins where its block does: `DepthConfig.blocks` says what that comes to.
-        passes += depth.samples * (layers / 2 + (layers**2 / 6 if depth.blocks else 0))
+        # A candidate costs the layers behind its block: (L - n)(L - n + 1) / 2 layers for all blocks of n.
+        lengths = {1, *depth.lengths(layers)}
+        passes += depth.samples * sum((layers - n) * (layers - n + 1) / (2 * layers) for n in lengths)
     tokens = score.samples * score.sequence_length
     return Work(tokens=tokens, flops=passes * score.sequence_length * forward_flops(model, score.sequence_length))
 

@@ -26,6 +26,7 @@ from nemo_minitron.config.depth import BLOCK_INFLUENCE, LOGIT_MSE
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.ops.ranking import top_indices
+from nemo_minitron.pruning.ranges import to_ranges
 
 PREFIX = "depth."
 
@@ -33,12 +34,19 @@ Block = tuple[int, int]
 """First layer, counted from 0, and number of layers."""
 
 
-def candidate_blocks(num_layers: int, *, longest: int = 1) -> tuple[Block, ...]:
-    """Every block of 1 to `longest` layers that leaves a layer over, in order of first layer and length."""
+def candidate_blocks(num_layers: int, *, longest: int = 1, shortest: int = 1) -> tuple[Block, ...]:
+    """Every block that leaves a layer over, in order of first layer and length.
+
+    Args:
+        num_layers: Of the model.
+        longest: Layers of the longest block.
+        shortest: Layers of the shortest block; single layers are candidates whatever it is.
+    """
     return tuple(
         (first, length)
         for first in range(num_layers)
         for length in range(1, min(longest, num_layers - first, max(num_layers - 1, 1)) + 1)
+        if length == 1 or length >= shortest
     )
 
 
@@ -114,15 +122,16 @@ class DepthScores:
         if not all(block in places for block in wanted):
             raise ScoresError(
                 f"depth metric {metric} was not measured for blocks of {length} layers",
-                rule=f"the scores have blocks of up to {self.longest} layers",
-                remedy="set score.depth.blocks=true (and score.depth.longest_block) and score again (--from score)",
+                rule=f"the scores have blocks of {to_ranges(self.lengths)} layers",
+                remedy="set score.depth.blocks=true (and score.depth.shortest_block and longest_block) and score again "
+                "(--from score)",
             )
         return self.values(metric)[[places[block] for block in wanted]]
 
     @property
-    def longest(self) -> int:
-        """Layers of the longest candidates."""
-        return max(length for _, length in self.blocks)
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of layers that candidates have, ascending."""
+        return tuple(sorted({length for _, length in self.blocks}))
 
     def best_block(self, metric: str, length: int) -> int:
         """First layer of the block of `length` layers that is worth least; the lowest of equals."""

@@ -103,11 +103,12 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
         round_name(stage, number, config.steps) for stage in (*ROUND[:2], "cache", ROUND[2])
     )
     lesson = {"teacher": teacher} if config.cache is None else {"cache": f"{cache}/targets"}
+    merging = config.target.merge_layers
     stages = [
         _stage(
             score,
-            inputs={"model": model, "data": "data"},
-            sections=("score", "precision"),
+            inputs={"model": model, "data": "data", **({"teacher": teacher} if merging else {})},
+            sections=("score", "precision", *(("target", "steps") if merging else ())),
             round=number,
             collective=True,
             saves_when_stopped=True,

@@ -63,7 +63,8 @@ def measure_depth(
     tokenizer = load_tokenizer(dict(tokenizer_files)) if metrics else None
     texts = {name: metric.batches(tokenizer) for name, metric in metrics.items()}
     on_calibration = [name for name, batches in texts.items() if batches is None]
-    blocks = candidate_blocks(spec.num_layers, longest=_longest(settings.depth, spec))
+    shortest = settings.depth.shortest_block
+    blocks = candidate_blocks(spec.num_layers, longest=_longest(settings.depth, spec), shortest=shortest)
 
     def collector(names: Sequence[str]) -> DepthCollector:
         chosen = {name: metrics[name] for name in names if name in metrics}

@@ -6,14 +6,18 @@ from nemo_minitron.arch.families import family_named
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.nemo1 import write_folder
-from nemo_minitron.checkpoints.source import open_checkpoint
-from nemo_minitron.config.run import ExportFormat, RunConfig
+from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.config.run import ExportFormat, RunConfig, TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
+from nemo_minitron.pruning.merge import MergedSource, MergeSums
 from nemo_minitron.pruning.rounds import round_specs, round_targets
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages.base import StageContext
+
+MERGE_FILE = "merge.safetensors"
+"""Beside the scores: what layers that go are merged by."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -21,12 +25,12 @@ def run(context: StageContext) -> dict[str, Any]:
     teacher = open_checkpoint(context.input("model"))
     original = open_checkpoint(context.input("teacher")).spec
     check_export(context.config, round_specs(context.config.target, original, context.config.steps)[-1])
-    target = round_targets(context.config.target, original, context.config.steps)[context.stage.round - 1]
+    target = target_of(context, original)
     scores = Scores.load(context.input("scores"))
     scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
     plan = build_plan(scores, target, teacher.spec)
     plan.save(context.out / "plan.json")
-    write_folder(PrunedSource(teacher, plan), context.out / "student")
+    write_folder(_student(context, PrunedSource(teacher, plan)), context.out / "student")
     student = plan.student
     parameters = parameter_count(student)
     kept = {layer.source for layer in plan.layers}
@@ -41,6 +45,21 @@ def run(context: StageContext) -> dict[str, Any]:
         "summary": f"{student.num_layers} layers, {parameters / 1e6:.1f}M parameters "
         f"({parameters / parameter_count(original):.0%} of the teacher)",
     }
+
+
+def target_of(context: StageContext, original: ModelSpec) -> TargetConfig:
+    """What the stage's round asks of the model that it has."""
+    config = context.config
+    return round_targets(config.target, original, config.steps)[context.stage.round - 1]
+
+
+def _student(context: StageContext, pruned: PrunedSource) -> TensorSource:
+    """What is written: what the plan leaves, with dropped layers merged into those before them if asked for."""
+    target = context.config.target
+    if not target.merge_layers:
+        return pruned
+    sums = MergeSums.load(context.input("scores").with_name(MERGE_FILE))
+    return MergedSource(pruned, sums, ridge=target.merge_ridge)
 
 
 def check_export(config: RunConfig, student: ModelSpec) -> None:

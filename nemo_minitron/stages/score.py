@@ -1,6 +1,7 @@
 """Score: importance of every layer, channel, neuron and head, from one forward pass over calibration text.
 
-With `score.depth.metrics` it also measures what the model loses without its layers. What is summed up is saved every
+With `score.depth.metrics` it also measures what the model loses without its layers, and with `target.merge_layers` what
+those that will go add to the residual stream. What is summed up is saved every
 `score.checkpoint_every` samples, and on a signal, so that a run that was cut off goes on from there, at any layout.
 """
 
@@ -13,17 +14,22 @@ from lightning.pytorch import Callback, Trainer
 
 from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
 from nemo_minitron.callbacks.progress import ProgressDisplay
+from nemo_minitron.checkpoints.source import open_checkpoint
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel, per_token
+from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.coverage import Coverage
 from nemo_minitron.pruning.depth import DepthScores
+from nemo_minitron.pruning.merge import check_mergeable
 from nemo_minitron.pruning.partial import PartialScores
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages import signals, speed
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.depth import measure_depth
+from nemo_minitron.stages.merge import measure_merge
+from nemo_minitron.stages.prune import MERGE_FILE, target_of
 from nemo_minitron.stages.session import make_trainer, restore, validate
 
 FILE, PARTIAL, DEPTH_PARTIAL = "scores.safetensors", "partial.safetensors", "depth_partial.safetensors"
@@ -33,6 +39,8 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `scores.safetensors`; returns how much text they rest on."""
     config, info = context.config, context.run.result("data")
     settings = config.score
+    if config.target.merge_layers:
+        check_mergeable(open_checkpoint(context.input("model")).spec)
     windows = calibration_windows(context.input("data"), config)
     coverage = Coverage.of(info["data_digest"], settings.sequence_length, settings.first_sample, len(windows))
     identity = {**coverage.to_dict(), "ffn_site": settings.ffn_site.value}
@@ -66,6 +74,8 @@ def run(context: StageContext) -> dict[str, Any]:
         losses = before.losses
     if settings.depth.metrics:
         scores.depth = _depth(context, trainer, model)
+    if config.target.merge_layers:
+        _merge(context, model, scores)
     if context.rank == 0:
         scores.save(context.out / FILE)
         for name in (PARTIAL, DEPTH_PARTIAL):
@@ -111,6 +121,20 @@ def _calibrator(model_path: Path, config: RunConfig, *callbacks: Callback) -> tu
     trainer = make_trainer(config, list(callbacks))
     size = config.score.micro_batch_size
     return trainer, restore(MegatronGPTModel, model_path, config=config, micro_batch_size=size, trainer=trainer)
+
+
+def _merge(context: StageContext, model: MegatronGPTModel, scores: Scores) -> None:
+    """Write the sums that dropped layers are merged by, for the plan that stage `prune` will make of the scores.
+
+    One short pass; a run that is cut off in it begins it again.
+    """
+    target = target_of(context, open_checkpoint(context.input("teacher")).spec)
+    plan = build_plan(scores, target, model.spec)
+    sums = measure_merge(
+        model.chunks, model.runtime, plan, context.input("data"), context.config.score, provenance=scores.provenance
+    )
+    if context.rank == 0:
+        sums.save(context.out / MERGE_FILE)
 
 
 def _depth(context: StageContext, trainer: Trainer, model: MegatronGPTModel) -> DepthScores:

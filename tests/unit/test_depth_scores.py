@@ -49,6 +49,13 @@ def test_candidates_are_every_block_that_leaves_a_layer():
     assert len(candidate_blocks(30, longest=30)) == 30 * 31 // 2 - 1
 
 
+def test_short_blocks_can_be_left_out_but_single_layers_stay():
+    pairs = [(0, 3), (1, 3)]
+    assert sorted(candidate_blocks(4, longest=3, shortest=3)) == sorted([*candidate_blocks(4), *pairs])
+    assert candidate_blocks(4, longest=4, shortest=1) == candidate_blocks(4, longest=4)
+    assert candidate_blocks(4, shortest=3) == candidate_blocks(4)
+
+
 def test_values_are_rises_of_the_mean_loss_and_relative_squared_changes():
     scores = DepthScores(SPEC, tensors())
     assert scores.metrics == ("lm_loss", "logit_mse")
@@ -180,6 +187,10 @@ def test_every_problem_of_a_recipes_depth_keys_is_told():
     assert "score.depth.samples = 0" in told
     told = problems(score={"depth": {"blocks": False, "longest_block": 3}})
     assert "longest_block needs blocks = true" in told
+    told = problems(score={"depth": {"blocks": False, "shortest_block": 3}})
+    assert "shortest_block needs blocks = true" in told
+    told = problems(score={"depth": {"metrics": ["lm_loss"], "blocks": True, "shortest_block": 3, "longest_block": 2}})
+    assert "shortest_block = 3 is above longest_block = 2" in told
     told = problems(score={"depth": {"blocks": True}})
     assert "blocks = true measures nothing without metrics" in told
     told = problems(score={"depth": {"metrics": ["a.b:errors", "c:errors", "c:lm_loss"]}})
