@@ -132,9 +132,10 @@ class LocalRowLinear(RowParallelLinear):
 
 
 def _is_plain(x: Tensor, how: dict[str, Any]) -> bool:
-    """Whether nothing but a product is asked of a linear, on a CPU."""
-    asked = ("bias", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer", "gradient_accumulation_fusion")
-    return x.device.type == "cpu" and not any(how.get(name) is not None and how[name] is not False for name in asked)
+    """Whether nothing but a product is asked of a linear, on a CPU; no where Megatron does not say."""
+    asked = ("allreduce_dgrad", "sequence_parallel", "gradient_accumulation_fusion")
+    local = all(how.get(name) is False for name in asked)
+    return local and x.device.type == "cpu" and how.get("bias") is None and how.get("grad_output_buffer") is None
 
 
 class NormedRowParallelLinear(LocalRowLinear):

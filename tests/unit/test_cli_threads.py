@@ -70,7 +70,7 @@ def test_a_command_chooses_before_torch_is_loaded():
 import os, sys
 from nemo_minitron.cli import job
 job._run_here = lambda *unused: print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
-job.run(job.Job(recipe="tiny/tiny_cpu", overrides=[]))
+job.run(job.Job(recipe="smollm2/demo", overrides=[]))
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
