@@ -47,6 +47,8 @@ SETS: dict[str, tuple[str, ...]] = {
     "nemo": (
         *("nemo-toolkit", "hydra-core", "lightning", "lightning-utilities", "torchmetrics", "cloudpickle"),
         *("text-unidecode", "wrapt", "smart_open", "sentencepiece", "gguf", "mwparserfromhell"),
+        *("nv-one-logger-core", "nv-one-logger-training-telemetry", "nv-one-logger-pytorch-lightning-integration"),
+        *("braceexpand", "webdataset", "overrides", "StrEnum", "toml"),
     ),
 }
 """Distributions of each set, under their names in `constraints.txt`."""

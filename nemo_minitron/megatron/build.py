@@ -24,12 +24,19 @@ from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.placement import check_layout, chunk_layers, local_shard, padded_vocab
 from nemo_minitron.megatron.runtime import Runtime
 
+_FP8_MULTIPLE = 16
 INIT_STD = 0.02
 """Standard deviation of a random model's weights; Llama's `initializer_range`."""
 
 
 def build_chunks(
-    spec: ModelSpec, runtime: Runtime, precision: Precision, *, trainable: bool = True, seed: int | None = None
+    spec: ModelSpec,
+    runtime: Runtime,
+    precision: Precision,
+    *,
+    trainable: bool = True,
+    seed: int | None = None,
+    fp8: bool = False,
 ) -> list[MinitronGPT]:
     """This rank's chunks of a model, one a virtual pipeline stage, on this rank's device.
 
@@ -40,6 +47,7 @@ def build_chunks(
         trainable: Whether parameters take gradients. A teacher's do not.
         seed: Draw random weights, the same ones on every layout. None leaves them NaN until weights are loaded, so
             that a model without weights cannot pass for one that has them.
+        fp8: Multiply weights in fp8, with Transformer Engine; for a model that is not trained.
 
     Raises:
         LayoutError: The model cannot be split so.
@@ -53,7 +61,9 @@ def build_chunks(
             rule="and layers that it carries: without sliding windows and norms behind attention and MLP",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
-    config = transformer_config(spec, runtime.parallel, precision, device=runtime.device)
+    if fp8:
+        _check_fp8(spec, runtime, precision)
+    config = transformer_config(spec, runtime.parallel, precision, device=runtime.device, fp8=fp8)
     chunks = []
     for virtual in range(runtime.parallel.virtual_pipeline or 1):
         chunk = _build_chunk(spec, runtime, config, virtual)
@@ -84,8 +94,26 @@ def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
     return device.type == "cuda" and not ours and use_transformer_engine()
 
 
+def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
+    """Raise LayoutError unless a model's products can be fp8."""
+    if not engine_carries(spec, runtime.device) or precision is not Precision.BF16:
+        raise LayoutError(
+            "distill.teacher_fp8 = true",
+            rule="fp8 needs Transformer Engine's layers, a GPU that multiplies it (H100 or later), and precision bf16",
+            remedy="set distill.teacher_fp8=false",
+        )
+    size = _FP8_MULTIPLE * runtime.parallel.tensor
+    odd = {layer.ffn_hidden_size for layer in spec.layers if layer.ffn_hidden_size % size}
+    if odd or spec.hidden_size % _FP8_MULTIPLE:
+        raise LayoutError(
+            f"distill.teacher_fp8 = true with hidden size {spec.hidden_size} and FFN {sorted(odd)}",
+            rule=f"fp8 products have sizes that are multiples of {_FP8_MULTIPLE} on every rank",
+            remedy="set distill.teacher_fp8=false",
+        )
+
+
 def transformer_config(
-    spec: ModelSpec, parallel: ParallelConfig, precision: Precision, *, device: torch.device
+    spec: ModelSpec, parallel: ParallelConfig, precision: Precision, *, device: torch.device, fp8: bool = False
 ) -> TransformerConfig:
     """Megatron's configuration of a model; where layers differ, its sizes are those of the first one."""
     dtype = torch_dtype(precision)
@@ -138,6 +166,8 @@ def transformer_config(
         batch_p2p_comm=device.type == "cuda" and not overlapping,
         batch_p2p_sync=device.type == "cuda" and not overlapping,
         overlap_p2p_comm=overlapping,
+        # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before.
+        **({"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}),
     )
 
 

@@ -40,9 +40,9 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     Args:
         cfg: The student's configuration. `minitron.distillation` holds `teacher` (a `.nemo` file or folder),
             `temperature`, `kd_weight`, `lm_weight`, `freeze_embeddings`, `loss_chunk_tokens`, `teacher_precision`
-            (None for the student's), `offload_teacher` (its layers wait in host memory between passes), `divergence`
-            (`kind`, `beta`, `skew`; forward KL if absent), `top_k` (of the teacher's tokens; None for all), `hidden`
-            (intermediate states to compare; None for none) and `hidden_weight`.
+            (None for the student's), `teacher_fp8`, `offload_teacher` (its layers wait in host memory between passes),
+            `divergence` (`kind`, `beta`, `skew`; forward KL if absent), `top_k` (teacher's tokens; None for all),
+            `hidden` (intermediate states to compare; None for none) and `hidden_weight`.
         trainer: Optional; its strategy must be a `MegatronStrategy`.
 
     A step logs `kl` in nats a token, or `kd` where the objective is another divergence; with `statistics` also `ce`,
@@ -86,6 +86,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         for key in ("precision", "micro_batch_size"):
             config[key] = self._cfg[key]
         config["precision"] = self.distillation.get("teacher_precision") or config["precision"]
+        OmegaConf.update(config, "minitron.fp8", bool(self.distillation.get("teacher_fp8")), force_add=True)
         teacher = MegatronGPTModel.restore_from(path, override_config_path=config, trainer=self._trainer)
         if teacher.spec.vocab_size != self.spec.vocab_size:
             raise TrainingError(

@@ -89,7 +89,13 @@ class MegatronGPTModel(ModelPT):
         AppState().model_parallel_size = runtime.parallel.model_parallel_size
         # While restoring, weights stay NaN until they are read: what is forgotten cannot go unnoticed.
         seed = None if self._is_model_being_restored() else runtime.seed
-        self.chunks = build.build_chunks(self.spec, runtime, nemo_settings.precision(self._cfg), seed=seed)
+        self.chunks = build.build_chunks(
+            self.spec,
+            runtime,
+            nemo_settings.precision(self._cfg),
+            seed=seed,
+            fp8=bool((self._cfg.get("minitron") or {}).get("fp8")),
+        )
         for chunk in self.chunks:
             chunk.output = "hidden"  # the losses hold the output layer
         self.module = torch.nn.ModuleList(self.chunks)

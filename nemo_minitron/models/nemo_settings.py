@@ -134,6 +134,7 @@ def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
                 "top_k": settings.top_k,
                 "temperature": settings.temperature,
                 "teacher_precision": settings.teacher_precision and precision_key(settings.teacher_precision),
+                "teacher_fp8": settings.teacher_fp8,
                 "offload_teacher": settings.offload_teacher,
                 "hidden_weight": settings.hidden_weight,
                 "hidden": settings.hidden and settings.hidden.model_dump(mode="json"),

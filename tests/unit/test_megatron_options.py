@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.training import OptimizerConfig
+from nemo_minitron.config.training import DistillConfig, OptimizerConfig
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.megatron import build, optim, overlap
 from nemo_minitron.megatron.forward import MicroBatch
@@ -172,3 +172,47 @@ def test_a_micro_batch_is_pinned_part_by_part(monkeypatch):
     batch = MicroBatch.of(tokens, tokens, tokens.bool())
     assert torch.equal(batch.pin_memory().tokens, tokens)
     assert pinned == [(2, 3)] * 4
+
+
+def fp8_config(monkeypatch, spec, *, engine, precision=Precision.BF16):
+    """The configuration of a teacher's chunk; building stops there."""
+
+    class BuiltError(Exception):
+        pass
+
+    found = []
+
+    def stop(spec, runtime, made, virtual):
+        found.append(made)
+        raise BuiltError
+
+    monkeypatch.setattr(build, "engine_carries", lambda spec, where: engine)
+    monkeypatch.setattr(build, "_build_chunk", stop)
+    here = running(CPU)
+    with pytest.raises(BuiltError):
+        build.build_chunks(spec, here, precision, trainable=False, fp8=True)
+    return found[0]
+
+
+def test_a_teacher_in_fp8_scales_each_tensor_by_its_own_maximum(monkeypatch):
+    sizes = SPECS["tied"].with_sizes(hidden_size=32, ffn_hidden_size=64)
+    monkeypatch.setattr(build, "_fused_rope", lambda *_, **__: False)
+    monkeypatch.setattr(build, "_fused_accumulation", lambda *_, **__: False)
+    made = fp8_config(monkeypatch, sizes, engine=True)
+    assert (made.fp8, made.fp8_recipe) == ("hybrid", "tensorwise")
+
+
+def test_fp8_is_refused_where_it_cannot_be(monkeypatch):
+    even = SPECS["tied"].with_sizes(hidden_size=32, ffn_hidden_size=64)
+    with pytest.raises(LayoutError, match="teacher_fp8 = true"):
+        fp8_config(monkeypatch, even, engine=False)
+    with pytest.raises(LayoutError, match="precision bf16"):
+        fp8_config(monkeypatch, even, engine=True, precision=Precision.FP32)
+    with pytest.raises(LayoutError, match=r"FFN \[36\]"):
+        fp8_config(monkeypatch, SPECS["tied"].with_sizes(hidden_size=32), engine=True)
+
+
+def test_the_recipe_s_choice_of_fp8_reaches_the_teacher(tmp_path):
+    keys = nemo_settings.training_keys(DistillConfig(teacher_fp8=True), tmp_path)
+    assert keys["minitron"]["distillation"]["teacher_fp8"] is True
+    assert not nemo_settings.training_keys(DistillConfig(), tmp_path)["minitron"]["distillation"]["teacher_fp8"]
