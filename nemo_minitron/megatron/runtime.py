@@ -27,6 +27,13 @@ breaks; this is for one that hangs, or whose machine is gone without a word."""
 PATIENCE = timedelta(hours=6)
 """How long a rank waits for files: rank 0 may convert a large checkpoint meanwhile, a slow disk may take one."""
 
+_NCCL_SETTINGS = {
+    # A rank that waits for one that is gone stands in a kernel: nothing can be raised there. The process is ended.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    # The first rank that notices tells the others, which would wait for `STALLED` otherwise.
+    "TORCH_NCCL_PROPAGATE_ERROR": "1",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
@@ -268,6 +275,9 @@ def _tune_cpu() -> None:
 
 
 def _rendezvous(place: _Place, backend: str) -> None:
+    if backend == "nccl":
+        for name, value in _NCCL_SETTINGS.items():
+            os.environ.setdefault(name, value)
     if place.world_size == 1:
         # Nobody to meet: a store inside the process needs neither a port nor a file.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STALLED)

@@ -10,7 +10,9 @@ from torch.nn import functional
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron.placement import local_shard
+from nemo_minitron.stages.session import make_trainer
 from tests.emulation import jobs
+from tests.jobs import config_for
 from tests.parallel.hooks_jobs import ScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, STEPS, Case
 from tests.ranks import run_on_ranks
@@ -112,6 +114,11 @@ def test_a_trainer_of_ones_own_validates_outside_of_inference_mode(tmp_path):
     write_llama(tmp_path / "hf")
     (found,) = run_on_ranks(1, jobs.validate_with_a_trainer_of_ones_own, tmp_path / "hf")
     assert found == {"inference_mode": [False], "steps": 2}
+
+
+def test_the_project_s_trainers_validate_outside_of_inference_mode(tmp_path):
+    trainer = make_trainer(config_for(tmp_path, tmp_path))
+    assert not any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop))
 
 
 def test_the_likeliest_tokens_are_compared_in_inference_mode_too():

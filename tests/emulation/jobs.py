@@ -67,6 +67,7 @@ def inference_mode_then_training(parallel: ParallelConfig) -> dict[str, Any]:
     from nemo_minitron.megatron.depth_metrics import DepthCollector
     from nemo_minitron.megatron.forward import reduce_report, run
     from nemo_minitron.megatron.hooks import ImportanceCollector
+    from nemo_minitron.pruning.depth import candidate_blocks
     from tests.parallel.checkpoint_jobs import Training
 
     training = Training(Case("tied", parallel))
@@ -81,7 +82,7 @@ def inference_mode_then_training(parallel: ParallelConfig) -> dict[str, Any]:
             collector.expect([micro_batch.keep for micro_batch in batch])
             run(chunks, batch, megatron_jobs.loss, runtime=here, forward_only=True)
             samples = collector.result()["samples"].item()
-        depth = DepthCollector(chunks, here, spec, blocks=[(layer, layer + 1) for layer in range(4)])
+        depth = DepthCollector(chunks, here, spec, blocks=candidate_blocks(4))
         depth.add(batch[-1])
         depth.result()
     return {"validated": sums["total"], "samples": samples, "trained": [_loss(training) for _ in range(2)]}
@@ -241,3 +242,93 @@ def validate_with_a_trainer_of_ones_own(source: Path) -> dict[str, Any]:
     trainer.validate(model, datamodule=Data(), verbose=False)
     trainer.fit(model, datamodule=Data())
     return {"inference_mode": modes, "steps": trainer.global_step}
+
+
+def save_in_background(folder: Path) -> dict[str, Any]:
+    """A background save of tensors on a GPU: which thread made which device current, and what came of it."""
+    import threading
+
+    from torch.distributed.checkpoint import filesystem
+
+    from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
+    from tests.parallel.checkpoint_jobs import Training
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("copies ahead on the stream of the training")
+
+    training = Training(Case("tied"))
+    losses = [_loss(training)]
+    made_current = []
+    torch.cuda.set_device = lambda device: made_current.append((threading.current_thread().name, str(device)))
+    filesystem._OverlappingCpuLoader = refused
+    background = BackgroundWriter()
+    training.save(folder / "background.ckpt", background)
+    written = background.finished(wait=True)
+    training.save(folder / "at_once.ckpt")
+    losses.append(_loss(training))
+    again = Training(Case("tied"))
+    again.load(folder / "background.ckpt")
+    return {"current": made_current, "written": written.name, "losses": losses, "again": _loss(again)}
+
+
+def states_of_a_projection() -> dict[str, Any]:
+    """Where the state of a projection between hidden states lies, after a step and after it was taken up again."""
+    from nemo_minitron.config.hidden import HiddenConfig
+    from nemo_minitron.config.training import OptimizerConfig
+    from nemo_minitron.megatron import runtime
+    from nemo_minitron.models.hidden import StateMatching
+
+    here = runtime.start(ParallelConfig(), seed=0)
+    spec = megatron_jobs.ALL_SPECS["tied"]
+    how = {"student": spec, "teacher": spec, "runtime": here, "optimizer": OptimizerConfig(lr=1e-2)}
+    config = HiddenConfig(layers=((1, 1),), projection=True)
+    first, second = StateMatching(config, **how), StateMatching(config, **how)
+    first.projection.grad = torch.ones_like(first.projection)
+    first.step(tokens=1.0, lr=1e-2, skipped=False)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    pairs = zip(_tensors(second.state_dict()), _tensors(state), strict=True)
+    return {
+        "projection": str(first.projection.device),
+        "state": sorted({str(x.device) for x in _tensors(state)}),
+        "count": len(_tensors(state)),
+        "same": all(torch.equal(x, y) for x, y in pairs),
+        "moments": sorted({str(x.device) for x in _tensors(second._optimizer.state) if x.dim() > 0}),
+    }
+
+
+class _ForgetsTheDevice(torch.autograd.Function):
+    """Multiplies by two, and in its backward pass by a tensor that it makes on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.full((2, 3), 2.0)
+
+
+def mixed(where: str) -> float:
+    """A tensor of the GPU and one of the CPU meet, or do not."""
+    x = torch.ones(2, 3, device="cuda", requires_grad=True)
+    if where == "forward":
+        x * torch.ones(2, 3)
+    elif where == "backward":
+        _ForgetsTheDevice.apply(x).sum().backward()
+    elif where == "numpy":
+        x.detach().numpy()
+    return (x * torch.ones(2, 3).to(x.device) * torch.tensor(2.0)).sum().item()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def on_pretended_gpu(job: str, *args: Any) -> Any:
+    """A job below or in `megatron_jobs` on a process that sees a GPU; what it returns comes back as the CPU's."""
+    from tests.support import pretend_gpu
+
+    pretend_gpu.install()
+    found = globals()[job](*args)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, found)

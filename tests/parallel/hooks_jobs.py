@@ -67,7 +67,7 @@ def sharpen(layer: Any) -> None:
     ):
         # Transformer Engine's norms are inside the linears.
         weight = norm.weight if hasattr(norm, "weight") else linear.layer_norm_weight
-        weight.data.mul_(torch.linspace(0.5, 1.5, weight.numel()))
+        weight.data.mul_(torch.linspace(0.5, 1.5, weight.numel(), device=weight.device))
     for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
         linear.weight.data.mul_(12)
 

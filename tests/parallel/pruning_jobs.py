@@ -71,6 +71,21 @@ def prune(folder: Path, case: PruneCase) -> dict[str, Any]:
     return {"digest": pruning.plan.digest(), "students": {kind.value: path for kind, path in pruning.students.items()}}
 
 
+def slow_first_rank() -> str:
+    """What rank 0 gives to all ranks, after longer than they wait for each other in a computation."""
+    import time
+    from datetime import timedelta
+
+    from torch.distributed import distributed_c10d, group
+
+    from nemo_minitron.callbacks.pruning import _on_first_rank
+    from nemo_minitron.megatron import runtime
+
+    runtime.start(ONE, seed=0)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=1), group.WORLD)
+    return _on_first_rank(lambda: time.sleep(2.5) or "pruned")
+
+
 def prune_all(folder: Path, cases: list[PruneCase]) -> list[dict[str, Any]]:
     return [prune(folder, case) for case in cases]
 

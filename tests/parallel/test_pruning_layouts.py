@@ -108,3 +108,7 @@ def test_every_rank_is_told_what_is_wrong(folder: Path) -> None:
         assert "plan.json" in said[3]
         assert "depth_metric = lm_loss" in said[4]
     assert not (folder / "blocked" / "student.nemo").exists()
+
+
+def test_ranks_wait_longer_for_a_student_than_for_each_other():
+    assert run_on_ranks(2, pruning_jobs.slow_first_rank) == ["pruned", "pruned"]

@@ -7,6 +7,8 @@ import torch
 
 from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.functional import causal_attention, rms_norm, rotary_tables, swiglu
+from nemo_minitron.megatron.hooks import fused_norm
+from tests.support.emulation import gpu_branches
 from tests.tolerances import TOL
 
 GROUPS, HEADS, DIM = 2, 3, 8  # KV groups, query heads of a group, channels of a head
@@ -143,3 +145,55 @@ def test_a_token_does_not_see_later_ones() -> None:
     outs = [causal_attention(x, tables, groups=GROUPS, head_dim=DIM) for x in (qkv, changed)]
     assert torch.equal(outs[0][:5], outs[1][:5])
     assert not torch.allclose(outs[0][5:], outs[1][5:])
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 6, 10])
+def test_attention_in_a_window_as_gpus_do_it(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, or where those are no less work with one mask; a mask never has heads, and its kernel no groups."""
+    asked = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, attn_mask: torch.Tensor, **how: object
+    ) -> torch.Tensor:
+        assert q.shape[1] == k.shape[1] == GROUPS * HEADS
+        assert "enable_gqa" not in how
+        asked.append(attn_mask)
+        return kernel(q, k, v, attn_mask=attn_mask, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    qkv = random_qkv(11)
+    exact = qkv.detach().clone().requires_grad_()
+    how = {"groups": GROUPS, "head_dim": DIM, "scale": 0.7, "window": window}
+    with gpu_branches():
+        out = causal_attention(qkv, rotary_tables(angles(11), torch.float64), **how)
+        again = causal_attention(qkv, rotary_tables(angles(11), torch.float64), **how)
+    expected = reference_attention(exact, DIM, scale=0.7, window=window)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(out, expected, **TOL[torch.float64])
+    torch.testing.assert_close(qkv.grad, exact.grad, **TOL[torch.float64])
+    torch.testing.assert_close(again, expected, **TOL[torch.float64])
+    samples = 2 if asked[0].dim() == 4 else 1
+    assert asked[0].numel() <= samples * min(11 * 11, math.ceil(11 / window) * window * 2 * window)
+    assert asked[0] is asked[1], "every layer of a model asks for the same mask"
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+def test_a_zero_centred_norm_is_not_rounded_before_it_is_used(norm: str) -> None:
+    """In bf16 every channel's error averages out over tokens; a factor rounded to bf16 would move whole channels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 256, generator=generator).bfloat16()
+    linear = torch.nn.Module()
+    linear.normalization, linear.zero_centered_gamma, linear.eps = norm, True, 1e-6
+    linear.layer_norm_weight = (torch.rand(256, generator=generator) * 2 - 0.5).bfloat16()
+    linear.layer_norm_bias = torch.zeros(256).bfloat16()
+    exact = x.double() - (0 if norm == "RMSNorm" else x.double().mean(-1, keepdim=True))
+    exact *= torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6) * (linear.layer_norm_weight.double() + 1)
+    with gpu_branches():
+        out = fused_norm(linear, x)
+    assert out.dtype == torch.bfloat16
+    error = (out.double() - exact).mul(exact.sign()).sum(0) / exact.abs().sum(0)
+    # Half a unit in the last place of bf16 is 2e-3 of a value at most, and of a mean over 512 values 1e-4.
+    assert error.abs().max() < 5e-4

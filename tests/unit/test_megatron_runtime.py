@@ -1,5 +1,6 @@
 """Finding one's place among processes, and splitting a model over them."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -162,3 +163,58 @@ def test_shards_of_each_packing() -> None:
     assert local_shard(proj, torch.arange(8).reshape(2, 4), spec, rank=0, size=2).tolist() == [[0, 1], [4, 5]]
     norm = weight_named(spec, "decoder.final_layernorm.weight")
     assert local_shard(norm, torch.arange(4), spec, rank=1, size=2).tolist() == [0, 1, 2, 3]
+
+
+class TestDevices:
+    """Which GPU a process takes, on a machine that is told to have some."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+        """The devices that were made current."""
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        current: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        return current
+
+    def test_the_one_of_its_local_rank(self, machine: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        assert runtime._claim_device(runtime._Place(7, 8, 3)) == torch.device("cuda", 3)
+        assert machine == [3]
+
+    @pytest.mark.parametrize(
+        "shown",
+        [{"CUDA_VISIBLE_DEVICES": "2"}, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}],
+        ids=["variable", "slurm"],
+    )
+    def test_the_only_one_that_it_is_shown(
+        self, machine: list[int], shown: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in shown.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert runtime._claim_device(runtime._Place(3, 4, 3)) == torch.device("cuda", 0)
+        assert machine == [0]
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_more_processes_than_gpus(self, machine: list[int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        with pytest.raises(LayoutError, match=rf"local rank 2 on a machine with {count} GPU"):
+            runtime._claim_device(runtime._Place(2, 4, 2))
+        assert machine == []
+
+
+def test_a_lost_rank_ends_the_others_on_nccl_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NCCL_PROPAGATE_ERROR", "0")
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")  # so that it is taken back at the end
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    seen = []
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **how: seen.append((backend, dict(os.environ)))
+    )
+    for backend in ("gloo", "nccl"):
+        runtime._rendezvous(runtime._Place(0, 1, 0), backend)
+    (_, with_gloo), (_, with_nccl) = seen
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in with_gloo
+    assert with_nccl["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+    assert with_nccl["TORCH_NCCL_PROPAGATE_ERROR"] == "0"

@@ -103,6 +103,27 @@ def test_a_truncated_file_is_told(saved: Path, here: Runtime) -> None:
         load_weights(build_chunks(SPEC, here, Precision.FP32), saved)
 
 
+@pytest.mark.parametrize("fault", ["missing", "unknown"])
+def test_a_weight_too_few_or_too_many_is_told(
+    fault: str, saved: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = sharded_io._read
+
+    def faulty(*args: object) -> dict[str, object]:
+        state = read(*args)
+        weights = state["model"]["chunk0"]
+        weight = weights["model.decoder.final_layernorm.weight"]
+        if fault == "missing":
+            del weights["model.decoder.final_layernorm.weight"]
+        else:
+            weights["model.decoder.second_layernorm.weight"] = weight
+        return state
+
+    monkeypatch.setattr(sharded_io, "_read", faulty)
+    with pytest.raises(CheckpointError, match=r"1 name.*decoder\.(final|second)_layernorm\.weight"):
+        load_weights(build_chunks(SPEC, here, Precision.FP32), saved)
+
+
 class Usage(NamedTuple):
     total: int
     used: int

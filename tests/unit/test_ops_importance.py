@@ -13,6 +13,7 @@ from nemo_minitron.ops.importance import (
     sequence_moments,
 )
 from tests.oracles import importance as oracle
+from tests.support.emulation import gpu_branches
 from tests.tolerances import TOL
 
 S, B, C = 37, 5, 6
@@ -145,3 +146,20 @@ def test_a_layer_that_does_next_to_nothing_keeps_its_digits():
     y = x + 1e-3 * torch.randn(6, 2, 64, generator=generator)
     wide = 1 - torch.cosine_similarity(x.double(), y.double(), dim=-1)
     torch.testing.assert_close(token_dissimilarity(x, y).double(), wide, rtol=2e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 300.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_large_mean_costs_no_digits_on_a_gpu(mean, masked):
+    """Channels whose mean is hundreds of deviations: a difference of squares would leave nothing of the variance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 2, 16, generator=generator) + mean
+    keep = torch.rand(2, 512, generator=generator) < 0.7 if masked else None
+    with gpu_branches():
+        found = sequence_moments(x, keep).finish()
+    kept = [x[:, sample][keep[sample] if masked else slice(None)].double() for sample in range(2)]
+    expected = [(y.abs().mean(0), y.square().sum(0).sqrt(), y.var(0, correction=0)) for y in kept]
+    expected = torch.stack([torch.stack(rows) for rows in zip(*expected, strict=True)])
+    # Masked positions are zeros among the rest: the deviations from the mean of all are as large as the mean.
+    digits = 1e-5 if not masked else 1e-5 * max(1.0, mean**2 / 10)
+    torch.testing.assert_close(found, expected, rtol=digits, atol=1e-6)
