@@ -46,7 +46,8 @@ def sparse_targets(
 
     Args:
         samples: Stored targets of its samples, whole sequences.
-        positions_BS: Which tokens of each sequence this rank holds; all of them but under context parallelism.
+        positions_BS: Which tokens of each sequence this rank holds; all of them but under context parallelism. Best on
+            the host: what is on a GPU is waited for.
         temperature: At which they were taken.
         device: Where the loss is computed.
     """
@@ -59,7 +60,7 @@ def sparse_targets(
     if samples[0].tail is None:
         return SparseTargets.from_counts(ids_NK, values_NK, temperature=temperature)
     tails = torch.from_numpy(np.stack([sample.tail for sample in samples if sample.tail is not None]))
-    tail_N = tails[rows].t().flatten().to(device)
+    tail_N = tails[rows].t().flatten().to(device, non_blocking=True)
     return SparseTargets(ids=ids_NK, log_probs=values_NK, tail=tail_N, temperature=temperature)
 
 
@@ -71,7 +72,7 @@ def _by_sample(x_NK: Tensor, samples: int) -> np.ndarray:
 
 
 def _sequence_first(x_BSK: Tensor, device: torch.device) -> Tensor:
-    return x_BSK.transpose(0, 1).flatten(0, 1).to(device)
+    return x_BSK.transpose(0, 1).flatten(0, 1).to(device, non_blocking=True)
 
 
 def _padded(sample: SampleTargets, width: int) -> tuple[np.ndarray, np.ndarray]:

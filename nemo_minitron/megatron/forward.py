@@ -7,7 +7,7 @@ batch, so the way it is cut into micro-batches and ranks does not matter.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,15 @@ class MicroBatch:
     keep: Tensor
     """Boolean: which positions count in the loss."""
     position_ids: Tensor
+    host: "MicroBatch | None" = None
+    """The same on the host, if this is on a GPU and came from there."""
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("tokens", "labels", "keep", "position_ids")
+
+    @property
+    def on_host(self) -> "MicroBatch":
+        """What can be read without waiting for a GPU: the copy on the host, or itself where there is none."""
+        return self if self.host is None else self.host
 
     @classmethod
     def of(cls, tokens: Tensor, labels: Tensor, keep: Tensor) -> "MicroBatch":
@@ -35,12 +44,14 @@ class MicroBatch:
         return cls(tokens, labels, keep, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device."""
-        return MicroBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+        """The same on a device. What leaves the host goes along as `host`."""
+        leaves = self.tokens.device.type == "cpu" != torch.device(device).type
+        moved = (getattr(self, name).to(device, non_blocking=True) for name in self.TENSORS)
+        return MicroBatch(*moved, host=self if leaves else self.host)
 
     def pin_memory(self) -> "MicroBatch":
         """The same in memory that copies to a GPU need not wait for; a `DataLoader` calls it."""
-        return MicroBatch(*(getattr(self, name).pin_memory() for name in self.__slots__))
+        return MicroBatch(*(getattr(self, name).pin_memory() for name in self.TENSORS))
 
     def split(self, size: int) -> "list[MicroBatch]":
         """Consecutive micro-batches of `size` samples.
@@ -54,8 +65,9 @@ class MicroBatch:
                 f"{samples} samples on this rank and micro_batch_size = {size}",
                 rule="global_batch_size is a multiple of micro_batch_size times the data-parallel size",
             )
-        parts = zip(*(getattr(self, name).split(size) for name in self.__slots__), strict=True)
-        return [MicroBatch(*part) for part in parts]
+        parts = zip(*(getattr(self, name).split(size) for name in self.TENSORS), strict=True)
+        hosts: Sequence[MicroBatch | None] = [None] * (samples // size) if self.host is None else self.host.split(size)
+        return [MicroBatch(*part, host=host) for part, host in zip(parts, hosts, strict=True)]
 
     def on_context_rank(self, rank: int, size: int) -> "MicroBatch":
         """This context-parallel rank's positions.
@@ -66,8 +78,9 @@ class MicroBatch:
         if size == 1:
             return self
         pieces = (rank, 2 * size - 1 - rank)
-        shards = [getattr(self, name).chunk(2 * size, dim=1) for name in self.__slots__]
-        return MicroBatch(*(torch.cat([shard[piece] for piece in pieces], dim=1) for shard in shards))
+        shards = [getattr(self, name).chunk(2 * size, dim=1) for name in self.TENSORS]
+        host = None if self.host is None else self.host.on_context_rank(rank, size)
+        return MicroBatch(*(torch.cat([shard[piece] for piece in pieces], dim=1) for shard in shards), host=host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class MergeCollector:
         """Pass this data-parallel rank's share of a global batch through the model. Every rank calls it."""
         with self._watched() as (inputs, outputs):
             collect_hidden(self._chunks, micro_batches, self._runtime)
-        keeps = [states.local_keep(micro_batch, self._runtime) for micro_batch in micro_batches]
+        keeps = [states.local_keep(batch, self._runtime).to(self._runtime.device) for batch in micro_batches]
         dtype = unwrap(self._chunks[0]).config.pipeline_dtype or torch.float32
         like = torch.empty((*keeps[0].shape, self._spec.hidden_size), dtype=dtype, device=self._runtime.device)
         arrived = states.send(outputs, self._routes, like=like, count=len(micro_batches), runtime=self._runtime)

@@ -82,9 +82,9 @@ class _WithLoss(torch.autograd.Function):
 
 
 def local_keep(micro_batch: MicroBatch, runtime: Runtime) -> Tensor:
-    """Which of this rank's positions of a state count, `[s, b]`."""
+    """Which of this rank's positions of a state count, `[s, b]`, on the host if the micro-batch is there, too."""
     parallel = runtime.parallel
-    keep_SB = micro_batch.on_context_rank(runtime.cp_rank, parallel.context).keep.to(runtime.device).t()
+    keep_SB = micro_batch.on_host.on_context_rank(runtime.cp_rank, parallel.context).keep.t()
     return keep_SB.chunk(parallel.tensor)[runtime.tp_rank] if parallel.sequence_parallel else keep_SB
 
 

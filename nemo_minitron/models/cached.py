@@ -51,7 +51,7 @@ class CachedDistillationLoss:
         """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
         targets = sparse_targets(
             self.targets[index],
-            micro_batch.position_ids,
+            micro_batch.on_host.position_ids,
             temperature=self.divergence.temperature,
             device=hidden_SBH.device,
         )
@@ -60,7 +60,7 @@ class CachedDistillationLoss:
             hidden_SBH.flatten(0, 1),
             overlap.for_loss(weight),
             targets,
-            keep=sequence_first(micro_batch.keep),
+            keep=sequence_first(micro_batch.on_host.keep),
             labels=sequence_first(micro_batch.labels),
             divergence=self.divergence,
             kd_weight=self.kd_weight,
@@ -150,7 +150,7 @@ class MegatronGPTCachedDistillationModel(MegatronGPTModel):
         found: list[list[SampleTargets]] = []
         for batch in micro_batches:
             own = range(first, first + len(batch.tokens))
-            rows = batch.tokens.cpu().numpy()
+            rows = batch.on_host.tokens.cpu().numpy()
             found.append([self.cache.get(sample, tokens) for sample, tokens in zip(own, rows, strict=True)])
             first = own.stop
         return found

@@ -39,16 +39,16 @@ def hidden_loss(
         student: `[..., h]` states after a norm.
         teacher: `[..., H]`; no gradient.
         keep: `[...]`, tokens that count. The others are not computed, and may hold NaN. None at all gives 0 with a
-            graph.
+            graph. It may lie on the host while the states are on a GPU, which is then not waited for.
         projection: `[H, h]`, learned, one for all pairs of layers; None compares as is, which needs h = H.
         kind: Which loss.
     """
-    keep = keep.bool()
-    student, teacher = student[keep], teacher.detach()[keep]
+    kept = keep.flatten().nonzero().flatten().to(student.device, non_blocking=True)
+    student, teacher = (x.flatten(0, -2).index_select(0, kept) for x in (student, teacher.detach()))
     if projection is not None:
         student = functional.linear(student, projection)
     per_token = cosine_distance if kind is HiddenLossKind.COSINE else mean_squared_error
-    return TokenSum(per_token(student, teacher).sum(), keep.sum())
+    return TokenSum(per_token(student, teacher).sum(), torch.full((), kept.numel(), device=student.device))
 
 
 def dynamic_weight(kd: Tensor, hidden: Tensor) -> Tensor:

@@ -326,7 +326,7 @@ def project(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def product_adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device and this torch can add a product of 16-bit matrices to a float32 one (2.9 on CUDA can)."""
+    """Whether this torch can add a product of 16-bit matrices to a float32 one on this device: it is asked to, once."""
     if device.type == "cpu":
         return False
     try:

@@ -132,7 +132,7 @@ def test_windows_can_be_limited_and_end_where_they_end(folder):
 def union(dataset, dp_size: int, **keys) -> list[MicroBatch]:
     ranks = [loader(dataset, global_batch_size=8, dp_rank=rank, dp_size=dp_size, **keys) for rank in range(dp_size)]
     return [
-        MicroBatch(*(torch.cat([getattr(share, name) for share in shares]) for name in MicroBatch.__slots__))
+        MicroBatch(*(torch.cat([getattr(share, name) for share in shares]) for name in MicroBatch.TENSORS))
         for shares in zip(*ranks, strict=True)
     ]
 
@@ -141,7 +141,7 @@ def same(one: list[MicroBatch], other: list[MicroBatch]) -> bool:
     return len(one) == len(other) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(one, other, strict=True)
-        for name in MicroBatch.__slots__
+        for name in MicroBatch.TENSORS
     )
 
 
