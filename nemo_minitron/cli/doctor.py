@@ -74,7 +74,7 @@ GPU_PARTS: tuple[Part, ...] = (
     Part("apex", "apex", False, "on a GPU without Transformer Engine: slower optimizer and norms", extra=True),
 )
 
-_SELF_TEST_SECONDS = 90
+_SELF_TEST_SECONDS = 180
 _SELF_TEST_COST = "runs on this GPU would fail or be wrong: look at the driver, torch's build, and nvidia-smi"
 
 _PROBE = """

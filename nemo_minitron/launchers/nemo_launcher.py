@@ -187,7 +187,9 @@ def _distill(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     trainer = {"max_steps": settings.steps, "val_check_interval": settings.validation_interval}
     logs = {"name": config.name, "explicit_log_dir": str(folder / "distill/results"), "resume_if_exists": True}
-    return {"model": model | _shared(config, folder), "trainer": trainer, "exp_manager": logs, "name": config.name}
+    shared = _shared(config, folder)
+    shared["minitron"] = model["minitron"] | shared["minitron"]
+    return {"model": model | shared, "trainer": trainer, "exp_manager": logs, "name": config.name}
 
 
 def _shared(config: RunConfig, folder: Path) -> dict[str, Any]:

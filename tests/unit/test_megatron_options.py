@@ -1,6 +1,7 @@
 """Megatron's options for speed: where they are on by themselves, and what is refused and why."""
 
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 from pydantic import ValidationError
 
 from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
+from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import DistillConfig, OptimizerConfig
 from nemo_minitron.errors import LayoutError
+from nemo_minitron.launchers import nemo_launcher
 from nemo_minitron.megatron import build, optim, overlap
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.models import nemo_settings
 from tests.parallel.megatron_jobs import SPECS
 
+ROOT = Path(__file__).parents[2]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -216,3 +220,12 @@ def test_the_recipe_s_choice_of_fp8_reaches_the_teacher(tmp_path):
     keys = nemo_settings.training_keys(DistillConfig(teacher_fp8=True), tmp_path)
     assert keys["minitron"]["distillation"]["teacher_fp8"] is True
     assert not nemo_settings.training_keys(DistillConfig(), tmp_path)["minitron"]["distillation"]["teacher_fp8"]
+
+
+def test_the_nemo_launcher_passes_options_on_beside_the_objective(tmp_path):
+    given = ["model.source=m", "data.sources=[t]", "parallel.overlap_grad_reduce=true", "distill.guard.spike_factor=9"]
+    config = load_recipe(ROOT / "recipes" / "tiny" / "tiny_cpu.yaml", given)
+    model = nemo_launcher._distill(config, tmp_path)["model"]
+    assert nemo_settings.parallel_config(model) == config.parallel
+    assert nemo_settings.guard_config(model["minitron"]).spike_factor == 9
+    assert model["minitron"]["distillation"]["teacher"] == str(tmp_path / "stages/import/teacher")

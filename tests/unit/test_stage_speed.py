@@ -1,10 +1,16 @@
 """GPU memory and the use of its peak rate, as stages report them; a card is not needed to count."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
+from nemo_minitron.cli import dry_run
 from nemo_minitron.estimate.compute import peak_flops_of
-from nemo_minitron.stages import engine, speed
+from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
+from nemo_minitron.report import build
+from nemo_minitron.stages import engine, manifest, speed
 from nemo_minitron.stages.team import Alone
 
 
@@ -69,3 +75,40 @@ def test_mfu_counts_operations_against_the_data_sheet(monkeypatch):
 )
 def test_the_peak_is_found_by_the_driver_s_name(name, peak):
     assert peak_flops_of(name) == peak
+
+
+def test_the_report_has_columns_for_the_gpu_where_there_was_one():
+    on_gpu = {
+        "peak_memory_gb": 4.0,
+        "peak_gpu_memory_gb": {"allocated": 61.25, "reserved": 70.5},
+        "tokens_per_second": 5210.0,
+        "mfu": 0.4321,
+        "seconds": 60.0,
+    }
+    table = build._costs(SimpleNamespace(results={"data": {"seconds": 2.0}, "distill": on_gpu}))
+    assert [len(row) for row in table["rows"]] == [len(table["headings"])] * 2 == [6, 6]
+    assert table["rows"][1][3:] == ("5.2k tokens/s", "61.25 of 70.50 GB", "43.2%")
+    plain = build._costs(SimpleNamespace(results={"data": {"seconds": 2.0}}))
+    assert [len(row) for row in plain["rows"]] == [len(plain["headings"])] == [4]
+
+
+def test_a_dry_run_judges_by_the_card_where_no_cluster_is_named(monkeypatch):
+    here, there = SimpleNamespace(cluster=None), SimpleNamespace(cluster=SimpleNamespace(gpu="h100"))
+    monkeypatch.setattr(dry_run, "gpu_memory", lambda: [80e9, 40e9])
+    assert dry_run._usable(here, 1) == USABLE * 80e9
+    assert dry_run._usable(here, 2) == USABLE * 40e9
+    assert dry_run._memory_name(here, 1) == "this machine's GPU"
+    assert dry_run._memory_name(here, 2) == "a GPU; this machine has 2 for 2 ranks"
+    assert dry_run._usable(there, 1) == USABLE * GPU_BYTES["h100"]
+    monkeypatch.setattr(dry_run, "gpu_memory", list)
+    assert dry_run._usable(here, 2) == USABLE * psutil.virtual_memory().total / 2
+
+
+def test_the_driver_s_answer_is_read_as_bytes(monkeypatch, tmp_path):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '81559\\n40960\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    manifest.gpu_memory.cache_clear()
+    assert manifest.gpu_memory() == [81559 * 2**20, 40960 * 2**20]
+    manifest.gpu_memory.cache_clear()
