@@ -40,6 +40,8 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
 }
 # Of these every word that is a token is that token, whatever the merges, and a sequence begins with BOS.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+# Models whose own tokenizer composes characters first; llama.cpp does not, and gives other ids for decomposed text.
+_COMPOSED = ("qwen2",)
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 # For byte-level BPE llama.cpp assumes 11, Falcon's end of text, an ordinary token in other vocabularies: none here.
 _DEFAULT_IDS: dict[str, dict[str, int]] = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
@@ -148,7 +150,7 @@ def _sentencepiece(path: Path, field: Field, tokens: list[str], kinds: list[int]
 
 
 def _byte_level(path: Path, field: Field, tokens: list[str], kinds: list[int], ids: dict[str, int | None]) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = field("tokenizer.ggml.pre", "default") or "default"
     if pre not in _PATTERNS:
@@ -167,6 +169,8 @@ def _byte_level(path: Path, field: Field, tokens: list[str], kinds: list[int], i
     except Exception as error:  # the Rust side raises bare Exception
         raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from error
     tokenizer = Tokenizer(bpe)
+    if pre in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[pre]]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -150,7 +150,7 @@ class HfSource:
 
     def _read_tokenizer_files(self) -> dict[str, bytes]:
         files = {name: (self.folder / name).read_bytes() for name in travelling_names(self.folder)}
-        files = with_tokenizer_json(files, add_bos=None, where=str(self.folder))
+        files = with_tokenizer_json(files, where=str(self.folder))
         return with_ids(files, self._family.special_ids(self._config))
 
     def _settle_tied(self) -> None:

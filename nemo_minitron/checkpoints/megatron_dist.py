@@ -73,7 +73,7 @@ class MegatronSource:
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
         found = travelling_files(self._files, TOKENIZER_FOLDER)
-        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(self.folder))
+        self._tokenizer_files = with_tokenizer_json(found, where=str(self.folder))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(self.folder))
 
     @property

@@ -80,7 +80,7 @@ class NemoSource:
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
         found = tokenizer_files_in(self._files, self.config)
-        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(path))
+        self._tokenizer_files = with_tokenizer_json(found, where=str(path))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(path))
 
     @property

@@ -87,7 +87,7 @@ class Nemo2Source:
         self._dtype = self._weights.dtype(self._spec)
         found = travelling_files(self._files, context + self._tokenizer_folder(model))
         found |= self._named_model(model)
-        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(folder))
+        self._tokenizer_files = with_tokenizer_json(found, where=str(folder))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
 
     @property

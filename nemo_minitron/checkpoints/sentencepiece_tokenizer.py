@@ -77,13 +77,14 @@ def around(special: Mapping[str, tuple[str, int]], *, add_bos: bool, add_eos: bo
     )
 
 
-def tokenizer_json(files: Mapping[str, bytes], *, add_bos: bool | None, where: str) -> dict[str, bytes]:
+def tokenizer_json(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     """Hugging Face files for a checkpoint whose only tokenizer is a `tokenizer.model`.
+
+    BOS and EOS are added where `tokenizer_config.json` says so (`add_bos_token`, `add_eos_token`); else the ids are
+    those of the model alone, as in NeMo and in transformers 5.
 
     Args:
         files: Tokenizer files by name.
-        add_bos: Whether a sequence begins with BOS where `tokenizer_config.json` does not say so; None: if the model
-            has one.
         where: For messages.
 
     Returns:
@@ -97,11 +98,8 @@ def tokenizer_json(files: Mapping[str, bytes], *, add_bos: bool | None, where: s
     model = read_sentencepiece(files["tokenizer.model"], where=where)
     config = json.loads(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     config = config if isinstance(config, dict) else {}
-    assumed = model.ids["bos"] is not None if add_bos is None else add_bos
-    first, last = config.get("add_bos_token"), config.get("add_eos_token")
-    tokenizer = build_tokenizer(
-        model, add_bos=assumed if first is None else bool(first), add_eos=bool(last), where=where
-    )
+    first, last = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
+    tokenizer = build_tokenizer(model, add_bos=first, add_eos=last, where=where)
     _add_tokens(tokenizer, config, len(model.pieces), where)
     found = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
     if "tokenizer_config.json" not in files:

@@ -43,20 +43,18 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_file()] + inner
 
 
-def with_tokenizer_json(files: Mapping[str, bytes], *, add_bos: bool | None, where: str) -> dict[str, bytes]:
+def with_tokenizer_json(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     """Files with a `tokenizer.json` made out of a `tokenizer.model` or `tekken.json` where there was none.
 
     A file that cannot be converted stays as it is; `tokenizer_problem` says why.
 
     Args:
         files: Files by name.
-        add_bos: Whether a SentencePiece model's sequences begin with BOS unless `tokenizer_config.json` says otherwise;
-            None: if it has one, as in transformers.
         where: For messages.
     """
     found = dict(files)
     try:
-        return found | _made(found, add_bos, where)
+        return found | _made(found, where)
     except CheckpointError:
         return found
 
@@ -66,18 +64,18 @@ def tokenizer_problem(files: Mapping[str, bytes], *, where: str) -> str:
     if "tokenizer.json" in files:
         return ""
     try:
-        return "" if _made(files, None, where) else "there is no tokenizer.json, tokenizer.model or tekken.json"
+        return "" if _made(files, where) else "there is no tokenizer.json, tokenizer.model or tekken.json"
     except CheckpointError as error:
         return error.what
 
 
-def _made(files: Mapping[str, bytes], add_bos: bool | None, where: str) -> dict[str, bytes]:
+def _made(files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
     if "tokenizer.json" in files:
         return {}
     if "tekken.json" in files and "tokenizer.model" not in files:
         made = tekken_files(files["tekken.json"], where=f"{where}: tekken.json")
     elif "tokenizer.model" in files:
-        made = tokenizer_json(files, add_bos=add_bos, where=f"{where}: tokenizer.model")
+        made = tokenizer_json(files, where=f"{where}: tokenizer.model")
     else:
         return {}
     return {name: data for name, data in made.items() if name not in files}

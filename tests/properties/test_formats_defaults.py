@@ -27,6 +27,7 @@ from nemo_minitron.arch.spec import (
     YarnScaling,
 )
 from nemo_minitron.checkpoints.gguf import GgufSource
+from nemo_minitron.checkpoints.gguf_file import GgufFile
 from nemo_minitron.errors import MinitronError
 
 LAYERS, HIDDEN, HEADS, GROUPS, FFN, ROWS = 2, 32, 4, 2, 48, 40
@@ -271,6 +272,57 @@ def test_rope_factors_of_llama_3(tmp_path: Path) -> None:
     stored = {"rope_freqs.weight": np.linspace(1, 3, 32, dtype=np.float32)}
     with pytest.raises(MinitronError, match=r"rope_freqs\.weight"):
         GgufSource(write_gguf(tmp_path / "m.gguf", metadata, tensors | stored))
+
+
+def test_k_quants_are_expanded(tmp_path: Path) -> None:
+    """Q4_K and Q6_K block by block, as ggml's reference code defines them, in float64."""
+    rng = np.random.default_rng(0)
+    kinds = gguf.GGMLQuantizationType
+    blocks = {}
+    for kind, size, places in ((kinds.Q4_K, 144, (0, 2)), (kinds.Q6_K, 210, (208,))):
+        data = rng.integers(0, 256, (3, 2, size), dtype=np.uint8)
+        for at in places:
+            data[..., at : at + 2] = rng.uniform(0.01, 0.1, (3, 2, 1)).astype(np.float16).view(np.uint8)
+        blocks[kind] = data
+    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
+    for kind, data in blocks.items():
+        writer.add_tensor(kind.name, data.reshape(3, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "k.gguf")
+    for kind, expand in ((kinds.Q4_K, q4_k), (kinds.Q6_K, q6_k)):
+        expected = np.array([[value for block in row for value in expand(block)] for row in blocks[kind]])
+        np.testing.assert_allclose(file.tensor(kind.name).numpy(), expected, rtol=1e-6)
+
+
+def q4_k(block: np.ndarray) -> list[float]:
+    step, low = (float(block[at : at + 2].view(np.float16)[0]) for at in (0, 2))
+    packed, nibbles = [int(byte) for byte in block[4:16]], [int(byte) for byte in block[16:]]
+    values = []
+    for group in range(8):
+        if group < 4:
+            scale, minimum = packed[group] & 63, packed[group + 4] & 63
+        else:
+            scale = packed[group + 4] & 15 | (packed[group - 4] >> 6) << 4
+            minimum = packed[group + 4] >> 4 | (packed[group] >> 6) << 4
+        for byte in nibbles[group // 2 * 32 : group // 2 * 32 + 32]:
+            values.append(step * scale * (byte >> 4 if group % 2 else byte & 15) - low * minimum)
+    return values
+
+
+def q6_k(block: np.ndarray) -> list[float]:
+    low, high = [int(byte) for byte in block[:128]], [int(byte) for byte in block[128:192]]
+    scales, step = block[192:208].view(np.int8), float(block[208:210].view(np.float16)[0])
+    values = []
+    for index in range(256):
+        half, inner = divmod(index, 128)
+        quarter, lane = divmod(inner, 32)
+        nibble = low[half * 64 + quarter % 2 * 32 + lane] >> (4 if quarter > 1 else 0) & 15
+        bits = high[half * 32 + lane] >> 2 * quarter & 3
+        values.append(step * int(scales[half * 8 + quarter * 2 + lane // 16]) * ((bits << 4 | nibble) - 32))
+    return values
 
 
 # -- Megatron and NeMo -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What families read from and write to configuration files, and what they refuse."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
+    LlamaConfig,
     MistralConfig,
     NemotronConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from nemo_minitron.arch.families import FAMILIES, family_named, family_of_hf_config
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm, YarnScaling
 from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.checkpoints.hf import hf_names
 from nemo_minitron.checkpoints.parts import stored_shapes
@@ -146,14 +148,24 @@ REFUSED = [
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     (LLAMA, {"sliding_window": 1024}, "sliding_window = 1024"),
     (LLAMA, {"partial_rotary_factor": 0.5}, r"rotary_percent = 0\.5"),
-    (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+    (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+    (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, "mscale = 2"),
+    (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling says"),
+    (LLAMA, {"rope_theta": 5e5}, "rope_theta = 10000"),
+    (LLAMA, {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type = 'linear'"),
+    (LLAMA, {"rope_parameters": None, "rope_theta": None}, "rope_theta = 'None'"),
+    (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
+    (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps = null"),
+    (LLAMA, {"head_dim": 0}, "head_dim = 0"),
+    (LLAMA, {"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config"),
+    (LLAMA, {"transformers_weights": "other.safetensors"}, "transformers_weights"),
     (LLAMA, {"residual_multiplier": 0.22}, r"residual_multiplier = 0\.22"),
     (LLAMA, {"final_logit_softcapping": 30.0}, r"final_logit_softcapping = 30\.0"),
     (LLAMA, {"num_local_experts": 8}, "num_local_experts = 8"),
     (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    (LLAMA, {"vocab_size": "many"}, "wrong kind"),
+    (LLAMA, {"vocab_size": "many"}, "vocab_size = 'many'"),
     (QWEN3_06B, {"use_sliding_window": True}, "use_sliding_window = True"),
     (QWEN3_06B, {"attention_bias": True}, "attention_bias = True"),
     (QWEN3_06B, {"model_type": "qwen3_moe"}, "experts"),
@@ -173,8 +185,8 @@ REFUSED = [
     (GEMMA3_1B, {"sliding_window": None}, "sliding_window = None"),
     (
         GEMMA3_1B,
-        {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}},
-        "rope_type = 'linear'",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}},
+        "without scaling",
     ),
 ]
 
@@ -187,6 +199,66 @@ def test_settings_that_change_the_result_are_refused_by_name(
     read(data)
     with pytest.raises(SpecError, match=words):
         read(data | change)
+
+
+CLASSES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "nemotron": NemotronConfig,
+    "phi3": Phi3Config,
+    "gemma": GemmaConfig,
+    "gemma3": Gemma3TextConfig,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_defaults_are_those_of_the_classes(name: str) -> None:
+    """Every default of ours, against the fields of the class; every deciding field of the class, against ours."""
+    ours = FAMILIES[name].defaults
+    theirs = {field.name: field.default for field in fields(CLASSES[name])}
+    assert {key: theirs.get(key) for key in ours} == dict(ours)
+    deciding = {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+    }
+    deciding |= {"num_key_value_heads", "hidden_act", "hidden_activation", "rms_norm_eps", "norm_eps"}
+    deciding |= {"max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert deciding & theirs.keys() <= ours.keys()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_config_of_a_model_type_alone_is_the_default_model(name: str) -> None:
+    config = CLASSES[name]()
+    alone = {"model_type": config.model_type}
+    assert read(alone) == read(config.to_dict())
+    assert set(FAMILIES[name].assumed(alone)) <= set(FAMILIES[name].defaults)
+
+
+def test_a_name_of_another_format_is_refused_where_the_key_is_missing() -> None:
+    whole = LLAMA.to_dict()
+    without = {key: value for key, value in whole.items() if key != "rms_norm_eps"}
+    assert read(without) == read(whole | {"rms_norm_eps": 1e-6})
+    with pytest.raises(SpecError, match=r"rms_norm_eps is missing, and layer_norm_epsilon"):
+        read(without | {"layer_norm_epsilon": 1e-3})
+    assert read(whole | {"layer_norm_epsilon": 1e-3, "n_ctx": 7}) == read(whole)
+    with pytest.raises(SpecError, match="max_position_embeddings is missing, and n_ctx"):
+        read({key: value for key, value in whole.items() if key != "max_position_embeddings"} | {"n_ctx": 7})
+
+
+def test_two_spellings_that_agree_are_one() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    both = LLAMA.to_dict() | {"rope_parameters": {**scaling, "rope_theta": 1e4}, "rope_theta": 1e4}
+    spec = read(both | {"rope_scaling": {**scaling, "type": "yarn"}})
+    assert spec == read(both)
+    assert spec.rope_scaling == YarnScaling(factor=4.0, original_max_position_embeddings=512)
+    short = LLAMA.to_dict() | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+    assert read(short).rope_scaling.original_max_position_embeddings == LLAMA.max_position_embeddings
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,15 @@ LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
     "llama, tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama, scaled rotary": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "llama, linear rotary": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LINEAR)),
+    "qwen2, yarn": (Qwen2ForCausalLM, Qwen2Config(**SIZES, rope_parameters=YARN)),
+    "qwen3, yarn": (Qwen3ForCausalLM, Qwen3Config(**SIZES, rope_parameters=YARN | {"attention_factor": 0.8})),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
     "mistral, window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=7)),
