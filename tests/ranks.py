@@ -28,26 +28,32 @@ class RankError(AssertionError):
     """One or more ranks raised; the text holds their tracebacks."""
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+def run_on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0, interpret: bool = False
+) -> list[Any]:
     """Call `function(*args)` on every rank of a new process group; returns what each rank returned, by rank.
 
     `function` must be importable (defined at module level); arguments and results must be picklable. RANK, WORLD_SIZE,
     LOCAL_RANK and LOCAL_WORLD_SIZE are set as torchrun would. Tensors come back on the CPU as plain copies.
+    `interpret` runs Triton's kernels in its interpreter, which has to be asked for before Triton is first imported:
+    the processes then start from nothing.
 
     Raises:
         RankError: A rank raised, died or took too long.
     """
-    with started(world_size, function, *args) as (_, readers):
+    with started(world_size, function, *args, interpret=interpret) as (_, readers):
         return collect(readers, timeout)
 
 
 @contextmanager
 def started(
-    world_size: int, function: Callable[..., Any], *args: Any
+    world_size: int, function: Callable[..., Any], *args: Any, interpret: bool = False
 ) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
     """The processes of `run_on_ranks`, by rank, and what each one's answer comes through; at the end none is left."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = multiprocessing.get_context("spawn" if interpret else "forkserver")
+    if not interpret:
+        context.set_forkserver_preload(PRELOAD)
+    main = _interpreted_rank_main if interpret else _rank_main
     with tempfile.TemporaryDirectory() as folder:
         job = pickle.dumps((function, args))
         readers: list[Connection] = []
@@ -55,7 +61,7 @@ def started(
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, str(Path(folder) / "rendezvous"), job, writer), daemon=True
+                target=main, args=(rank, world_size, str(Path(folder) / "rendezvous"), job, writer), daemon=True
             )
             process.start()
             writer.close()
@@ -100,6 +106,11 @@ def collect(readers: list[Connection], timeout: float) -> list[Any]:
     if waiting:
         raise RankError(f"no answer from rank(s) {sorted(waiting)} within {timeout:.0f} s")
     return [results[rank] for rank in range(len(readers))]
+
+
+def _interpreted_rank_main(*args: Any) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    _rank_main(*args)
 
 
 def _rank_main(rank: int, world_size: int, rendezvous: str, job: bytes, writer: Connection) -> None:

@@ -5,13 +5,13 @@ command line. Both are translated to and from NeMo-1's keys, so that `nemo_confi
 is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.arch import nemo_config as nemo1
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, ModelSpec, RopeScaling
+from nemo_minitron.arch.spec import Activation, AnyScaling, LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.errors import SpecError
 
 # Field of TransformerConfig, or of the model class beside it, to NeMo-1's key, where at most the name differs.
@@ -63,6 +63,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("softmax_type",), ("vanilla",)),
     **dict.fromkeys(("attention_output_gate", "linear_attention_freq", "mtp_num_layers", "glu_linear_offset"), ()),
 }
+_CHANGED_BY_TRAINING = (
+    *("seq_length", "encoder_seq_length", "make_vocab_size_divisible_by", "padded_vocab_size", "iteration"),
+    *("hidden_dropout", "attention_dropout", "apply_rope_fusion", "bf16", "fp16"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+)
+"""What may differ from the architecture a checkpoint was first written with."""
+_WRITTEN = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("normalization", "layernorm_epsilon", "activation_func", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"),
+    *("qk_layernorm", "position_embedding_type", "rotary_base", "rotary_percent"),
+    "share_embeddings_and_output_weights",
+)
+"""Fields without which a model cannot be told: classes of NeMo 2 and Bridge have defaults of their own."""
+_ONE_GROUP = 1
+"""Megatron-LM's default of --num-query-groups, which only --group-query-attention heeds."""
 _SCALE_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 
 
@@ -86,13 +101,13 @@ def transformer_fields(spec: ModelSpec) -> dict[str, Any]:
 
 def says_all(spec: ModelSpec) -> bool:
     """Whether those fields, with `rope_fields`, describe all that the model computes."""
-    return nemo1.says_all(replace(spec, rope_scaling=None))
+    return nemo1.says_all(replace(spec, rope_scaling=None)) and not isinstance(spec.rope_scaling, YarnScaling)
 
 
 def rope_fields(spec: ModelSpec) -> dict[str, Any]:
     """Llama 3.1's rotary scaling as fields of NeMo 2's `Llama31Config`; {} for a model without."""
     scaling = spec.rope_scaling
-    if scaling is None:
+    if not isinstance(scaling, RopeScaling):  # linear scaling is seq_len_interpolation_factor
         return {}
     return {
         "scale_factor": scaling.factor,
@@ -100,6 +115,29 @@ def rope_fields(spec: ModelSpec) -> dict[str, Any]:
         "high_freq_factor": scaling.high_freq_factor,
         "old_context_len": scaling.original_max_position_embeddings,
     }
+
+
+def contradictions(spec: ModelSpec, fields: Mapping[str, Any], *, args: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that say something else than an architecture: name, what they say, what they should.
+
+    Args:
+        spec: The architecture.
+        fields: Of NeMo 2 or Bridge, functions by their dotted names; or arguments of Megatron-LM.
+        args: Whether they are arguments.
+    """
+    expected = megatron_args(spec, dtype="float32") if args else transformer_fields(spec) | rope_fields(spec)
+    for name, value in expected.items():
+        found = fields.get(name, value)
+        if name == "rope_scaling_factor" and not isinstance(spec.rope_scaling, RopeScaling):
+            continue
+        if name in _CHANGED_BY_TRAINING or (found is None and name in ("num_query_groups", "kv_channels")):
+            continue
+        if name == "activation_func":
+            same = str(found).rpartition(".")[2] == value.rpartition(".")[2]
+        else:
+            same = (list(found) if isinstance(found, tuple) else found) == value
+        if not same:
+            yield name, found, value
 
 
 def spec_from_transformer_fields(fields: Mapping[str, Any], *, vocab_rows: int, where: str) -> ModelSpec:
@@ -114,6 +152,12 @@ def spec_from_transformer_fields(fields: Mapping[str, Any], *, vocab_rows: int, 
         SpecError: A field is missing or a setting is not supported.
     """
     _refuse(fields, where)
+    if missing := [field for field in _WRITTEN if field not in fields]:
+        raise SpecError(
+            f"{where}: {missing[0]} is missing",
+            rule="every field that decides what is computed is written out, since classes have defaults of their own",
+            remedy="save the checkpoint again with the version that wrote it, which writes model.yaml beside io.json",
+        )
     gated = bool(fields.get("gated_linear_unit", False))
     name = str(fields.get("activation_func") or "gelu").rpartition(".")[2]
     if (name, gated) not in _FUNCTIONS_READ:
@@ -125,9 +169,8 @@ def spec_from_transformer_fields(fields: Mapping[str, Any], *, vocab_rows: int, 
     keys["apply_embedding_scaling"] = "Gemma" in str(fields.get("_target_", ""))
     keys.setdefault("position_embedding_type", "learned_absolute")
     keys.setdefault("share_embeddings_and_output_weights", True)
-    vocabulary = fields.get("vocab_size")
-    spec = _spec(keys, min(vocabulary, vocab_rows) if type(vocabulary) is int else vocab_rows, where)
-    return replace(spec, rope_scaling=_scaling(fields))
+    spec = _spec(keys, _vocabulary(fields, vocab_rows, where), where)
+    return replace(spec, rope_scaling=_one_scaling(spec, _scaling(fields), where))
 
 
 def megatron_args(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
@@ -145,8 +188,9 @@ def megatron_args(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
         "swiglu": spec.activation is Activation.SWIGLU,
         "squared_relu": spec.activation is Activation.SQUARED_RELU,
         "use_rotary_position_embeddings": True,
-        "use_rope_scaling": spec.rope_scaling is not None,
-        "rope_scaling_factor": spec.rope_scaling.factor if spec.rope_scaling else 8.0,
+        "use_rope_scaling": isinstance(spec.rope_scaling, RopeScaling),
+        "rope_scaling_factor": spec.rope_scaling.factor if isinstance(spec.rope_scaling, RopeScaling) else 8.0,
+        "rotary_seq_len_interpolation_factor": keys["seq_len_interpolation_factor"],
         "untie_embeddings_and_output_weights": not spec.tied_embeddings,
         "vocab_size": spec.vocab_size,
         "padded_vocab_size": spec.vocab_size,
@@ -170,7 +214,7 @@ def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> M
     _refuse(args, where)
     keys = {key: args[arg] for arg, key in _ARGS.items() if args.get(arg) is not None}
     if args.get("group_query_attention"):
-        keys["num_query_groups"] = args.get("num_query_groups")
+        keys["num_query_groups"] = args.get("num_query_groups", _ONE_GROUP)
     if not args.get("swiglu") and not args.get("squared_relu") and args.get("openai_gelu"):
         raise SpecError(f"{where}: openai_gelu is not supported")
     keys["activation"] = "fast-swiglu" if args.get("swiglu") else "squared-relu" if args.get("squared_relu") else "gelu"
@@ -179,10 +223,32 @@ def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> M
     if args.get("use_rotary_position_embeddings"):
         keys["position_embedding_type"] = "rope"
     keys.setdefault("position_embedding_type", "learned_absolute")
-    vocabulary = args.get("vocab_size")
-    spec = _spec(keys, min(vocabulary, vocab_rows) if type(vocabulary) is int else vocab_rows, where)
+    spec = _spec(keys, _vocabulary(args, vocab_rows, where), where)
     factor = float(args.get("rope_scaling_factor") or 8.0)
-    return replace(spec, rope_scaling=RopeScaling(factor=factor) if args.get("use_rope_scaling") else None)
+    scaling = RopeScaling(factor=factor) if args.get("use_rope_scaling") else None
+    return replace(spec, rope_scaling=_one_scaling(spec, scaling, where))
+
+
+def _vocabulary(fields: Mapping[str, Any], rows: int, where: str) -> int:
+    """Tokens of the model: rows beyond them are padding, and there are never fewer."""
+    found = fields.get("vocab_size")
+    if found is None:
+        return rows
+    if type(found) is not int or not 0 < found <= rows:
+        raise SpecError(
+            f"{where}: vocab_size = {str(found)[:40]}, but the word embedding has {rows} rows",
+            rule="a row for every token, and padding behind them",
+        )
+    return found
+
+
+def _one_scaling(spec: ModelSpec, llama: RopeScaling | None, where: str) -> AnyScaling | None:
+    if llama is not None and isinstance(spec.rope_scaling, LinearScaling):
+        raise SpecError(
+            f"{where}: linear interpolation by {spec.rope_scaling.factor:g} and Llama 3's scaling at once",
+            rule="one scaling of rotary positions",
+        )
+    return llama or spec.rope_scaling
 
 
 def _spec(keys: Mapping[str, Any], vocab_size: int, where: str) -> ModelSpec:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.arch.families import with_family
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm, RopeScaling
+from nemo_minitron.arch.spec import Activation, LayerSpec, LinearScaling, ModelSpec, Norm, RopeScaling
 from nemo_minitron.errors import SpecError
 
 LEGACY_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
@@ -37,6 +37,9 @@ _NORMS = {
     Norm.LAYERNORM: "layernorm",
     Norm.LAYERNORM1P: "layernorm1p",
 }
+# What NeMo-1 assumes where a key is absent, where that is not what we support.
+_NEMO_DEFAULTS = {"position_embedding_type": "learned_absolute"}
+_CHANGED_BY_TRAINING = ("encoder_seq_length", "make_vocab_size_divisible_by")
 # NeMo-1 knows one rotary scaling, with these constants built in.
 _LLAMA_31_SCALING = RopeScaling(factor=8.0)
 _LARGEST_VOCAB_DIVISOR = 128
@@ -81,7 +84,7 @@ def nemo_config(
 def says_all(spec: ModelSpec) -> bool:
     """Whether NeMo-1's own keys describe a model without `minitron.spec`."""
     mixed = len({layer.local for layer in spec.layers}) > 1
-    scaling = spec.rope_scaling in (None, _LLAMA_31_SCALING)
+    scaling = spec.rope_scaling in (None, _LLAMA_31_SCALING) or isinstance(spec.rope_scaling, LinearScaling)
     return spec.is_uniform and scaling and not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base)
 
 
@@ -114,7 +117,9 @@ def _architecture_keys(spec: ModelSpec) -> dict[str, Any]:
         "rotary_base": spec.rotary_base,
         # Positions to the left of a query, and to its right; absent where every position is seen.
         **({"window_size": [spec.sliding_window - 1, 0]} if spec.sliding_window and spec.layers[0].local else {}),
-        "seq_len_interpolation_factor": None,
+        "seq_len_interpolation_factor": linear.factor
+        if isinstance(linear := spec.rope_scaling, LinearScaling)
+        else None,
         "scale_positional_embedding": spec.rope_scaling == _LLAMA_31_SCALING,
         "share_embeddings_and_output_weights": spec.tied_embeddings,
         "make_vocab_size_divisible_by": _vocab_divisor(spec.vocab_size),
@@ -169,8 +174,7 @@ def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None =
 
     Args:
         config: Plain data (interpolations resolved).
-        vocab_size: Vocabulary of a foreign checkpoint, which its configuration does not hold; None reads
-            `override_vocab_size`.
+        vocab_size: Rows of the stored embedding; `override_vocab_size` names fewer where some are padding.
 
     Raises:
         SpecError: A key is missing, a setting is not supported, or `minitron.spec` contradicts NeMo's keys.
@@ -178,19 +182,12 @@ def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None =
     recorded = (config.get("minitron") or {}).get("spec")
     if recorded is None:
         return _from_nemo_keys(config, vocab_size)
+    _refuse({key: value for key, value in config.items() if key != "name"}, defaults={})
     spec = ModelSpec.from_dict(recorded)
-    expected = _architecture_keys(spec)
-    for key in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    ):
-        if key in config and config[key] != expected[key]:
+    for key, expected in _architecture_keys(spec).items():
+        if key in config and key not in _CHANGED_BY_TRAINING and config[key] != expected:
             raise SpecError(
-                f"model_config.yaml: {key} = {config[key]}, but minitron.spec says {expected[key]}",
+                f"model_config.yaml: {key} = {str(config[key])[:60]}, but minitron.spec says {expected}",
                 rule="both describe the weights",
                 remedy="change sizes by pruning, not by editing the file",
             )
@@ -214,9 +211,16 @@ def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelS
             ffn_hidden_size=config["ffn_hidden_size"],
             local=window is not None,
         )
-        vocabulary = vocab_size or config["override_vocab_size"]
+        vocabulary = config.get("override_vocab_size")
         if vocabulary is None:
-            raise SpecError("model_config.yaml: the size of the vocabulary is not known")
+            vocabulary = vocab_size
+        if vocabulary is None:
+            raise SpecError("model_config.yaml: override_vocab_size is missing, and no weights say the vocabulary")
+        if vocab_size is not None and (type(vocabulary) is not int or not 0 < vocabulary <= vocab_size):
+            raise SpecError(
+                f"model_config.yaml: override_vocab_size = {vocabulary}, but the word embedding has {vocab_size} rows",
+                rule="a row for every token, and padding behind them",
+            )
         return with_family(
             ModelSpec(
                 family="",
@@ -224,13 +228,13 @@ def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelS
                 hidden_size=config["hidden_size"],
                 head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
                 layers=(layer,) * config["num_layers"],
-                max_position_embeddings=config.get("max_position_embeddings") or config["encoder_seq_length"],
+                max_position_embeddings=_positions(config),
                 activation=_activation(config),
                 norm=_norm(config),
                 norm_eps=float(config.get("layernorm_epsilon", 1e-5)),
                 rotary_base=float(config.get("rotary_base", 10000.0)),
                 rotary_percent=float(config.get("rotary_percentage", 1.0)),
-                rope_scaling=_LLAMA_31_SCALING if config.get("scale_positional_embedding") else None,
+                rope_scaling=_scaling(config),
                 tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
                 qkv_bias=bool(config.get("qkv_bias", False)),
                 qk_norm=bool(config.get("qk_layernorm", False)),
@@ -245,7 +249,7 @@ def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelS
         raise SpecError(f"model_config.yaml: {error}") from error
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
+def _refuse(config: Mapping[str, Any], *, defaults: Mapping[str, Any] = _NEMO_DEFAULTS) -> None:
     """Settings that change what a model computes and that nothing here computes.
 
     Raises:
@@ -255,7 +259,6 @@ def _refuse(config: Mapping[str, Any]) -> None:
         "name": ("", SPEC_NAME, "megatron_gpt_full_te_layer_autocast", "modelopt"),
         "position_embedding_type": ("rope",),
         "transformer_block_type": ("pre_ln",),
-        "seq_len_interpolation_factor": (),
         "headscale": (),
         "normalize_attention_scores": (True,),
         "multi_query_attention": (),
@@ -265,12 +268,32 @@ def _refuse(config: Mapping[str, Any]) -> None:
         "mcore_customization_config": (),
     }
     for key, values in supported.items():
-        if (found := config.get(key)) and found not in values:
+        if (found := config.get(key, defaults.get(key))) and found not in values:
             rule = " or ".join(map(repr, values)) if values else "absent"
             raise SpecError(f"model_config.yaml: {key} = {found!r} is not supported", rule=rule)
     window = config.get("window_size")
     if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
         raise SpecError(f"model_config.yaml: window_size = {window} is not supported", rule="[positions, 0]")
+
+
+def _positions(config: Mapping[str, Any]) -> Any:
+    for key in ("max_position_embeddings", "encoder_seq_length"):
+        if config.get(key) is not None:
+            return config[key]
+    raise SpecError(
+        "model_config.yaml: max_position_embeddings is missing",
+        rule="max_position_embeddings, or encoder_seq_length (seq_length in NeMo 2) in its place",
+    )
+
+
+def _scaling(config: Mapping[str, Any]) -> RopeScaling | LinearScaling | None:
+    factor, llama = config.get("seq_len_interpolation_factor"), config.get("scale_positional_embedding")
+    if factor is not None and (type(factor) not in (int, float) or factor <= 0 or llama):
+        raise SpecError(
+            f"model_config.yaml: seq_len_interpolation_factor = {str(factor)[:40]}",
+            rule="a positive number, without scale_positional_embedding",
+        )
+    return _LLAMA_31_SCALING if llama else LinearScaling(factor=float(factor)) if factor is not None else None
 
 
 def _activation(config: Mapping[str, Any]) -> Activation:

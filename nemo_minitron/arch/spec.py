@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
@@ -57,6 +58,37 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LinearScaling:
+    """Positions divided by a factor (`rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv:2309.00071): short wavelengths stay, long ones are stretched, attention gets sharper.
+
+    `attention_factor` multiplies cosines and sines; None: `0.1 ln(factor) + 1`.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    @property
+    def temperature(self) -> float:
+        """Factor of rotated queries, and of rotated keys."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+AnyScaling = RopeScaling | LinearScaling | YarnScaling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSpec:
     """Sizes of one transformer layer (attention, then MLP), and how far it looks back."""
 
@@ -91,7 +123,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: AnyScaling | None = None
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -115,6 +147,14 @@ class ModelSpec:
                 f"architecture ({self.family}): " + "; ".join(problems),
                 rule="every size is positive and fits the others",
             )
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of the attention scores; None: `1 / sqrt(head_dim)`."""
+        sharper = self.rope_scaling.temperature**2 if isinstance(self.rope_scaling, YarnScaling) else 1.0
+        if self.query_scalar is None and sharper == 1:
+            return None
+        return sharper / math.sqrt(self.query_scalar or self.head_dim)
 
     @property
     def num_layers(self) -> int:
@@ -170,6 +210,8 @@ class ModelSpec:
         """
         data = asdict(self) | {"activation": self.activation.value, "norm": self.norm.value}
         data = {key: value for key, value in data.items() if key not in _TRAITS or value not in (None, False)}
+        if self.rope_scaling is not None and (kind := _SCALINGS[type(self.rope_scaling)]):
+            data["rope_scaling"]["kind"] = kind
         if len(set(self.layers)) == 1:
             data["layers"] = {"count": self.num_layers, **_layer_data(self.layers[0])}
         else:
@@ -195,7 +237,7 @@ class ModelSpec:
             values["activation"] = Activation(values.get("activation", Activation.SWIGLU))
             values["norm"] = Norm(values.get("norm", Norm.RMSNORM))
             if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+                values["rope_scaling"] = _scaling_from(values["rope_scaling"])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise SpecError(f"architecture: {error}", rule="the data of ModelSpec.to_dict") from error
@@ -211,6 +253,19 @@ _TRAITS = ("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", 
 
 def _layer_data(layer: LayerSpec) -> dict[str, Any]:
     return {key: value for key, value in asdict(layer).items() if key != "local" or value}
+
+
+# Llama 3.1's has no name in the data: it was the only one.
+_SCALINGS: dict[type[Any], str | None] = {RopeScaling: None, LinearScaling: "linear", YarnScaling: "yarn"}
+
+
+def _scaling_from(data: dict[str, Any]) -> AnyScaling:
+    kind = data.get("kind")
+    found = next((scaling for scaling, name in _SCALINGS.items() if name == kind), None)
+    if found is None:
+        raise ValueError(f"rope_scaling.kind = {kind!r}")
+    scaling: AnyScaling = found(**{key: value for key, value in data.items() if key != "kind"})
+    return scaling
 
 
 _MOST_LAYERS = 10_000

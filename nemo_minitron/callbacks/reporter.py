@@ -98,14 +98,25 @@ class Reporter:
         else:
             print(text, file=self._out, flush=True)
 
-    def stage_started(self, name: str, position: int, count: int, *, resumed: bool = False) -> None:
-        """A stage begins: a line in a log; a spinner on a terminal, where its line appears when it ends."""
+    def stage_started(
+        self, name: str, position: int, count: int, *, resumed: bool = False, left: float | None = None
+    ) -> None:
+        """A stage begins: a line in a log; a spinner on a terminal, where its line appears when it ends.
+
+        Args:
+            name: Of the stage.
+            position: From 1.
+            count: Of the stages.
+            resumed: Whether it continues an earlier attempt.
+            left: Seconds until the run ends, as far as that is known.
+        """
+        ends = "" if left is None else f" · the run ends in about {duration(round(left))}"
         if resumed or not self.terminal:
-            self.line(f"{position}/{count} {name:<9} {'goes on where it stopped' if resumed else 'starts'}")
+            self.line(f"{position}/{count} {name:<9} {'goes on where it stopped' if resumed else 'starts'}{ends}")
         if self.terminal and not self.silent:
             from rich.console import Console
 
-            self._status = Console(file=self._out, force_terminal=True).status(f"{position}/{count} {name}")
+            self._status = Console(file=self._out, force_terminal=True).status(f"{position}/{count} {name}{ends}")
             self._status.start()
 
     def rest(self) -> None:

@@ -58,8 +58,7 @@ class FolderFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.label = str(folder)
-        found = (file for file in folder.rglob("*") if file.is_file())
-        self._names = tuple(sorted(file.relative_to(folder).as_posix() for file in found))
+        self._names = tuple(sorted(_names_below(folder)))
 
     def names(self) -> tuple[str, ...]:
         """Relative names with forward slashes, sorted."""
@@ -72,6 +71,20 @@ class FolderFiles:
     def open(self, name: str) -> BinaryIO:
         """A stream over a file."""
         return open_binary(self.folder / name, "rb", nbytes=self.size(name))
+
+
+def _names_below(folder: Path) -> Iterator[str]:
+    """Files below a folder, through links to folders too; a link back up is entered once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if (path := Path(place, name)).is_file():
+                yield path.relative_to(folder).as_posix()
 
 
 class TarFiles:

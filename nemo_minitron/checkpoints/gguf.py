@@ -7,21 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.families import family_named
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named, weights
+from nemo_minitron.checkpoints.gguf_file import GgufFile
+from nemo_minitron.checkpoints.gguf_spec import FACTORS, read_spec
 from nemo_minitron.checkpoints.gguf_tokenizer import convert_tokenizer
 from nemo_minitron.checkpoints.parts import fuse, part_shapes
 from nemo_minitron.checkpoints.source import check_tokenizer_fits, names_of
-from nemo_minitron.errors import CheckpointError, SpecError
+from nemo_minitron.errors import CheckpointError
 
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_LONGEST_ROW = 1 << 13  # bytes; 16 of them and their fp32 values stay in the processor's cache
 _PERMUTED_FAMILIES = ("llama",)
-_QUANTISATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
+_QUANTISATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)(-\d{5}-of-\d{5})?$", re.IGNORECASE)
 
 # Canonical row name to the names of its parts, in packing order.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -38,21 +38,22 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "decoder.final_layernorm.weight": ("output_norm.weight",),
     "output_layer.weight": ("output.weight",),
 }
+_READ_KEYS = ("general.", "split.", "tokenizer.", "quantize.")
 
 
 class GgufSource:
-    """A GGUF file as canonical fp32 tensors.
+    """A GGUF file, or the first part of a split one, as canonical fp32 tensors.
 
     Raises:
-        CheckpointError: The file is damaged, or a weight is missing, unknown or of the wrong shape.
+        CheckpointError: The file is damaged, a part or key is missing, or a weight is missing, unknown or of the wrong
+            shape.
         SpecError: The architecture is not supported.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._reader = _open(path)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._spec = self._read_spec()
+        self._file = GgufFile(path)
+        self._spec = read_spec(self._file)
         self._check_names()
         self._tokenizer_files: dict[str, bytes] | None = None
 
@@ -69,16 +70,29 @@ class GgufSource:
     @property
     def lineage(self) -> dict[str, Any]:
         """Name, licence and quantisation that the file states."""
-        organisation = self._field("general.organization", "")
+        organisation = self._file.field("general.organization", "")
         name = _QUANTISATION_SUFFIX.sub("", self.path.stem)
-        kinds = sorted({tensor.tensor_type.name for tensor in self._reader.tensors})
+        kinds = sorted({tensor.tensor_type.name for tensor in self._file.tensors.values()})
         return {
             "base_model": f"{organisation}/{name}" if organisation else name,
-            "license": self._field("general.license", None),
+            "license": self._file.field("general.license", None),
             "format": "gguf",
             "file": self.path.name,
             "quantisation": kinds,
         }
+
+    @property
+    def layout(self) -> str:
+        """How the weights are stored."""
+        parts = len(self._file.parts)
+        return f"{', '.join(self.lineage['quantisation'])}" + (f" ({parts} parts)" if parts > 1 else "")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the metadata goes nowhere."""
+        prefix = f"{self._file.field('general.architecture', '')}."
+        left = sorted(key for key in self._file.names() if not key.startswith((*_READ_KEYS, prefix)))
+        return (f"keys that are not carried on: {', '.join(left)}",) if left else ()
 
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
@@ -90,19 +104,19 @@ class GgufSource:
         return fuse([self._part(part) for part in self._part_names(weight)], weight, self._spec)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Hugging Face tokenizer files, converted by transformers from the metadata, and generation defaults.
+        """Hugging Face tokenizer files, built from the metadata, and generation defaults.
 
         Raises:
-            CheckpointError: The file has no tokenizer that transformers can convert, or it does not fit.
+            CheckpointError: The file has no tokenizer, one that cannot be converted, or one that does not fit.
         """
         if self._tokenizer_files is None:
-            files = convert_tokenizer(self.path, self._field)
+            files = convert_tokenizer(self.path, self._file.field)
             check_tokenizer_fits(files, self._spec, where=str(self.path))
             self._tokenizer_files = files
         return dict(self._tokenizer_files)
 
     def _part(self, name: str) -> Tensor:
-        values = _dequantised(self._tensors[name])
+        values = self._file.tensor(name)
         kind = name.rpartition(".")[0].rpartition("_")[2]
         if self._spec.family in _PERMUTED_FAMILIES and kind in ("q", "k") and ".attn_" in name:
             return _rotary_rows_as_halves(values, head_dim=self._spec.head_dim)
@@ -111,113 +125,38 @@ class GgufSource:
     def _part_names(self, weight: Weight) -> tuple[str, ...]:
         return tuple(name.format(i=weight.layer) for name in _NAMES[weight.row.name])
 
-    def _field(self, key: str, default: Any) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-    def _read_spec(self) -> ModelSpec:
-        architecture = self._field("general.architecture", None)
-        if architecture not in _FAMILIES:
-            raise SpecError(
-                f"{self.path}: architecture {architecture!r} is not supported", rule=f"one of {', '.join(_FAMILIES)}"
-            )
-
-        def size(key: str) -> int:
-            value = self._field(f"{architecture}.{key}", None)
-            if not isinstance(value, int):
-                raise CheckpointError(
-                    f"{self.path}: metadata {architecture}.{key} is {value!r}", rule="one whole number"
-                )
-            return value
-
-        heads = size("attention.head_count")
-        embedding = self._tensors.get("token_embd.weight")
-        if embedding is None:
-            raise CheckpointError(f"{self.path}: token_embd.weight is missing")
-        layer = LayerSpec(
-            num_attention_heads=heads,
-            num_query_groups=self._field(f"{architecture}.attention.head_count_kv", heads),
-            ffn_hidden_size=size("feed_forward_length"),
-        )
-        return ModelSpec(
-            family=_FAMILIES[architecture],
-            vocab_size=int(embedding.shape[1]),
-            hidden_size=size("embedding_length"),
-            head_dim=self._field(f"{architecture}.attention.key_length", None) or size("embedding_length") // heads,
-            layers=(layer,) * size("block_count"),
-            max_position_embeddings=size("context_length"),
-            norm_eps=_shortest(self._field(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)),
-            rotary_base=_shortest(self._field(f"{architecture}.rope.freq_base", 10000.0)),
-            tied_embeddings="output.weight" not in self._tensors,
-            qkv_bias="blk.0.attn_q.bias" in self._tensors,
-            qk_norm="blk.0.attn_q_norm.weight" in self._tensors,
-        )
-
     def _check_names(self) -> None:
-        if "rope_freqs.weight" in self._tensors or self._field(f"{self._arch}.rope.scaling.type", "none") != "none":
-            raise SpecError(
-                f"{self.path}: rotary scaling cannot be read back from a GGUF file",
-                remedy="import the Hugging Face checkpoint of this model instead",
-            )
-        rotated = self._field(f"{self._arch}.rope.dimension_count", self._spec.head_dim)
-        window = self._field(f"{self._arch}.attention.sliding_window", None)
-        if rotated != self._spec.head_dim or window:
-            raise SpecError(
-                f"{self.path}: heads rotated in part ({rotated} channels) or a sliding window ({window})",
-                rule="neither is read from GGUF files",
+        tensors = self._file.tensors
+        objections = family_named(self._spec.family).objections(self._spec)
+        if objections:
+            raise CheckpointError(
+                f"{self.path}: {', '.join(objections)} by its tensors",
+                rule=f"what a model of general.architecture = {self._spec.family} has",
             )
         expected: dict[str, tuple[int, ...]] = {}
         for weight in weights(self._spec):
             expected |= dict(zip(self._part_names(weight), part_shapes(weight, self._spec), strict=True))
-        missing, extra = sorted(set(expected) - set(self._tensors)), sorted(set(self._tensors) - set(expected))
-        if missing or extra:
+        if missing := sorted(set(expected) - set(tensors)):
             raise CheckpointError(
-                f"{self.path}: weights do not fit the metadata; missing {missing[:3]}, unknown {extra[:3]}",
-                rule="every weight has a place and every place a weight",
+                f"{self.path}: {len(missing)} weight(s) missing, {missing[0]} first",
+                rule=f"every weight that the metadata implies is there (block_count = {self._spec.num_layers})",
+            )
+        if extra := sorted(set(tensors) - set(expected) - {FACTORS}):
+            raise CheckpointError(
+                f"{self.path}: {len(extra)} weight(s) unknown, {extra[0]} first",
+                rule=f"no weight is left out in silence (block_count = {self._spec.num_layers})",
             )
         for name, shape in expected.items():
-            stored = tuple(int(size) for size in reversed(self._tensors[name].shape))
+            stored = tuple(int(size) for size in reversed(tensors[name].shape))
             if stored != shape:
-                raise CheckpointError(f"{self.path}: {name} is shaped {stored}", rule=f"the metadata implies {shape}")
-
-    @property
-    def _arch(self) -> str:
-        return str(self._field("general.architecture", ""))
-
-
-def _open(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # the reader raises whatever numpy or struct do on a damaged file
-        raise CheckpointError(
-            f"{path}: not a sound GGUF file ({type(error).__name__}: {error})", remedy="truncated? fetch it again"
-        ) from error
-
-
-def _dequantised(tensor: Any) -> Tensor:
-    """A tensor of the file in fp32.
-
-    The package works on 16 rows at a time, which is too little for its overhead: it is handed fewer and longer rows
-    (blocks know nothing of rows), and plain arrays, because slicing a memory map costs more than the arithmetic.
-    """
-    from gguf.quants import dequantize
-
-    data = np.asarray(tensor.data).view(np.ndarray)
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    rows = data.shape[0] if data.ndim > 1 else 1
-    joined = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * data[0].nbytes <= _LONGEST_ROW))
-    values = dequantize(data.reshape(rows // joined, -1), tensor.tensor_type)
-    return torch.from_numpy(np.array(values, dtype=np.float32).reshape(shape))
+                raise CheckpointError(
+                    f"{self.path}: {name} is shaped {stored}",
+                    rule=f"the metadata implies {shape} (embedding_length, feed_forward_length, attention.head_count, "
+                    "attention.head_count_kv, attention.key_length)",
+                )
 
 
 def _rotary_rows_as_halves(rows: Tensor, *, head_dim: int) -> Tensor:
     """Rows (x0 y0 x1 y1 ...) of each head back to (x0 x1 ... y0 y1 ...), the order of Hugging Face and Megatron."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape).contiguous()
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is this fp32 number: GGUF stores 1e-5 as 9.99999974...e-06."""
-    return float(str(np.float32(value)))

@@ -1,14 +1,16 @@
-"""The tokenizer inside a GGUF file as Hugging Face files.
+"""The tokenizer inside a GGUF file as Hugging Face files, as llama.cpp reads it.
 
-transformers rebuilds vocabulary, merges and added tokens. It does not heed `tokenizer.ggml.pre` (how text is cut before
-the merges) nor whether a sequence begins with BOS, so both are set here from what the file states.
+What a key means, and what is assumed where it is absent, is llama.cpp's: which cut goes with `tokenizer.ggml.pre`,
+whether a sequence begins with BOS, which ids are special.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.sentencepiece_file import Kind, Piece, SentencePieces
+from nemo_minitron.checkpoints.sentencepiece_tokenizer import around, build_tokenizer
+from nemo_minitron.checkpoints.special_ids import json_bytes
 from nemo_minitron.errors import CheckpointError
 
 Field = Callable[[str, Any], Any]
@@ -16,17 +18,32 @@ Field = Callable[[str, Any], Any]
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_TEKKEN = (
+    rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-# Pattern by `tokenizer.ggml.pre` of byte-level BPE; None is GPT-2's own pattern, which ByteLevel has built in.
-_PATTERNS: dict[str, str | None] = {
-    "default": None,
-    "gpt-2": None,
-    "smollm": None,
-    "llama-bpe": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
-    "qwen2": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
+# Patterns by `tokenizer.ggml.pre` of byte-level BPE; each cuts what the one before has left in one piece.
+_PATTERNS: dict[str, tuple[str, ...]] = {
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "jais", "trillion"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez"), (_QWEN2,)),
+    "tekken": (_TEKKEN,),
 }
-_SINGLE_DIGITS = ("smollm",)
+# Of these every word that is a token is that token, whatever the merges, and a sequence begins with BOS.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+# For byte-level BPE llama.cpp assumes 11, Falcon's end of text, an ordinary token in other vocabularies: none here.
+_DEFAULT_IDS: dict[str, dict[str, int]] = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
+_KINDS = frozenset(int(kind) for kind in Kind)
 
 
 def convert_tokenizer(path: Path, field: Field) -> dict[str, bytes]:
@@ -39,75 +56,144 @@ def convert_tokenizer(path: Path, field: Field) -> dict[str, bytes]:
     Raises:
         CheckpointError: There is no tokenizer, or one of a kind that cannot be converted faithfully.
     """
-    from transformers import AutoTokenizer
-
+    model = field("tokenizer.ggml.model", None)
     tokens = field("tokenizer.ggml.tokens", None)
-    if not tokens:
-        raise CheckpointError(f"{path}: has no tokenizer")
-    ids = {name: field(f"tokenizer.ggml.{key}_token_id", None) for name, key in _SPECIAL.items()}
-    special = {name: tokens[index] for name, index in ids.items() if index is not None and 0 <= index < len(tokens)}
-    try:
-        converted = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        backend = converted.backend_tokenizer
-    except Exception as error:
+    if not tokens or model in (None, "no_vocab", "none"):
+        raise CheckpointError(f"{path}: has no tokenizer (tokenizer.ggml.model = {model!r})")
+    if model not in _DEFAULT_IDS:
         raise CheckpointError(
-            f"{path}: its tokenizer cannot be converted ({type(error).__name__}: {error})",
+            f"{path}: tokenizer.ggml.model = {str(model)[:40]!r} is not supported",
+            rule=f"one of {', '.join(_DEFAULT_IDS)}",
             remedy="import the Hugging Face checkpoint of this model instead",
-        ) from error
-    if field("tokenizer.ggml.model", None) == "gpt2":
-        backend.pre_tokenizer = _pre_tokenizer(path, field("tokenizer.ggml.pre", "default"))
-    backend.post_processor = _post_processor(field, special, ids)
+        )
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice", rule="one id for a token")
+    kinds = _per_token(path, field, "token_type", len(tokens))
+    if strange := sorted({kind for kind in kinds if kind not in _KINDS}):
+        raise CheckpointError(f"{path}: tokenizer.ggml.token_type holds {strange[0]}", rule="1 to 6")
+    ids = _ids(path, field, model, len(tokens))
+    convert = _sentencepiece if model == "llama" else _byte_level
+    tokenizer = convert(path, field, tokens, kinds, ids)
+    named = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": field(f"{field('general.architecture', '')}.context_length", None),
-        **{f"{name}_token": token for name, token in special.items()},
+        **named,
     }
     files = {
-        "tokenizer.json": backend.to_str(pretty=True).encode(),
-        "tokenizer_config.json": _json_bytes(config),
-        "special_tokens_map.json": _json_bytes({f"{name}_token": token for name, token in special.items()}),
-        "generation_config.json": _json_bytes({f"{n}_token_id": ids[n] for n in ("bos", "eos", "pad") if n in special}),
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json_bytes(config),
+        "special_tokens_map.json": json_bytes(named),
+        "generation_config.json": json_bytes(
+            {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if ids[name] is not None}
+        ),
     }
     if template := field("tokenizer.chat_template", None):
         files["chat_template.jinja"] = template.encode()
     return files
 
 
-def _pre_tokenizer(path: Path, kind: str) -> Any:
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+def _ids(path: Path, field: Field, model: str, size: int) -> dict[str, int | None]:
+    """Ids of special tokens; where a key is absent, llama.cpp's default if there is such a token."""
+    found: dict[str, int | None] = {}
+    for name, key in _SPECIAL.items():
+        value = field(f"tokenizer.ggml.{key}_token_id", None)
+        if value is not None and not 0 <= value < size:
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.{key}_token_id = {value}, but there are {size} tokens",
+                rule="the id of a token",
+            )
+        assumed = _DEFAULT_IDS[model].get(name)
+        found[name] = value if value is not None else assumed if assumed is not None and assumed < size else None
+    return found
 
-    if kind not in _PATTERNS:
+
+def _per_token(path: Path, field: Field, key: str, size: int) -> list[Any]:
+    """A list with a value for each token.
+
+    Raises:
+        CheckpointError: It is missing or too short. llama.cpp takes every token for an ordinary one of score 0 then,
+            special tokens and bytes too, which no published model means.
+    """
+    values = field(f"tokenizer.ggml.{key}", None)
+    if not isinstance(values, list) or len(values) < size:
+        words = "is missing" if values is None else f"has {len(values)} values"
         raise CheckpointError(
-            f"{path}: tokenizer.ggml.pre = {kind!r} is not supported",
+            f"{path}: tokenizer.ggml.{key} {words}",
+            rule=f"a value for each of {size} tokens",
+            remedy="make the file anew with a recent converter",
+        )
+    return values[:size]
+
+
+def _flag(field: Field, key: str, default: bool) -> bool:
+    return bool(field(f"tokenizer.ggml.{key}", default))
+
+
+def _sentencepiece(path: Path, field: Field, tokens: list[str], kinds: list[int], ids: dict[str, int | None]) -> Any:
+    scores = _per_token(path, field, "scores", len(tokens))
+    model = SentencePieces(
+        pieces=tuple(Piece(text, float(s), Kind(k)) for text, s, k in zip(tokens, scores, kinds, strict=True)),
+        unigram=False,
+        byte_fallback=Kind.BYTE in kinds,
+        charsmap=b"",
+        add_dummy_prefix=_flag(field, "add_space_prefix", True),
+        remove_extra_whitespaces=_flag(field, "remove_extra_whitespaces", False),
+        escape_whitespaces=True,
+        ids=ids,
+    )
+    add_bos, add_eos = _flag(field, "add_bos_token", True), _flag(field, "add_eos_token", False)
+    return build_tokenizer(model, add_bos=add_bos, add_eos=add_eos, where=str(path))
+
+
+def _byte_level(path: Path, field: Field, tokens: list[str], kinds: list[int], ids: dict[str, int | None]) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pre = field("tokenizer.ggml.pre", "default") or "default"
+    if pre not in _PATTERNS:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.pre = {pre!r} is not supported",
             rule=f"one of {', '.join(_PATTERNS)}",
             remedy="import the Hugging Face checkpoint of this model instead",
         )
-    pattern = _PATTERNS[kind]
-    if pattern is not None:
-        split = Split(Regex(pattern), behavior="isolated")
-        return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
-    bytes_ = ByteLevel(add_prefix_space=False, use_regex=True)
-    return Sequence([Digits(individual_digits=True), bytes_]) if kind in _SINGLE_DIGITS else bytes_
-
-
-def _post_processor(field: Field, special: dict[str, str], ids: dict[str, Any]) -> Any:
-    """Puts BOS before and EOS behind a sequence where the file says so."""
-    from tokenizers.processors import TemplateProcessing
-
-    around = [name for name in ("bos", "eos") if name in special and field(f"tokenizer.ggml.add_{name}_token", False)]
-    before, behind = ([f"{special[name]}:{{i}}"] if name in around else [] for name in ("bos", "eos"))
-
-    def sequence(letter: str, number: int) -> list[str]:
-        return [item.format(i=number) for item in (*before, f"${letter}:{{i}}", *behind)]
-
-    return TemplateProcessing(
-        single=sequence("A", 0),
-        pair=sequence("A", 0) + sequence("B", 1),
-        special_tokens=[(special[name], ids[name]) for name in around],
+    merges = field("tokenizer.ggml.merges", None)
+    if merges is None:
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing", rule="byte-level BPE has merges")
+    whole = pre in _WHOLE_WORDS
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    try:
+        bpe = models.BPE(vocabulary, [_pair(path, merge) for merge in merges], ignore_merges=whole)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from error
+    tokenizer = Tokenizer(bpe)
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[pre]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *cuts,
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {index for name, index in ids.items() if index is not None and field(_key(name), None) is not None}
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind in (Kind.CONTROL, Kind.UNKNOWN) or index in special:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif kind == Kind.USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    named = {name: (tokens[index], index) for name, index in ids.items() if index is not None}
+    add_bos, add_eos = _flag(field, "add_bos_token", whole), _flag(field, "add_eos_token", False)
+    tokenizer.post_processor = around(named, add_bos=add_bos, add_eos=add_eos, where=str(path))
+    return tokenizer
 
 
-def _json_bytes(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+def _key(name: str) -> str:
+    return f"tokenizer.ggml.{_SPECIAL[name]}_token_id"
+
+
+def _pair(path: Path, merge: str) -> tuple[str, str]:
+    """Two neighbours, divided by the first space that is not the first character."""
+    cut = merge.find(" ", 1)
+    if cut < 0:
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges holds {merge[:40]!r}", rule="two tokens and a space")
+    return merge[:cut], merge[cut + 1 :]

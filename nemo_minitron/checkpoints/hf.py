@@ -1,7 +1,7 @@
 """Hugging Face folders: safetensors, `config.json`, tokenizer files."""
 
-import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,33 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.families import Family, family_named, family_of_hf_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
-from nemo_minitron.checkpoints.files import FolderFiles, staged_folder
+from nemo_minitron.checkpoints.files import staged_folder
+from nemo_minitron.checkpoints.hf_weights import INDEX, SINGLE, HfWeights
 from nemo_minitron.checkpoints.parts import fuse_stored, split_stored, stored_shapes, widest
 from nemo_minitron.checkpoints.plain_data import read_json, spec_of
-from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
-from nemo_minitron.checkpoints.source import (
-    LICENCE_FILES,
-    PLAN_FILE,
-    TOKENIZER_FILES,
-    TensorSource,
-    check_tokenizer_fits,
-    names_of,
-    stream,
-)
-from nemo_minitron.checkpoints.torch_file import TorchFile
+from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsWriter
+from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of, stream
+from nemo_minitron.checkpoints.special_ids import IDS_FILE, ids_of, json_bytes, with_ids
+from nemo_minitron.checkpoints.travelling import left_files, travelling_names, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file written; Hugging Face's own long-time default."""
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_BIN_INDEX = "pytorch_model.bin.index.json"
-_BIN = "pytorch_model.bin"
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
+    Axis.VOCAB: ("vocab_size",),
+    Axis.HIDDEN: ("hidden_size",),
+    Axis.FFN: ("intermediate_size",),
+    Axis.HEAD: _HEAD_KEYS,
+    Axis.KV_GROUP: _HEAD_KEYS,
+    Axis.HEAD_CHANNEL: ("head_dim",),
+    Axis.LAYER: ("num_hidden_layers",),
+}
+"""What decides the size of an axis."""
+# Read by families, or written anew from the spec.
+_CARRIED_KEYS = (
+    *("architectures", "model_type", "torch_dtype", "dtype", "minitron", "_name_or_path", "transformers_version"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor", "layer_types"),
+    *("attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "sliding_window_pattern"),
+    *("sliding_window", "attention_dropout", "initializer_range", "use_cache", "pretraining_tp", "resid_pdrop"),
+    *("embd_pdrop", "original_max_position_embeddings", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("use_bidirectional_attention", "hidden_activation", "hidden_act", "_sliding_window_pattern"),
+    "quantization_config",
+)
 _DTYPE_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -58,7 +70,7 @@ class HfSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._config = _read_json(folder / "config.json")
-        if "quantization_config" in self._config:
+        if self._config.get("quantization_config") is not None:  # null says that they are not
             raise CheckpointError(
                 f"{folder}: the weights are quantised (quantization_config)", rule="fp32, bf16 or fp16 weights"
             )
@@ -66,11 +78,13 @@ class HfSource:
         self._spec = spec_of(
             lambda: self._family.read_config(self._config), self._config, where=f"{folder / 'config.json'}"
         )
-        self._files = _open_weight_files(folder)
-        self._where = {name: file for file in self._files for name in file.entries}
+        self._weights = HfWeights(folder)
+        for name in [name for name in self._weights.places if _DERIVED.search(name)]:
+            del self._weights.places[name]
+        if self._spec.tied_embeddings:
+            self._settle_tied()
         self._check_names()
-        kept = sorted(name for name in self._where if not _DERIVED.search(name))
-        self._dtype = widest([self._where[name].entries[name].dtype for name in kept])
+        self._dtype = widest([place.entry.dtype for _, place in sorted(self._weights.places.items())])
         self._tokenizer_files = self._read_tokenizer_files()
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
 
@@ -96,8 +110,8 @@ class HfSource:
     @property
     def layout(self) -> str:
         """How the weights are stored."""
-        kind = "safetensors" if isinstance(self._files[0], SafetensorsFile) else "files of torch.save"
-        return f"{kind} ({len(self._files)} file{'s' if len(self._files) > 1 else ''})"
+        count = len(self._weights.files)
+        return f"{self._weights.kind} ({count} file{'s' if count > 1 else ''})"
 
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
@@ -106,44 +120,96 @@ class HfSource:
     def get(self, name: str) -> Tensor:
         """One canonical tensor; q, k, v and gate, up are fused."""
         weight = weight_named(self._spec, name)
-        parts = [self._where[part].get(part).to(self._dtype) for part in hf_names(self._family, weight)]
+        parts = [self._weights.places[part].get().to(self._dtype) for part in hf_names(self._family, weight)]
         return fuse_stored(parts, weight, self._spec)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Tokenizer, generation defaults, licence and plan files found in the folder."""
         return dict(self._tokenizer_files)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is assumed because the folder does not say it, and what of the folder goes nowhere."""
+        config, cls = self._config, self._family.hf_architecture
+        found = [
+            f"config.json has no {key}: {value!r} is the default of {cls}"
+            for key, value in self._family.assumed(config).items()
+        ]
+        if self._weights.unread:
+            found.append(f"not read, beside the {self._weights.kind}: {', '.join(self._weights.unread)}")
+        types = Counter(str(place.entry.dtype).removeprefix("torch.") for place in self._weights.places.values())
+        if len(types) > 1:
+            kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
+            found.append(f"weights of several types ({kinds}): all are read as {str(self._dtype)[6:]}, losing nothing")
+        if left := left_files(self.folder, (*self._tokenizer_files, *self._weights.files, *self._weights.unread)):
+            found.append(f"files that are not carried on: {', '.join(left)}")
+        known = {*self._family.defaults, *_CARRIED_KEYS}
+        if keys := sorted(set(config) - known):
+            found.append(f"keys of config.json that are not carried on: {', '.join(keys)}")
+        return tuple(found)
+
     def _read_tokenizer_files(self) -> dict[str, bytes]:
-        names = [name for name in (*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE) if (self.folder / name).is_file()]
-        files = {name: (self.folder / name).read_bytes() for name in names}
-        special = {key: self._config[key] for key in _SPECIAL_IDS if self._config.get(key) is not None}
-        if "generation_config.json" not in files and special:
-            files["generation_config.json"] = _json_bytes(special)
-        return files
+        files = {name: (self.folder / name).read_bytes() for name in travelling_names(self.folder)}
+        files = with_tokenizer_json(files, add_bos=None, where=str(self.folder))
+        return with_ids(files, self._family.special_ids(self._config))
+
+    def _settle_tied(self) -> None:
+        """One matrix under the name of the embedding: some writers store it twice, some under the other name.
+
+        Raises:
+            CheckpointError: The two differ.
+        """
+        (table,), (head,) = (self._family.hf_names[name] for name in (_EMBEDDING, _OUTPUT))
+        places = self._weights.places
+        if head not in places:
+            return
+        if table not in places:
+            places[table] = places[head]
+        elif not places[table].same_as(places[head]):
+            raise CheckpointError(
+                f"{self.folder}: tie_word_embeddings = true, but {head} and {table} differ",
+                rule="a tied model has one matrix for both; transformers 5 unties them, older ones drop the first",
+                remedy="set tie_word_embeddings in config.json to false, or take the wrong tensor out",
+            )
+        del places[head]
 
     def _check_names(self) -> None:
         expected: dict[str, tuple[int, ...]] = {}
+        weight_of: dict[str, Weight] = {}
         for weight in weights(self._spec):
             names = hf_names(self._family, weight)
             expected |= dict(zip(names, stored_shapes(weight, self._spec, tensors=len(names)), strict=True))
-        found = {name for name in self._where if not _DERIVED.search(name)}
-        if self._spec.tied_embeddings:  # some writers store the shared matrix under both names
-            found -= set(self._family.hf_names["output_layer.weight"])
-        if missing := sorted(set(expected) - found):
+            weight_of |= dict.fromkeys(names, weight)
+        places = self._weights.places
+        if missing := sorted(set(expected) - set(places)):
+            keys = "num_hidden_layers" if weight_of[missing[0]].layer is not None else "tie_word_embeddings"
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} weight(s) missing, {missing[0]} first",
-                rule="every weight that config.json implies is there",
+                rule=f"every weight that config.json implies is there ({self._saying(keys)})",
                 remedy="the download may be incomplete, or config.json of another model",
             )
-        if extra := sorted(found - set(expected)):
+        if extra := sorted(set(places) - set(expected)):
             raise CheckpointError(
                 f"{self.folder}: {len(extra)} weight(s) unknown in a {self._family.name} model, {extra[0]} first",
-                rule="no weight is left out in silence",
+                rule=f"no weight is left out in silence ({self._saying('num_hidden_layers', 'model_type')})",
                 remedy="is model_type in config.json right, and is this a plain causal language model?",
             )
         for name, shape in expected.items():
-            if (stored := self._where[name].entries[name].shape) != shape:
-                raise CheckpointError(f"{self.folder}: {name} is shaped {stored}", rule=f"config.json implies {shape}")
+            if (stored := tuple(places[name].entry.shape)) != shape:
+                keys_ = dict.fromkeys(key for axis in weight_of[name].row.axes for key in _AXIS_KEYS[axis])
+                raise CheckpointError(
+                    f"{self.folder}: {name} is shaped {stored}",
+                    rule=f"config.json implies {shape} ({self._saying(*keys_)})",
+                )
+
+    def _saying(self, *keys: str) -> str:
+        """What the configuration says about some keys, for messages."""
+        assumed = self._family.assumed(self._config)
+        words = [
+            f"{key} = {self._config.get(key, self._family.defaults.get(key))}{', a default' if key in assumed else ''}"
+            for key in keys
+        ]
+        return ", ".join(words)
 
 
 def read_architecture(path: Path) -> ModelSpec:
@@ -171,10 +237,12 @@ def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
 def hf_config(
     spec: ModelSpec, *, dtype: torch.dtype, files: Mapping[str, bytes], lineage: dict[str, Any]
 ) -> dict[str, Any]:
-    """`config.json` data: architecture, special token ids (from the generation defaults), type, lineage."""
+    """`config.json` data: architecture, special token ids, type, lineage.
+
+    Ids that nobody named are null: the class has defaults for them, which would be other tokens.
+    """
     config = family_named(spec.family).write_config(spec)
-    generation = json.loads(files.get("generation_config.json", b"{}"))
-    config |= {key: generation[key] for key in _SPECIAL_IDS if generation.get(key) is not None}
+    config |= ids_of(files)
     return config | {"torch_dtype": _DTYPE_NAMES[dtype], "minitron": {"lineage": lineage}}
 
 
@@ -204,17 +272,18 @@ def write_hf(
     with staged_folder(folder) as partial:
         _write_weights(source, partial, dtype, shard_bytes)
         for name, data in (*files.items(), *(extra_files or {}).items()):
+            if name == IDS_FILE:  # config.json says it
+                continue
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(data)
-        (partial / "config.json").write_bytes(_json_bytes(config))
+        (partial / "config.json").write_bytes(json_bytes(config))
 
 
 def _write_weights(source: TensorSource, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     family = family_named(source.spec.family)
     shards = list(_shards(source.spec, family, dtype, shard_bytes))
     single = len(shards) == 1
-    file_names = [
-        _SINGLE if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
-    ]
+    file_names = [SINGLE if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     tensors = stream(source)
     for file_name, (shard, entries) in zip(file_names, shards, strict=True):
         with SafetensorsWriter(folder / file_name, entries, {"format": "pt"}) as writer:
@@ -230,7 +299,7 @@ def _write_weights(source: TensorSource, folder: Path, dtype: torch.dtype, shard
         placed = {name: file for file, (_, entries) in zip(file_names, shards, strict=True) for name in entries}
         total = sum(entry.nbytes for _, entries in shards for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-        (folder / _INDEX).write_bytes(_json_bytes(index))
+        (folder / INDEX).write_bytes(json_bytes(index))
 
 
 def _shards(
@@ -251,51 +320,6 @@ def _shards(
         shard.append(weight)
         used += size
     yield shard, entries
-
-
-def _open_weight_files(folder: Path) -> list[SafetensorsFile] | list[TorchFile]:
-    """Files of weights: safetensors where there are some, else what `torch.save` wrote."""
-    if found := _listed(folder, _INDEX, _SINGLE):
-        names, weight_map = found
-        files = {name: SafetensorsFile(folder / name) for name in names}
-        _check_index(folder, _INDEX, weight_map, {name: file.entries for name, file in files.items()})
-        return list(files.values())
-    if found := _listed(folder, _BIN_INDEX, _BIN):
-        names, weight_map = found
-        whole = FolderFiles(folder)
-        if missing := sorted(set(names) - set(whole.names())):
-            raise CheckpointError(f"{folder / missing[0]}: no such file")
-        opened = {name: TorchFile(whole, name) for name in names}
-        _check_index(folder, _BIN_INDEX, weight_map, {name: file.entries for name, file in opened.items()})
-        return list(opened.values())
-    raise CheckpointError(
-        f"{folder}: no {_SINGLE}, {_BIN} or an index of either",
-        rule="weights as safetensors, or in the files of torch.save",
-    )
-
-
-def _listed(folder: Path, index: str, single: str) -> tuple[list[str], dict[str, str]] | None:
-    """Names of the files of weights, and which of them holds each weight; None when neither file is there."""
-    if (folder / index).is_file():
-        weight_map = _read_json(folder / index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / index}: has no weight_map")
-        return sorted({_plain_name(name, folder / index) for name in weight_map.values()}), weight_map
-    return ([single], {}) if (folder / single).is_file() else None
-
-
-def _check_index(
-    folder: Path, index: str, weight_map: Mapping[str, str], held: Mapping[str, Mapping[str, Any]]
-) -> None:
-    for name, file in weight_map.items():
-        if name not in held[file]:
-            raise CheckpointError(f"{folder / file}: has no {name}, though {index} says so")
-
-
-def _plain_name(name: Any, index: Path) -> str:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{index}: {name!r} is not the name of a file in this folder")
-    return name
 
 
 def _name_of(folder: Path) -> str:
@@ -322,7 +346,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return read_json(path.read_bytes(), where=str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-
-
-def _json_bytes(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor
 
 from nemo_minitron.arch.megatron_config import (
+    contradictions,
     megatron_args,
     rope_fields,
     says_all,
@@ -35,15 +36,9 @@ from nemo_minitron.checkpoints.files import Files, FolderFiles, read_bytes, stag
 from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.source import (
-    LICENCE_FILES,
-    PLAN_FILE,
-    TOKENIZER_FILES,
-    TensorSource,
-    check_tokenizer_fits,
-    names_of,
-)
+from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
 from nemo_minitron.checkpoints.torch_file import read_common_file
+from nemo_minitron.checkpoints.travelling import order_of, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError, SpecError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -77,7 +72,8 @@ class MegatronSource:
         self._spec = self._read_spec()
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
-        self._tokenizer_files = travelling_files(self._files, TOKENIZER_FOLDER)
+        found = travelling_files(self._files, TOKENIZER_FOLDER)
+        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(self.folder))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(self.folder))
 
     @property
@@ -132,7 +128,7 @@ class MegatronSource:
                 rule="a checkpoint of Megatron-LM or Megatron-Bridge",
             )
         read = lambda: spec_from_args(args, vocab_rows=rows, where=where)  # noqa: E731
-        return recorded_spec(self._ours, args, where=where) or spec_of(read, args, where=where)
+        return recorded_spec(self._ours, args, where=where, args=True) or spec_of(read, args, where=where)
 
 
 def is_megatron_folder(path: Path) -> bool:
@@ -197,6 +193,7 @@ def write_travelling(folder: Path, name: str, source: TensorSource) -> None:
     if files:
         (folder / name).mkdir()
     for file, data in files.items():
+        (folder / name / file).parent.mkdir(exist_ok=True)
         (folder / name / file).write_bytes(data)
 
 
@@ -220,8 +217,16 @@ def read_ours(files: Files, name: str) -> dict[str, Any]:
     return found
 
 
-def recorded_spec(ours: Mapping[str, Any], fields: Mapping[str, Any], *, where: str) -> ModelSpec | None:
-    """The architecture of `minitron.json`, if there is one and the configuration beside it says the same sizes.
+def recorded_spec(
+    ours: Mapping[str, Any], fields: Mapping[str, Any], *, where: str, args: bool = False
+) -> ModelSpec | None:
+    """The architecture of `minitron.json`, if there is one and the configuration beside it says the same.
+
+    Args:
+        ours: Its data.
+        fields: The configuration: fields of NeMo 2 or Bridge, or arguments of Megatron-LM.
+        where: For messages.
+        args: Whether they are arguments.
 
     Raises:
         SpecError: They contradict each other.
@@ -230,22 +235,20 @@ def recorded_spec(ours: Mapping[str, Any], fields: Mapping[str, Any], *, where: 
         return None
     data = ours["spec"]
     spec = spec_of(lambda: ModelSpec.from_dict(data), {"num_layers": _count(data)}, where=where)
-    expected = transformer_fields(spec)
-    for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"):
-        if key in fields and fields[key] != expected[key]:
-            raise SpecError(
-                f"{where}: {key} = {str(fields[key])[:40]}, but {OURS} says {expected[key]}",
-                rule="both describe the weights",
-                remedy="change sizes by pruning, not by editing the file",
-            )
+    for key, found, expected in contradictions(spec, fields, args=args):
+        raise SpecError(
+            f"{where}: {key} = {str(found)[:40]}, but {OURS} says {expected}",
+            rule="both describe the weights",
+            remedy="change sizes by pruning, not by editing the file",
+        )
     return spec
 
 
 def travelling_files(files: Files, folder: str) -> dict[str, bytes]:
     """Tokenizer files and what travels with them out of a folder of a checkpoint."""
-    names = set(files.names())
-    wanted = [name for name in (*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE) if f"{folder}/{name}" in names]
-    return {name: read_bytes(files, f"{folder}/{name}") for name in wanted}
+    start = f"{folder}/"
+    inside = [name.removeprefix(start) for name in files.names() if name.startswith(start)]
+    return {name: read_bytes(files, start + name) for name in order_of(inside)}
 
 
 def named_functions(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,15 +37,9 @@ from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.source import (
-    LICENCE_FILES,
-    PLAN_FILE,
-    TOKENIZER_FILES,
-    TensorSource,
-    check_tokenizer_fits,
-    names_of,
-)
+from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
 from nemo_minitron.checkpoints.torch_dist import TorchDistReader
+from nemo_minitron.checkpoints.travelling import order_of, travels, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 CONFIG_FILE = "model_config.yaml"
@@ -54,6 +48,12 @@ KEY_PREFIX = "model."
 
 _COPY_BYTES = 8 << 20
 _ARTIFACT = re.compile(r"^[0-9a-f]{32}_(.+)$")
+# Keys of NeMo-1's `tokenizer` section that name a file, by library, with what Hugging Face calls such a file.
+_ARTIFACT_KEYS: dict[str, dict[str, str]] = {
+    "sentencepiece": {"model": "tokenizer.model", "tokenizer_model": "tokenizer.model"},
+    "megatron": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+    "huggingface": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+}
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 
 
@@ -79,7 +79,8 @@ class NemoSource:
         )
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
-        self._tokenizer_files = tokenizer_files_in(self._files, self.config)
+        found = tokenizer_files_in(self._files, self.config)
+        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(path))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(path))
 
     @property
@@ -110,6 +111,15 @@ class NemoSource:
     def layout(self) -> str:
         """How the weights are stored."""
         return self._weights.layout
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the configuration names and the file does not carry."""
+        section = self.config.get("tokenizer") or {}
+        named = section.get("type") or section.get("model")
+        if named and not any(name in self._tokenizer_files for name in ("tokenizer.json", "tokenizer.model")):
+            return (f"tokenizer {str(named)[:80]!r} (library {section.get('library')}) is named, not carried",)
+        return ()
 
     def names(self) -> tuple[str, ...]:
         """Canonical names in table order."""
@@ -155,7 +165,10 @@ def write_folder_files(
     bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts = {name: f"{hashlib.sha256(data).hexdigest()[:32]}_{name}" for name, data in tokenizer_files.items()}
+    artifacts = {
+        name: f"{hashlib.sha256(data).hexdigest()[:32]}_{name.replace('/', '__')}"
+        for name, data in tokenizer_files.items()
+    }
     config = nemo_config(
         spec,
         precision=_PRECISIONS.get(dtype, "32"),
@@ -234,21 +247,56 @@ def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, byt
             names are written to folders later.
     """
     if named := tokenizer_artifacts(config):
-        if strange := sorted(set(named) - {*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE}):
+        if strange := sorted(name for name in named if not travels(name)):
             raise CheckpointError(
                 f"{files.label}: {CONFIG_FILE}: minitron.tokenizer_files names {strange[0][:80]!r}",
                 rule="files of a tokenizer, a licence or a pruning plan",
             )
         return {name: read_bytes(files, value.removeprefix("nemo:")) for name, value in named.items()}
-    found = {match.group(1): name for name in files.names() if (match := _ARTIFACT.match(name))}
-    return {
-        name: read_bytes(files, found[name]) for name in (*TOKENIZER_FILES, *LICENCE_FILES, PLAN_FILE) if name in found
-    }
+    found: dict[str, str] = {}
+    for artifact in files.names():
+        name = match.group(1) if (match := _ARTIFACT.match(artifact)) else artifact
+        if not travels(name):
+            continue
+        if name in found and read_bytes(files, artifact) != read_bytes(files, found[name]):
+            raise CheckpointError(
+                f"{files.label}: {found[name]} and {artifact} are both a {name}, and differ",
+                rule="one tokenizer; the configuration names none of the two",
+                remedy=f"name the right one under tokenizer in {CONFIG_FILE}, or take the other out",
+            )
+        found.setdefault(name, artifact)
+    found |= _named_artifacts(files, config)
+    return {name: read_bytes(files, found[name]) for name in order_of(found)}
+
+
+def _named_artifacts(files: Files, config: Mapping[str, Any]) -> dict[str, str]:
+    """Artifacts that NeMo-1's `tokenizer` section names, whatever they are called, by the names of Hugging Face.
+
+    Raises:
+        CheckpointError: One is not there.
+    """
+    section = config.get("tokenizer") or {}
+    keys = _ARTIFACT_KEYS.get(str(section.get("library")), {})
+    found: dict[str, str] = {}
+    for key, name in keys.items():
+        value = section.get(key)
+        if not isinstance(value, str) or not value:
+            continue
+        artifact = value.removeprefix("nemo:")
+        if artifact in files.names():
+            found[name] = artifact
+        elif value.startswith("nemo:"):
+            raise CheckpointError(
+                f"{files.label}: {CONFIG_FILE}: tokenizer.{key} = {value[:80]!r}, which is not there",
+                rule="an artifact that the configuration names lies in the file",
+                remedy="fetch the file again, or save it again from NeMo",
+            )
+    return found
 
 
 def _tokenizer_section(artifacts: Mapping[str, str], lineage: Mapping[str, Any]) -> dict[str, Any]:
     """NeMo-1's `tokenizer` keys: Hugging Face tokenizers by hub name, a sentencepiece model as an artifact."""
-    if "tokenizer.model" in artifacts and "tokenizer.json" not in artifacts:
+    if "tokenizer.model" in artifacts:
         model = f"nemo:{artifacts['tokenizer.model']}"
         return {"library": "sentencepiece", "type": None, "model": model, "vocab_file": None, "merge_file": None}
     return {

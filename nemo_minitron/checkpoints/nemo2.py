@@ -40,6 +40,7 @@ from nemo_minitron.checkpoints.megatron_dist import (
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
+from nemo_minitron.checkpoints.travelling import with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 CONTEXT, WEIGHTS = "context", "weights"
@@ -84,7 +85,9 @@ class Nemo2Source:
         self._spec = self._read_spec(model.get("config"))
         self._weights.check(self._spec)
         self._dtype = self._weights.dtype(self._spec)
-        self._tokenizer_files = travelling_files(self._files, context + self._tokenizer_folder(model))
+        found = travelling_files(self._files, context + self._tokenizer_folder(model))
+        found |= self._named_model(model)
+        self._tokenizer_files = with_tokenizer_json(found, add_bos=False, where=str(folder))
         check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
 
     @property
@@ -154,6 +157,23 @@ class Nemo2Source:
         start = f"{self._context}{named}/"
         inside = isinstance(named, str) and any(name.startswith(start) for name in self._files.names())
         return str(named) if inside else _TOKENIZER
+
+    def _named_model(self, model: Mapping[str, Any]) -> dict[str, bytes]:
+        """The SentencePiece model that a tokenizer of NeMo names, whatever it is called.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        tokenizer = model.get("tokenizer")
+        named = tokenizer.get("model_path") if isinstance(tokenizer, dict) else None
+        if not isinstance(named, str) or not named:
+            return {}
+        if self._context + named in self._files.names():
+            return {"tokenizer.model": read_bytes(self._files, self._context + named)}
+        raise CheckpointError(
+            f"{self.folder / self._context}: tokenizer.model_path = {named[:80]!r}, which is not there",
+            rule="a file that the context names lies in it",
+        )
 
 
 def is_nemo2_folder(path: Path) -> bool:

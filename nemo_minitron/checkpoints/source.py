@@ -20,9 +20,11 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tekken.json",
     "generation_config.json",
 )
 """Files that travel with a model from reader to writer: the tokenizer's, and the generation defaults."""
@@ -137,7 +139,7 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 
     Chat template and generation defaults are left out: they change no token id.
     """
-    deciding = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    deciding = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "added_tokens.json")
     digest = hashlib.sha256()
     found = [name for name in deciding if name in files]
     for name in found:
@@ -164,10 +166,16 @@ def check_tokenizer_fits(files: Mapping[str, bytes], spec: ModelSpec, *, where: 
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: tokenizer.json cannot be read ({error})") from error
     if largest >= spec.vocab_size:
+        beyond = [
+            str(token.get("content")) for token in data.get("added_tokens") or () if token["id"] >= spec.vocab_size
+        ]
+        only_added = len(beyond) > 0 and max(ids, default=-1) < spec.vocab_size
         raise CheckpointError(
             f"{where}: the tokenizer's largest token id is {largest}, but vocab_size is {spec.vocab_size}",
             rule="every token id has an embedding row",
-            remedy="use the tokenizer that the model was trained with",
+            remedy=f"take the added tokens without a row ({', '.join(beyond[:3])}) out of added_tokens, or add the rows"
+            if only_added
+            else "use the tokenizer that the model was trained with",
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.spec import LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.gguf import GgufSource
 from nemo_minitron.checkpoints.hf import HfSource
@@ -13,6 +13,9 @@ from nemo_minitron.checkpoints.megatron_dist import MegatronSource
 from nemo_minitron.checkpoints.nemo1 import NemoSource
 from nemo_minitron.checkpoints.nemo2 import Nemo2Source
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, tokenizer_digest
+from nemo_minitron.checkpoints.special_ids import ids_of
+from nemo_minitron.checkpoints.travelling import tokenizer_problem
+from nemo_minitron.errors import CheckpointError
 
 _KINDS: dict[type[Any], str] = {
     HfSource: "Hugging Face",
@@ -29,7 +32,7 @@ def summary(source: TensorSource, path: Path) -> dict[str, Any]:
     Weights are counted and their types known from headers; none is read.
     """
     spec = source.spec
-    files = source.tokenizer_files()
+    files, problem = tokenizer_of(source, path)
     return {
         "path": str(path),
         "format": _format(source, path),
@@ -38,12 +41,29 @@ def summary(source: TensorSource, path: Path) -> dict[str, Any]:
         "parameters": parameter_count(spec),
         "parameters_without_embeddings": parameter_count(spec, embeddings=False),
         "architecture": spec.to_dict(),
-        "tokenizer": _tokenizer(files),
+        "tokenizer": None if problem else _tokenizer(files),
+        "tokenizer_problem": problem,
+        "special_ids": ids_of(files),
         "lineage": dict(source.lineage),
         "files": sorted(files),
+        "notes": list(notes_of(source)),
         "carries_plan": PLAN_FILE in files,
         "digests": {"architecture": spec.digest(), "tokenizer": tokenizer_digest(files)},
     }
+
+
+def tokenizer_of(source: TensorSource, path: Path) -> tuple[dict[str, bytes], str]:
+    """Files that travel with a checkpoint, and why its tokenizer cannot be used; "" if it can."""
+    try:
+        files = source.tokenizer_files()
+    except CheckpointError as error:
+        return {}, error.what
+    return files, tokenizer_problem(files, where=str(path))
+
+
+def notes_of(source: TensorSource) -> tuple[str, ...]:
+    """What a reader assumes because a checkpoint does not say it, and what of it goes nowhere."""
+    return tuple(getattr(source, "notes", ()))
 
 
 def lines(data: Mapping[str, Any]) -> list[str]:
@@ -56,11 +76,13 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         ("parameters", f"{data['parameters']:,} ({data['parameters_without_embeddings']:,} without embeddings)"),
         ("type", data["dtype"]),
         *_sizes(spec),
-        ("tokenizer", f"{tokenizer['kind']}, {tokenizer['size']} tokens" if tokenizer else "none"),
+        ("tokenizer", f"{tokenizer['kind']}, {tokenizer['size']} tokens" if tokenizer else _unusable(data)),
+        ("special ids", ", ".join(f"{key.removesuffix('_token_id')} {v}" for key, v in data["special_ids"].items())),
         *_lineage(data["lineage"]),
         ("plan", f"carried ({PLAN_FILE})" if data["carries_plan"] else "none"),
         ("files", ", ".join(data["files"]) or "none"),
         *((f"{name} digest", value or "none") for name, value in data["digests"].items()),
+        *(("note", note) for note in data["notes"]),
     ]
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]
@@ -87,7 +109,7 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
         ("KV groups", span("num_query_groups")),
         ("vocabulary", f"{spec.vocab_size}{', tied to the output layer' if spec.tied_embeddings else ''}"),
         ("context", str(spec.max_position_embeddings)),
-        ("rotary base", f"{spec.rotary_base:g}{', Llama 3 scaling' if spec.rope_scaling else ''}"),
+        ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}"),
         ("MLP and norm", f"{spec.activation}, {spec.norm} (eps {spec.norm_eps:g})"),
     ]
     if spec.sliding_window:
@@ -97,14 +119,30 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
     return found
 
 
+def _scaling(spec: ModelSpec) -> str:
+    match spec.rope_scaling:
+        case None:
+            return ""
+        case LinearScaling(factor=factor):
+            return f", positions divided by {factor:g}"
+        case RopeScaling(factor=factor, original_max_position_embeddings=original):
+            return f", Llama 3 scaling by {factor:g} from {original} positions"
+        case YarnScaling(factor=factor, original_max_position_embeddings=original):
+            return f", YaRN by {factor:g} from {original} positions"
+
+
+def _unusable(data: Mapping[str, Any]) -> str:
+    carried = any(name.startswith(("tokenizer", "tekken")) for name in data["files"])
+    problem = data["tokenizer_problem"]
+    return f"cannot be used: {problem}" if carried or not problem.startswith("there is no") else "none"
+
+
 def _tokenizer(files: Mapping[str, bytes]) -> dict[str, Any] | None:
     if "tokenizer.json" in files:
         data = json.loads(files["tokenizer.json"])
         model = data.get("model") or {}
         added = {token.get("content") for token in data.get("added_tokens") or ()}
         return {"kind": str(model.get("type", "unknown")), "size": len({*_tokens(model.get("vocab")), *added})}
-    if "tokenizer.model" in files:
-        return {"kind": "sentencepiece", "size": None}
     return None
 
 

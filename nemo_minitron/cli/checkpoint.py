@@ -1,5 +1,6 @@
 """`nemo-minitron convert` and `inspect`: checkpoints without a recipe and without a model being built."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,8 @@ def convert(
     with reported(debug=debug):
         from nemo_minitron.checkpoints.convert import DTYPES, Format, format_for
         from nemo_minitron.checkpoints.convert import convert as write
-        from nemo_minitron.checkpoints.source import TensorSource
+        from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+        from nemo_minitron.checkpoints.summary import notes_of
         from nemo_minitron.errors import MinitronError
         from nemo_minitron.report.model_card import CARD, model_card
 
@@ -50,6 +52,8 @@ def convert(
             return {CARD: text.encode()}
 
         write(source, destination, to=kind, dtype=DTYPES[dtype] if dtype else None, replace=force, card=card)
+        for note in notes_of(open_checkpoint(source)):
+            print(f"note: {note}", file=sys.stderr)
         print(destination)
 
 

@@ -86,6 +86,12 @@ def show(job: Job, *, console: Console) -> None:
     if problem is not None:
         raise problem
     lines = [_line("in", Text(f"{precision}{why}")), *_verdict(planned)]
+    if not planned.described and preflight.source_is_here(config):
+        problem_ = preflight.tokenizer_problem(config)
+        words = (
+            Text(f"cannot be used: {problem_}", style="bold red") if problem_ else Text("can be used", style="green")
+        )
+        lines.append(_line("tokens", words))
     if (job.redo_from, job.last, job.only) == (None, None, None):
         command = run_command(job.recipe, job.overrides, job.run_dir, config)
         lines.append(_line("run", Text(command, style="bold")))

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.cli import launch, quiet, recipes
+from nemo_minitron.cli import launch, quiet, recipes, threads
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.launchers.commands import check_ranks
@@ -48,6 +48,8 @@ def run(job: Job) -> int:
         return launch.start(sys.argv[1:], ranks=ranks, run=job.folder(config))
     if not job.debug:
         quiet.install()
+    if size == 1:  # others have been given their share by what has started them
+        threads.choose()
     with signals.handled():  # loading the libraries takes a while
         _run_here(job, config)
     return 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from nemo_minitron.cli import threads
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.stages.signals import RUN_AGAIN, SIGNALS, Stopped
 from nemo_minitron.stages.team import LAUNCHED
@@ -57,9 +58,7 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
 
 
 def _spawn(arguments: Sequence[str], rank: int, ranks: int, port: int, errors: Path) -> "subprocess.Popen[bytes]":
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {
-        "OMP_NUM_THREADS": str(threads),
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -69,6 +68,7 @@ def _spawn(arguments: Sequence[str], rank: int, ranks: int, port: int, errors: P
         "MASTER_PORT": str(port),
         LAUNCHED: "1",
     }
+    threads.choose(ranks=ranks, environment=environment)
     command = [sys.executable, "-m", "nemo_minitron", *arguments]
     with errors.open("wb") as file:
         return subprocess.Popen(

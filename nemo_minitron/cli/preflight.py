@@ -9,7 +9,7 @@ from nemo_minitron.cli.job import Job
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import EvaluateConfig, RunConfig, ScoreConfig
 from nemo_minitron.config.training import TrainingConfig
-from nemo_minitron.errors import ConfigError, LayoutError, SpecError
+from nemo_minitron.errors import ConfigError, DataError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.plan import select
@@ -31,6 +31,12 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
     selected = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
     ahead = [stage for stage in selected if not folder.is_whole(stage.name)]
     _check_sources(job.recipe, ahead, config)
+    if any(stage.name in ("data", "chat") for stage in ahead) and (problem := tokenizer_problem(config)):
+        raise DataError(
+            f"model.source = {config.model.source}: its tokenizer cannot be used: {problem}",
+            rule="texts are tokenized by the model's own tokenizer",
+            remedy="load it with transformers.AutoTokenizer and save_pretrained() it beside the weights",
+        )
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all
@@ -61,6 +67,18 @@ def teacher_spec(config: RunConfig, folder: RunFolder) -> ModelSpec | None:
     if described is not None:
         _check_described(described, found, config)
     return found
+
+
+def tokenizer_problem(config: RunConfig) -> str:
+    """Why the teacher's tokenizer cannot be used; "" if it can, or if its files are not here yet."""
+    if not source_is_here(config):
+        return ""
+    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.summary import tokenizer_of
+    from nemo_minitron.data.assets import location
+
+    path = location(config.model.source)
+    return tokenizer_of(open_checkpoint(path), path)[1]
 
 
 def planned_ranks(config: RunConfig) -> int:

@@ -107,7 +107,7 @@ def transformer_config(
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
-        softmax_scale=None if spec.query_scalar is None else spec.query_scalar**-0.5,
+        softmax_scale=spec.attention_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from nemo_minitron.ops.linear import linear, linear_input_gradient
+
 QUERY_BLOCK = 128
 """Queries a head that attention's backward pass takes at a time: 64 and 128 are fastest, 256 leaves the cache."""
 
@@ -23,6 +25,35 @@ QUERY_BLOCK = 128
 def at_least_fp32(x: Tensor) -> Tensor:
     """At least fp32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _Linear(torch.autograd.Function):
+    """A linear without bias whose weight gradient goes straight into Megatron's fp32 buffer, if the weight has one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        grad_x = linear_input_gradient(grad, weight) if wants_x else None
+        if not wants_weight:
+            return grad_x, None
+        rows, inputs = grad.flatten(0, -2).t(), x.flatten(0, -2)
+        total = getattr(weight, "main_grad", None)
+        if total is None or total.dtype != grad.dtype:
+            return grad_x, rows @ inputs
+        # Megatron would make a tensor of it, add that to the buffer, and throw it away.
+        total.addmm_(rows, inputs)
+        return grad_x, None
+
+
+def linear_layer(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` of `[..., h]` and `[n, h]`, with a graph."""
+    return _Linear.apply(x, weight)
 
 
 class _RMSNorm(torch.autograd.Function):

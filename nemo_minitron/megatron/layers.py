@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
 from nemo_minitron.megatron import functional
-from nemo_minitron.megatron.functional import at_least_fp32, causal_attention, layer_norm, rms_norm, rotary_tables
+from nemo_minitron.megatron.functional import (
+    at_least_fp32,
+    causal_attention,
+    layer_norm,
+    linear_layer,
+    rms_norm,
+    rotary_tables,
+)
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SWIGLU: functional.swiglu,
@@ -104,7 +111,33 @@ class LocalSelfAttention(SelfAttention):
         return torch.cat([query, key, heads[..., -1:, :]], dim=-2).flatten(2)
 
 
-class NormedRowParallelLinear(RowParallelLinear):
+class LocalColumnLinear(ColumnParallelLinear):
+    """Megatron's column-parallel linear; where it needs no communication its products are `functional.linear_layer`."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _is_plain(input, kwargs):
+            return linear_layer(input, weight)
+        output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+        return output
+
+
+class LocalRowLinear(RowParallelLinear):
+    """Megatron's row-parallel linear, likewise; what its ranks add up stays Megatron's."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _is_plain(input, kwargs):
+            return linear_layer(input, weight)
+        output: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+        return output
+
+
+def _is_plain(x: Tensor, how: dict[str, Any]) -> bool:
+    """Whether nothing but a product is asked of a linear, on a CPU."""
+    asked = ("bias", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer", "gradient_accumulation_fusion")
+    return x.device.type == "cpu" and not any(how.get(name) is not None and how[name] is not False for name in asked)
+
+
+class NormedRowParallelLinear(LocalRowLinear):
     """A linear whose output is normalised before it joins the residual stream; every rank norms the whole of it."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
@@ -124,7 +157,7 @@ class LocalMLP(MLP):
     fc2: type
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=self.fc2)
+        linears = MLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=self.fc2)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
         self.activation = _ACTIVATIONS[self.kind]
 
@@ -167,11 +200,11 @@ def _add_residual(output_and_bias: tuple[Tensor, Tensor | None], residual: Tenso
 def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
     """How to build one layer out of the modules above."""
     head_norm = LocalNorm if spec.qk_norm else IdentityOp
-    writer = NormedRowParallelLinear if spec.post_norms else RowParallelLinear
+    writer = NormedRowParallelLinear if spec.post_norms else LocalRowLinear
     attention = {
         "attn_mask_type": AttnMaskType.causal,
         "window": spec.sliding_window if sizes.local else None,
-        "scale": None if spec.query_scalar is None else spec.query_scalar**-0.5,
+        "scale": spec.attention_scale,
         "rotary_base": spec.local_rotary_base if sizes.local else None,
     }
     return ModuleSpec(
@@ -183,7 +216,7 @@ def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
                 module=LocalSelfAttention,
                 params=attention,
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=LocalColumnLinear,
                     core_attention=IdentityOp,
                     linear_proj=writer,
                     q_layernorm=head_norm,

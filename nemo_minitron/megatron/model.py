@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import Axis
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.spec import LinearScaling, ModelSpec, YarnScaling
 from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
 
 # Where the local layer's norms live, against their canonical names (Transformer Engine fuses them into the linears).
@@ -121,17 +121,39 @@ def unwrap(chunk: nn.Module) -> MinitronGPT:
 def rotary_frequencies(spec: ModelSpec) -> Tensor:
     """Angle per position of each rotated channel pair, `[rotated / 2]`, fp32.
 
-    Source: Su et al., arXiv:2104.09864, eq. 15; the scaling of long wavelengths is Llama 3.1's (`rope_type: llama3`):
-    wavelengths above `original / low_freq_factor` are stretched by `factor`, those below `original / high_freq_factor`
-    stay, and the ones between are interpolated by how often they fit into the original context.
+    Source: Su et al., arXiv:2104.09864, eq. 15. Llama 3.1 (`rope_type: llama3`) stretches wavelengths above
+    `original / low_freq_factor` by `factor`, keeps those below `original / high_freq_factor`, and interpolates the ones
+    between by how often they fit into the original context. YaRN (arXiv:2309.00071, section 3.2) interpolates by the
+    channel instead, between the two that turn `beta_fast` and `beta_slow` times in the original context.
     """
     rotated = int(spec.head_dim * spec.rotary_percent)
     # The device is explicit, so that they have values in a model that is built on `meta` too.
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
     frequencies = 1.0 / spec.rotary_base**exponents
-    if (scaling := spec.rope_scaling) is None:
+    scaling = spec.rope_scaling
+    if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, YarnScaling):
+        kept = _kept_by_yarn(scaling, rotated, spec.rotary_base)
+        return frequencies * (kept + (1 - kept) / scaling.factor)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _kept_by_yarn(scaling: YarnScaling, rotated: int, base: float) -> Tensor:
+    """How much of each channel pair's frequency stays, 1 to 0, `[rotated / 2]`."""
+
+    def channel(turns: float) -> float:
+        """The channel pair that turns so often in the original context."""
+        return (
+            rotated * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+        )
+
+    first = max(math.floor(channel(scaling.beta_fast)), 0)
+    last = min(math.ceil(channel(scaling.beta_slow)), rotated - 1)
+    pairs = torch.arange(rotated // 2, dtype=torch.float32, device="cpu")
+    return 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)

@@ -1,6 +1,7 @@
-"""How much faster this device multiplies matrices in one dtype than in another, measured in milliseconds."""
+"""How fast this device multiplies matrices, and how much faster in one dtype than in another, in milliseconds."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -31,15 +32,23 @@ def product_speedup(device: torch.device, dtype: torch.dtype, base: torch.dtype)
     return best[0] / best[1]
 
 
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products in `dtype` by the clock, beside whatever else this machine does now."""
+    product = _Product(device, dtype, clock=time.perf_counter)
+    product.seconds()
+    rows, inner, columns = _SHAPE
+    return 2.0 * rows * inner * columns * _PRODUCTS / sum(product.seconds() for _ in range(_PRODUCTS))
+
+
 class _Product:
     """A product as a linear layer does it."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] | None = None) -> None:
         rows, inner, columns = _SHAPE
         generator = torch.Generator().manual_seed(0)
         self._input = torch.randn(rows, inner, generator=generator).to(device, dtype)
         self._weight = torch.randn(columns, inner, generator=generator).to(device, dtype)
-        self._clock = time.perf_counter if device.type == "cuda" else time.process_time
+        self._clock = clock or (time.perf_counter if device.type == "cuda" else time.process_time)
 
     @torch.no_grad()
     def seconds(self) -> float:

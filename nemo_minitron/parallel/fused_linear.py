@@ -8,25 +8,37 @@ the gradients of hidden states and weight; the backward pass has nothing left to
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_minitron.kernels.available import kernels_run
+from nemo_minitron.ops.linear import linear, linear_input_gradient, suits_onednn
 from nemo_minitron.parallel.collectives import gather, group_rank, split_group, sum_over
 from nemo_minitron.parallel.vocab import real_columns
 
-# The matrix products want tall chunks, the element-wise passes want blocks that stay in a core's cache.
+# On a CPU the matrix products want tall chunks, the element-wise passes want blocks that stay in a core's cache.
 CHUNK_BYTES_LEAST = 64 << 20
 CHUNK_BYTES_MOST = 256 << 20
 CHUNK_SHARE = 1 / 6
 """Memory of all buffers of logits together: this share of one float32 `[tokens, columns]` tensor, within the bounds.
 With the element-wise blocks it stays below a quarter of that tensor wherever that matters."""
-_BLOCK_ELEMENTS_A_THREAD = 1 << 17
+# Threads meet after each operation on a block: few large blocks, since a busy machine makes them wait for each other.
+_BLOCK_ELEMENTS_A_THREAD = 1 << 19
+_BLOCK_ELEMENTS_MOST = 1 << 22
 _BLOCK_ELEMENTS_SPLIT = 1 << 21  # every block costs a collective when the vocabulary is split
 _HIDDEN_GRAD_ROWS = 256  # several threads finish oneDNN's long, thin product in half the time in such pieces
 _WEIGHT_GRAD_ROWS = 4096
+
+# On a GPU a block is the whole chunk: every block costs launches, every chunk one pass over the weight's gradient.
+CHUNK_BYTES_ON_GPU = 2 << 30
+"""Memory of a chunk's logits and of the scratch buffers that torch's operations need; Triton's kernels need none."""
+_WEIGHT_GRAD_ROWS_ON_GPU = 32768
+_ROW_ELEMENTS_ON_GPU = 64  # rows of logits begin where the tensor cores' loads are aligned
+_CPU = torch.device("cpu")
 
 EMPTY = -1e30
 """Stands for the maximum of no logits; unlike -inf it can be subtracted from itself."""
@@ -37,19 +49,23 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(tokens: int, columns: int, bytes_a_logit: int, wanted: int | None) -> int:
+def chunk_rows(tokens: int, columns: int, bytes_a_logit: int, wanted: int | None, device: torch.device = _CPU) -> int:
     """Tokens a chunk: the wanted number, or even shares whose buffers of logits fit the memory given above."""
     if wanted is not None:
         return max(1, min(wanted, tokens))
     budget = min(max(int(CHUNK_SHARE * 4 * tokens * columns), CHUNK_BYTES_LEAST), CHUNK_BYTES_MOST)
+    if device.type != "cpu":
+        budget = CHUNK_BYTES_ON_GPU
     most = max(1, budget // (bytes_a_logit * max(columns, 1)))
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
 
 
 def block_rows(rows: int, columns: int, device: torch.device, tp: ProcessGroup | None) -> int:
-    """Tokens an element-wise block: what fits in cache on a CPU, what keeps the scratch buffers small elsewhere."""
-    in_cache = device.type == "cpu" and tp is None
-    elements = _BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads() if in_cache else _BLOCK_ELEMENTS_SPLIT
+    """Tokens an element-wise block of torch's operations: what fits in cache on a CPU, the whole chunk elsewhere."""
+    if device.type != "cpu":
+        return max(1, rows)
+    threads_share = min(_BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads(), _BLOCK_ELEMENTS_MOST)
+    elements = threads_share if tp is None else _BLOCK_ELEMENTS_SPLIT
     return max(1, min(rows, elements // max(columns, 1)))
 
 
@@ -95,11 +111,12 @@ class Tokens:
 
     @classmethod
     def select(cls, total: int, keep: Tensor | None, device: torch.device) -> "Tokens":
-        """Read the mask, which costs an accelerator one wait a micro-batch and saves the work of every masked token."""
+        """Read the mask. One that lies on the host is read there; reading a GPU's waits for all work queued before."""
         if keep is None:
-            return cls(total, None, torch.tensor(total, device=device))
+            return cls(total, None, torch.full((), total, device=device))
         kept = keep.nonzero().flatten()
-        return cls(total, None if kept.numel() == total else kept, torch.tensor(kept.numel(), device=device))
+        count = torch.full((), kept.numel(), device=device)
+        return cls(total, None if kept.numel() == total else kept.to(device, non_blocking=True), count)
 
     def of(self, x: Tensor) -> Tensor:
         """The kept rows."""
@@ -145,7 +162,7 @@ class LinearGradient:
             target = self.d_hidden[rows]
             in_pieces = d_logits.device.type == "cpu" and torch.get_num_threads() > 1
             for piece in pieces(d_logits.shape[0], _HIDDEN_GRAD_ROWS if in_pieces else d_logits.shape[0]):
-                torch.mm(d_logits[piece], self.weight, out=target[piece])
+                linear_input_gradient(d_logits[piece], self.weight, out=target[piece])
         if self.d_weight is None:
             return
         d_weight = self.d_weight[: self.weight.shape[0]]
@@ -153,8 +170,11 @@ class LinearGradient:
             torch.mm(d_logits.t(), self.hidden[rows], out=d_weight)
         elif d_weight.dtype == d_logits.dtype:
             d_weight.addmm_(d_logits.t(), self.hidden[rows])
+        elif product_adds_to_float32(d_logits.device, d_logits.dtype):
+            add_product(d_weight, d_logits.t(), self.hidden[rows])
         else:
-            for piece in pieces(d_logits.shape[1], _WEIGHT_GRAD_ROWS):
+            on_cpu = d_logits.device.type == "cpu"
+            for piece in pieces(d_logits.shape[1], _WEIGHT_GRAD_ROWS if on_cpu else _WEIGHT_GRAD_ROWS_ON_GPU):
                 d_weight[piece] += torch.mm(d_logits[:, piece].t(), self.hidden[rows])
 
     def finish(self, layer: "OutputLayer") -> tuple[Tensor | None, Tensor | None]:
@@ -178,6 +198,16 @@ class ChunkLoss(Protocol):
     @property
     def logits_held(self) -> int:
         """Buffers of logits that exist at one time, the student's included."""
+        ...
+
+    @property
+    def scratch_held(self) -> int:
+        """Further buffers of a block, in the wide dtype, that torch's operations need."""
+        ...
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there is a Triton form, which needs none of them."""
         ...
 
     @property
@@ -232,6 +262,18 @@ class OutputLayer:
             weight_gradient=weight_gradient,
         )
 
+    @property
+    def first(self) -> int:
+        """Global id of this rank's first token."""
+        return group_rank(self.tp) * self.columns
+
+    def rows_of_chunk(self, hidden: Tensor, loss: ChunkLoss) -> int:
+        """Tokens a chunk of `hidden` `[kept, h]`."""
+        bytes_a_logit = loss.logits_held * hidden.dtype.itemsize
+        if hidden.device.type != "cpu" and not (loss.has_kernels and kernels_run(hidden.device, hidden.dtype)):
+            bytes_a_logit += loss.scratch_held * wide_dtype(hidden.dtype).itemsize
+        return chunk_rows(hidden.shape[0], self.columns, bytes_a_logit, self.chunk_tokens, hidden.device)
+
     def blocks(self, logits: Tensor) -> Iterator[slice]:
         """Rows of a chunk that are worked on at one time."""
         yield from pieces(logits.shape[0], block_rows(logits.shape[0], self.columns, logits.device, self.tp))
@@ -248,8 +290,7 @@ class _FusedOutputLayer(torch.autograd.Function):
         ctx: Any, all_hidden: Tensor, all_weight: Tensor, loss: ChunkLoss, layer: OutputLayer
     ) -> tuple[Tensor, ...]:
         hidden, weight = layer.tokens.of(all_hidden), all_weight[: layer.real]
-        bytes_a_logit = loss.logits_held * hidden.dtype.itemsize
-        rows = chunk_rows(hidden.shape[0], layer.columns, bytes_a_logit, layer.chunk_tokens)
+        rows = layer.rows_of_chunk(hidden, loss)
         gradient = LinearGradient.begin(hidden, weight, layer=layer, several=rows < hidden.shape[0])
         sums = torch.zeros(loss.sums, dtype=torch.float64, device=hidden.device)
         for chunk in pieces(hidden.shape[0], rows):
@@ -271,9 +312,34 @@ class _FusedOutputLayer(torch.autograd.Function):
 
 
 def project(name: str, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits of a chunk of tokens in a reused buffer, `[rows, columns]`."""
-    logits = WORKSPACE.take(name, (hidden.shape[0], weight.shape[0]), hidden.dtype, hidden.device)
-    return torch.mm(hidden, weight.t(), out=logits)
+    """Logits of a chunk of tokens `[rows, columns]`, in a reused buffer unless the library brings its own memory.
+
+    A GPU's rows begin at aligned places.
+    """
+    if suits_onednn(hidden, weight):
+        return linear(hidden, weight, wide=True)
+    rows, columns = hidden.shape[0], weight.shape[0]
+    multiple = 1 if hidden.device.type == "cpu" else _ROW_ELEMENTS_ON_GPU
+    buffer = WORKSPACE.take(name, (rows, math.ceil(columns / multiple) * multiple), hidden.dtype, hidden.device)
+    return torch.mm(hidden, weight.t(), out=buffer[:, :columns])
+
+
+@cache
+def product_adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device and this torch can add a product of 16-bit matrices to a float32 one (2.9 on CUDA can)."""
+    if device.type == "cpu":
+        return False
+    try:
+        ones = torch.ones(16, 16, dtype=dtype, device=device)
+        add_product(torch.zeros(16, 16, device=device), ones, ones)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` with a float32 total and 16-bit operands; nothing is rounded to 16 bits in between."""
+    torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
 
 
 def widened(name: str, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.parallel.collectives import gather
 from nemo_minitron.parallel.fused_linear import (
     OutputLayer,
@@ -20,6 +21,7 @@ from nemo_minitron.parallel.fused_linear import (
     wide_dtype,
     widened,
 )
+from nemo_minitron.parallel.kernel_forms import kernel_cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,19 @@ class _ChunkCrossEntropy:
     labels: Tensor
     layer: OutputLayer
     logits_held: int = 1
+    scratch_held: int = 1
+    has_kernels: bool = True
     sums: int = 2
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
         layer = self.layer
+        if kernels_run(logits.device, logits.dtype):
+            labels = self.labels[chunk]
+            return _token_sums(
+                kernel_cross_entropy(
+                    logits, labels, first=layer.first, tp=layer.tp, want_gradient=want_gradient
+                ).double()
+            )
         local, mine = label_columns(self.labels[chunk], columns=layer.columns, real=layer.real, tp=layer.tp)
         values = torch.zeros(4, logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
         values[2], values[3] = label_logits(logits, local, mine), mine

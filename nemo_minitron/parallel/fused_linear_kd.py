@@ -15,13 +15,13 @@ Shapes: N tokens, h and H hidden sizes, V this rank's shard of the (padded) voca
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.objective import DivergenceKind
+from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.collectives import gather, sum_over
 from nemo_minitron.parallel.divergence_terms import divergence_terms
@@ -38,6 +38,8 @@ from nemo_minitron.parallel.fused_linear import (
     wide_dtype,
     widened,
 )
+from nemo_minitron.parallel.kernel_forms import KernelDivergence
+from nemo_minitron.parallel.token_values import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +123,6 @@ def fused_linear_kd(  # noqa: PLR0917 - two pairs and their mask and labels, in 
     return FusedLoss(loss_sum, kd_sum, layer.tokens.count, student_ce, teacher_ce, agreement)
 
 
-class _Value(IntEnum):
-    """What is kept of each token: numbers of this rank's shard, from which those of the whole vocabulary follow."""
-
-    TEACHER_PEAK = 0  # largest logit, before the temperature
-    TEACHER_MASS = 1  # sum of exp((logit - peak) / T)
-    STUDENT_PEAK = 2
-    STUDENT_MASS = 3
-    TERMS = 4  # forward KL: sum of exp(t) (t - s), where t and s are (logit - peak) / T; else the shard's part of D
-    STUDENT_AT_TOP = 5  # the student's logit at the teacher's largest
-    TEACHER_LABEL = 6  # the label's logit, 0 if it is another rank's
-    STUDENT_LABEL = 7
-    LABEL_FOUND = 8
-    TEACHER_MASS_1 = 9  # the masses at temperature 1
-    STUDENT_MASS_1 = 10
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ChunkDivergence:
     teacher_hidden: Tensor
@@ -148,23 +134,38 @@ class _ChunkDivergence:
     statistics: bool
     layer: OutputLayer
     logits_held: int = 2
+    scratch_held: int = 4
+    has_kernels: bool = True
     sums: int = 5
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
         layer = self.layer
         teacher = project("teacher", self.teacher_hidden[chunk], self.teacher_weight)
-        values = torch.zeros(len(_Value), logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
+        if kernels_run(logits.device, logits.dtype):
+            labels = None if self.labels is None else self.labels[chunk]
+            return _token_sums(self._kernels()(logits, teacher, labels, want_gradient=want_gradient).double(), self)
+        values = torch.zeros(len(Value), logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
         if self.labels is not None:
             local, mine = label_columns(self.labels[chunk], columns=layer.columns, real=layer.real, tp=layer.tp)
-            values[_Value.STUDENT_LABEL] = label_logits(logits, local, mine)
-            values[_Value.TEACHER_LABEL] = label_logits(teacher, local, mine)
-            values[_Value.LABEL_FOUND] = mine
+            values[Value.STUDENT_LABEL] = label_logits(logits, local, mine)
+            values[Value.TEACHER_LABEL] = label_logits(teacher, local, mine)
+            values[Value.LABEL_FOUND] = mine
         for block in layer.blocks(logits):
             _block(logits[block], teacher[block], values[:, block], self, want_gradient=want_gradient)
         if want_gradient and self.labels is not None and self.lm_weight and layer.real:
             # The one-hot target of the cross-entropy; the block has done the softmax's part.
             logits.scatter_add_(1, local.unsqueeze(1), mine.unsqueeze(1).to(logits.dtype).mul_(-self.lm_weight))
         return _token_sums(gather(values, layer.tp).double(), self)
+
+    def _kernels(self) -> KernelDivergence:
+        return KernelDivergence(
+            divergence=self.divergence,
+            kd_weight=self.kd_weight,
+            lm_weight=self.lm_weight,
+            top=self.statistics,
+            first=self.layer.first,
+            tp=self.layer.tp,
+        )
 
 
 def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _ChunkDivergence, *, want_gradient: bool) -> None:
@@ -174,16 +175,16 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _ChunkDivergen
     cold = None  # the student's softmax at temperature 1, where the loss needs it beside the one at T
     temperature = job.divergence.temperature
     _peaks(s, t, values, statistics=job.statistics)
-    s.sub_(values[_Value.STUDENT_PEAK].unsqueeze(1))
-    t.sub_(values[_Value.TEACHER_PEAK].unsqueeze(1))
+    s.sub_(values[Value.STUDENT_PEAK].unsqueeze(1))
+    t.sub_(values[Value.TEACHER_PEAK].unsqueeze(1))
     if temperature != 1:
         if job.labels is not None:
-            torch.sum(torch.exp(t, out=p), -1, out=values[_Value.TEACHER_MASS_1])
-            torch.sum(torch.exp(s, out=p), -1, out=values[_Value.STUDENT_MASS_1])
+            torch.sum(torch.exp(t, out=p), -1, out=values[Value.TEACHER_MASS_1])
+            torch.sum(torch.exp(s, out=p), -1, out=values[Value.STUDENT_MASS_1])
             cold = p.clone() if want_gradient and job.lm_weight else None
         s.mul_(1 / temperature)
         t.mul_(1 / temperature)
-    torch.sum(torch.exp(t, out=p), -1, out=values[_Value.TEACHER_MASS])
+    torch.sum(torch.exp(t, out=p), -1, out=values[Value.TEACHER_MASS])
     hot_lm_weight = job.lm_weight if cold is None else 0.0
     if job.divergence.kind is DivergenceKind.FORWARD_KL:
         _forward_kl(s, t, p, values, job, lm_weight=hot_lm_weight, want_gradient=want_gradient)
@@ -192,7 +193,7 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _ChunkDivergen
     if not want_gradient:
         return
     if cold is not None:
-        rows = slice(_Value.STUDENT_PEAK, _Value.STUDENT_PEAK + 1), slice(_Value.STUDENT_MASS_1, None)
+        rows = slice(Value.STUDENT_PEAK, Value.STUDENT_PEAK + 1), slice(Value.STUDENT_MASS_1, None)
         (cold_share,) = share(values[rows[0]], values[rows[1]], job.layer.tp)
         s.addcmul_(cold, (cold_share * job.lm_weight).unsqueeze(1))
     if s is not student:
@@ -213,8 +214,8 @@ def _forward_kl(
 
     `s` and `t`: logits over T, less the shard's peak; `p`: exp(t). Leaves the gradient in `s`.
     """
-    torch.sum(t.sub_(s).mul_(p), -1, out=values[_Value.TERMS])
-    torch.sum(s.exp_(), -1, out=values[_Value.STUDENT_MASS])
+    torch.sum(t.sub_(s).mul_(p), -1, out=values[Value.TERMS])
+    torch.sum(s.exp_(), -1, out=values[Value.STUDENT_MASS])
     if not want_gradient:
         return
     teacher_share, student_share = share(*_peaks_and_masses(values, job), job.layer.tp)
@@ -238,12 +239,12 @@ def _other_divergence(
     Arguments as above. With TP, two collectives a block: one for the masses, one for the sum of a.
     """
     q = WORKSPACE.take("student probabilities", (s.shape[0], s.shape[1]), s.dtype, s.device)
-    torch.sum(torch.exp(s, out=q), -1, out=values[_Value.STUDENT_MASS])
+    torch.sum(torch.exp(s, out=q), -1, out=values[Value.STUDENT_MASS])
     to_log_p, to_log_q = log_share(*_peaks_and_masses(values, job), job.layer.tp).unsqueeze(-1)
     for logp, probability, to_logp in ((s, q, to_log_q), (t, p, to_log_p)):
         logp.add_(to_logp)
         probability.mul_(to_logp.exp())
-    values[_Value.TERMS] = divergence_terms(s, t, p, q, job.divergence)  # leaves a in s
+    values[Value.TERMS] = divergence_terms(s, t, p, q, job.divergence)  # leaves a in s
     if want_gradient:
         weight = job.kd_weight * job.divergence.temperature
         total = sum_over(s.sum(-1), job.layer.tp)
@@ -252,43 +253,43 @@ def _other_divergence(
 
 def _peaks_and_masses(values: Tensor, job: _ChunkDivergence) -> tuple[Tensor, Tensor]:
     """Of teacher and student, `[2, rows]` each, over T."""
-    peaks = values[: _Value.STUDENT_PEAK + 1 : 2] / job.divergence.temperature
-    return peaks, values[_Value.TEACHER_MASS : _Value.STUDENT_MASS + 1 : 2]
+    peaks = values[: Value.STUDENT_PEAK + 1 : 2] / job.divergence.temperature
+    return peaks, values[Value.TEACHER_MASS : Value.STUDENT_MASS + 1 : 2]
 
 
 def _peaks(s: Tensor, t: Tensor, values: Tensor, *, statistics: bool) -> None:
-    row_max(s, values[_Value.STUDENT_PEAK])
+    row_max(s, values[Value.STUDENT_PEAK])
     if statistics and t.shape[1]:
         top = t.max(-1)
-        values[_Value.TEACHER_PEAK] = top.values
-        values[_Value.STUDENT_AT_TOP] = s.gather(1, top.indices.unsqueeze(1)).squeeze(1)
+        values[Value.TEACHER_PEAK] = top.values
+        values[Value.STUDENT_AT_TOP] = s.gather(1, top.indices.unsqueeze(1)).squeeze(1)
     else:
-        row_max(t, values[_Value.TEACHER_PEAK])
+        row_max(t, values[Value.TEACHER_PEAK])
 
 
 def _token_sums(values_RKN: Tensor, job: _ChunkDivergence) -> Tensor:
     """Loss, divergence, agreement, both cross-entropies over the whole vocabulary, summed over a chunk's tokens."""
-    v = dict(zip(_Value, values_RKN.unbind(1), strict=True))
-    t_peak, s_peak = v[_Value.TEACHER_PEAK], v[_Value.STUDENT_PEAK]
+    v = dict(zip(Value, values_RKN.unbind(1), strict=True))
+    t_peak, s_peak = v[Value.TEACHER_PEAK], v[Value.STUDENT_PEAK]
     scale = 1 / job.divergence.temperature
-    t_log_z = torch.logsumexp(t_peak * scale + v[_Value.TEACHER_MASS].log(), 0)
-    s_log_z = torch.logsumexp(s_peak * scale + v[_Value.STUDENT_MASS].log(), 0)
+    t_log_z = torch.logsumexp(t_peak * scale + v[Value.TEACHER_MASS].log(), 0)
+    s_log_z = torch.logsumexp(s_peak * scale + v[Value.STUDENT_MASS].log(), 0)
     if job.divergence.kind is DivergenceKind.FORWARD_KL:
         # Sum of p (t - s): each rank's part was taken with its own two peaks subtracted.
-        parts = v[_Value.TERMS] + (t_peak - s_peak) * scale * v[_Value.TEACHER_MASS]
+        parts = v[Value.TERMS] + (t_peak - s_peak) * scale * v[Value.TEACHER_MASS]
         kd = ((t_peak * scale - t_log_z).exp() * parts).sum(0) - t_log_z + s_log_z
     else:
-        kd = v[_Value.TERMS].sum(0)
+        kd = v[Value.TERMS].sum(0)
     kd_sum = kd.sum() * job.divergence.temperature**2
     agreement = student_ce = teacher_ce = kd_sum.new_zeros(())
     if job.statistics:
         best_rank = t_peak.max(0).indices.unsqueeze(0)  # the first among equals holds the lowest token ids
-        agreement = (v[_Value.STUDENT_AT_TOP].gather(0, best_rank).squeeze(0) == s_peak.amax(0)).sum().double()
+        agreement = (v[Value.STUDENT_AT_TOP].gather(0, best_rank).squeeze(0) == s_peak.amax(0)).sum().double()
     if job.labels is not None:
         if job.divergence.temperature != 1:
-            t_log_z = torch.logsumexp(t_peak + v[_Value.TEACHER_MASS_1].log(), 0)
-            s_log_z = torch.logsumexp(s_peak + v[_Value.STUDENT_MASS_1].log(), 0)
-        student_ce = labelled(s_log_z - v[_Value.STUDENT_LABEL].sum(0), v[_Value.LABEL_FOUND]).sum()
-        teacher_ce = labelled(t_log_z - v[_Value.TEACHER_LABEL].sum(0), v[_Value.LABEL_FOUND]).sum()
+            t_log_z = torch.logsumexp(t_peak + v[Value.TEACHER_MASS_1].log(), 0)
+            s_log_z = torch.logsumexp(s_peak + v[Value.STUDENT_MASS_1].log(), 0)
+        student_ce = labelled(s_log_z - v[Value.STUDENT_LABEL].sum(0), v[Value.LABEL_FOUND]).sum()
+        teacher_ce = labelled(t_log_z - v[Value.TEACHER_LABEL].sum(0), v[Value.LABEL_FOUND]).sum()
     loss_sum = job.kd_weight * kd_sum + job.lm_weight * student_ce
     return torch.stack([loss_sum, kd_sum, agreement, student_ce, teacher_ce])

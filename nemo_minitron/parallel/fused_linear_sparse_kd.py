@@ -128,6 +128,8 @@ class _ChunkSparse:
     lm_weight: float
     layer: OutputLayer
     logits_held: int = 1
+    scratch_held: int = 3
+    has_kernels: bool = False
     sums: int = 4
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:

@@ -128,7 +128,8 @@ def _chunks(  # noqa: PLR0917 - its callers' arguments, in their order
     wide = wide_dtype(hidden.dtype)
     real = real_columns(weight.shape[0], vocab_size=vocab_size, tp=tp)
     bytes_a_logit = hidden.dtype.itemsize + wide.itemsize + _CUMULATIVE_BYTES
-    for rows in pieces(hidden.shape[0], chunk_rows(hidden.shape[0], weight.shape[0], bytes_a_logit, chunk_tokens)):
+    size = chunk_rows(hidden.shape[0], weight.shape[0], bytes_a_logit, chunk_tokens, hidden.device)
+    for rows in pieces(hidden.shape[0], size):
         logits = project("teacher", hidden[rows], weight[:real]).to(wide)
         yield rows, logits if temperature == 1 else logits.mul_(1 / temperature)
 

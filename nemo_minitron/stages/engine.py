@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from nemo_minitron.errors import LostRankError, MinitronError
 from nemo_minitron.stages import manifest, signals, speed
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.files import as_user_error, read_json, write_json
+from nemo_minitron.stages.outlook import Outlook
 from nemo_minitron.stages.plan import Action, Step, decide, select
 from nemo_minitron.stages.precision import PrecisionChoice, settle
 from nemo_minitron.stages.run_folder import RunFolder
@@ -81,9 +82,10 @@ def run_chain(
         outcome = "stopped"
         try:
             with _loss_named(request.run, team.rank):
+                outlook = _outlook(steps, by_name, request, team)
                 for position, (name, data) in enumerate(steps, start=1):
                     step = Step(stage=by_name[name], **data)
-                    _one(step, request, team, reporter, position=position, count=len(steps))
+                    _one(step, request, team, reporter, outlook, position=position, count=len(steps))
             outcome = "finished"
         except MinitronError as error:
             outcome = f"failed: {error.what.splitlines()[0]}"
@@ -156,12 +158,30 @@ def _prepare(
     ]
 
 
-def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, position: int, count: int) -> None:
+def _outlook(
+    steps: Sequence[tuple[str, dict[str, Any]]], by_name: Mapping[str, Stage], request: Request, team: Team
+) -> Outlook | None:
+    """What is ahead, on the rank that speaks."""
+    ahead = [by_name[name] for name, data in steps if data["action"] != Action.SKIP]
+    return Outlook(request.config, request.run, ahead, ranks=team.size) if team.rank == 0 else None
+
+
+def _one(
+    step: Step,
+    request: Request,
+    team: Team,
+    reporter: Reporter,
+    outlook: Outlook | None,
+    *,
+    position: int,
+    count: int,
+) -> None:
     stage, run = step.stage, request.run
     if step.action is Action.SKIP:
         reporter.stage_skipped(stage.name, position, count)
         return
-    reporter.stage_started(stage.name, position, count, resumed=step.action is Action.CONTINUE)
+    left = None if outlook is None else outlook.seconds()
+    reporter.stage_started(stage.name, position, count, resumed=step.action is Action.CONTINUE, left=left)
     record = _together(team, request.run.path, lambda: _begin(step, run))
     started = time.monotonic()
     manifest.reset_peak_memory()
@@ -190,9 +210,12 @@ def _one(step: Step, request: Request, team: Team, reporter: Reporter, *, positi
                 _note_time(run, stage.name, record, started)
             raise
         if team.rank == 0:
-            record["seconds"] = round(record["seconds"] + time.monotonic() - started, 3)
+            seconds = time.monotonic() - started
+            record["seconds"] = round(record["seconds"] + seconds, 3)
             result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
         _together(team, request.run.path, lambda: _finish(step, run, record, result))
+    if outlook is not None:
+        outlook.finished(stage.name, seconds)
     reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
 
 

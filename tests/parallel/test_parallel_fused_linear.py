@@ -385,7 +385,8 @@ class LargestTensor(TorchDispatchMode):
         for value in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(value, torch.Tensor):
                 self.most = max(self.most, value.numel())
-        self.matrices += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.mkldnn._linear_pointwise)
+        self.matrices += func.overloadpacket in products
         return result
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from nemo_minitron.arch.families.keys import assumed, complete, special_ids
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
 from nemo_minitron.errors import SpecError
@@ -15,6 +16,11 @@ _TRAITS = (
     *("activation", "norm", "rotary_percent", "rope_scaling", "tied_embeddings", "qkv_bias", "qk_norm", "linear_bias"),
     *("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base"),
 )
+_KEYS = {
+    "rotary_percent": "partial_rotary_factor",
+    "rope_scaling": "rope_scaling or rope_parameters",
+    "tied_embeddings": "tie_word_embeddings",
+}
 _DEFAULTS = {spec_field.name: spec_field.default for spec_field in fields(ModelSpec)}
 
 _OFF = (None, False)
@@ -28,7 +34,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_multiplier", "residual_multiplier", "embedding_multiplier"), _ONE),
     **dict.fromkeys(("logits_scaling", "logit_scale"), _ONE),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (None, 0)),
-    "no_rope_layers": (None, []),
+    **dict.fromkeys(("no_rope_layers", "per_layer_config"), (None, [], {})),
+    **dict.fromkeys(("quantization_config", "compression_config", "transformers_weights"), (None,)),
 }
 """Settings of `config.json` that change what a model computes, with the values that do not. A family that supports one
 reads it itself; for the others anything else is refused, even where its class in transformers would not look at it."""
@@ -49,6 +56,8 @@ class Family:
         settings: Keys of `NEUTRAL` that `read` looks after.
         fixed: Traits of the spec that the class always has, where they differ from `ModelSpec`'s defaults.
         free: Traits that its config decides.
+        defaults: What its class assumes where a key is absent; keys that decide what is computed, and special ids.
+        nullable: Keys of `defaults` that may be null though their default is not.
     """
 
     name: str
@@ -60,6 +69,14 @@ class Family:
     settings: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     free: tuple[str, ...] = ("tied_embeddings",)
+    defaults: Mapping[str, Any]
+    nullable: tuple[str, ...] = (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "num_key_value_heads",
+        "sliding_window",
+    )
 
     def read_config(self, config: Mapping[str, Any]) -> ModelSpec:
         """The architecture that a `config.json` describes.
@@ -81,9 +98,17 @@ class Family:
                 )
         if {*(config.get("layer_types") or ())} - {"full_attention"} and "layer_types" not in self.settings:
             raise SpecError(f"config.json: layer_types are not all full_attention, which {self.name} does not support")
-        spec = self.read(config)
+        spec = self.read(complete(config, self.defaults, self.nullable, family=self.hf_architecture))
         self._check(spec, "config.json")
         return spec
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys that a `config.json` does not have, with what the class takes in their place."""
+        return assumed(config, self.defaults)
+
+    def special_ids(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Ids of the special tokens by key as `config.json` has them; None for one that it says there is not."""
+        return special_ids(config, self.defaults)
 
     def write_config(self, spec: ModelSpec) -> dict[str, Any]:
         """`config.json` data of a model.
@@ -101,7 +126,11 @@ class Family:
 
     def _check(self, spec: ModelSpec, where: str) -> None:
         if found := self.objections(spec):
-            raise SpecError(f"{where}: {self.hf_architecture} does not compute {', '.join(found)}")
+            keys = ", ".join(_KEYS[name] for item in found if (name := item.partition(" ")[0]) in _KEYS)
+            raise SpecError(
+                f"{where}: {self.hf_architecture} does not compute {', '.join(found)}",
+                rule=f"decided by {keys}" if keys else "",
+            )
 
 
 # Names shared by every family that copies Llama's modelling code.

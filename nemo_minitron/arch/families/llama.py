@@ -8,6 +8,24 @@ from nemo_minitron.arch.families.common import read_common, write_common
 from nemo_minitron.arch.families.mistral import write_mistral
 from nemo_minitron.arch.spec import ModelSpec
 
+# What LlamaConfig assumes.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     return read_common(config, family="llama")
@@ -27,6 +45,7 @@ LLAMA = Family(
     hf_architecture="LlamaForCausalLM",
     hf_names=LLAMA_LIKE_NAMES,
     read=_read,
+    defaults=_DEFAULTS,
     write=_write,
     free=("tied_embeddings", "rope_scaling"),
 )

@@ -18,6 +18,24 @@ _NAMES = LLAMA_LIKE_NAMES | {
     "decoder.final_layernorm.bias": ("model.norm.bias",),
 }
 
+# What NemotronConfig assumes.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 256_000,
+    "hidden_size": 6144,
+    "intermediate_size": 24_576,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 48,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "relu2",
+    "max_position_embeddings": 4096,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": None,
+}
+
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
     return read_common(
@@ -25,7 +43,7 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
         family="nemotron",
         activation_name="relu2",
         eps_key="norm_eps",
-        default_rotary_percent=_ROTARY_PERCENT,
+        rotary_percent=_ROTARY_PERCENT,
         activation=Activation.SQUARED_RELU,
         norm=Norm.LAYERNORM1P,
     )
@@ -45,6 +63,7 @@ NEMOTRON = Family(
     hf_architecture="NemotronForCausalLM",
     hf_names=_NAMES,
     read=_read,
+    defaults=_DEFAULTS,
     write=_write,
     fixed={"activation": Activation.SQUARED_RELU, "norm": Norm.LAYERNORM1P},
     free=("tied_embeddings", "rotary_percent"),

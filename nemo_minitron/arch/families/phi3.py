@@ -17,9 +17,28 @@ _NAMES = LLAMA_LIKE_NAMES | {
     LAYER_PREFIX + "mlp.linear_fc1.weight": (_HF_LAYER + "mlp.gate_up_proj.weight",),
 }
 
+# What Phi3Config assumes.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32_064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 32_000,
+    "pad_token_id": 32_000,
+}
+
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
-    return with_window(read_common(config, family="phi3"), window_of(config, default=None))
+    return with_window(read_common(config, family="phi3"), window_of(config))
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
@@ -40,6 +59,7 @@ PHI3 = Family(
     hf_architecture="Phi3ForCausalLM",
     hf_names=_NAMES,
     read=_read,
+    defaults=_DEFAULTS,
     write=_write,
     settings=("sliding_window",),
     free=("tied_embeddings", "rotary_percent", "sliding_window"),

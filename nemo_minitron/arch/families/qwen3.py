@@ -7,11 +7,27 @@ from nemo_minitron.arch.families.base import LLAMA_LIKE_NAMES, QK_NORM_NAMES, Fa
 from nemo_minitron.arch.families.common import read_common, write_common
 from nemo_minitron.arch.spec import ModelSpec
 
-_HEAD_DIM = 128  # what Qwen3Config assumes
+# What Qwen3Config assumes.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
-    return read_common(config, family="qwen3", default_head_dim=_HEAD_DIM, qk_norm=True)
+    return read_common(config, family="qwen3", qk_norm=True)
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
@@ -25,6 +41,7 @@ QWEN3 = Family(
     hf_architecture="Qwen3ForCausalLM",
     hf_names=LLAMA_LIKE_NAMES | QK_NORM_NAMES,
     read=_read,
+    defaults=_DEFAULTS,
     write=_write,
     settings=("sliding_window",),
     fixed={"qk_norm": True},

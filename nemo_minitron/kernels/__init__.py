@@ -1,0 +1,1 @@
+"""Triton forms of what the fused losses do to a chunk of logits; `available` says where they run."""

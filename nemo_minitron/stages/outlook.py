@@ -1,0 +1,91 @@
+"""When a run will end: said at the start of each stage, from what was measured and what the recipe asks for."""
+
+from collections.abc import Mapping, Sequence
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.training import TrainingConfig
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.estimate.compute import forward_flops
+from nemo_minitron.estimate.work import work_of
+from nemo_minitron.pruning.rounds import round_specs
+from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.chain import MODELS
+from nemo_minitron.stages.run_folder import RunFolder
+
+EFFICIENCY = 0.7
+"""Of the rate of bare matrix products, what stages with models reach on a CPU; used until one was timed."""
+_FILE_SECONDS: Mapping[str, float] = {"import": 5.0, "data": 8.0, "prune": 6.0, "export": 10.0, "report": 5.0}
+"""Stages that move files, for a model of some hundred million parameters. They do not matter in longer runs."""
+
+
+class Outlook:
+    """Seconds that the stages of a run will take.
+
+    Args:
+        config: The recipe with its precision settled.
+        run: The run folder; the teacher's sizes are read from its first stage.
+        stages: Those that are to be done, in order.
+        ranks: Processes of the run.
+    """
+
+    def __init__(self, config: RunConfig, run: RunFolder, stages: Sequence[Stage], *, ranks: int) -> None:
+        self._config, self._run, self._ranks = config, run, ranks
+        self._left = {stage.name: stage for stage in stages}
+        self._rate: float | None = None
+        self._teacher: ModelSpec | None = None
+
+    def seconds(self) -> float | None:
+        """Until the last stage is done; None before the first stage has read the model."""
+        expected = [self._expected(stage) for stage in self._left.values()]
+        return None if self._model() is None else sum(expected)
+
+    def finished(self, name: str, seconds: float) -> None:
+        """Leave a stage behind; one that ran models says how fast they run here."""
+        stage = self._left.pop(name, None)
+        if stage is not None and self._budget(stage) is None and (flops := self._flops(stage)) and seconds > 0:
+            self._rate = flops / seconds
+
+    def _model(self) -> ModelSpec | None:
+        if self._teacher is None and self._run.is_whole("import") and "spec" in (read := self._run.result("import")):
+            self._teacher = ModelSpec.from_dict(read["spec"])
+        return self._teacher
+
+    def _expected(self, stage: Stage) -> float:
+        if (budget := self._budget(stage)) is not None:
+            return budget
+        flops = self._flops(stage)
+        return flops / self._speed() if flops else _FILE_SECONDS.get(stage.kind, 0.0)
+
+    def _budget(self, stage: Stage) -> float | None:
+        section = getattr(self._config, stage.kind, None)
+        timed = isinstance(section, TrainingConfig) and section.minutes is not None
+        return 60 * section.minutes if timed else None
+
+    def _flops(self, stage: Stage) -> float:
+        """Operations of a stage that runs models; 0 for another."""
+        config, teacher = self._config, self._model()
+        if teacher is None:
+            return 0.0
+        try:
+            students = round_specs(config.target, teacher, config.steps)
+        except MinitronError:  # stage prune will say so
+            return 0.0
+        if stage.kind == "evaluate":
+            each = config.evaluate.max_tokens
+            models = [teacher] + [students[-1]] * (len(set(MODELS) & stage.inputs.keys()) - 1)
+            return sum(each * forward_flops(model, config.evaluate.sequence_length) for model in models)
+        work = work_of(stage.kind, stage.round, config, teacher, students, ranks=self._ranks)
+        return 0.0 if work is None else work.flops
+
+    def _speed(self) -> float:
+        """FLOP/s of all ranks together."""
+        if self._rate is None:
+            import torch
+
+            from nemo_minitron.megatron.build import torch_dtype
+            from nemo_minitron.ops.product_speed import product_rate
+
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self._rate = EFFICIENCY * self._ranks * product_rate(device, torch_dtype(self._config.precision))
+        return self._rate

@@ -1,0 +1,75 @@
+"""Compiles every kernel for an H100 (sm_90), which needs no GPU, and prints the registers of each as JSON."""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nemo_minitron.config.objective import DivergenceKind
+from nemo_minitron.kernels import cross_entropy, divergence
+from nemo_minitron.kernels.launch import BLOCK, WARPS
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    **dict.fromkeys(("student", "teacher", "logits"), "*bf16"),
+    **dict.fromkeys(("values", "normalisers", "slope_sum", "sums"), "*fp32"),
+    **dict.fromkeys(("first", "columns", "student_stride", "teacher_stride", "stride", "tokens"), "i32"),
+    **dict.fromkeys(("scale", "mixing", "kd_weight", "lm_weight"), "fp32"),
+    "labels": "*i64",
+}
+ALIGNED = {"columns", "student_stride", "teacher_stride", "stride", "tokens"}
+
+
+def kernels():
+    for kind in DivergenceKind:
+        for wanted in (False, True):
+            options = {"KIND": kind.value, "TOP": wanted, "LABELS": wanted, "TEMPERED": wanted}
+            yield divergence._statistics, options
+        if kind is not DivergenceKind.FORWARD_KL:
+            yield divergence._terms, {"KIND": kind.value}
+        yield divergence._gradient, {"KIND": kind.value, "LABELS": True, "TEMPERED": True}
+    yield cross_entropy._statistics, {}
+    yield cross_entropy._gradient, {}
+
+
+def compiled(kernel, constants):
+    names = [parameter.name for parameter in kernel.params]
+    constants = constants | {"BLOCK": BLOCK}
+    source = ASTSource(
+        kernel,
+        signature={name: "constexpr" if name in constants else TYPES[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if name in ALIGNED or TYPES.get(name, "").startswith("*")
+        },
+    )
+    return triton.compile(source, target=TARGET, options={"num_warps": WARPS}).asm["cubin"]
+
+
+def resources(binary, folder):
+    """Registers a thread, and bytes of the stack, where those that do not fit would be."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", said)[1]), int(re.search(r"STACK:(\d+)", said)[1])
+
+
+def main():
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel, constants in kernels():
+            registers, stack = resources(compiled(kernel, constants), Path(folder))
+            rows.append({"kernel": kernel.__name__, **constants, "registers": registers, "stack_bytes": stack})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
