@@ -151,6 +151,12 @@ def _check_depth(target: TargetConfig) -> None:
             rule="one validation measures the block influence of each layer, and no more of depth",
             remedy="name the layers with drop_layers, or score and prune with a recipe (score.depth.metrics)",
         )
+    if target.merge_layers:
+        raise PlanError(
+            "PruningCallback: merge_layers = true",
+            rule="merging needs a second pass over calibration text, when it is known which layers go",
+            remedy="leave it out, or score and prune with a recipe",
+        )
 
 
 def _claim(folder: Path) -> None:

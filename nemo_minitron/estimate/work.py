@@ -104,6 +104,8 @@ def _scoring(config: RunConfig, model: ModelSpec) -> Work:
         # A candidate costs the layers behind its block: (L - n)(L - n + 1) / 2 layers for all blocks of n.
         lengths = {1, *depth.lengths(layers)}
         passes += depth.samples * sum((layers - n) * (layers - n + 1) / (2 * layers) for n in lengths)
+    if config.target.merge_layers:
+        passes += min(score.merge_samples, score.samples)
     tokens = score.samples * score.sequence_length
     return Work(tokens=tokens, flops=passes * score.sequence_length * forward_flops(model, score.sequence_length))
 

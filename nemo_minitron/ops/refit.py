@@ -12,8 +12,8 @@ def refit_change(weight_HF: Tensor, kept_K: Tensor, moment_FF: Tensor, cross_FH:
 
         sum |(W_kept + D) a_kept - (W a + r)|^2 + ridge * sum_k (sum a_k^2) |D_k|^2.
 
-    The penalty is relative to each input's own second moment, since in gated MLPs these differ by many orders of
-    magnitude. It pulls towards the weights as they are. Inputs that never differ from zero get no change.
+    The penalty is relative to each input's own second moment, since in gated MLPs these differ by orders of magnitude.
+    It pulls towards the weights as they are. Inputs that never differ from zero get no change.
 
     Args:
         weight_HF: The whole map.

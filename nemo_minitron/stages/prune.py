@@ -11,7 +11,7 @@ from nemo_minitron.config.run import ExportFormat, RunConfig, TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
-from nemo_minitron.pruning.merge import MergedSource, MergeSums
+from nemo_minitron.pruning.merge import MergedSource, MergeSums, gaps_of
 from nemo_minitron.pruning.rounds import round_specs, round_targets
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages.base import StageContext
@@ -41,6 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "parameters": parameters,
         "non_embedding_parameters": parameter_count(student, embeddings=False),
         "teacher_parameters": parameter_count(original),
+        "merged_into": [gap.layer for gap in gaps_of(plan)] if target.merge_layers else [],
         "dropped_layers": [index for index in range(teacher.spec.num_layers) if index not in kept],
         "summary": f"{student.num_layers} layers, {parameters / 1e6:.1f}M parameters "
         f"({parameters / parameter_count(original):.0%} of the teacher)",

@@ -97,6 +97,7 @@ def test_every_rank_is_told_what_is_wrong(folder: Path) -> None:
         PruneCase("taken/below", target={"num_layers": 2}),
         PruneCase("blocked", target={"num_layers": 2}),
         PruneCase("unmeasured", target={"num_layers": 2, "depth_metric": "lm_loss"}),
+        PruneCase("merging", target={"num_layers": 2, "merge_layers": True}),
     ]
     # A folder where a file is to be: rank 0 fails while it writes.
     (folder / "blocked" / "plan.json").mkdir(parents=True)
@@ -107,6 +108,7 @@ def test_every_rank_is_told_what_is_wrong(folder: Path) -> None:
         assert "rank 0 could not write" in said[3]
         assert "plan.json" in said[3]
         assert "depth_metric = lm_loss" in said[4]
+        assert "merge_layers = true" in said[5]
     assert not (folder / "blocked" / "student.nemo").exists()
 
 
