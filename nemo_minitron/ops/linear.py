@@ -1,9 +1,10 @@
 """The matrix products of a linear layer in fp32 on a CPU, from the library that is fast there.
 
-`torch.mm` goes to MKL in fp32 (and to oneDNN in bf16). MKL has no AVX-512 code for processors that are not Intel's, and
-packs a weight slowly where few rows meet many columns, as in an output layer; oneDNN does better in both cases. The
-values differ by rounding only. Everything is decided by facts about the processor, never by timing, so that a run which
-is gone on with ends with the same bytes.
+`torch.mm` goes to MKL in fp32 (and to oneDNN in bf16). On processors that are not Intel's MKL has no AVX-512 code, and
+is a little slower with AVX2 in the forward product, where it packs the weight; where few rows meet many columns, as in
+an output layer, it packs slowly on any processor. oneDNN does better in these cases. The values differ by rounding
+only. Everything is decided by facts about the processor, never by timing, so that a run which is gone on with ends with
+the same bytes.
 """
 
 from functools import lru_cache
@@ -26,28 +27,32 @@ def linear(x: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
     Returns:
         `[..., n]`.
     """
-    if (wide or mkl_is_slow()) and suits_onednn(x, weight):
+    if (wide or not is_intel()) and suits_onednn(x, weight):
         return _onednn(x, weight)
     return torch.matmul(x, weight.t())
 
 
 def linear_input_gradient(grad: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`grad @ weight`, the gradient of `linear`'s input: `[..., n]` and `[n, h]` give `[..., h]`, in `out` if given."""
-    if mkl_is_slow() and suits_onednn(grad, weight):
+    if has_avx512() and not is_intel() and suits_onednn(grad, weight):
         result = _onednn(grad, weight.t())
         return result if out is None else out.copy_(result)
     return torch.matmul(grad, weight, out=out)
 
 
+def has_avx512() -> bool:
+    """Whether torch uses AVX-512 here."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 @lru_cache
-def mkl_is_slow() -> bool:
-    """Whether this processor has AVX-512 and is not Intel's, so that MKL falls back to AVX2."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+def is_intel() -> bool:
+    """Whether the processor is Intel's; so it is taken where nobody says."""
     try:
-        return "GenuineIntel" not in _CPU_FACTS.read_text(encoding="ascii", errors="replace")
+        facts = _CPU_FACTS.read_text(encoding="ascii", errors="replace")
     except OSError:
-        return False
+        return True
+    return "GenuineIntel" in facts or "vendor_id" not in facts
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:

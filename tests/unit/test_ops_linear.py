@@ -5,18 +5,19 @@ from nemo_minitron.megatron.functional import linear_layer
 from nemo_minitron.ops import linear as linear_module
 from nemo_minitron.ops.linear import linear, linear_input_gradient
 
+IS_INTEL = linear_module.is_intel
 SHAPES = {"matrix": (5, 7), "sequence first": (3, 2, 7), "no rows": (0, 7)}
 
 
-@pytest.fixture(params=[True, False], ids=["other library", "torch's own"])
-def mkl_is_slow(request, monkeypatch):
-    monkeypatch.setattr(linear_module, "mkl_is_slow", lambda: request.param)
-    return request.param
+@pytest.fixture(params=[False, True], ids=["other library", "torch's own"], autouse=True)
+def processor(request, monkeypatch):
+    monkeypatch.setattr(linear_module, "is_intel", lambda: request.param)
+    monkeypatch.setattr(linear_module, "has_avx512", lambda: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_products_are_those_of_float64(shape, dtype, mkl_is_slow):
+def test_the_products_are_those_of_float64(shape, dtype):
     x, weight, grad = (torch.randn(size, dtype=dtype) for size in (shape, (11, 7), (*shape[:-1], 11)))
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     expected = torch.einsum("...h,nh->...n", x.double(), weight.double()).to(dtype)
@@ -35,7 +36,7 @@ def test_the_layers_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(linear_layer, (x.requires_grad_(), weight.requires_grad_()))
 
 
-def test_the_weights_gradient_is_added_to_its_buffer(mkl_is_slow):
+def test_the_weights_gradient_is_added_to_its_buffer():
     x, weight, grad = torch.randn(3, 2, 5), torch.randn(4, 5, requires_grad=True), torch.randn(3, 2, 4)
     linear_layer(x, weight).backward(grad)
     alone = weight.grad.clone()
@@ -46,7 +47,7 @@ def test_the_weights_gradient_is_added_to_its_buffer(mkl_is_slow):
     torch.testing.assert_close(weight.main_grad, 1 + alone)
 
 
-def test_a_frozen_weight_gets_no_gradient(mkl_is_slow):
+def test_a_frozen_weight_gets_no_gradient():
     x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
     weight.main_grad = torch.zeros(4, 5)
     linear_layer(x, weight).sum().backward()
@@ -55,11 +56,16 @@ def test_a_frozen_weight_gets_no_gradient(mkl_is_slow):
 
 
 @pytest.mark.parametrize(
-    ("capability", "vendor", "slow"),
-    [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False), ("AVX2", "AuthenticAMD", False)],
+    ("facts", "intel"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", False),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", True),
+        ("CPU implementer\t: 0x41\n", True),
+        (None, True),
+    ],
 )
-def test_which_processors_mkl_is_slow_on(capability, vendor, slow, monkeypatch, tmp_path):
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+def test_whose_processor_it_is(facts, intel, monkeypatch, tmp_path):
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(facts)
     monkeypatch.setattr(linear_module, "_CPU_FACTS", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert linear_module.mkl_is_slow.__wrapped__() is slow
+    assert IS_INTEL.__wrapped__() is intel
