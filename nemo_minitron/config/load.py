@@ -12,6 +12,7 @@ from yaml import YAMLError
 from nemo_minitron.config.run import RunConfig, TargetConfig
 from nemo_minitron.errors import ConfigError
 
+_TRAININGS = ("correct", "distill", "tune")
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -24,7 +25,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
     if not path.is_file():
         raise ConfigError(str(path), ["no such recipe file; `nemo-minitron ls` lists those that come with the package"])
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_checked(overrides or [])))
+        given = OmegaConf.from_dotlist(_checked(overrides or []))
+        merged = OmegaConf.merge(_without_alternatives(OmegaConf.load(path), given), given)
         data = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(str(path), [" ".join(str(error).split())]) from error
@@ -63,6 +65,19 @@ def check(model: type[SectionT], data: dict[str, Any], *, source: str) -> Sectio
 def to_yaml(config: BaseModel) -> str:
     """The resolved recipe as YAML, every default written out."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _without_alternatives(recipe: Any, given: Any) -> Any:
+    """The recipe without a training's `tokens` where the command line gives `minutes`, and the other way round."""
+    for section in _TRAININGS:
+        asked = given.get(section)
+        said: Any = recipe.get(section) if OmegaConf.is_dict(recipe) else None
+        if not (OmegaConf.is_dict(asked) and OmegaConf.is_dict(said)):
+            continue
+        for one, other in (("tokens", "minutes"), ("minutes", "tokens")):
+            if asked.get(one) is not None and other not in asked:
+                said.pop(other, None)
+    return recipe
 
 
 def _checked(overrides: list[str]) -> list[str]:

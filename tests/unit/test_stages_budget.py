@@ -7,7 +7,7 @@ import pytest
 from nemo_minitron.callbacks import reporter
 from nemo_minitron.callbacks.reporter import Progress
 from nemo_minitron.config.base import in_steps
-from nemo_minitron.config.load import check
+from nemo_minitron.config.load import check, load_recipe
 from nemo_minitron.config.training import DEFAULT_TOKENS, CorrectConfig, DistillConfig, OptimizerConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages import budget
@@ -68,6 +68,19 @@ def test_tokens_or_minutes():
         settings(minutes=0)
     again = check(CorrectConfig, CorrectConfig(minutes=2.0).model_dump(mode="json"), source="resolved")
     assert (again.tokens, again.minutes) == (None, 2.0)
+
+
+def test_the_command_lines_choice_replaces_the_recipes(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "name: x\nmodel: {source: m}\ndata: {sources: [t]}\ndistill: {minutes: 5}\ncorrect: {tokens: 9000}\n"
+    )
+    assert load_recipe(recipe).distill.minutes == 5
+    changed = load_recipe(recipe, ["distill.tokens=8192", "correct.minutes=2"])
+    assert (changed.distill.tokens, changed.distill.minutes) == (8192, None)
+    assert (changed.correct.tokens, changed.correct.minutes) == (None, 2)
+    with pytest.raises(ConfigError, match="tokens = 8192 and minutes = 5: give one of them"):
+        load_recipe(recipe, ["distill.tokens=8192", "distill.minutes=5"])
 
 
 def test_fractions_of_all_steps():
