@@ -186,7 +186,7 @@ class DistillConfig(TrainingConfig):
     """Numbers of the teacher; None for those of the run."""
     teacher_fp8: bool = False
     """Multiply the teacher's weights in fp8 (each tensor scaled by its own maximum), on GPUs that have it and with
-    Transformer Engine's layers. Targets become a little coarser; by how much was not measured here, for want of a card."""
+    Transformer Engine's layers. Targets become a little coarser; by how much was not measured, for want of a card."""
     offload_teacher: bool = False
     """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
     loss_chunk_tokens: Count | None = None
