@@ -233,7 +233,7 @@ class DistillConfig(TrainingConfig):
     """Dtype of the teacher, fp32 or bf16; None for the run's."""
     teacher_fp8: bool = False
     """Multiply the teacher's weights in fp8 (each tensor scaled by its own maximum), on GPUs that have it and with
-    Transformer Engine's layers. Its logits change by about a percent; weigh that against the time."""
+    Transformer Engine's layers. Targets become a little coarser; by how much was not measured, for want of a card."""
     offload_teacher: bool = False
     """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
     loss_chunk_tokens: Count | None = None

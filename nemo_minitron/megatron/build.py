@@ -119,7 +119,6 @@ def transformer_config(
     dtype = torch_dtype(precision)
     first = spec.layers[0]
     engine = engine_carries(spec, device)
-    overlapping = _overlapping_p2p(parallel, device)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -162,17 +161,14 @@ def transformer_config(
         **_recomputation(parallel.recompute),
         deallocate_pipeline_outputs=True,
         # Batched messages between two stages that are each other's next and previous one are paired up wrongly by
-        # In one batch under Gloo, the loss is right and the gradients are not.
-        batch_p2p_comm=device.type == "cuda" and not overlapping,
-        batch_p2p_sync=device.type == "cuda" and not overlapping,
-        overlap_p2p_comm=overlapping,
+        **_stage_exchange(parallel, device),
         # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before.
         **({"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}),
     )
 
 
-def _overlapping_p2p(parallel: ParallelConfig, device: torch.device) -> bool:
-    """Whether pipeline stages exchange activations while they compute.
+def _stage_exchange(parallel: ParallelConfig, device: torch.device) -> dict[str, bool]:
+    """How pipeline stages exchange activations: while they compute, or all at one time.
 
     Raises:
         LayoutError: They are to, and there is no GPU.
@@ -184,7 +180,10 @@ def _overlapping_p2p(parallel: ParallelConfig, device: torch.device) -> bool:
             rule="Gloo sends while the sender waits",
             remedy="leave it unset",
         )
-    return on_gpu and parallel.virtual_pipeline is not None and parallel.overlap_p2p_comm is not False
+    overlapping = on_gpu and parallel.virtual_pipeline is not None and parallel.overlap_p2p_comm is not False
+    # In one batch under Gloo, the loss is right and the gradients are not.
+    batched = on_gpu and not overlapping
+    return {"overlap_p2p_comm": overlapping, "batch_p2p_comm": batched, "batch_p2p_sync": batched}
 
 
 def _fused_accumulation(wanted: bool | None, *, engine: bool) -> bool:

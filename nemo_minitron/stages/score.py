@@ -85,14 +85,17 @@ def run(context: StageContext) -> dict[str, Any]:
         "tokens": scores.tokens,
         "first_sample": settings.first_sample,
         "calibration_nats": per_token(losses)["ce"],
-        "tokens_per_second": None if rate is None else round(rate, 2),
-        "mfu": speed.mfu(
-            rate,
-            forward_flops(model.spec, settings.sequence_length),
-            devices=model.runtime.world_size,
-            gpu=speed.gpu_name(),
-        ),
+        **_speed(model, rate, settings.sequence_length),
         "summary": f"{scores.samples} samples, {scores.tokens:,} tokens",
+    }
+
+
+def _speed(model: MegatronGPTModel, rate: float | None, sequence_length: int) -> dict[str, float | None]:
+    """Tokens a second over all ranks, and the fraction of the GPUs' peak that they were scored at."""
+    flops, devices = forward_flops(model.spec, sequence_length), model.runtime.world_size
+    return {
+        "tokens_per_second": None if rate is None else round(rate, 2),
+        "mfu": speed.mfu(rate, flops, devices=devices, gpu=speed.gpu_name()),
     }
 
 
