@@ -79,9 +79,11 @@ _SELF_TEST_COST = "runs on this GPU would fail or be wrong: look at the driver, 
 
 _PROBE = """
 import json, torch
+from nemo_minitron.ops.product_speed import product_speedup
 print(json.dumps({
     "build": "CUDA " + torch.version.cuda if torch.version.cuda else "CPU",
     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    "bf16_over_fp32": product_speedup(torch.device("cpu"), torch.bfloat16, torch.float32),
     "bf16_gpu": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     "nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available(),
 }))
@@ -193,15 +195,18 @@ def _devices(torch: dict[str, object]) -> list[Finding]:
     if not torch:
         return []
     gpus = torch["gpus"]
-    flags = _cpu_flags()
     if isinstance(gpus, list) and gpus:
         state = OK if torch["bf16_gpu"] else WARN
         return [
-            Finding("GPU", state, ", ".join(map(str, gpus)), "" if torch["bf16_gpu"] else "no bf16: use precision=fp32")
+            Finding(
+                "GPU",
+                state,
+                ", ".join(map(str, gpus)),
+                "" if torch["bf16_gpu"] else "no bf16; precision=auto takes fp32",
+            )
         ]
-    amx, avx = "amx_bf16" in flags, "avx512_bf16" in flags
-    fast = "AMX" if amx else "AVX-512 bf16" if avx else "neither AMX nor AVX-512 bf16"
-    slow = "" if amx or avx else "bf16 is emulated and slow here: use precision=fp32"
+    ratio = float(str(torch["bf16_over_fp32"]))
+    slow = "" if ratio >= 1 else "bf16 is emulated and slow here; precision=auto takes fp32"
     return [
         Finding(
             "GPU",
@@ -209,7 +214,7 @@ def _devices(torch: dict[str, object]) -> list[Finding]:
             f"none ({torch['build']} build of torch)",
             "CPU speed: fine for models up to a few hundred million parameters",
         ),
-        Finding("bf16 on CPU", WARN if slow else OK, fast, slow),
+        Finding("bf16 on CPU", WARN if slow else OK, f"{ratio:.2g} x the speed of fp32 (measured)", slow),
         Finding(
             "gloo",
             OK if torch["gloo"] else BAD,
@@ -245,11 +250,3 @@ def _machine() -> list[Finding]:
             "" if pip else "package: models and texts cannot be fetched: python -m ensurepip",
         ),
     ]
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
