@@ -38,7 +38,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	  || echo "No NVIDIA GPU here. If pip starts on packages named nvidia-*, TORCH_INDEX_URL (see Makefile) saves 4 GB."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "1/2 torch"
-	@$(PIP_INSTALL) torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	@$(if $(TORCH_INDEX_URL),PIP_INDEX_URL=$(TORCH_INDEX_URL)) $(PIP_INSTALL) torch==2.13.0
 	@echo "2/2 nemo_minitron with NeMo, Megatron-Core, Lightning and the tools of its tests"
 	@$(PIP_INSTALL) --editable '.[train,test]'
 	@echo "Installed; $(BIN)/nemo-minitron doctor says what is there."

@@ -18,9 +18,9 @@ def checkpoint(*args: Any, **kwargs: Any) -> Any:
     """Recomputation under fp8.
 
     Raises:
-        NotImplementedError: Always.
+        RuntimeError: Always.
     """
-    raise NotImplementedError("fp8 recomputation")
+    raise RuntimeError("fp8 recomputation")
 
 
 def activation_recompute_forward(*args: Any, **kwargs: Any) -> AbstractContextManager[None]:

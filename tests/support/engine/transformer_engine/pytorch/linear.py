@@ -131,7 +131,7 @@ class LayerNormLinear(Linear):
         **settings: Any,
     ) -> None:
         if return_layernorm_output:
-            raise NotImplementedError("the output of the norm")
+            raise RuntimeError("the output of the norm")
         super().__init__(in_features, out_features, **settings)
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
         self.layer_norm_weight = first_weight(in_features, zero_centred=zero_centered_gamma, **self._kind)

@@ -21,7 +21,7 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise NotImplementedError("Adam with L2 regularisation")
+            raise RuntimeError("Adam with L2 regularisation")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def initialize_state(self, param: Tensor) -> None:

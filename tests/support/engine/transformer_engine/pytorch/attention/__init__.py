@@ -56,7 +56,7 @@ class DotProductAttention(ExtraState):
     ) -> None:
         super().__init__()
         if attention_dropout:
-            raise NotImplementedError("dropout")
+            raise RuntimeError("dropout")
         self.softmax_scale, self.window_size, self.cp_group = softmax_scale, window_size, cp_group
         self.register_load_state_dict_post_hook(_forgive_extra_state)
 
@@ -69,7 +69,7 @@ class DotProductAttention(ExtraState):
         attn_mask_type: str = "causal",
     ) -> Tensor:
         if attn_mask_type != "causal" or attention_mask is not None:
-            raise NotImplementedError(f"mask {attn_mask_type}")
+            raise RuntimeError(f"mask {attn_mask_type}")
         length, batch, heads, channels = query_layer.shape
         places = _places(length, self.cp_group, query_layer.device)
         if self.cp_group is not None:

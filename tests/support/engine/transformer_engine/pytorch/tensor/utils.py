@@ -3,7 +3,7 @@
 
 def cast_master_weights_to_fp8(*args: object, **kwargs: object) -> None:
     """Not called."""
-    raise NotImplementedError("fp8 weights")
+    raise RuntimeError("fp8 weights")
 
 
 post_all_gather_processing = replace_raw_data = cast_master_weights_to_fp8
