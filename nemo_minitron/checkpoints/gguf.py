@@ -17,6 +17,7 @@ from nemo_minitron.checkpoints.gguf_file import GgufFile
 from nemo_minitron.checkpoints.gguf_spec import FACTORS, read_spec
 from nemo_minitron.checkpoints.gguf_tokenizer import convert_tokenizer
 from nemo_minitron.checkpoints.parts import fuse, part_shapes
+from nemo_minitron.checkpoints.plain_data import spec_of
 from nemo_minitron.checkpoints.source import check_tokenizer_fits, names_of
 from nemo_minitron.errors import CheckpointError
 
@@ -53,7 +54,7 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GgufFile(path)
-        self._spec = read_spec(self._file)
+        self._spec = spec_of(lambda: read_spec(self._file), {}, where=str(path))
         self._check_names()
         self._tokenizer_files: dict[str, bytes] | None = None
 

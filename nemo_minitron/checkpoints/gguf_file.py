@@ -81,6 +81,8 @@ class GgufFile:
     def _other_parts(self) -> list[Path]:
         """Paths of the parts behind the first."""
         count, number = self.field("split.count", 0), self.field("split.no", 0)
+        if type(count) is not int or type(number) is not int:
+            raise CheckpointError(f"{self.path}: split.no = {str(number)[:40]} of split.count = {str(count)[:40]}")
         if count in (0, 1) and number == 0:
             return []
         match = _PART.match(self.path.name)
@@ -109,7 +111,12 @@ class GgufFile:
 
 def _value(fields: Mapping[str, Any], key: str, default: Any) -> Any:
     field = fields.get(key)
-    return default if field is None else field.contents()
+    if field is None:
+        return default
+    try:
+        return field.contents()
+    except Exception as error:  # whatever the package raises on bytes that are no text, or lists without an end
+        raise CheckpointError(f"GGUF key {key} cannot be read ({error})", remedy="damaged? fetch it again") from error
 
 
 def _open(path: Path) -> Any:

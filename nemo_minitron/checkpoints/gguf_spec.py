@@ -7,6 +7,7 @@ import numpy as np
 
 from nemo_minitron.arch.spec import AnyScaling, LayerSpec, LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.checkpoints.gguf_file import GgufFile
+from nemo_minitron.checkpoints.plain_data import MOST_LAYERS
 from nemo_minitron.errors import CheckpointError, SpecError
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -64,6 +65,8 @@ class _Reader:
             raise CheckpointError(f"{self.path}: token_embd.weight is missing")
         heads = self._size("attention.head_count")
         layers = self._size("block_count")
+        if layers > MOST_LAYERS:
+            raise CheckpointError(f"{self.path}: block_count = {layers}", rule=f"at most {MOST_LAYERS}")
         layer = LayerSpec(
             num_attention_heads=heads,
             num_query_groups=self._size("attention.head_count_kv", heads),
