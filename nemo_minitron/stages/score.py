@@ -76,10 +76,7 @@ def run(context: StageContext) -> dict[str, Any]:
         scores.depth = _depth(context, trainer, model)
     if config.target.merge_layers:
         _merge(context, model, scores)
-    if context.rank == 0:
-        scores.save(context.out / FILE)
-        for name in (PARTIAL, DEPTH_PARTIAL):
-            (context.out / name).unlink(missing_ok=True)
+    _leave(context, scores)
     return {
         "samples": scores.samples,
         "tokens": scores.tokens,
@@ -88,6 +85,14 @@ def run(context: StageContext) -> dict[str, Any]:
         **_speed(model, rate, settings.sequence_length),
         "summary": f"{scores.samples} samples, {scores.tokens:,} tokens",
     }
+
+
+def _leave(context: StageContext, scores: Scores) -> None:
+    """Write the scores; what an attempt that is cut off would go on from is no longer needed."""
+    if context.rank == 0:
+        scores.save(context.out / FILE)
+        for name in (PARTIAL, DEPTH_PARTIAL):
+            (context.out / name).unlink(missing_ok=True)
 
 
 def _speed(model: MegatronGPTModel, rate: float | None, sequence_length: int) -> dict[str, float | None]:
