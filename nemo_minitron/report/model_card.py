@@ -133,7 +133,7 @@ def _evaluation_rows(evaluation: Mapping[str, Any]) -> str:
     rows = []
     for role, words in _ROLES.items():
         if role in perplexity:
-            error = f" ± {errors[role]:.2f}" if role in errors else ""
+            error = f" ± {errors[role]:.2f}" if errors.get(role) is not None else ""
             rows.append(f"| {words} | {perplexity[role]:.2f}{error} |")
     if not rows:
         return ""

@@ -200,7 +200,7 @@ def test_the_card_says_what_is_known(hf: Path) -> None:
         sources=("texts/a.jsonl", "org/corpus"),
         evaluation={
             "perplexity": {"teacher": 23.31, "pruned": 90.12, "distilled": 36.45},
-            "standard_error": {"distilled": 0.61},
+            "standard_error": {"distilled": 0.61, "teacher": None},  # None: too little text to tell
             "tokens": 20480,
         },
         checks={"hf": 3e-6},
