@@ -1,5 +1,6 @@
 """Whole chains in this process, for tests that look inside a training stage or end it at odd moments."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def run_to(
     try:
         chain = chain_for(config)
         request = Request(config=config, run=folder, last=last)
-        run_chain(chain, request, team=team, reporter=Reporter(silent=True))
+        run_chain(
+            chain, request, team=team, reporter=Reporter(silent=team.rank > 0, stream=io.StringIO(), terminal=False)
+        )
         return {stage.name: folder.result(stage.name) for stage in chain if folder.is_whole(stage.name)}
     finally:
         runtime.stop()

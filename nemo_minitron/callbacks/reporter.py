@@ -33,7 +33,8 @@ class Progress:
     def advance(self, amount: int = 1, fields: Mapping[str, str] | None = None) -> None:
         """Count work done; `fields` (name to text, as `{"loss": "1.21"}`) replace those shown."""
         self.done += amount
-        if not self._is_warm:  # the first piece makes buffers and chooses kernels: it says little about the others
+        # The first piece makes buffers and chooses kernels: it says little about the others.
+        if amount and not self._is_warm:
             self._cold_from, self._paced_from = self._paced_from, (time.monotonic(), self.done)
             self._is_warm = True
         if fields is not None:

@@ -1,5 +1,6 @@
 """The base of every section of a recipe."""
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -24,8 +25,11 @@ Steps = Annotated[int | float, BeforeValidator(_number_of_steps)]
 
 
 def in_steps(value: Steps, total: int) -> int:
-    """A `Steps` value as a number of steps, for a training of `total`; a fraction gives at least one."""
-    return value if isinstance(value, int) else max(1, round(value * total))
+    """A `Steps` value as a number of steps, for a training of `total`; a fraction is rounded up.
+
+    So half of 33 steps is 17, and a validation every half is one in the middle and one at the end.
+    """
+    return value if isinstance(value, int) else math.ceil(round(value * total, 6))
 
 
 class Section(BaseModel):

@@ -44,7 +44,7 @@ class _Linear(torch.autograd.Function):
             return grad_x, None
         rows, inputs = grad.flatten(0, -2).t(), x.flatten(0, -2)
         total = getattr(weight, "main_grad", None)
-        if total is None or total.dtype != grad.dtype:
+        if total is None or total.dtype != grad.dtype or getattr(weight, "gradient_through_autograd", False):
             return grad_x, rows @ inputs
         # Megatron would make a tensor of it, add that to the buffer, and throw it away.
         total.addmm_(rows, inputs)

@@ -42,6 +42,9 @@ def connect(wrapped: Sequence[nn.Module], runtime: Runtime) -> None:
         config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
     for chunk in wrapped:
         model = unwrap(chunk)
+        for parameter in model.parameters():
+            # Megatron waits for autograd to bring each gradient, and takes none that was added in place.
+            parameter.gradient_through_autograd = True
         if model.post_process and (weight := model.output_weight()).requires_grad:
             setattr(weight, _READY, partial(chunk.param_to_bucket_group[weight].register_grad_ready, weight))
 

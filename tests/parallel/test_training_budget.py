@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_one_that_was_given_its_steps(prun
     ((result, resumed),) = distill(run, inputs, **MINUTES, **SCHEDULE)
     assert result["steps"] == fixed["steps"]
     assert result["budget"] == fixed
-    assert [row["step"] for row in result["history"]] == [0, round(fixed["steps"] / 2), fixed["steps"]]
+    assert [row["step"] for row in result["history"]] == [0, -(-fixed["steps"] // 2), fixed["steps"]]
 
     given = {**MINUTES, **SCHEDULE, "minutes": None, "tokens": fixed["tokens"]}
     ((expected, weights),) = distill(plain, inputs, **given)

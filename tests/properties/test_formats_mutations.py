@@ -144,6 +144,8 @@ def outcome(mutation: Mutation, folder: Path, scratch: Path, original: torch.Ten
         return "refused by name" if any(name in str(error) for name in names) else f"SILENT about the key: {error}"
     ours, theirs = loaded(scratch / "out"), loaded(changed)
     if ours is None:
+        if theirs is None:
+            return "refused by transformers, as given and as written"
         return "SILENT: transformers refuses what was written"
     expected = original if theirs is None else theirs[0]
     if (difference := (ours[0] - expected).abs().max()) > SAME:

@@ -73,8 +73,8 @@ def _build_of_engine() -> None:
     def carries(spec: Any, device: Any) -> bool:
         return device.type != "meta" and not (spec.post_norms or any(layer.local for layer in spec.layers))
 
-    def config(spec: Any, parallel: Any, precision: Any, *, device: Any) -> Any:
-        made = original(spec, parallel, precision, device=device)
+    def config(spec: Any, parallel: Any, precision: Any, *, device: Any, **options: Any) -> Any:
+        made = original(spec, parallel, precision, device=device, **options)
         made.use_cpu_initialization = not carries(spec, device)
         return made
 

@@ -183,7 +183,7 @@ def test_nemo_config_has_the_keys_of_the_official_converter() -> None:
         ({"activation": "reglu"}, "reglu"),
         ({"num_attention_heads": 7}, "multiple"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
-        ({"seq_len_interpolation_factor": 2}, "seq_len_interpolation_factor"),
+        ({"seq_len_interpolation_factor": -2}, "seq_len_interpolation_factor"),
         ({"normalization": "batchnorm"}, "batchnorm"),
         ({"hidden_size": None}, "missing"),
     ],

@@ -47,7 +47,7 @@ def test_peak_memory_is_that_of_the_fullest_rank(monkeypatch):
     assert speed.peak_gpu_memory() == {"allocated": 12.346, "reserved": 20.0}
 
     class Three(Alone):
-        def gather(self, value):
+        def collect(self, value):
             return [value, {"allocated": 30.0, "reserved": 31.0}, {}]
 
     assert engine._gpu_memory(Three()) == {"peak_gpu_memory_gb": {"allocated": 30.0, "reserved": 31.0}}

@@ -98,7 +98,14 @@ class Family:
                 )
         if {*(config.get("layer_types") or ())} - {"full_attention"} and "layer_types" not in self.settings:
             raise SpecError(f"config.json: layer_types are not all full_attention, which {self.name} does not support")
-        spec = self.read(complete(config, self.defaults, self.nullable, family=self.hf_architecture))
+        filled = complete(config, self.defaults, self.nullable, family=self.hf_architecture)
+        try:
+            spec = self.read(filled)
+        except SpecError as error:
+            if (absent := self.assumed(config)) and not error.remedy:
+                taken = ", ".join(f"{key} = {value}" for key, value in absent.items())
+                error.remedy = f"config.json leaves out keys for which {self.hf_architecture} takes {taken}"
+            raise
         self._check(spec, "config.json")
         return spec
 
