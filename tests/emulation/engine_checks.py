@@ -75,7 +75,7 @@ def test_a_state_moves_between_layouts(tmp_path, one_rank):
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_resuming_is_bit_identical(precision, distributed, tmp_path):
     how = {"precision": precision, "distributed": distributed}
     whole, second = Case("tied", save=tmp_path / "state", **how), Case("tied", load=tmp_path / "state", **how)

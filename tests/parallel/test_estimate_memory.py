@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pytest
@@ -92,6 +93,8 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
         chunk.output = "hidden"
     config = OptimizerConfig()
     wrapped = optim.wrap(chunks, config)
+    for parameter in chain.from_iterable(chunk.parameters() for chunk in chunks):
+        parameter.gradient_through_autograd = True  # as on a GPU, which the estimate is for
     trainer = optim.build_optimizer(wrapped, config, case.precision, steps=10)
     tokens = torch.randint(0, case.spec.vocab_size, (1, TOKENS))
     batch = MicroBatch.of(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))

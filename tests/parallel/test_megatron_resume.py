@@ -15,7 +15,7 @@ VPP2 = ParallelConfig(pipeline=2, virtual_pipeline=2)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_resuming_is_bit_identical(precision: Precision, distributed: bool, tmp_path: Path) -> None:
     whole = Case("tied", precision=precision, distributed=distributed, save=tmp_path / "state")
     second = Case("tied", precision=precision, distributed=distributed, load=tmp_path / "state")

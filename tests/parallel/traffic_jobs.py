@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter
 from itertools import chain, repeat
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -106,6 +107,10 @@ def _batch(spec: ModelSpec, samples: int = SAMPLES, length: int = LENGTH) -> Any
     return MicroBatch.of(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
+def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
 def train_once(spec: ModelSpec, precision: Precision, samples: int, length: int) -> tuple[int, int]:
     """Operations of one step of plain training on one rank, and bytes of its checkpoint's folder."""
     from nemo_minitron.megatron import forward, optim, runtime, sharded_io
@@ -118,7 +123,9 @@ def train_once(spec: ModelSpec, precision: Precision, samples: int, length: int)
     wrapped = optim.wrap(chunks, config)
     trainer = optim.build_optimizer(wrapped, config, precision, steps=10)
     loss = LanguageModelLoss(model=chunks[0], vocab_size=spec.vocab_size, tensor_group=None)
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch's counter does not know oneDNN's product.
+    known = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         forward.run(wrapped, [_batch(spec, samples, length)], loss, runtime=here, forward_only=False)
     trainer.step()
     with tempfile.TemporaryDirectory() as folder:
