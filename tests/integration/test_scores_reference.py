@@ -75,8 +75,8 @@ def assert_scores_are_the_papers(model: PreTrainedModel, scored, tokens, keep):
                     off = (got - expected).abs()
                     place = f"{prefix}, {batch} over samples ({theirs_site})"
                     assert off.norm() < 1e-5 * size.norm(), place
-                    # In a single channel a square carries twice the forward pass's error.
-                    assert (off < (3e-5 if sequence == "var" else 1e-5) * (size + size.mean())).all(), place
+                    # In a single channel a square carries twice the forward pass's error, which the library decides.
+                    assert (off < (3e-5 if sequence == "var" else 2e-5) * (size + size.mean())).all(), place
         change = [oracle.block_influence(*pair) for pair in token_lists(found, layer)]
         weights = keep.sum(-1).tolist()
         expected = sum(one * weight for one, weight in zip(change, weights, strict=True)) / sum(weights)

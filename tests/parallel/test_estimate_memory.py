@@ -192,7 +192,10 @@ def test_a_real_step_allocates_what_is_estimated(case):
             every = case.micro_batches * TOKENS * TEACHER.hidden_size * element
             compared = 0 if case.hidden is None else 4 if case.parallel == ParallelConfig() else 2
             assert states == (is_last + compared) * every
-        assert found["peak"] == pytest.approx(estimate.activations + estimate.loss + states, rel=0.1)
+        expected = estimate.activations + estimate.loss + states
+        # With recomputation a CPU's linears, which multiply without PyTorch's own graph, take up to a fifth less.
+        least = 0.9 if case.parallel.recompute is Recompute.NONE else 0.75
+        assert least * expected <= found["peak"] <= 1.1 * expected
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -121,6 +121,8 @@ def train_once(spec: ModelSpec, precision: Precision, samples: int, length: int)
     chunks[0].output = "hidden"
     config = OptimizerConfig()
     wrapped = optim.wrap(chunks, config)
+    for parameter in chunks[0].parameters():
+        parameter.gradient_through_autograd = True  # PyTorch's counter does not know products that add in place
     trainer = optim.build_optimizer(wrapped, config, precision, steps=10)
     loss = LanguageModelLoss(model=chunks[0], vocab_size=spec.vocab_size, tensor_group=None)
     # PyTorch's counter does not know oneDNN's product.
