@@ -156,7 +156,7 @@ def _locals(config: Mapping[str, Any], count: int) -> list[bool]:
     if len(kinds) != count or set(kinds) - {"sliding_attention", "full_attention"}:
         raise SpecError(
             f"config.json: layer_types = {kinds} is not supported",
-            rule=f"sliding_attention or full_attention for each of {count} layers",
+            rule=f"sliding_attention or full_attention for each of num_hidden_layers = {count} layers",
         )
     return [kind == "sliding_attention" for kind in kinds]
 
