@@ -71,11 +71,11 @@ def parse_rope(
     kind = _agreed(rope, "rope_type", rope, "type", where=where, default="default")
     theta = _number(_agreed(rope, "rope_theta", config, base_key, where=where, default=base), "rope_theta")
     key = "partial_rotary_factor"
-    if key in rope and rope[key] is None and config.get(key) not in (None, 1):
+    if key in rope and rope[key] is None:
         raise SpecError(
-            f"config.json: {where}: {key} = null beside {key} = {config[key]!r}",
-            rule="transformers takes the null and turns all channels",
-            remedy=f"give {key} once",
+            f"config.json: {where}: {key} = null",
+            rule="a fraction of a head's channels; classes of transformers differ in what they make of null here",
+            remedy=f"give a number, or leave {key} out",
         )
     share = _agreed(rope, key, config, key, where=where, default=percent)
     if share is None and percent == 1:  # null is nothing said; a class with another default of its own takes it for 1
