@@ -10,6 +10,8 @@ import torch
 from tests.integration import test_run as one_round
 from tests.integration.test_run import environment, start, wait_for, weights
 
+pytestmark = pytest.mark.slow
+
 inputs = one_round.inputs
 CACHE = ["cache.samples_per_shard=8", "cache.micro_batch_size=2", "distill.lm_weight=0.5"]
 

@@ -45,6 +45,7 @@ def distill(artefacts: Path, where: Path, *more: str) -> str:
     return ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_exp_manager_logs_checkpoints_resumes_and_leaves_a_nemo(artefacts, tmp_path):
     distill(artefacts, tmp_path, "trainer.max_steps=6")
     checkpoints = next(tmp_path.rglob("checkpoints"))
@@ -61,6 +62,7 @@ def test_exp_manager_logs_checkpoints_resumes_and_leaves_a_nemo(artefacts, tmp_p
     assert len(_events(checkpoints.parent)) == 9, "the second run goes on after the first one's last step"
 
 
+@pytest.mark.slow
 def test_pruning_needs_only_the_callbacks_and_a_nemo_config(artefacts, tmp_path):
     command = [
         *(sys.executable, str(EXAMPLES / "megatron_gpt_prune.py")),

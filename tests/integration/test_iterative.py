@@ -11,6 +11,8 @@ from nemo_minitron.checkpoints.source import open_checkpoint
 from tests.integration import test_run as one_round
 from tests.integration.test_run import environment, start, training_rows, wait_for, weights
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/iterative_cpu.yaml"
 inputs = one_round.inputs
 

@@ -78,6 +78,7 @@ def test_exports_load_elsewhere(undisturbed):
     assert open_checkpoint(export / "tiny.nemo").spec == open_checkpoint(undisturbed / "stages/distill/student").spec
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_the_same_command_finishes_with_the_same_weights(undisturbed, inputs, tmp_path):
     run = tmp_path / "run"
     for stage in NAMES:
@@ -90,6 +91,7 @@ def test_killed_in_every_stage_the_same_command_finishes_with_the_same_weights(u
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_training_saves_and_goes_on_from_there(undisturbed, inputs, tmp_path, number):
     run = tmp_path / "run"

@@ -14,6 +14,8 @@ from tests import chain_jobs
 from tests.ranks import RankError, run_on_ranks
 from tests.tiny import WORDS, write_corpus, write_llama
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"

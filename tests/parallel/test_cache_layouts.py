@@ -16,6 +16,8 @@ from tests.parallel import cache_jobs
 from tests.ranks import run_on_ranks
 from tests.tiny import write_corpus, write_llama
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor=2)),
     "dp2": (2, ParallelConfig()),

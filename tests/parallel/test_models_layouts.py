@@ -63,6 +63,7 @@ def test_twenty_distillation_steps_are_those_of_one_rank(artefacts, one_rank, la
         np.testing.assert_allclose(losses, one_rank["losses"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OTHER_WAYS)
 def test_twenty_distillation_steps_are_the_same_in_another_way(artefacts, one_rank, way):
     world_size, parallel, micro_batch_size = OTHER_WAYS[way]

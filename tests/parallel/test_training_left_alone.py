@@ -164,6 +164,7 @@ def stop_after_seven_steps() -> None:
     SaveAndStop.on_train_batch_end = hook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_at_another_data_parallel_size(run, inputs, tmp_path, before, after):
     whole = shutil.copytree(run, tmp_path / "whole")

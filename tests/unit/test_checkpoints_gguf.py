@@ -218,6 +218,7 @@ def test_bad_files_are_refused(hf: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_real_model_equals_the_conversion_of_transformers() -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
