@@ -16,8 +16,6 @@ MADE = '''
 import os, time
 from benchmarks.gpu.registry import Kind, Outcome, Target, check
 
-pytestmark = pytest.mark.slow
-
 @check(order=0, seconds=1)
 def wrong(bench):
     """Computes something wrong."""
