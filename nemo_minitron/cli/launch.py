@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -42,8 +42,16 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="nemo_minitron_") as folder:
         errors = [Path(folder) / f"rank{rank}.err" for rank in range(ranks)]
-        port = _free_port()
-        processes = [_spawn(arguments, rank, ranks, port, errors[rank]) for rank in range(ranks)]
+        environment = dict(os.environ)
+        threads.choose(ranks=ranks, environment=environment)  # once: the first rank makes the machine busy
+        environment |= {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            LAUNCHED: "1",
+        }
+        processes = [_spawn(arguments, rank, environment, errors[rank]) for rank in range(ranks)]
         asked: list[int] = []
         previous = {number: signal.signal(number, _forwarder(processes, asked)) for number in SIGNALS}
         try:
@@ -57,18 +65,8 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
                 process.wait()
 
 
-def _spawn(arguments: Sequence[str], rank: int, ranks: int, port: int, errors: Path) -> "subprocess.Popen[bytes]":
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        LAUNCHED: "1",
-    }
-    threads.choose(ranks=ranks, environment=environment)
+def _spawn(arguments: Sequence[str], rank: int, shared: Mapping[str, str], errors: Path) -> "subprocess.Popen[bytes]":
+    environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     command = [sys.executable, "-m", "nemo_minitron", *arguments]
     with errors.open("wb") as file:
         return subprocess.Popen(
