@@ -49,7 +49,7 @@ def is_idle(*, threads: int) -> bool:
     import psutil
 
     cores = psutil.cpu_count() or 1
-    used = psutil.cpu_percent(interval=_SAMPLE_SECONDS) / 100 * cores
+    used: float = psutil.cpu_percent(interval=_SAMPLE_SECONDS) / 100 * cores
     return used <= cores - threads + _BUSY
 
 

@@ -98,6 +98,13 @@ class GuardConfig(Section):
     """Training ends with an error after so many skipped steps in a row."""
 
 
+class BudgetOf(StrEnum):
+    """What a time budget is for."""
+
+    STAGE = "stage"
+    RUN = "run"
+
+
 DEFAULT_TOKENS = 100_000
 
 
@@ -109,6 +116,8 @@ class TrainingConfig(Section):
     minutes: Positive | None = None
     """Wall-clock minutes of the stage, instead of `tokens`: its own speed is measured at its start, and the number of
     steps that fit is fixed then. A resumed run keeps that number."""
+    minutes_of: BudgetOf = BudgetOf.STAGE
+    """What `minutes` are for: this stage, or the complete `run`, of which it then takes what the other stages leave."""
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validate_every: Steps = 50

@@ -31,6 +31,8 @@ class StageContext:
     """Whether `out` holds what an earlier attempt with the same inputs left."""
     rank: int = 0
     world_size: int = 1
+    minutes_left: float | None = None
+    """What the other stages leave of a time budget for the complete run, on rank 0; None without such a budget."""
     reporter: Reporter = field(default_factory=Reporter)
     """Progress and lines for the user; metrics files. Rank 0 speaks, the others' is silent."""
     stop_requested: Callable[[], bool] = signals.requested

@@ -40,26 +40,54 @@ class Costs:
         return self.start + steps * self.step + validations * self.validation + (checkpoints + 1 / 3) * self.checkpoint
 
 
-def fitting(settings: TrainingConfig, costs: Costs, *, seconds: float, key: str) -> TrainingConfig:
-    """The training with as many steps as fit into some seconds.
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A training's time."""
+
+    seconds: float
+    """Wall-clock time of the stage."""
+    source: str
+    """The keys that it comes from, as an error shows them."""
+
+    @classmethod
+    def of(cls, settings: TrainingConfig, minutes_left: float | None, *, key: str) -> "Given":
+        """The stage's own budget, or what the other stages leave of the run's.
+
+        Args:
+            settings: A training with `minutes`.
+            minutes_left: That rest, where the budget is the run's.
+            key: Of the section in the recipe.
+        """
+        minutes = settings.minutes or 0.0
+        source = f"{key}.minutes = {minutes:g}"
+        if minutes_left is None:
+            return cls(seconds=60 * minutes, source=source)
+        others = minutes - minutes_left
+        return cls(
+            seconds=max(60 * minutes_left, 0.0), source=f"{source} for the complete run, {others:.2g} for other stages"
+        )
+
+
+def fitting(settings: TrainingConfig, costs: Costs, given: Given, *, seconds: float) -> TrainingConfig:
+    """The training with as many steps as fit into what is left of its time.
 
     Args:
         settings: A training with `minutes`.
         costs: What its parts take here.
-        seconds: What is left of the budget.
-        key: Of the section in the recipe, for the error.
+        given: Its time.
+        seconds: What is left of it after the measurement.
 
     Raises:
         ConfigError: Not one step fits.
     """
     if costs.of(settings.with_steps(1)) > seconds:
-        needed = (60 * (settings.minutes or 0) - seconds + costs.of(settings.with_steps(1))) / 60
+        short = (costs.of(settings.with_steps(1)) - seconds) / 60
         raise ConfigError(
             "recipe",
             [
-                f"{key}.minutes = {settings.minutes:g}: one optimizer step takes {costs.step:.3g} s here (measured), "
+                f"{given.source}: one optimizer step takes {costs.step:.3g} s here (measured), "
                 f"reading the models {costs.start:.3g} s and a validation {costs.validation:.3g} s; the least is "
-                f"{needed:.2g} minutes"
+                f"{(settings.minutes or 0.0) + short:.2g} minutes"
             ],
         )
     low, high = 1, max(2, int(seconds / costs.step) + 2)
@@ -76,10 +104,10 @@ def kept(folder: Path, settings: TrainingConfig) -> TrainingConfig | None:
     return settings.with_steps(int(read_json(path)["steps"])) if path.is_file() else None
 
 
-def keep(folder: Path, fixed: TrainingConfig, costs: Costs, *, minutes: float) -> dict[str, Any]:
+def keep(folder: Path, fixed: TrainingConfig, costs: Costs, given: Given) -> dict[str, Any]:
     """Write down what was fixed and why; returns it."""
     record = {
-        "minutes": minutes,
+        "minutes": round(given.seconds / 60, 3),
         "steps": fixed.steps,
         "tokens": fixed.tokens,
         "seconds_expected": round(costs.of(fixed), 1),

@@ -163,7 +163,9 @@ def _outlook(
 ) -> Outlook | None:
     """What is ahead, on the rank that speaks."""
     ahead = [by_name[name] for name, data in steps if data["action"] != Action.SKIP]
-    return Outlook(request.config, request.run, ahead, ranks=team.size) if team.rank == 0 else None
+    if team.rank > 0:
+        return None
+    return Outlook(request.config, request.run, ahead, chain=list(by_name.values()), ranks=team.size)
 
 
 def _one(
@@ -194,6 +196,7 @@ def _one(
         resumed=step.action is Action.CONTINUE,
         rank=team.rank,
         world_size=team.size,
+        minutes_left=None if outlook is None else outlook.minutes_for(stage),
         reporter=reporter,
     )
     with signals.deferred() if stage.saves_when_stopped else nullcontext():

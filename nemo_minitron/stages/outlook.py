@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.config.training import TrainingConfig
+from nemo_minitron.config.training import BudgetOf, TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.estimate.work import work_of
@@ -25,13 +25,17 @@ class Outlook:
     Args:
         config: The recipe with its precision settled.
         run: The run folder; the teacher's sizes are read from its first stage.
-        stages: Those that are to be done, in order.
+        stages: Those that this command does, in order.
+        chain: All stages of the recipe.
         ranks: Processes of the run.
     """
 
-    def __init__(self, config: RunConfig, run: RunFolder, stages: Sequence[Stage], *, ranks: int) -> None:
+    def __init__(
+        self, config: RunConfig, run: RunFolder, stages: Sequence[Stage], *, chain: Sequence[Stage], ranks: int
+    ) -> None:
         self._config, self._run, self._ranks = config, run, ranks
         self._left = {stage.name: stage for stage in stages}
+        self._chain = chain
         self._rate: float | None = None
         self._teacher: ModelSpec | None = None
 
@@ -46,6 +50,24 @@ class Outlook:
         if stage is not None and self._budget(stage) is None and (flops := self._flops(stage)) and seconds > 0:
             self._rate = flops / seconds
 
+    def minutes_for(self, stage: Stage) -> float | None:
+        """What all other stages of the recipe leave a training whose budget is the complete run's; None for others.
+
+        Stages that are done count with the time that they took. Several such trainings share alike.
+        """
+        section = self._training(stage)
+        if section is None or section.minutes is None or section.minutes_of is not BudgetOf.RUN:
+            return None
+        ahead = [other for other in self._chain if other.name in self._left or not self._run.is_whole(other.name)]
+        sharing = [other for other in ahead if self._training(other) is section or other.name == stage.name]
+        spent = sum(self._run.result(other.name).get("seconds", 0.0) for other in self._chain if other not in ahead)
+        others = sum(self._expected(other) for other in ahead if other not in sharing)
+        return (section.minutes - (spent + others) / 60) / len(sharing)
+
+    def _training(self, stage: Stage) -> TrainingConfig | None:
+        section = getattr(self._config, stage.kind, None)
+        return section if isinstance(section, TrainingConfig) else None
+
     def _model(self) -> ModelSpec | None:
         if self._teacher is None and self._run.is_whole("import") and "spec" in (read := self._run.result("import")):
             self._teacher = ModelSpec.from_dict(read["spec"])
@@ -58,9 +80,11 @@ class Outlook:
         return flops / self._speed() if flops else _FILE_SECONDS.get(stage.kind, 0.0)
 
     def _budget(self, stage: Stage) -> float | None:
-        section = getattr(self._config, stage.kind, None)
-        timed = isinstance(section, TrainingConfig) and section.minutes is not None
-        return 60 * section.minutes if timed else None
+        section = self._training(stage)
+        if section is None or section.minutes is None:
+            return None
+        left = self.minutes_for(stage)
+        return 60 * (section.minutes if left is None else max(left, 0.0))
 
     def _flops(self, stage: Stage) -> float:
         """Operations of a stage that runs models; 0 for another."""

@@ -35,7 +35,7 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     Goes on from the newest whole checkpoint of an earlier attempt. A time budget becomes a number of steps first.
     """
     if job.settings.minutes is not None:
-        job = _with_steps_fixed(context, job, minutes=job.settings.minutes)
+        job = _with_steps_fixed(context, job)
     settings = job.settings
     checkpoints = context.out / "checkpoints"
     throughput = Throughput(settings.batch.tokens_per_step)
@@ -77,18 +77,19 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def _with_steps_fixed(context: StageContext, job: TrainingJob, *, minutes: float) -> TrainingJob:
+def _with_steps_fixed(context: StageContext, job: TrainingJob) -> TrainingJob:
     """The training with the steps that its budget allows here, or those that an earlier attempt has fixed."""
     started = time.monotonic()
     fixed = runtime.broadcast_object(budget.kept(context.out, job.settings) if context.rank == 0 else None)
     if fixed is None:
         key = context.stage.kind
-        context.reporter.line(f"          {minutes:g} minutes for {key}: measuring the speed of this machine")
-        costs = trial.measure(context, job, seconds=60 * minutes)
-        left = runtime.broadcast_object(60 * minutes - (time.monotonic() - started))
-        fixed = budget.fitting(job.settings, costs, seconds=left, key=key)
+        given = runtime.broadcast_object(budget.Given.of(job.settings, context.minutes_left, key=key))
+        context.reporter.line(f"          {duration(given.seconds)} for {key}: measuring the speed of this machine")
+        costs = trial.measure(context, job, seconds=given.seconds)
+        left = runtime.broadcast_object(given.seconds - (time.monotonic() - started))
+        fixed = budget.fitting(job.settings, costs, given, seconds=left)
         if context.rank == 0:
-            budget.keep(context.out, fixed, costs, minutes=minutes)
+            budget.keep(context.out, fixed, costs, given)
         context.reporter.line(
             f"          a step takes {costs.step:.3g} s: {fixed.steps:,} steps, {fixed.tokens:,} tokens, "
             f"done in {duration(costs.of(fixed))}"

@@ -11,7 +11,7 @@ from nemo_minitron.config.load import check, load_recipe
 from nemo_minitron.config.training import DEFAULT_TOKENS, CorrectConfig, DistillConfig, OptimizerConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages import budget
-from nemo_minitron.stages.budget import Costs
+from nemo_minitron.stages.budget import Costs, Given
 
 COSTS = Costs(step=1.0, validation=2.0, checkpoint=3.0, start=5.0)
 
@@ -19,6 +19,11 @@ COSTS = Costs(step=1.0, validation=2.0, checkpoint=3.0, start=5.0)
 def settings(**values) -> DistillConfig:
     batch = {"sequence_length": 4, "global_batch_size": 2, "micro_batch_size": 1}
     return check(DistillConfig, {"batch": batch, **values}, source="recipe")
+
+
+def own(asked: DistillConfig) -> Given:
+    """The stage's own budget."""
+    return Given.of(asked, None, key="distill")
 
 
 def by_counting(steps: int, *, validate_every: int, checkpoint_every: int) -> float:
@@ -40,7 +45,7 @@ def by_counting(steps: int, *, validate_every: int, checkpoint_every: int) -> fl
 @pytest.mark.parametrize(("validate", "checkpoint"), [(10, 20), (7, 0), (1000, 5)])
 def test_as_many_steps_as_fit(minutes, validate, checkpoint):
     asked = settings(minutes=minutes, validate_every=validate, checkpoint_every=checkpoint)
-    fixed = budget.fitting(asked, COSTS, seconds=60 * minutes, key="distill")
+    fixed = budget.fitting(asked, COSTS, own(asked), seconds=60 * minutes)
     times = {
         n: by_counting(n, validate_every=validate, checkpoint_every=checkpoint) for n in (fixed.steps, fixed.steps + 1)
     }
@@ -52,11 +57,23 @@ def test_as_many_steps_as_fit(minutes, validate, checkpoint):
 def test_a_budget_too_short_for_one_step_says_what_a_step_takes_and_the_least_budget():
     asked = settings(minutes=0.05, checkpoint_every=0)
     with pytest.raises(ConfigError) as caught:
-        budget.fitting(asked, Costs(step=7.5, validation=0.5, checkpoint=0, start=1), seconds=2.0, key="distill")
+        budget.fitting(asked, Costs(step=7.5, validation=0.5, checkpoint=0, start=1), own(asked), seconds=2.0)
     text = str(caught.value)
     assert "distill.minutes = 0.05" in text
     assert "7.5 s" in text
     assert "the least is 0.17 minutes" in text  # 1 s gone, and start, two validations and a step: 10.5 s in all
+
+
+def test_what_other_stages_leave_of_the_runs_time():
+    asked = settings(minutes=9, minutes_of="run", validate_every=0, checkpoint_every=0)
+    rest = Given.of(asked, 5.0, key="distill")
+    assert rest.seconds == 300
+    assert budget.fitting(asked, COSTS, rest, seconds=280).steps == 270  # 5 + 2 + 270 + 2 + 1
+    with pytest.raises(ConfigError) as caught:
+        budget.fitting(asked, COSTS, Given.of(asked, -1.0, key="distill"), seconds=-10.0)
+    text = str(caught.value)
+    assert "distill.minutes = 9 for the complete run, 10 for other stages" in text
+    assert "the least is 9.3 minutes" in text  # 10 s too late already, and 11 s for one step
 
 
 def test_tokens_or_minutes():
@@ -96,8 +113,8 @@ def test_fractions_of_all_steps():
 def test_what_was_fixed_is_kept(tmp_path):
     asked = settings(minutes=1.0, checkpoint_every=0, validate_every=0)
     assert budget.kept(tmp_path, asked) is None
-    fixed = budget.fitting(asked, COSTS, seconds=50, key="distill")
-    budget.keep(tmp_path, fixed, COSTS, minutes=1.0)
+    fixed = budget.fitting(asked, COSTS, own(asked), seconds=50)
+    budget.keep(tmp_path, fixed, COSTS, own(asked))
     assert budget.kept(tmp_path, asked) == fixed
     record = json.loads((tmp_path / "budget.json").read_text())
     assert record["steps"] == fixed.steps == 40  # 5 + 2 + 40 + 2 + 1
