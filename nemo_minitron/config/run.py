@@ -146,7 +146,7 @@ class EvaluateConfig(Section):
     sequence_length: Count = 512
     micro_batch_size: Count = 4
     max_tokens: Count = 20_000
-    """Held-out tokens to predict."""
+    """Held-out tokens to predict, in windows at even distances over all held-out documents."""
     prompt: str = "The history of the city begins"
     sample_tokens: Count = 40
     """Tokens to generate after the prompt, greedily."""

@@ -111,13 +111,22 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         sequence_length: Tokens of a window.
         max_samples: Take only so many; None for all.
         first_window: Which window of the split is item 0.
+        spread: Take `max_samples` at even distances over the complete split instead of the first ones: windows of one
+            document resemble each other, so that those of many say more.
 
     Raises:
         DataError: The split has no token files, or holds nothing to predict.
     """
 
     def __init__(
-        self, folder: Path, split: str, sequence_length: int, max_samples: int | None = None, *, first_window: int = 0
+        self,
+        folder: Path,
+        split: str,
+        sequence_length: int,
+        max_samples: int | None = None,
+        *,
+        first_window: int = 0,
+        spread: bool = False,
     ) -> None:
         self._indexed, info = open_split(folder, split)
         self._tokens = info["splits"][split]["tokens"]
@@ -135,6 +144,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
             )
         self._first = first_window
         self._windows = windows if max_samples is None else min(windows, max_samples)
+        self._among = windows if spread else self._windows
 
     def __len__(self) -> int:
         return self._windows
@@ -142,7 +152,8 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
         if index is not None and not 0 <= index < self._windows:
             raise IndexError(index)
-        start = (self._first + (index or 0)) * self._length
+        window_index = self._first + (index or 0) * self._among // self._windows
+        start = window_index * self._length
         count = min(self._length + 1, self._tokens - start)
         window = torch.full((self._length + 1,), self._fill)
         dtype = self._indexed.index.dtype

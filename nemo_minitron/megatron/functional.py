@@ -215,21 +215,36 @@ class _Attention(torch.autograd.Function):
             first = 0 if how.window is None else max(0, start - how.window + 1)
             k, v = keys[:, first:end], values[:, first:end]
             weights = _attention_weights(q, k, heads, how)
-            grad_values[:, first:end] += weights.mT @ d_out
-            grad_scores = torch.ops.aten._softmax_backward_data(d_out @ v.mT, weights, -1, weights.dtype)
-            result[:, :-2, start:end] = (grad_scores @ k).unflatten(1, (heads, end - start))
-            grad_keys[:, first:end] += grad_scores.mT @ q
+            grad_values[:, first:end] += _products(weights.mT, d_out)
+            grad_scores = torch.ops.aten._softmax_backward_data(_products(d_out, v.mT), weights, -1, weights.dtype)
+            result[:, :-2, start:end] = _products(grad_scores, k).unflatten(1, (heads, end - start))
+            grad_keys[:, first:end] += _products(grad_scores.mT, q)
         result[:, -2] = grad_keys
         result[:, :-1] = _rotate_back(result[:, :-1].mul_(how.scale), *ctx.tables)
         result[:, -1] = grad_values
         return _tokens_first(result, ctx.batch), None, None
 
 
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of `[N, ., .]` on a CPU, one after the other where that keeps the threads busy.
+
+    MKL gives each thread complete products, so that of three on two threads, one thread has two and the other waits.
+    """
+    count, threads = a.shape[0], torch.get_num_threads()
+    idle = -count % threads
+    if a.dtype != torch.float32 or idle * 8 < count + idle:
+        return a @ b
+    out = a.new_empty(count, a.shape[1], b.shape[2])
+    for index in range(count):
+        torch.mm(a[index], b[index], out=out[index])
+    return out
+
+
 def _attention_weights(q: Tensor, k: Tensor, heads: int, how: _How) -> Tensor:
     """Softmax of `[BG, R * block, D]` queries, the last ones, over `[BG, keys, D]`: `[BG, R * block, keys]`."""
     rows, keys = q.shape[1] // heads, k.shape[1]
     # A product of bf16 comes back in bf16; the new fp32 tensor may be written over.
-    scores = at_least_fp32(q @ k.mT).mul_(how.scale)
+    scores = at_least_fp32(_products(q, k.mT)).mul_(how.scale)
     by_head = scores.unflatten(1, (heads, rows))
     by_head[..., keys - rows :].add_(torch.full((rows, rows), -torch.inf, dtype=scores.dtype).triu_(1))
     if how.window is not None and keys > how.window:

@@ -43,9 +43,9 @@ class TokenDataModule(LightningDataModule):
         return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """Held-out windows in order, always the same ones."""
-        settings = self.settings
-        dataset = WindowDataset(self.folder, "heldout", settings.batch.sequence_length, settings.validation_samples)
+        """Held-out windows in order, always the same ones, at even distances."""
+        length, samples = self.settings.batch.sequence_length, self.settings.validation_samples
+        dataset = WindowDataset(self.folder, "heldout", length, samples, spread=True)
         return self._loader(dataset)
 
     def _loader(self, dataset: object, *, consumed_samples: int = 0) -> DataLoader:

@@ -46,7 +46,7 @@ def _one(context: StageContext, name: str, folder: Path) -> tuple[Perplexity, st
         trainer=trainer,
     )
     samples = -(-settings.max_tokens // settings.sequence_length)
-    windows = WindowDataset(context.input("data"), "heldout", settings.sequence_length, samples)
+    windows = WindowDataset(context.input("data"), "heldout", settings.sequence_length, samples, spread=True)
     validate(model, windows, micro_batch_size=settings.micro_batch_size, trainer=trainer)
     reports = model.validation_reports
     measured = perplexity([report["ce"] for report in reports], [report["tokens"] for report in reports])

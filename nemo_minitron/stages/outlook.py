@@ -47,7 +47,9 @@ class Outlook:
     def finished(self, name: str, seconds: float) -> None:
         """Leave a stage behind; one that ran models says how fast they run here."""
         stage = self._left.pop(name, None)
-        if stage is not None and self._budget(stage) is None and (flops := self._flops(stage)) and seconds > 0:
+        if stage is None or self._is_timed(stage):
+            return
+        if (flops := self._flops(stage)) and seconds > 0:
             self._rate = flops / seconds
 
     def minutes_for(self, stage: Stage) -> float | None:
@@ -63,6 +65,10 @@ class Outlook:
         spent = sum(self._run.result(other.name).get("seconds", 0.0) for other in self._chain if other not in ahead)
         others = sum(self._expected(other) for other in ahead if other not in sharing)
         return (section.minutes - (spent + others) / 60) / len(sharing)
+
+    def _is_timed(self, stage: Stage) -> bool:
+        section = self._training(stage)
+        return section is not None and section.minutes is not None
 
     def _training(self, stage: Stage) -> TrainingConfig | None:
         section = getattr(self._config, stage.kind, None)

@@ -126,6 +126,24 @@ def test_windows_can_be_limited_and_end_where_they_end(folder):
     assert dataset[None]["loss_mask"].sum() == 0
 
 
+@pytest.mark.parametrize("wanted", [1, 3, 5])
+def test_windows_can_be_spread_over_the_split(folder, wanted):
+    complete = WindowDataset(folder, "heldout", 7)
+    few = WindowDataset(folder, "heldout", 7, wanted, spread=True)
+    assert len(few) == wanted
+    places = [int(index * len(complete) / wanted) for index in range(wanted)]
+    assert len(set(places)) == wanted
+    for index, place in enumerate(places):
+        assert torch.equal(few[index]["tokens"], complete[place]["tokens"])
+
+
+def test_more_windows_than_there_are_spread_to_all_of_them(folder):
+    complete = WindowDataset(folder, "heldout", 7)
+    spread = WindowDataset(folder, "heldout", 7, 10 * len(complete), spread=True)
+    assert len(spread) == len(complete)
+    assert all(torch.equal(spread[index]["tokens"], complete[index]["tokens"]) for index in range(len(complete)))
+
+
 # -- global batches --------------------------------------------------------------------------------------------------
 
 

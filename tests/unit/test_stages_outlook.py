@@ -128,3 +128,11 @@ def test_time_that_is_gone_already_is_no_time_to_train(fast):
     ahead, stages = of_the_run(fast, *LATER[1:])
     assert ahead.minutes_for(stages["distill"]) < 0
     assert ahead.seconds() == pytest.approx(OTHERS - 8)
+
+
+def test_a_training_that_is_done_tells_no_rate_and_leaves_the_rest(fast):
+    ahead, _ = of_the_run(fast, *LATER)
+    fast.begin("distill", {})
+    fast.finish("distill", {}, {"seconds": 450.0})
+    ahead.finished("distill", seconds=450.0)
+    assert ahead.seconds() == pytest.approx(OTHERS)
