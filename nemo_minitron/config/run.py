@@ -164,7 +164,8 @@ class ExportConfig(Section):
 
     formats: tuple[ExportFormat, ...] = (ExportFormat.NEMO, ExportFormat.HF)
     check_tolerance: Positive = 1e-4
-    """Largest difference between fp32 logits of the exported and the distilled model on real text."""
+    """Largest difference between fp32 logits of the exported and the distilled model on real text, in units of the
+    logits' root mean square where that is above 1: what rounding does grows with them."""
 
 
 class RunConfig(Section):

@@ -110,7 +110,7 @@ def _check(context: StageContext, student: Path) -> dict[str, float]:
             for kind in context.config.export.formats:
                 found = _states(_path(context, kind), kind, tokens)
                 differences[kind.value] = largest_difference(expected, found)
-                _judge(context, kind, differences[kind.value], student, states=(expected, found))
+                _judge(context, kind, student, found["logits"], expected["logits"], states=(expected, found))
         except CheckpointError as error:
             failure = error
     differences, failure = megatron_runtime.broadcast_object((differences, failure))
@@ -139,7 +139,7 @@ def _check_spread(context: StageContext, student: Path, tokens: Tensor) -> dict[
         else:
             found = _logits(context, path, tokens)
         differences[kind.value] = (found - expected).abs().max().item()
-        _judge(context, kind, differences[kind.value], student)
+        _judge(context, kind, student, found, expected)
     return differences
 
 
@@ -162,13 +162,16 @@ def _logits(context: StageContext, path: Path, tokens: Tensor) -> Tensor:
 def _judge(
     context: StageContext,
     kind: ExportFormat,
-    difference: float,
     student: Path,
+    found: Tensor,
+    expected: Tensor,
     *,
     states: tuple[States, States] | None = None,
 ) -> None:
+    """Refuse an export whose logits differ by more than rounding, which grows with the logits themselves."""
     tolerance = context.config.export.check_tolerance
-    if difference <= tolerance:
+    difference, size = (found - expected).abs().max().item(), expected.double().square().mean().sqrt().item()
+    if difference <= tolerance * max(size, 1.0):
         return
     first = first_weight_difference(open_checkpoint(student), open_checkpoint(_path(context, kind)))
     if not first:
@@ -176,9 +179,10 @@ def _judge(
         if states is not None and (where := first_state_difference(*states, tolerance=tolerance)):
             first += f"; of what the layers compute, the first to differ is {where}"
     raise CheckpointError(
-        f"export as {kind.value}: logits differ from the finished model's by {difference:.2e}\n"
+        f"export as {kind.value}: logits of {size:.3g} (root mean square) differ by {difference:.2e} from the finished "
+        f"model's\n"
         f"  first difference: {first}",
-        rule=f"at most export.check_tolerance = {tolerance:.0e}, both in fp32",
+        rule=f"at most export.check_tolerance = {tolerance:.0e} of them, both in fp32",
         remedy="this is a defect of the export; please report it with the model's config.json",
     )
 

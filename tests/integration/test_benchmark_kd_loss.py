@@ -22,5 +22,5 @@ def test_the_loss_benchmark_prints_a_line_for_each_implementation():
         assert row["seconds"] > 0
     # The dense form holds the logits of both models and their log-probabilities, at the least.
     assert dense["peak_buffers"] > 4
-    # At this size the fused one takes the smallest memory it works in: half of such a tensor.
-    assert 0.1 < fused["peak_buffers"] < 0.6
+    # At this size the fused one takes the smallest memory it works in: two chunks, each of both models' logits.
+    assert 0.5 < fused["peak_buffers"] < 1.2

@@ -132,7 +132,7 @@ class Export:
         monkeypatch.setattr(export, "_check_tokens", lambda context: TOKENS[:1])
 
     def error(self) -> str:
-        with pytest.raises(CheckpointError, match="logits differ from the finished model's") as caught:
+        with pytest.raises(CheckpointError, match=r"logits of .* differ by .* from the finished model's") as caught:
             export.run(self.context)
         return str(caught.value)
 
@@ -179,6 +179,27 @@ def test_a_class_that_computes_something_else_is_found_by_layer(
     assert (
         "all weights are the same; of what the layers compute, the first to differ is layer 2: differs by 1.00" in told
     )
+
+
+@pytest.mark.parametrize("units", [0.9, 1.1])
+def test_what_rounding_may_do_grows_with_the_logits(
+    units: float, hf: Path, tmp_path: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def larger(*where: Any) -> Any:
+        found = megatron_states(*where)
+        return found | {"logits": 1e4 * found["logits"]}
+
+    def off(folder: Path, tokens: torch.Tensor) -> Any:
+        logits = larger(HfSource(hf), tokens, here)["logits"]
+        return {"logits": logits + units * 1e-4 * logits.double().pow(2).mean().sqrt().float()}
+
+    monkeypatch.setattr(export, "megatron_states", larger)
+    monkeypatch.setattr(export, "transformers_states", off)
+    one = Export(hf, tmp_path, monkeypatch)
+    if units < 1:
+        assert export.run(one.context)["largest_logit_difference"]["hf"] > 1e-2
+    else:
+        assert "at most export.check_tolerance = 1e-04 of them" in one.error()
 
 
 # -- the card --------------------------------------------------------------------------------------------------------
