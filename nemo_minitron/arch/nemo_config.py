@@ -195,7 +195,7 @@ def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None =
     if recorded is None:
         return _from_nemo_keys(config, vocab_size)
     _refuse({key: value for key, value in config.items() if key != "name"}, defaults={})
-    spec = ModelSpec.from_dict(recorded)
+    spec = ModelSpec.from_dict(dict(recorded))
     for key, expected in _architecture_keys(spec).items():
         if key in config and key not in _CHANGED_BY_TRAINING and config[key] != expected:
             raise SpecError(
