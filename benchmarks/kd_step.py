@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.transformers_step import Objective, TransformersStep
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.config import distillation
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import forward, optim, runtime
@@ -115,8 +116,9 @@ class Contest:
                 teacher_states=states,
                 vocab_size=self.spec.vocab_size,
                 tensor_group=None,
-                kd_weight=self.objective.kd_weight,
-                lm_weight=self.objective.lm_weight,
+                objective=distillation.Objective(
+                    kd_weight=self.objective.kd_weight, lm_weight=self.objective.lm_weight
+                ),
             )
         )
 

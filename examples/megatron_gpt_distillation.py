@@ -8,46 +8,40 @@ configuration files. It needs a teacher, a student and token files, for example 
         model.minitron.distillation.teacher=runs/demo/stages/import/teacher \
         model.student=runs/demo/stages/prune/student model.data=runs/demo/stages/data
 
-`model.minitron` takes every setting that a recipe has for the objective; `+model.minitron.distillation.top_k=128`.
+`model.minitron.distillation` takes every setting that a recipe has for the objective, with the same defaults:
+`+model.minitron.distillation.top_k=128`. Keys are checked like a recipe's: an unknown one, or one of NeMo-1 that asks
+for what nothing here does, ends the script at once with status 2 and the key to use instead.
 
 `exp_manager` writes TensorBoard logs and checkpoints (folders that any parallel layout can read) below
 `exp_manager.exp_dir`, resumes from them with `exp_manager.resume_if_exists=true`, and leaves `<name>.nemo` at the end.
 """
 
-from pathlib import Path
-
 from lightning.pytorch import Trainer
 from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_minitron import MegatronGPTDistillationModel, MegatronStrategy
-from nemo_minitron.config.load import check
-from nemo_minitron.config.training import DistillConfig
+from nemo_minitron.callbacks.garbage import garbage_collection
 from nemo_minitron.models.data import TokenDataModule
-from nemo_minitron.models.nemo_settings import parallel_config, parallel_keys
+from nemo_minitron.models.scripts import distillation_script, reported_errors
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_distillation")
 def main(cfg: DictConfig) -> None:
-    trainer = Trainer(strategy=MegatronStrategy(parallel_config(cfg.model), seed=cfg.model.seed), **cfg.trainer)
-    exp_manager(trainer, cfg.exp_manager)
+    with reported_errors():
+        distill(cfg)
 
-    student = MegatronGPTDistillationModel.restore_from(cfg.model.student, return_config=True)
-    layout = parallel_keys(parallel_config(cfg.model))
-    keys = ("precision", "micro_batch_size", "optim", "minitron")
-    settings = OmegaConf.merge(student, layout, {key: cfg.model[key] for key in keys})
-    model = MegatronGPTDistillationModel.restore_from(cfg.model.student, override_config_path=settings, trainer=trainer)
 
-    batch = {
-        "sequence_length": cfg.model.encoder_seq_length,
-        "micro_batch_size": cfg.model.micro_batch_size,
-        "global_batch_size": cfg.model.global_batch_size,
-    }
-    tokens = cfg.trainer.max_steps * cfg.model.encoder_seq_length * cfg.model.global_batch_size
-    values = {"tokens": tokens, "batch": batch, "validation_samples": cfg.model.validation_samples}
-    training = check(DistillConfig, values, source="model")
-    trainer.fit(model, datamodule=TokenDataModule(Path(cfg.model.data), training, seed=cfg.model.seed))
+def distill(cfg: DictConfig) -> None:
+    script = distillation_script(cfg)
+    settings = script.settings
+    strategy = MegatronStrategy(settings.parallel, seed=settings.seed)
+    callbacks = garbage_collection(settings.parallel, ranks=strategy.runtime.world_size)
+    trainer = Trainer(strategy=strategy, callbacks=callbacks, **script.trainer)
+    exp_manager(trainer, cfg.get("exp_manager"))
+    model = MegatronGPTDistillationModel.restore_from(script.checkpoint, trainer=trainer, settings=settings)
+    trainer.fit(model, datamodule=TokenDataModule(script.data, script.section, seed=settings.seed))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from nemo.core.config import hydra_runner
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_minitron import ImportanceCallback, MegatronGPTModel, MegatronStrategy, PruningCallback, Scores
 from nemo_minitron.checkpoints.source import open_checkpoint
-from nemo_minitron.config.load import check
-from nemo_minitron.config.run import ExportFormat, TargetConfig
+from nemo_minitron.config.scripts import PruningSection
 from nemo_minitron.models.data import CalibrationDataModule
-from nemo_minitron.models.nemo_settings import parallel_config, parallel_keys
+from nemo_minitron.models.scripts import Script, calibration_script, reported_errors
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.write import write_checkpoint
@@ -31,44 +30,41 @@ from nemo_minitron.stages.team import environment_rank
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_prune")
 def main(cfg: DictConfig) -> None:
-    if cfg.pruning.scores is None:
-        score_and_prune(cfg)
-    elif environment_rank()[0] == 0:
-        prune_by_scores(cfg)
+    with reported_errors():
+        script = calibration_script(cfg, "pruning", PruningSection)
+        if script.section.scores is None:
+            score_and_prune(script)
+        elif environment_rank()[0] == 0:
+            prune_by_scores(script, Path(script.section.scores))
 
 
-def prune_by_scores(cfg: DictConfig) -> None:
-    teacher = open_checkpoint(Path(cfg.model.restore_from_path))
-    target = check(TargetConfig, OmegaConf.to_container(cfg.pruning.target), source="pruning.target")
-    plan = build_plan(Scores.load(Path(cfg.pruning.scores)), target, teacher.spec)
-    folder = Path(cfg.pruning.folder)
+def prune_by_scores(script: Script[PruningSection], scores: Path) -> None:
+    pruning = script.section
+    teacher = open_checkpoint(script.checkpoint)
+    plan = build_plan(Scores.load(scores), pruning.target, teacher.spec)
+    folder = Path(pruning.folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")
-    formats = [ExportFormat(name) for name in cfg.pruning.formats]
+    formats = list(pruning.formats)
     name = "student" if len(formats) > 1 else {"nemo": "student.nemo", "hf": "student_hf"}[formats[0]]
     students = write_checkpoint(PrunedSource(teacher, plan), folder / name, formats)
     print(plan.table())
     print(*students.values(), sep="\n")
 
 
-def score_and_prune(cfg: DictConfig) -> None:
+def score_and_prune(script: Script[PruningSection]) -> None:
+    settings = script.settings
     calibration = CalibrationDataModule(
-        Path(cfg.model.data),
-        sequence_length=cfg.model.encoder_seq_length,
-        samples=cfg.pruning.samples,
-        global_batch_size=cfg.model.global_batch_size,
+        script.data,
+        sequence_length=settings.batch.sequence_length,
+        samples=script.section.samples,
+        global_batch_size=settings.batch.global_batch_size,
     )
     importance = ImportanceCallback(provenance=calibration.provenance)
-    pruning = PruningCallback(cfg.pruning.target, cfg.pruning.folder, formats=cfg.pruning.formats)
-    trainer = Trainer(
-        strategy=MegatronStrategy(parallel_config(cfg.model)), callbacks=[importance, pruning], **cfg.trainer
-    )
-
-    own = MegatronGPTModel.restore_from(cfg.model.restore_from_path, return_config=True)
-    layout = parallel_keys(parallel_config(cfg.model))
-    settings = OmegaConf.merge(own, layout, {key: cfg.model[key] for key in ("precision", "micro_batch_size")})
-    model = MegatronGPTModel.restore_from(cfg.model.restore_from_path, override_config_path=settings, trainer=trainer)
-
+    pruning = PruningCallback(script.section.target, script.section.folder, formats=script.section.formats)
+    strategy = MegatronStrategy(settings.parallel, seed=settings.seed)
+    trainer = Trainer(strategy=strategy, callbacks=[importance, pruning], **script.trainer)
+    model = MegatronGPTModel.restore_from(script.checkpoint, trainer=trainer, settings=settings)
     trainer.validate(model, datamodule=calibration)
     if trainer.is_global_zero:
         print(pruning.plan.table())

@@ -9,33 +9,35 @@ It needs a model and token files, for example those of a run folder, at any para
 `megatron_gpt_prune.py pruning.scores=scores.safetensors` and `nemo-minitron plan build` go on from the file.
 """
 
-from pathlib import Path
-
 from lightning.pytorch import Trainer
 from nemo.core.config import hydra_runner
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_minitron import ImportanceCallback, MegatronGPTModel, MegatronStrategy
+from nemo_minitron.config.scripts import ScoringSection
 from nemo_minitron.models.data import CalibrationDataModule
-from nemo_minitron.models.nemo_settings import parallel_config, parallel_keys
+from nemo_minitron.models.scripts import calibration_script, reported_errors
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_score")
 def main(cfg: DictConfig) -> None:
+    with reported_errors():
+        score(cfg)
+
+
+def score(cfg: DictConfig) -> None:
+    script = calibration_script(cfg, "scoring", ScoringSection)
+    scoring, settings = script.section, script.settings
     calibration = CalibrationDataModule(
-        Path(cfg.model.data),
-        sequence_length=cfg.model.encoder_seq_length,
-        samples=cfg.scoring.samples,
-        global_batch_size=cfg.model.global_batch_size,
+        script.data,
+        sequence_length=settings.batch.sequence_length,
+        samples=scoring.samples,
+        global_batch_size=settings.batch.global_batch_size,
     )
-    importance = ImportanceCallback(cfg.scoring.path, ffn_site=cfg.scoring.ffn_site, provenance=calibration.provenance)
-    trainer = Trainer(strategy=MegatronStrategy(parallel_config(cfg.model)), callbacks=[importance], **cfg.trainer)
-
-    own = MegatronGPTModel.restore_from(cfg.model.restore_from_path, return_config=True)
-    layout = parallel_keys(parallel_config(cfg.model))
-    settings = OmegaConf.merge(own, layout, {key: cfg.model[key] for key in ("precision", "micro_batch_size")})
-    model = MegatronGPTModel.restore_from(cfg.model.restore_from_path, override_config_path=settings, trainer=trainer)
-
+    importance = ImportanceCallback(scoring.path, ffn_site=scoring.ffn_site, provenance=calibration.provenance)
+    strategy = MegatronStrategy(settings.parallel, seed=settings.seed)
+    trainer = Trainer(strategy=strategy, callbacks=[importance], **script.trainer)
+    model = MegatronGPTModel.restore_from(script.checkpoint, trainer=trainer, settings=settings)
     trainer.validate(model, datamodule=calibration)
 
 

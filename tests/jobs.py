@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.load import check
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.run import RunConfig
 
 
@@ -40,7 +41,6 @@ def distill_losses(student: Path, teacher: Path, data: Path, config: RunConfig) 
 
     from nemo_minitron.models.data import TokenDataModule
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel
-    from nemo_minitron.models.nemo_settings import training_keys
     from nemo_minitron.stages.session import make_trainer, restore
 
     class Keep(Callback):
@@ -61,7 +61,7 @@ def distill_losses(student: Path, teacher: Path, data: Path, config: RunConfig) 
         config=config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra=training_keys(settings, teacher),
+        settings=ModelSettings.of_training(settings, settings.with_teacher(teacher)),
     )
     trainer.fit(model, datamodule=TokenDataModule(data, settings, seed=config.seed))
     return keep.losses

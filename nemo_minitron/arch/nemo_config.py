@@ -37,6 +37,15 @@ _NORMS = {
     Norm.LAYERNORM: "layernorm",
     Norm.LAYERNORM1P: "layernorm1p",
 }
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("max_position_embeddings", "encoder_seq_length"),
+)
+_FLAGS = (
+    *("layernorm_zero_centered_gamma", "openai_gelu", "apply_embedding_scaling", "bias", "qkv_bias", "qk_layernorm"),
+    *("scale_positional_embedding", "share_embeddings_and_output_weights"),
+)
+_NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percentage")
 # What NeMo-1 assumes where a key is absent, where that is not what we support.
 _NEMO_DEFAULTS = {"position_embedding_type": "learned_absolute"}
 _CHANGED_BY_TRAINING = ("encoder_seq_length", "make_vocab_size_divisible_by")
@@ -179,11 +188,14 @@ def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None =
     Raises:
         SpecError: A key is missing, a setting is not supported, or `minitron.spec` contradicts NeMo's keys.
     """
-    recorded = (config.get("minitron") or {}).get("spec")
+    minitron = config.get("minitron") or {}
+    recorded = minitron.get("spec") if isinstance(minitron, Mapping) else minitron
+    if recorded is not None and not isinstance(recorded, Mapping):
+        raise SpecError(f"model_config.yaml: minitron.spec = {str(recorded)[:40]}", rule="a mapping, as we write it")
     if recorded is None:
         return _from_nemo_keys(config, vocab_size)
     _refuse({key: value for key, value in config.items() if key != "name"}, defaults={})
-    spec = ModelSpec.from_dict(recorded)
+    spec = ModelSpec.from_dict(dict(recorded))
     for key, expected in _architecture_keys(spec).items():
         if key in config and key not in _CHANGED_BY_TRAINING and config[key] != expected:
             raise SpecError(
@@ -202,16 +214,19 @@ def lineage_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelSpec:
     _refuse(config)
+    _check_numbers(config)
     try:
         heads = config["num_attention_heads"]
         window = config.get("window_size")
         layer = LayerSpec(
             num_attention_heads=heads,
-            num_query_groups=config.get("num_query_groups") or heads,
+            num_query_groups=heads if config.get("num_query_groups") is None else config["num_query_groups"],
             ffn_hidden_size=config["ffn_hidden_size"],
             local=window is not None,
         )
         vocabulary = config.get("override_vocab_size")
+        if vocab_size is None and vocabulary is not None and (type(vocabulary) is not int or vocabulary < 1):
+            raise SpecError(f"model_config.yaml: override_vocab_size = {vocabulary}", rule="a positive integer")
         if vocabulary is None:
             vocabulary = vocab_size
         if vocabulary is None:
@@ -226,7 +241,7 @@ def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelS
                 family="",
                 vocab_size=vocabulary,
                 hidden_size=config["hidden_size"],
-                head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
+                head_dim=config["hidden_size"] // heads if config.get("kv_channels") is None else config["kv_channels"],
                 layers=(layer,) * config["num_layers"],
                 max_position_embeddings=_positions(config),
                 activation=_activation(config),
@@ -268,12 +283,32 @@ def _refuse(config: Mapping[str, Any], *, defaults: Mapping[str, Any] = _NEMO_DE
         "mcore_customization_config": (),
     }
     for key, values in supported.items():
-        if (found := config.get(key, defaults.get(key))) and found not in values:
+        found = config.get(key, defaults.get(key))
+        if not (found is None or found in values if values else not found):
             rule = " or ".join(map(repr, values)) if values else "absent"
             raise SpecError(f"model_config.yaml: {key} = {found!r} is not supported", rule=rule)
     window = config.get("window_size")
-    if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+    is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(type(each) is int for each in window)
+    if window is not None and not (is_pair and window[0] >= 0 and window[1] == 0):
         raise SpecError(f"model_config.yaml: window_size = {window} is not supported", rule="[positions, 0]")
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise SpecError with the name of a size that is no positive integer, or of a number or flag that is none."""
+    for key in _FLAGS:
+        if config.get(key) not in (None, True, False):
+            raise SpecError(f"model_config.yaml: {key} = {str(config[key])[:40]}", rule="true or false")
+    for key in _SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise SpecError(f"model_config.yaml: {key} = {str(value)[:40]}", rule="a positive integer")
+    for key in _NUMBERS:
+        try:
+            is_positive = float(config.get(key, 1.0)) > 0
+        except (TypeError, ValueError):
+            is_positive = False
+        if not is_positive:
+            raise SpecError(f"model_config.yaml: {key} = {str(config[key])[:40]}", rule="a positive number")
 
 
 def _positions(config: Mapping[str, Any]) -> Any:
@@ -298,7 +333,7 @@ def _scaling(config: Mapping[str, Any]) -> RopeScaling | LinearScaling | None:
 
 def _activation(config: Mapping[str, Any]) -> Activation:
     name = config.get("activation", "gelu")
-    if name not in _ACTIVATIONS_READ:
+    if not isinstance(name, str) or name not in _ACTIVATIONS_READ:
         raise SpecError(f"model_config.yaml: activation = {name!r} is not supported")
     found = _ACTIVATIONS_READ[name]
     if not config.get("openai_gelu"):
@@ -309,7 +344,10 @@ def _activation(config: Mapping[str, Any]) -> Activation:
 
 
 def _norm(config: Mapping[str, Any]) -> Norm:
-    found = Norm(config.get("normalization", "layernorm"))
+    name = config.get("normalization", "layernorm")
+    if name not in list(Norm):
+        raise SpecError(f"model_config.yaml: normalization = {name!r} is not supported", rule=", ".join(Norm))
+    found = Norm(name)
     if not config.get("layernorm_zero_centered_gamma"):
         return found
     return Norm.RMSNORM1P if found is Norm.RMSNORM else Norm.LAYERNORM1P

@@ -28,18 +28,13 @@ class DistillationMonitor(ValidationHistory):
         self.every_n_steps = every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: MegatronGPTDistillationModel, stage: str) -> None:
-        """Refuse a model without a teacher."""
+        """Refuse a model without a teacher, and tell it which steps are watched."""
         if not isinstance(pl_module, MegatronGPTDistillationModel):
             raise MinitronError(
                 f"DistillationMonitor: {type(pl_module).__name__} has no teacher",
                 rule="it watches a MegatronGPTDistillationModel",
             )
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: MegatronGPTDistillationModel, batch: Any, batch_idx: int
-    ) -> None:
-        """Switch the statistics on for the steps to be watched."""
-        pl_module.statistics = self._watched(trainer.global_step)
+        pl_module.statistics_every = self.every_n_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: MegatronGPTDistillationModel, outputs: Any, batch: Any, batch_idx: int
@@ -47,7 +42,6 @@ class DistillationMonitor(ValidationHistory):
         """Keep what a watched step measured."""
         if self._watched(trainer.global_step - 1):
             self.keep(trainer, "train")
-        pl_module.statistics = False
 
     def _watched(self, step: int) -> bool:
         return self.every_n_steps > 0 and step % self.every_n_steps == 0

@@ -3,7 +3,10 @@
 import gc
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_minitron.config.parallel import ParallelConfig
 
 
 class GarbageCollection(Callback):
@@ -53,3 +56,9 @@ def interval_of(wanted: int | None, *, on_gpu: bool, ranks: int) -> int:
     if wanted is not None:
         return wanted
     return 100 if on_gpu and ranks > 1 else 0
+
+
+def garbage_collection(parallel: ParallelConfig, *, ranks: int) -> list[Callback]:
+    """The callback that `parallel.gc_interval` asks for on this machine; none where Python is left to itself."""
+    interval = interval_of(parallel.gc_interval, on_gpu=torch.cuda.is_available(), ranks=ranks)
+    return [GarbageCollection(interval)] if interval else []

@@ -11,6 +11,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+DEFAULT_SEED = 1234
+"""Of a run, and of a model that is made without one."""
 
 
 def _number_of_steps(value: Any) -> Any:

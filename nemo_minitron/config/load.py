@@ -108,7 +108,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(model)
+        known = known_keys(model)
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         close = close or [name for name in known if name.rsplit(".", 1)[-1] == location[-1]][:1]
         hint = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(_siblings(known, location))}"
@@ -121,13 +121,14 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     return f"{key}{shown}: {message}" if key else message
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a section and of those below it, with dots."""
     found: list[str] = []
     for name, field in model.model_fields.items():
         found.append(prefix + name)
         for kind in (field.annotation, *get_args(field.annotation)):  # `Section | None` too
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found += _known_keys(kind, f"{prefix}{name}.")
+                found += known_keys(kind, f"{prefix}{name}.")
     return found
 
 

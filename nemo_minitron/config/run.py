@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from nemo_minitron.config.base import Count, Fraction, NonNegative, Positive, Section
+from nemo_minitron.config.base import DEFAULT_SEED, Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
@@ -173,7 +173,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the student."""
-    seed: NonNegative = 1234
+    seed: NonNegative = DEFAULT_SEED
     steps: Count = 1
     """Rounds of scoring, pruning and distilling on the way to the target; each scores the model it finds anew, and each
     distillation takes `distill.tokens` and learns from the original teacher."""

@@ -1,24 +1,21 @@
-"""Settings of a training stage: batches, optimizer, schedule, checkpoints, and the distillation objective."""
+"""Settings of a training stage: batches, optimizer, schedule, checkpoints; the objective is in `distillation`."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from nemo_minitron.config.base import (
     Count,
     Fraction,
     NonNegative,
-    NonNegativeFloat,
-    OpenFraction,
     Positive,
     Section,
     Steps,
     in_steps,
 )
-from nemo_minitron.config.hidden import HiddenConfig
-from nemo_minitron.config.objective import DivergenceKind
-from nemo_minitron.config.parallel import Precision
+from nemo_minitron.config.distillation import DistillationConfig, Objective, TeacherConfig
 
 
 class Schedule(StrEnum):
@@ -193,67 +190,19 @@ class TrainingConfig(Section):
         return self
 
 
-class RampTo(Section):
-    """Values at the last step. Each goes there in a straight line from its key's value at the first; None: it stays.
+class DistillConfig(TrainingConfig, Objective, TeacherConfig):
+    """A training on a teacher's targets: `Objective` is what is minimised, `TeacherConfig` how the teacher is held."""
 
-    Validations take the values at the end, so that they can be compared.
-    """
+    def with_teacher(self, teacher: Path) -> DistillationConfig:
+        """What the student's model is told: the objective, and the teacher in memory."""
+        return DistillationConfig(teacher=str(teacher), **self._shared(Objective, TeacherConfig))
 
-    kd_weight: NonNegativeFloat | None = None
-    lm_weight: NonNegativeFloat | None = None
-    hidden_weight: NonNegativeFloat | None = None
-    temperature: Positive | None = None
+    def with_cache(self, cache: Path) -> DistillationConfig:
+        """What the student's model is told: the objective, and stored targets."""
+        return DistillationConfig(cache=str(cache), **self._shared(Objective))
 
-
-class DistillConfig(TrainingConfig):
-    """`kd_weight` times the divergence of student and teacher, plus `lm_weight` times the student's cross-entropy.
-
-    Plus `hidden_weight` times the balanced losses of intermediate states, where `hidden` names some. In nats
-    a token. The papers take the forward KL over the full vocabulary, alone (arXiv:2407.14679, table 15).
-    """
-
-    kd_weight: NonNegativeFloat = 1.0
-    """Factor of the divergence; 0 for plain training on the text."""
-    lm_weight: NonNegativeFloat = 0.0
-    """Factor of the next-token cross-entropy on the text."""
-    hidden_weight: NonNegativeFloat = 1.0
-    """Factor of the losses of `hidden`, after their balance."""
-    hidden: HiddenConfig | None = None
-    """Intermediate states to compare, as `{layers: [[-3, -3]], embedding: true}`; nothing for none."""
-    temperature: Positive = 1.0
-    """Divides both models' logits; the divergence is multiplied by its square (arXiv:1503.02531, section 2)."""
-    divergence: DivergenceKind = DivergenceKind.FORWARD_KL
-    """Of the teacher's distribution p and the student's q: `forward_kl` KL(p || q), `reverse_kl` KL(q || p),
-    `jensen_shannon` (with `beta`), `skewed_kl` KL(p || s p + (1 - s) q), `skewed_reverse_kl` KL(q || (1 - s) p + s q)
-    (s is `skew`), or `total_variation`. Validations measure the forward KL too, whatever it is."""
-    beta: OpenFraction = 0.5
-    """Teacher's weight in `jensen_shannon` (arXiv:2306.13649)."""
-    skew: OpenFraction = 0.1
-    """Of the skewed divergences (arXiv:2402.03898)."""
-    top_k: Count | None = None
-    """Compare the teacher's so many likeliest tokens, and all others as one; None compares every token. The papers find
-    100 or fewer to be too few (arXiv:2407.14679)."""
-    ramp_to: RampTo = RampTo()
-    """Where weights and temperature end, as `{temperature: 1, lm_weight: 0.5}`."""
-    freeze_embeddings: bool = False
-    """Keep embedding and output layer as the teacher has them: faster steps, and they need no repair when hidden
-    channels are not cut."""
-    teacher_precision: Precision | None = None
-    """Dtype of the teacher, fp32 or bf16; None for the run's."""
-    teacher_fp8: bool = False
-    """Multiply the teacher's weights in fp8 (each tensor scaled by its own maximum), on GPUs that have it and with
-    Transformer Engine's layers. Targets become a little coarser; by how much was not measured, for want of a card."""
-    offload_teacher: bool = False
-    """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
-    loss_chunk_tokens: Count | None = None
-    """Tokens whose logits exist at one time; None chooses from the vocabulary and the device."""
-
-    @field_validator("teacher_precision")
-    @classmethod
-    def _said(cls, value: Precision | None) -> Precision | None:
-        if value is Precision.AUTO:
-            raise ValueError("fp32 or bf16; leave it out for the precision of the run, which may be auto")
-        return value
+    def _shared(self, *kinds: type[Section]) -> dict[str, Any]:
+        return {name: getattr(self, name) for kind in kinds for name in kind.model_fields}
 
 
 class CorrectConfig(TrainingConfig):

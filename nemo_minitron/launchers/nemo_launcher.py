@@ -183,7 +183,11 @@ def _distill(config: RunConfig, folder: Path) -> dict[str, Any]:
         "micro_batch_size": settings.batch.micro_batch_size,
         "global_batch_size": settings.batch.global_batch_size,
         "validation_samples": settings.validation_samples,
-        **nemo_settings.training_keys(settings, folder / "stages/import/teacher"),
+        "optim": nemo_settings.optimizer_keys(settings.optimizer),
+        "minitron": {
+            "guard": settings.guard.model_dump(mode="json"),
+            "distillation": settings.with_teacher(folder / "stages/import/teacher").model_dump(mode="json"),
+        },
     }
     trainer = {"max_steps": settings.steps, "val_check_interval": settings.validation_interval}
     logs = {"name": config.name, "explicit_log_dir": str(folder / "distill/results"), "resume_if_exists": True}

@@ -167,7 +167,7 @@ class TrainOptimizer:
 
 
 def build_optimizer(
-    chunks: Sequence[nn.Module], config: OptimizerConfig, precision: Precision, steps: int
+    chunks: Sequence[nn.Module], config: OptimizerConfig, precision: Precision, steps: int, *, constant_steps: int = 0
 ) -> TrainOptimizer:
     """Megatron's AdamW for chunks from `wrap`, already holding their weights.
 
@@ -176,6 +176,7 @@ def build_optimizer(
         config: Optimizer settings. One-dimensional parameters have no weight decay.
         precision: Numbers of the chunks' parameters.
         steps: Steps after which the learning rate reaches its minimum. Step 1 has `1 / warmup_steps` of the peak.
+        constant_steps: The last of them, in which the learning rate stays at its minimum.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -204,7 +205,7 @@ def build_optimizer(
         min_lr=config.min_lr,
         lr_warmup_steps=warmup_steps,
         # A warm-up longer than the training is a ramp that is not finished.
-        lr_decay_steps=max(steps, warmup_steps + 1),
+        lr_decay_steps=max(steps - constant_steps, warmup_steps + 1),
         lr_decay_style=_DECAY_STYLES[config.schedule],
         wsd_decay_steps=max(round(config.decay_share * steps), 1),
         lr_wsd_decay_style="linear",

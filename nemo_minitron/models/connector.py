@@ -10,10 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.arch.nemo_config import nemo_config
 from nemo_minitron.checkpoints.nemo1 import NemoSource, pack_nemo, write_folder_files
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.from_source import fill_from
 from nemo_minitron.megatron.sharded_io import load_weights, save_weights
+from nemo_minitron.models import nemo_settings
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MegatronGPTModel
@@ -24,7 +26,14 @@ class MegatronConnector(SaveRestoreConnector):
 
     `save_to("x.nemo")` packs an archive; any other path becomes the unpacked folder. Both are whole or absent.
     `restore_from` also reads Hugging Face folders and GGUF files.
+
+    Args:
+        settings: What a restored model is told besides its architecture; None reads it from the configuration.
     """
+
+    def __init__(self, settings: ModelSettings | None = None) -> None:
+        super().__init__()
+        self._settings = settings
 
     def save_to(self, model: "MegatronGPTModel", save_path: str) -> None:
         """Write configuration, tokenizer and weights. Every rank calls it; the path must be on a shared file system."""
@@ -62,14 +71,17 @@ class MegatronConnector(SaveRestoreConnector):
 
         Raises:
             CheckpointError: The checkpoint is damaged, incomplete, or of no known format.
+            ConfigError: `override_config_path` changes keys that nobody knows, or to values that cannot be.
         """
         source = open_checkpoint(Path(self.model_extracted_dir or restore_path))
-        config = _configuration(source, override_config_path)
+        stored = source.config if isinstance(source, NemoSource) else nemo_config(source.spec)
+        config = _configuration(stored, override_config_path)
         if return_config:
             return config
+        settings = self._settings or nemo_settings.model_settings(config, inherited=stored)
         calling_cls._set_model_restore_state(is_being_restored=True)
         try:
-            model = calling_cls.from_config_dict(config, trainer=trainer)
+            model = calling_cls.from_config_dict(config, trainer=trainer, settings=settings)
             model.tokenizer_files = source.tokenizer_files()
             model.lineage = dict(source.lineage)
             model.restored_from = Path(self.model_extracted_dir or restore_path)
@@ -93,9 +105,9 @@ def _publish(partial: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _configuration(source: TensorSource, override: DictConfig | str | Mapping[str, Any] | None) -> DictConfig:
+def _configuration(stored: Mapping[str, Any], override: DictConfig | str | Mapping[str, Any] | None) -> DictConfig:
     if isinstance(override, str | Path):
         return OmegaConf.load(override)
     if override is not None:
         return OmegaConf.create(OmegaConf.to_container(override, resolve=True))
-    return OmegaConf.create(source.config if isinstance(source, NemoSource) else nemo_config(source.spec))
+    return OmegaConf.create(stored)

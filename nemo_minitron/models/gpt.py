@@ -1,6 +1,6 @@
 """A NeMo model around Megatron-Core's GPT: configuration in NeMo-1 keys, any TP x PP x DP layout, CPU or GPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,16 +10,17 @@ from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils import AppState
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_minitron.arch.nemo_config import spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.errors import CheckpointError, MinitronError
+from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
 from nemo_minitron.megatron import build, forward, optim
 from nemo_minitron.megatron import runtime as megatron_runtime
-from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.forward import Loss, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.optim import StepInfo
 from nemo_minitron.megatron.runtime import Runtime
@@ -40,9 +41,12 @@ class MegatronGPTModel(ModelPT):
             `micro_batch_size` for both. The trainer's `MegatronStrategy` decides the layout; without one,
             `tensor_model_parallel_size` and its siblings do.
         trainer: Optional; its strategy must be a `MegatronStrategy`.
+        settings: Everything but the architecture; None reads it from `cfg`, which then may have no key that nobody
+            knows. A `cfg` that was changed since ends the next `fit` or `validate`.
 
     Attributes:
         spec: The architecture.
+        settings: The rest.
         chunks: This rank's part of the model, one a virtual pipeline stage.
         tokenizer_files: Hugging Face tokenizer files by name; saved with the model.
         validation_reports: What each batch of the latest validation summed up to.
@@ -51,10 +55,21 @@ class MegatronGPTModel(ModelPT):
 
     Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
     A batch holds this data-parallel rank's share of one global batch; a step returns sums and counts over all ranks.
+
+    Raises:
+        ConfigError: `cfg` has unknown keys, or values that cannot be.
     """
 
-    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+    loss_name = "ce"
+    """What a report calls the quantity that is minimised."""
+
+    def __init__(
+        self, cfg: DictConfig, trainer: Trainer | None = None, *, settings: ModelSettings | None = None
+    ) -> None:
+        settings = nemo_settings.model_settings(cfg) if settings is None else settings
         super().__init__(cfg=cfg, trainer=trainer)
+        self.settings = settings
+        self._read_cfg = OmegaConf.to_container(self._cfg)
         # ModelPT's constructor sets the stock connector, which cannot write sharded weights.
         self._save_restore_connector = MegatronConnector()
         self.automatic_optimization = False
@@ -65,20 +80,36 @@ class MegatronGPTModel(ModelPT):
         self.chunks: list[MinitronGPT] = []
         self.training_chunks: list[torch.nn.Module] = []
         self.validation_reports: list[Report] = []
-        self.guard = StepGuard(nemo_settings.guard_config(self._cfg.get("minitron") or {}))
+        self.guard = StepGuard(settings.guard)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Refuse a configuration that was changed since it was read.
+
+        Raises:
+            ConfigError: With the keys.
+        """
+        now = OmegaConf.to_container(self._cfg)
+        data = ("train_ds", "validation_ds", "test_ds")
+        changed = [key for key in now if key not in data and now[key] != self._read_cfg.get(key)]
+        if changed:
+            said = "changed after the model was built; give override_config_path or settings to restore_from instead"
+            raise ConfigError("model configuration", [f"{key} = {str(now[key])[:60]}: {said}" for key in changed])
+        super().setup(stage)
 
     # -- building ------------------------------------------------------------------------------------------------
 
     def parallel_config(self) -> ParallelConfig:
         """Layout that the configuration asks for."""
-        return nemo_settings.parallel_config(self._cfg)
+        return self.settings.parallel
 
     @property
     def runtime(self) -> Runtime:
         """This process's place in the layout: the strategy's, or one started from the configuration."""
         strategy = getattr(self._trainer, "strategy", None) if self._trainer is not None else None
         runtime = getattr(strategy, "runtime", None)
-        return runtime if runtime is not None else megatron_runtime.start(self.parallel_config(), seed=1234)
+        return (
+            runtime if runtime is not None else megatron_runtime.start(self.settings.parallel, seed=self.settings.seed)
+        )
 
     def configure_model(self) -> None:
         """Build this rank's chunks, once."""
@@ -92,9 +123,9 @@ class MegatronGPTModel(ModelPT):
         self.chunks = build.build_chunks(
             self.spec,
             runtime,
-            nemo_settings.precision(self._cfg),
+            self.settings.precision,
             seed=seed,
-            fp8=bool((self._cfg.get("minitron") or {}).get("fp8")),
+            fp8=self.settings.fp8,
         )
         for chunk in self.chunks:
             chunk.output = "hidden"  # the losses hold the output layer
@@ -105,42 +136,90 @@ class MegatronGPTModel(ModelPT):
 
         Raises:
             MinitronError: The configuration has no `optim`.
+            TrainingError: The schedule has no steps in which the learning rate could fall.
         """
-        if self._cfg.get("optim") is None:
-            raise MinitronError("model configuration: optim is missing", rule="training needs optim.lr at least")
-        config = nemo_settings.optimizer_config(self._cfg.optim)
-        precision = nemo_settings.precision(self._cfg)
-        self.training_chunks = optim.wrap(self.chunks, config, runtime=self.runtime)
-        steps = self._cfg.optim.get("sched", {}).get("max_steps") or self.trainer.max_steps
-        return MegatronOptimizer(optim.build_optimizer(self.training_chunks, config, precision, steps))
+        settings = self.settings
+        if settings.optimizer is None:
+            raise MinitronError(
+                "model configuration: optim is missing, or came with the checkpoint and is of another optimizer",
+                rule="training needs optim, as {name: adamw, lr: 1e-4}",
+            )
+        steps = settings.schedule_steps or self.trainer.max_steps
+        if settings.constant_steps and not 0 < settings.constant_steps < steps:
+            raise TrainingError(
+                f"optim.sched.constant_steps = {settings.constant_steps} in a schedule of {steps} steps",
+                rule="they are the last of its steps, and the learning rate falls before them",
+                remedy="set optim.sched.constant_steps=0, or raise trainer.max_steps or optim.sched.max_steps",
+            )
+        self.training_chunks = optim.wrap(self.chunks, settings.optimizer, runtime=self.runtime)
+        made = optim.build_optimizer(
+            self.training_chunks, settings.optimizer, settings.precision, steps, constant_steps=settings.constant_steps
+        )
+        return MegatronOptimizer(made)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Forward, backward and update over one global batch; logs `train/*`."""
+        """Loss, report, update over one global batch; logs `train/*`."""
+        micro_batches = batch.split(self.settings.batch.micro_batch_size)
         self.optimizers().zero_grad()
-        report = self.run_schedule(batch, training=True)
+        report = self.run_pass(self.text_loss(), micro_batches, training=True)
+        info = self.update(report)
+        self.log_step(report, info)
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
+        """Forward over one global batch; returns sums over all ranks and keeps them for the epoch."""
+        report = self.validation_report(batch.split(self.settings.batch.micro_batch_size))
+        self.validation_reports.append(report)
+        return report
+
+    def validation_report(self, micro_batches: list[MicroBatch]) -> Report:
+        """What a validation measures on one global batch: sums over all tokens of all ranks."""
+        return self.run_pass(self.text_loss(), micro_batches, training=False)
+
+    def text_loss(self) -> LanguageModelLoss:
+        """Cross-entropy of the next token."""
+        return LanguageModelLoss(
+            model=self.chunks[-1], vocab_size=self.spec.vocab_size, tensor_group=tensor_group(self.runtime)
+        )
+
+    def run_pass(self, loss: Loss, micro_batches: list[MicroBatch], *, training: bool) -> Report:
+        """Megatron's schedule over one global batch: forward, and back if training.
+
+        Returns:
+            Sums over all tokens of all ranks, the same on every rank; always with `tokens`.
+        """
+        chunks = self.training_chunks if training else self.chunks
+        reports = forward.run(chunks, micro_batches, loss, runtime=self.runtime, forward_only=not training)
+        sums = forward.reduce_report(reports, self.runtime)
+        sums.pop("total", None)
+        return sums
+
+    def update(self, report: Report) -> StepInfo:
+        """One optimizer step, unless the guard refuses it.
+
+        Args:
+            report: Sums of the pass that left the gradients.
+        """
+        optimizer = self.optimizers()
+        optimizer.optimizer.refuse = partial(self._refuse, per_token(report)[self.loss_name])
+        optimizer.step()
+        info: StepInfo = optimizer.optimizer.last
+        return info
+
+    def log_step(self, report: Report, info: StepInfo) -> None:
+        """Log what a step measured and did.
+
+        Raises:
+            TrainingError: Too many steps in a row were skipped.
+        """
         values = {f"train/{name}": value for name, value in per_token(report).items()}
-        values["train/loss"] = values[f"train/{self.objective}"]
-        info = self.apply_gradients(report, values)
+        values["train/loss"] = values[f"train/{self.loss_name}"]
         values["train/lr"] = info.lr
         values["train/grad_norm"] = info.grad_norm
         values["train/skipped"] = float(self.guard.skipped)
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
         self.guard.check()
-
-    def apply_gradients(self, report: Report, values: Report) -> StepInfo:
-        """One optimizer step, unless the guard refuses it.
-
-        Args:
-            report: Sums of the pass that left the gradients.
-            values: The same a token, under the names they are logged by.
-        """
-        optimizer = self.optimizers()
-        optimizer.optimizer.refuse = partial(self._refuse, values["train/loss"])
-        optimizer.step()
-        info: StepInfo = optimizer.optimizer.last
-        return info
 
     def _refuse(self, loss: float, grad_norm: float) -> bool:
         """The guard's word on a step. Ranks agree on a spike, whose threshold rounding might put on either side."""
@@ -155,14 +234,6 @@ class MegatronGPTModel(ModelPT):
         if (state := checkpoint.get("minitron_guard")) is not None:
             self.guard.load_state_dict(state)
 
-    objective = "ce"
-
-    def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
-        """Forward over one global batch; returns sums over all ranks and keeps them for the epoch."""
-        report = self.run_schedule(batch, training=False)
-        self.validation_reports.append(report)
-        return report
-
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
         self.validation_reports = []
@@ -172,42 +243,18 @@ class MegatronGPTModel(ModelPT):
         totals = {name: sum(report[name] for report in self.validation_reports) for name in self.validation_reports[0]}
         means = per_token(totals)
         values = {f"val/{name}": value for name, value in means.items()}
-        values["val/loss"] = values[f"val/{self.objective}"]
+        values["val/loss"] = values[f"val/{self.loss_name}"]
         values["val_loss"] = values["val/loss"]  # the name that NeMo's exp_manager looks for
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-
-    def run_schedule(self, batch: MicroBatch, *, training: bool) -> Report:
-        """Megatron's schedule over one global batch.
-
-        Returns:
-            Sums over all tokens of all ranks, the same on every rank; always with `tokens`.
-        """
-        micro_batches = batch.split(int(self._cfg.micro_batch_size))
-        loss = self.make_loss(micro_batches, training=training)
-        return self.run_loss(loss, micro_batches, training=training)
-
-    def run_loss(self, loss: Callable[..., Any], micro_batches: list[MicroBatch], *, training: bool) -> Report:
-        """One pass over the micro-batches, and back if training; returns what `run_schedule` does."""
-        chunks = self.training_chunks if training else self.chunks
-        reports = forward.run(chunks, micro_batches, loss, runtime=self.runtime, forward_only=not training)
-        sums = forward.reduce_report(reports, self.runtime)
-        sums.pop("total", None)
-        return sums
-
-    def make_loss(self, micro_batches: list[MicroBatch], *, training: bool) -> Callable[..., Any]:
-        """The loss of one pass over the schedule."""
-        return LanguageModelLoss(
-            model=self.chunks[-1], vocab_size=self.spec.vocab_size, tensor_group=tensor_group(self.runtime)
-        )
 
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits `[b, s, V / TP]` of tokens `[b, s]`; one pipeline stage only.
 
         Raises:
-            MinitronError: The model is split over pipeline stages; use `run_schedule`.
+            MinitronError: The model is split over pipeline stages; use `run_pass`.
         """
         if self.runtime.parallel.pipeline > 1 or len(self.chunks) != 1:
-            raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_schedule()")
+            raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_pass()")
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         [model] = self.chunks
@@ -235,12 +282,14 @@ class MegatronGPTModel(ModelPT):
     # -- saving and restoring ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> Self:
+    def from_config_dict(
+        cls, config: DictConfig, trainer: Trainer | None = None, *, settings: ModelSettings | None = None
+    ) -> Self:
         """Build this class, whatever `target` the configuration names.
 
         Exported models carry NeMo-1's target so that NeMo-1 tools read them; newer NeMo refuses to import it.
         """
-        return cls(cfg=config, trainer=trainer)
+        return cls(cfg=config, trainer=trainer, settings=settings)
 
     @classmethod
     def restore_from(  # noqa: PLR0917 - NeMo's signature
@@ -252,14 +301,17 @@ class MegatronGPTModel(ModelPT):
         return_config: bool = False,
         save_restore_connector: SaveRestoreConnector | None = None,
         trainer: Trainer | None = None,
+        settings: ModelSettings | None = None,
         **kwargs: Any,
     ) -> Self:
         """Read a `.nemo` file, its unpacked folder, a Hugging Face folder or a GGUF file at the trainer's layout.
 
-        Every rank calls it.
+        Every rank calls it. `settings` is everything but the architecture; None reads it from the configuration. What
+        `override_config_path` changes there is checked like a recipe; keys that came with the file are not.
 
         Raises:
             CheckpointError: There is nothing readable at the path.
+            ConfigError: Unknown keys, or values that cannot be.
         """
         if not Path(restore_path).exists():
             raise CheckpointError(f"{restore_path}: no such file or folder")
@@ -269,15 +321,10 @@ class MegatronGPTModel(ModelPT):
             map_location=map_location,
             strict=strict,
             return_config=return_config,
-            save_restore_connector=save_restore_connector or MegatronConnector(),
+            save_restore_connector=save_restore_connector or MegatronConnector(settings),
             trainer=trainer,
             **kwargs,
         )
-
-    def update_settings(self, values: Mapping[str, Any]) -> None:
-        """Change configuration keys (micro-batch size, optim, ...) of a built model."""
-        with open_dict(self._cfg):
-            self._cfg.update(values)
 
 
 def per_token(report: Mapping[str, float]) -> Report:

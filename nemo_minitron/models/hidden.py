@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,13 @@ from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import state_holder
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.hidden_loss import dynamic_weight, hidden_loss
+
+
+class OnePass(Protocol):
+    """A pass of the student over the micro-batches of a step."""
+
+    def __call__(self, *, training: bool) -> dict[str, float]:
+        """Sums over all tokens of all ranks."""
 
 
 class StateMatching:
@@ -117,6 +124,38 @@ class StateMatching:
         )
         self._seen = {}
 
+    def run(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float, training: bool) -> dict[str, float]:
+        """One pass of the student that compares its states too, after `of_teacher` and `deliver`. Every rank calls it.
+
+        Args:
+            one_pass: The student's pass over the micro-batches, forward only unless `training`; returns sums.
+            chunks: The student's.
+            weight: Factor of the balanced losses.
+            training: Whether they are part of the loss.
+
+        Returns:
+            What the pass returned, with `hidden` and, if training, with their part in `loss`.
+        """
+        if not training:
+            return self._measured(one_pass, chunks)
+        if self.measures_first:
+            report = self._measured(one_pass, chunks)
+            self.balance(_divergence(report), report["hidden"])
+        assert self.factor is not None, "measured just now, or before"
+        factor = self.factor * weight
+        with self.compared(chunks, weight=factor):
+            report = one_pass(training=True)
+        report["hidden"] = self.total()
+        report["loss"] += factor * report["hidden"]
+        self.balance(_divergence(report), report["hidden"])
+        return report
+
+    def _measured(self, one_pass: OnePass, chunks: Sequence[nn.Module]) -> dict[str, float]:
+        """Forward only; the hidden loss is reported, and no part of the loss."""
+        with self.compared(chunks, weight=None):
+            report = one_pass(training=False)
+        return {**report, "hidden": self.total()}
+
     @contextmanager
     def compared(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
         """Compare the states of one pass over the micro-batches; `total` then has the sum.
@@ -208,6 +247,11 @@ class StateMatching:
         parallel, groups = self._runtime.parallel, self._runtime.groups
         over = [groups.pp, groups.dp_cp]
         return [*over, groups.tp] if parallel.sequence_parallel else over
+
+
+def _divergence(report: Mapping[str, float]) -> float:
+    """Sum over tokens of the divergence that the student is trained with."""
+    return report["kd"] if "kd" in report else report["kl"]
 
 
 def _routes(

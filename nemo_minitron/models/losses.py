@@ -1,16 +1,19 @@
-"""What the last pipeline stage does with its final hidden states: next-token loss, or distance to the teacher.
+"""What the last pipeline stage does with its final hidden states: next-token loss, or divergence from the teacher.
 
 Each loss is called once a micro-batch by Megatron's schedule and returns sums over tokens, never means; the one
 division by the global token count happens in Megatron's gradient finalisation and in `MegatronGPTModel`'s reports.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_minitron.cache.entries import SampleTargets
+from nemo_minitron.cache.tensors import sparse_targets
+from nemo_minitron.config.distillation import Objective
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.megatron import overlap
 from nemo_minitron.megatron.forward import LossResult, MicroBatch
@@ -21,8 +24,6 @@ from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross
 from nemo_minitron.parallel.fused_linear_kd import FusedLoss, fused_linear_kd
 from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
 from nemo_minitron.parallel.sparse_targets import top_k_targets
-
-FORWARD_KL = Divergence()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +64,15 @@ class LanguageModelLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
-    """`kd_weight * D + lm_weight * CE`, in nats, summed over kept tokens; D is the forward KL if nothing else is said.
+    """`kd_weight * D + lm_weight * CE`, in nats, summed over kept tokens; D is the objective's divergence.
 
     Attributes:
         student: The student's chunk that owns the output layer.
         teacher: The teacher's.
         teacher_states: The teacher's final hidden states `[s, b, H]` of each micro-batch, in order.
-        divergence: D, but for its temperature.
-        temperature: Divides both models' logits; its square multiplies D.
-        top_k: Compare the teacher's so many likeliest tokens and one bucket of all others; None compares them all.
-        kd_weight: Factor of D.
-        lm_weight: Factor of the student's next-token cross-entropy.
+        objective: Weights, divergence, temperature, and how many of the teacher's likeliest tokens are compared.
         statistics: Also report both cross-entropies and top-1 agreement (one more pass over each chunk of logits), and
-            the forward KL over the whole vocabulary where D is another (two more products with the output layers).
+            the forward KL over the full vocabulary where D is another (two more products with the output layers).
     """
 
     student: MinitronGPT
@@ -83,29 +80,24 @@ class DistillationLoss:
     teacher_states: Sequence[Tensor]
     vocab_size: int
     tensor_group: ProcessGroup | None
-    divergence: Divergence = FORWARD_KL
-    temperature: float = 1.0
-    top_k: int | None = None
-    kd_weight: float = 1.0
-    lm_weight: float = 0.0
-    chunk_tokens: int | None = None
+    objective: Objective = field(default_factory=Objective)
     statistics: bool = False
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
         """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
         student, teacher = hidden_SBH.flatten(0, 1), self.teacher_states[index].flatten(0, 1)
-        divergence = replace(self.divergence, temperature=self.temperature)
-        plain = self.top_k is None and divergence.kind is DivergenceKind.FORWARD_KL
-        if self.top_k is None:
+        objective, divergence = self.objective, divergence_of(self.objective)
+        plain = objective.top_k is None and divergence.kind is DivergenceKind.FORWARD_KL
+        if objective.top_k is None:
             result = self._full(student, teacher, micro_batch, divergence, statistics=plain and self.statistics)
         else:
-            result = self._top_k(student, teacher, micro_batch, divergence, self.top_k)
+            result = self._top_k(student, teacher, micro_batch, divergence, objective.top_k)
         report = {"loss": result.loss_sum.detach(), "kl" if plain else "kd": result.kd_sum}
         if self.statistics:
             watched = result
             if not plain:
                 with torch.no_grad():
-                    kl = Divergence(temperature=self.temperature)
+                    kl = Divergence(temperature=objective.temperature)
                     watched = self._full(student, teacher, micro_batch, kl, statistics=True)
             report["kl"] = watched.kd_sum
             report["ce"] = watched.student_ce_sum
@@ -125,10 +117,10 @@ class DistillationLoss:
             keep=sequence_first(micro_batch.on_host.keep),
             labels=sequence_first(micro_batch.labels),
             divergence=divergence,
-            kd_weight=self.kd_weight,
-            lm_weight=self.lm_weight,
+            kd_weight=self.objective.kd_weight,
+            lm_weight=self.objective.lm_weight,
             vocab_size=self.vocab_size,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.objective.loss_chunk_tokens,
             tp=self.tensor_group,
             weight_gradient=main_gradient(self.student.output_weight()),
             statistics=statistics,
@@ -142,8 +134,8 @@ class DistillationLoss:
             self.teacher.output_weight(),
             k=k,
             vocab_size=self.vocab_size,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
+            temperature=self.objective.temperature,
+            chunk_tokens=self.objective.loss_chunk_tokens,
             tp=self.tensor_group,
         )
         return fused_linear_sparse_kd(
@@ -153,13 +145,68 @@ class DistillationLoss:
             keep=sequence_first(micro_batch.on_host.keep),
             labels=sequence_first(micro_batch.labels),
             divergence=divergence,
-            kd_weight=self.kd_weight,
-            lm_weight=self.lm_weight,
+            kd_weight=self.objective.kd_weight,
+            lm_weight=self.objective.lm_weight,
             vocab_size=self.vocab_size,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.objective.loss_chunk_tokens,
             tp=self.tensor_group,
             weight_gradient=main_gradient(self.student.output_weight()),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedDistillationLoss:
+    """`kd_weight * D + lm_weight * CE` from stored targets, in nats, summed over kept tokens.
+
+    Attributes:
+        student: The student's chunk that owns the output layer.
+        targets: Stored targets of each micro-batch's samples.
+        vocab_size: Real vocabulary; padded columns carry no probability.
+        tensor_group: Ranks that share the vocabulary; None when it is complete.
+        objective: Weights and divergence; its temperature is that of the targets.
+    """
+
+    student: MinitronGPT
+    targets: Sequence[Sequence[SampleTargets]]
+    vocab_size: int
+    tensor_group: ProcessGroup | None
+    objective: Objective = field(default_factory=Objective)
+
+    def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
+        """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
+        objective = self.objective
+        targets = sparse_targets(
+            self.targets[index],
+            micro_batch.on_host.position_ids,
+            temperature=objective.temperature,
+            device=hidden_SBH.device,
+        )
+        weight = self.student.output_weight()
+        result = fused_linear_sparse_kd(
+            hidden_SBH.flatten(0, 1),
+            overlap.for_loss(weight),
+            targets,
+            keep=sequence_first(micro_batch.on_host.keep),
+            labels=sequence_first(micro_batch.labels),
+            divergence=divergence_of(objective),
+            kd_weight=objective.kd_weight,
+            lm_weight=objective.lm_weight,
+            vocab_size=self.vocab_size,
+            chunk_tokens=objective.loss_chunk_tokens,
+            tp=self.tensor_group,
+            weight_gradient=main_gradient(weight),
+            statistics=True,
+        )
+        assert result.student_ce_sum is not None, "statistics and labels were given"
+        report = {"loss": result.loss_sum.detach(), "kd": result.kd_sum, "ce": result.student_ce_sum}
+        return LossResult(total=overlap.ready_after(result.loss_sum, weight), tokens=result.tokens, report=report)
+
+
+def divergence_of(objective: Objective) -> Divergence:
+    """The formula that an objective names."""
+    return Divergence(
+        kind=objective.divergence, temperature=objective.temperature, beta=objective.beta, skew=objective.skew
+    )
 
 
 def main_gradient(weight: Tensor) -> Tensor | None:

@@ -1,91 +1,313 @@
-"""NeMo-1 configuration keys to our sections and back: layout, numbers, batches, optimizer."""
+"""NeMo-1 configuration keys to one `ModelSettings`, checked as strictly as a recipe, and back."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
-from nemo_minitron.config.load import check
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_minitron.config import nemo_keys
+from nemo_minitron.config.base import Section
+from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.load import check, known_keys
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.training import DistillConfig, GuardConfig, OptimizerConfig, Schedule, TrainingConfig
+from nemo_minitron.config.training import BatchConfig, GuardConfig, OptimizerConfig, Schedule
 from nemo_minitron.errors import ConfigError
 
-_PARALLEL_KEYS = {
-    "tensor": "tensor_model_parallel_size",
-    "pipeline": "pipeline_model_parallel_size",
-    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
-    "context": "context_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-    "recompute": "activations_checkpoint_granularity",
+SectionT = TypeVar("SectionT", bound=Section)
+
+_PRECISIONS = {
+    **dict.fromkeys(("bf16", "bf16-mixed"), Precision.BF16),
+    **dict.fromkeys(("32", "32-true", "fp32"), Precision.FP32),
 }
-_PRECISIONS = {"bf16": Precision.BF16, "bf16-mixed": Precision.BF16, "32": Precision.FP32, "fp32": Precision.FP32}
 _SCHEDULES = {
     "CosineAnnealing": Schedule.COSINE,
     "WarmupAnnealing": Schedule.LINEAR,
     "WarmupHoldPolicy": Schedule.CONSTANT,
     "WarmupStableDecay": Schedule.WSD,
 }
+_SOURCE = "model configuration"
+_OURS: dict[str, type[Section]] = {"guard": GuardConfig, "parallel": ParallelConfig, "distillation": DistillationConfig}
 
 
-def parallel_config(cfg: Mapping[str, Any]) -> ParallelConfig:
-    """The layout a NeMo configuration asks for; absent keys mean 1."""
-    wanted = {name: cfg[key] for name, key in _PARALLEL_KEYS.items() if cfg.get(key) is not None}
-    ours = (cfg.get("minitron") or {}).get("parallel") or {}
-    return check(ParallelConfig, {**wanted, **ours}, source="model configuration")
+def model_settings(
+    cfg: Mapping[str, Any] | DictConfig, *, inherited: Mapping[str, Any] | DictConfig | None = None
+) -> ModelSettings:
+    """The settings of a NeMo configuration; absent keys have the defaults of a recipe.
+
+    Args:
+        cfg: Keys of a NeMo-1 GPT model, and our own under `minitron`.
+        inherited: The configuration that came with a checkpoint. What is the same there was not asked for: such keys
+            are read where they are known, and are no error where they are not.
+
+    Raises:
+        ConfigError: With every unknown key, every value that cannot be, and every request that nothing here meets.
+    """
+    reader = SettingsReader(plain(cfg), inherited=plain(inherited or {}))
+    settings = reader.settings()
+    if settings is None:
+        raise ConfigError(_SOURCE, reader.problems)
+    return settings
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A configuration as plain data, interpolations resolved.
+
+    Raises:
+        ConfigError: It is no mapping, or an interpolation leads nowhere.
+    """
+    if not OmegaConf.is_config(cfg):
+        return dict(cfg)
+    try:
+        data = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_SOURCE, [" ".join(str(error).split())]) from error
+    if not isinstance(data, dict):
+        raise ConfigError(_SOURCE, ["a mapping of keys"])
+    return {str(key): value for key, value in data.items()}
+
+
+class SettingsReader:
+    """Reads the keys of a model, and notes every problem instead of ending at the first.
+
+    Args:
+        cfg: Plain data.
+        inherited: See `model_settings`.
+        prefix: What stands before every key in messages.
+        also: Keys beside a model's that the caller reads.
+
+    Attributes:
+        problems: What was found so far.
+    """
+
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        *,
+        inherited: Mapping[str, Any] | None = None,
+        prefix: str = "",
+        also: Iterable[str] = (),
+    ) -> None:
+        self.problems: list[str] = []
+        self._cfg = cfg
+        self._prefix = prefix
+        self._also = tuple(also)
+        self._given = _difference(cfg, inherited or {})
+
+    def settings(self) -> ModelSettings | None:
+        """The settings; None where there are problems."""
+        self._look_for_unknown_keys()
+        minitron = self._mapping("minitron", self._cfg.get("minitron"))
+        sections = {
+            name: self._section(kind, minitron[name], f"minitron.{name}")
+            for name, kind in _OURS.items()
+            if minitron.get(name) is not None and kind is not ParallelConfig
+        }
+        values = {
+            **sections,
+            "parallel": self._parallel(minitron),
+            "batch": self._renamed(BatchConfig, self._fields(self._cfg, nemo_keys.BATCH), nemo_keys.BATCH),
+            "precision": self._precision(),
+            **self._optimizer(),
+            **{key: self._cfg[key] for key in ("seed",) if self._cfg.get(key) is not None},
+            **{key: minitron[key] for key in ("fp8",) if minitron.get(key) is not None},
+        }
+        if self.problems:
+            return None
+        return self._section(ModelSettings, {key: value for key, value in values.items() if value is not None}, "")
+
+    # -- what nobody knows, or nothing meets ---------------------------------------------------------------------
+
+    def _look_for_unknown_keys(self) -> None:
+        given = self._given
+        optim = self._mapping("optim", given.get("optim"))
+        levels: list[tuple[str, Mapping[str, Any], Iterable[str], Mapping[str, nemo_keys.Neutral]]] = [
+            ("", given, (*nemo_keys.ARCHITECTURE, *nemo_keys.READ), nemo_keys.NEUTRAL),
+            ("optim.", optim, nemo_keys.OPTIM, nemo_keys.NEUTRAL_OPTIM),
+            (
+                "optim.sched.",
+                self._mapping("optim.sched", optim.get("sched")),
+                nemo_keys.SCHED,
+                nemo_keys.NEUTRAL_SCHED,
+            ),
+            (
+                "minitron.",
+                self._mapping("minitron", given.get("minitron")),
+                nemo_keys.MINITRON,
+                nemo_keys.NEUTRAL_MINITRON,
+            ),
+        ]
+        for level, keys, known, neutral in levels:
+            unread = {key: value for key, value in keys.items() if level or key not in self._also}
+            for key in unread:
+                if key not in known and key not in neutral:
+                    self.unknown(f"{level}{key}", (*_dotted_keys(), *self._also))
+            self.problems += nemo_keys.unused(unread, neutral, self._prefix + level)
+        self.problems += [
+            f"{self._prefix}{key}: is missing and has no default" for key, value in _leaves(given) if value == MISSING
+        ]
+
+    def unknown(self, key: str, known: Iterable[str]) -> None:
+        """Note a key that nobody knows, with the nearest one that somebody does."""
+        names = sorted(known, key=len)
+        last = key.rpartition(".")[2]
+        close = [name for name in names if name.rpartition(".")[2] == last][:1]
+        close = close or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+        hint = f"did you mean {self._prefix}{close[0]}?" if close else "no key is called anything like it"
+        self.problems.append(f"{self._prefix}{key}: unknown key; {hint}")
+
+    # -- sections ------------------------------------------------------------------------------------------------
+
+    def _section(self, kind: type[SectionT], data: Any, name: str) -> SectionT | None:
+        """A section of ours under its own keys."""
+        dot = f"{name}." if name else ""
+        try:
+            return check(kind, self._mapping(name, data), source=_SOURCE)
+        except ConfigError as error:
+            self.problems += [f"{self._prefix}{dot}{problem}" for problem in error.problems]
+            return None
+
+    def _renamed(self, kind: type[SectionT], data: dict[str, Any], names: Mapping[str, str], at: str = "") -> Any:
+        """A section of ours under NeMo's keys; messages name those."""
+        try:
+            return check(kind, data, source=_SOURCE)
+        except ConfigError as error:
+            for problem in error.problems:
+                field = next((name for name in names if problem.startswith((f"{name} ", f"{name}:"))), "")
+                named = f"{at}{names[field]}{problem.removeprefix(field)}" if field else f"{at.rstrip('.')}: {problem}"
+                self.problems.append(f"{self._prefix}{named}")
+            return None
+
+    def _mapping(self, name: str, value: Any) -> dict[str, Any]:
+        if value is None:
+            return {}
+        if isinstance(value, Mapping):
+            return {str(key): each for key, each in value.items() if each != MISSING}
+        problem = f"{self._prefix}{name} = {value!r}: a mapping of keys"
+        if problem not in self.problems:
+            self.problems.append(problem)
+        return {}
+
+    @staticmethod
+    def _fields(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        return {field: data[key] for field, key in names.items() if data.get(key) not in (None, MISSING)}
+
+    def _parallel(self, minitron: Mapping[str, Any]) -> ParallelConfig | None:
+        theirs = self._fields(self._cfg, nemo_keys.PARALLEL)
+        ours = self._mapping("minitron.parallel", minitron.get("parallel"))
+        for name in theirs.keys() & ours.keys():
+            if theirs[name] != ours[name]:
+                first, second = nemo_keys.PARALLEL[name], f"{self._prefix}minitron.parallel.{name}"
+                self.problems.append(f"{self._prefix}{first} = {theirs[name]!r}, but {second} = {ours[name]!r}")
+        every = (*ParallelConfig.model_fields, *ours)
+        names = {name: f"minitron.parallel.{name}" for name in every}
+        names |= {name: key for name, key in nemo_keys.PARALLEL.items() if name not in ours}
+        found: ParallelConfig | None = self._renamed(ParallelConfig, theirs | ours, names)
+        return found
+
+    def _precision(self) -> Precision | None:
+        value = self._cfg.get("precision")
+        if value is None or value == MISSING:
+            return None
+        if (found := _PRECISIONS.get(str(value))) is None:
+            self.problems.append(f"{self._prefix}precision = {value!r}: one of {', '.join(sorted(_PRECISIONS))}")
+        return found
+
+    def _optimizer(self) -> dict[str, Any]:
+        optim = self._cfg.get("optim")
+        if optim is None:
+            return {}
+        before = len(self.problems)
+        found = self._optimizer_values(self._mapping("optim", optim))
+        if len(self.problems) > before and "optim" not in self._given:
+            # The optimizer that a file was trained with; here it matters only to who trains without another.
+            del self.problems[before:]
+            return {}
+        return found
+
+    def _optimizer_values(self, optim: dict[str, Any]) -> dict[str, Any]:
+        sched = self._mapping("optim.sched", optim.get("sched"))
+        flat = {**optim, **{f"sched.{key}": value for key, value in sched.items()}}
+        values = self._fields(flat, nemo_keys.OPTIMIZER)
+        if (name := values.pop("schedule", None)) is not None:
+            if not isinstance(name, str) or name not in _SCHEDULES:
+                self.problems.append(f"{self._prefix}optim.sched.name = {name!r}: one of {', '.join(_SCHEDULES)}")
+            values["schedule"] = _SCHEDULES.get(str(name), Schedule.COSINE)
+        if (betas := optim.get("betas")) is not None:
+            if not isinstance(betas, list | tuple) or len(betas) != 2:
+                self.problems.append(f"{self._prefix}optim.betas = {betas!r}: two numbers, such as [0.9, 0.95]")
+            else:
+                values |= {"beta1": betas[0], "beta2": betas[1]}
+        name = "adamw" if optim.get("name") is None else optim["name"]
+        if not isinstance(name, str) or name not in nemo_keys.OPTIMIZERS:
+            self.problems.append(f"{self._prefix}optim.name = {name!r}: one of {', '.join(nemo_keys.OPTIMIZERS)}")
+        values["distributed"] = optim.get("distributed", nemo_keys.OPTIMIZERS.get(str(name)))
+        if sched.get("constant_steps") and values.get("schedule", Schedule.COSINE) is not Schedule.COSINE:
+            self.problems.append(
+                f"{self._prefix}optim.sched.constant_steps = {sched['constant_steps']}: for name: CosineAnnealing"
+            )
+        found: dict[str, Any] = {"optimizer": self._renamed(OptimizerConfig, values, nemo_keys.OPTIMIZER, "optim.")}
+        for field, key in (("schedule_steps", "max_steps"), ("constant_steps", "constant_steps")):
+            value = sched.get(key)
+            if value is None:
+                continue
+            if type(value) is not int or value < (field == "schedule_steps"):
+                self.problems.append(f"{self._prefix}optim.sched.{key} = {value!r}: a number of optimizer steps")
+            found[field] = value
+        return found
+
+
+def _difference(cfg: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says that another one does not."""
+    kept = {}
+    for key, value in cfg.items():
+        if key in inherited:
+            theirs = inherited[key]
+            if isinstance(value, Mapping) and isinstance(theirs, Mapping):
+                if below := _difference(value, theirs):
+                    kept[key] = below
+                continue
+            if value == theirs:
+                continue
+        kept[key] = value
+    return kept
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _dotted_keys() -> list[str]:
+    """Every key that somebody reads, by its place."""
+    ours = [f"minitron.{name}" for name in ("fp8", *_OURS)]
+    below = [f"minitron.{name}.{key}" for name, kind in _OURS.items() for key in known_keys(kind)]
+    optim = [f"optim.{key}" for key in nemo_keys.OPTIM] + [f"optim.sched.{key}" for key in nemo_keys.SCHED]
+    return [*nemo_keys.ARCHITECTURE, *nemo_keys.READ, *optim, *ours, *below]
+
+
+# -- and back, for jobs that NeMo's own scripts run --------------------------------------------------------------
 
 
 def parallel_keys(parallel: ParallelConfig) -> dict[str, Any]:
-    """The inverse of `parallel_config`, as plain data."""
+    """A layout as keys of a NeMo model configuration."""
     values = parallel.model_dump(mode="json")
-    ours = {name: value for name, value in values.items() if name not in _PARALLEL_KEYS}
-    return {**{key: values[name] for name, key in _PARALLEL_KEYS.items()}, "minitron": {"parallel": ours}}
-
-
-def precision(cfg: Mapping[str, Any]) -> Precision:
-    """The numbers a NeMo configuration asks for.
-
-    Raises:
-        ConfigError: A precision we do not compute in.
-    """
-    value = str(cfg.get("precision", "32"))
-    if value not in _PRECISIONS:
-        raise ConfigError("model configuration", [f"precision = {value!r}: one of {', '.join(sorted(_PRECISIONS))}"])
-    return _PRECISIONS[value]
+    ours = {name: value for name, value in values.items() if name not in nemo_keys.PARALLEL}
+    return {**{key: values[name] for name, key in nemo_keys.PARALLEL.items()}, "minitron": {"parallel": ours}}
 
 
 def precision_key(value: Precision) -> str:
-    """The inverse of `precision`."""
+    """A dtype as NeMo's `precision`."""
     return {Precision.BF16: "bf16", Precision.FP32: "32"}[value]
 
 
-def optimizer_config(optim: Mapping[str, Any]) -> OptimizerConfig:
-    """`cfg.optim` (name, lr, weight_decay, betas, sched) as our section.
-
-    Raises:
-        ConfigError: With every problem found.
-    """
-    sched = optim.get("sched") or {}
-    name = sched.get("name", "CosineAnnealing")
-    if name not in _SCHEDULES:
-        raise ConfigError("model configuration", [f"optim.sched.name = {name!r}: one of {', '.join(_SCHEDULES)}"])
-    beta1, beta2 = optim.get("betas", (0.9, 0.95))
-    values = {
-        "lr": optim["lr"],
-        "min_lr": sched.get("min_lr", 0.0),
-        "warmup_steps": sched.get("warmup_steps", 0),
-        "schedule": _SCHEDULES[name],
-        "decay_share": sched.get("decay_share", 0.2),
-        "weight_decay": optim.get("weight_decay", 0.01),
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": optim.get("eps", 1e-8),
-        "clip_grad": optim.get("clip_grad", 1.0),
-        "distributed": optim.get("distributed", optim.get("name") == "distributed_fused_adam"),
-    }
-    return check(OptimizerConfig, values, source="model configuration: optim")
-
-
 def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
-    """The inverse of `optimizer_config`."""
+    """An optimizer as NeMo's `optim` section."""
     names = {schedule: name for name, schedule in _SCHEDULES.items()}
     return {
         "name": "distributed_fused_adam" if config.distributed else "adamw",
@@ -104,52 +326,21 @@ def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
     }
 
 
-def guard_config(minitron: Mapping[str, Any]) -> GuardConfig:
-    """`cfg.minitron.guard` as our section; absent keys mean the defaults.
-
-    Raises:
-        ConfigError: With every problem found.
-    """
-    return check(GuardConfig, dict(minitron.get("guard") or {}), source="model configuration: minitron.guard")
-
-
-def base_keys(settings: TrainingConfig) -> dict[str, Any]:
-    """The settings that every kind of training has, as keys of a NeMo model configuration."""
-    return {
-        "optim": optimizer_keys(settings.optimizer),
-        "minitron": {"guard": settings.guard.model_dump(mode="json")},
+def model_keys(settings: ModelSettings) -> dict[str, Any]:
+    """Settings as keys of a NeMo model configuration, every default written out; `model_settings` reads them back."""
+    layout = parallel_keys(settings.parallel)
+    distillation = settings.distillation
+    ours = {
+        **layout["minitron"],
+        "guard": settings.guard.model_dump(mode="json"),
+        **({"fp8": True} if settings.fp8 else {}),
+        **({} if distillation is None else {"distillation": distillation.model_dump(mode="json")}),
     }
-
-
-def training_keys(settings: DistillConfig, teacher: Path) -> dict[str, Any]:
-    """The settings as keys of a NeMo model configuration."""
-    keys = base_keys(settings)
     return {
-        **keys,
-        "minitron": {
-            **keys["minitron"],
-            "distillation": {
-                **objective_keys(settings),
-                "teacher": str(teacher),
-                "top_k": settings.top_k,
-                "temperature": settings.temperature,
-                "teacher_precision": settings.teacher_precision and precision_key(settings.teacher_precision),
-                "teacher_fp8": settings.teacher_fp8,
-                "offload_teacher": settings.offload_teacher,
-                "hidden_weight": settings.hidden_weight,
-                "hidden": settings.hidden and settings.hidden.model_dump(mode="json"),
-            },
-        },
-    }
-
-
-def objective_keys(settings: DistillConfig) -> dict[str, Any]:
-    """Keys that a student has with or without a teacher in memory."""
-    return {
-        "divergence": {"kind": settings.divergence.value, "beta": settings.beta, "skew": settings.skew},
-        "kd_weight": settings.kd_weight,
-        "lm_weight": settings.lm_weight,
-        "ramp_to": settings.ramp_to.model_dump(mode="json"),
-        "freeze_embeddings": settings.freeze_embeddings,
-        "loss_chunk_tokens": settings.loss_chunk_tokens,
+        **layout,
+        **{key: getattr(settings.batch, name) for name, key in nemo_keys.BATCH.items()},
+        "precision": precision_key(settings.precision),
+        "seed": settings.seed,
+        **({} if settings.optimizer is None else {"optim": optimizer_keys(settings.optimizer)}),
+        "minitron": ours,
     }

@@ -3,7 +3,6 @@
 from typing import Any
 
 from nemo_minitron.callbacks.history import ValidationHistory
-from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
@@ -18,7 +17,6 @@ def run(context: StageContext) -> dict[str, Any]:
     job = TrainingJob(
         kind=MegatronGPTModel,
         model=context.input("model"),
-        keys=nemo_settings.base_keys(settings),
         settings=settings,
         data=TokenDataModule(context.input("data"), settings, seed=context.config.seed),
         monitor=ValidationHistory(("ce",)),

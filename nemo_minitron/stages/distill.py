@@ -7,8 +7,6 @@ from nemo_minitron.callbacks.distillation import DistillationMonitor
 from nemo_minitron.callbacks.history import ValidationHistory
 from nemo_minitron.config.cache import CacheConfig, TargetKind
 from nemo_minitron.config.training import DistillConfig
-from nemo_minitron.models import nemo_settings
-from nemo_minitron.models.cached import MegatronGPTCachedDistillationModel
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.stages.base import StageContext
@@ -29,8 +27,8 @@ def run(context: StageContext) -> dict[str, Any]:
     job = TrainingJob(
         kind=MegatronGPTDistillationModel,
         model=context.input("student"),
-        keys=nemo_settings.training_keys(settings, context.input("teacher")),
         settings=settings,
+        distillation=settings.with_teacher(context.input("teacher")),
         data=data,
         monitor=DistillationMonitor(),
         metric=watched(settings),
@@ -49,13 +47,11 @@ def _from_cache(context: StageContext, data: TokenDataModule, cache: CacheConfig
     """The same without the teacher; validations have no targets, so the cross-entropy is what is watched."""
     settings = context.config.distill
     targets = context.input("cache") if cache.folder is None else Path(cache.folder)
-    keys = nemo_settings.base_keys(settings)
-    keys["minitron"]["distillation"] = {**nemo_settings.objective_keys(settings), "cache": str(targets)}
     job = TrainingJob(
-        kind=MegatronGPTCachedDistillationModel,
+        kind=MegatronGPTDistillationModel,
         model=context.input("student"),
-        keys=keys,
         settings=settings,
+        distillation=settings.with_cache(targets),
         data=data,
         monitor=ValidationHistory(("ce",)),
         metric="ce",

@@ -6,11 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from omegaconf import OmegaConf
 
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.megatron.data import WindowDataset, loader
-from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.models.strategy import MegatronStrategy
 from nemo_minitron.stages.team import release_memory
@@ -45,18 +44,17 @@ def restore(
     config: RunConfig,
     micro_batch_size: int,
     trainer: Trainer,
-    extra: Mapping[str, Any] | None = None,
+    settings: ModelSettings | None = None,
 ) -> ModelT:
-    """Read a checkpoint folder as a model of some class, in the run's layout and numbers; earlier ones are freed."""
+    """Read a checkpoint folder as a model of some class, in the run's layout and dtype; earlier ones are freed.
+
+    Of `settings`, what a training adds is taken; layout, dtype, seed and micro-batch size are the run's.
+    """
     release_memory()
-    settings = kind.restore_from(path, return_config=True)
-    values = {
-        **nemo_settings.parallel_keys(config.parallel),
-        "precision": nemo_settings.precision_key(config.precision),
-        "micro_batch_size": micro_batch_size,
-    }
-    merged = OmegaConf.merge(settings, values, extra or {})
-    return kind.restore_from(path, override_config_path=merged, trainer=trainer)
+    told = settings or ModelSettings()
+    run = {"parallel": config.parallel, "precision": config.precision, "seed": config.seed}
+    batch = told.batch.model_copy(update={"micro_batch_size": micro_batch_size})
+    return kind.restore_from(path, settings=told.model_copy(update={**run, "batch": batch}), trainer=trainer)
 
 
 def validate(

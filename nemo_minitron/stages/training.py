@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
-from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
+from nemo_minitron.callbacks.garbage import garbage_collection
 from nemo_minitron.callbacks.history import BestModel
 from nemo_minitron.callbacks.metrics import MetricsLogger
 from nemo_minitron.callbacks.progress import ProgressDisplay
@@ -51,7 +50,7 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         config=context.config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra=job.keys,
+        settings=job.model_settings,
     )
     resume_from = newest_whole(checkpoints, warn=context.reporter.line)
     with signals.deferred():
@@ -107,8 +106,8 @@ def _speed(model: MegatronGPTModel, throughput: Throughput, sequence_length: int
     """Tokens a second, and the fraction of the GPUs' peak that student and teacher together computed at."""
     found = throughput.summary()
     flops = training_flops(model.spec, sequence_length)
-    if isinstance(model, MegatronGPTDistillationModel):
-        flops += forward_flops(model.teacher[0].spec, sequence_length)
+    if isinstance(model, MegatronGPTDistillationModel) and (teacher := model.targets.teacher) is not None:
+        flops += forward_flops(teacher.spec, sequence_length)
     used = speed.mfu(found["tokens_per_second"], flops, devices=model.runtime.world_size, gpu=speed.gpu_name())
     return {**found, "mfu": used}
 
@@ -134,11 +133,7 @@ def _trainer(
         best,
         saving,
     ]
-    interval = interval_of(
-        context.config.parallel.gc_interval, on_gpu=torch.cuda.is_available(), ranks=context.world_size
-    )
-    if interval:
-        callbacks.append(GarbageCollection(interval))
+    callbacks += garbage_collection(context.config.parallel, ranks=context.world_size)
     return make_trainer(
         context.config,
         callbacks,

@@ -1,11 +1,11 @@
 """What a training stage hands to the training that all of them share."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.callbacks.history import ValidationHistory
+from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.gpt import MegatronGPTModel
@@ -18,12 +18,17 @@ class TrainingJob:
     kind: type[MegatronGPTModel]
     model: Path
     """Checkpoint folder to begin with."""
-    keys: Mapping[str, Any]
-    """Settings as keys of a NeMo model configuration; `nemo_settings.base_keys` are there already."""
     settings: TrainingConfig
+    distillation: DistillationConfig | None = None
+    """Objective and targets; None for a model that has no teacher."""
     data: TokenDataModule
     monitor: ValidationHistory
     metric: str
     """What says how good the model is, of those that `monitor` keeps; lower is better."""
     result: str
     """Name of the folder that is written."""
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        """What the model is told."""
+        return ModelSettings.of_training(self.settings, self.distillation)

@@ -89,7 +89,7 @@ def measure(context: StageContext, job: TrainingJob, *, seconds: float) -> Costs
         config=context.config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra=job.keys,
+        settings=job.model_settings,
     )
     start, clock = time.perf_counter() - clock, time.perf_counter()
     with signals.deferred():

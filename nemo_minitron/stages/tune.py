@@ -4,7 +4,6 @@ from typing import Any
 
 from nemo_minitron.callbacks.distillation import DistillationMonitor
 from nemo_minitron.callbacks.history import ValidationHistory
-from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.data import ChatDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
@@ -21,10 +20,8 @@ def run(context: StageContext) -> dict[str, Any]:
     job = TrainingJob(
         kind=MegatronGPTDistillationModel if taught else MegatronGPTModel,
         model=context.input("student"),
-        keys=nemo_settings.training_keys(settings.as_distillation(), context.input("teacher"))
-        if taught
-        else nemo_settings.base_keys(settings),
         settings=settings,
+        distillation=settings.as_distillation().with_teacher(context.input("teacher")) if taught else None,
         data=ChatDataModule(context.input("chat"), settings, seed=context.config.seed),
         monitor=DistillationMonitor() if taught else ValidationHistory(("ce",)),
         metric="ce",

@@ -63,6 +63,21 @@ def test_exp_manager_logs_checkpoints_resumes_and_leaves_a_nemo(artefacts, tmp_p
 
 
 @pytest.mark.slow
+def test_unknown_keys_end_a_script_with_status_2_before_anything_starts(tmp_path):
+    command = [
+        *(sys.executable, str(EXAMPLES / "megatron_gpt_distillation.py"), "model.student=none", "model.data=none"),
+        *("model.minitron.distillation.teacher=none", "+model.minitron.distillation.temprature=4"),
+        *("+model.temperature=4", "model.optim.name=sgd", "+trainer.accumulate_grad_batches=2"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    said = ended.stderr[ended.stderr.index("error: hydra configuration: 4 problem(s)") :]
+    for key in ("distillation.temprature: unknown", "model.temperature: unknown", "name = 'sgd'", "grad_batches = 2"):
+        assert key in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_pruning_needs_only_the_callbacks_and_a_nemo_config(artefacts, tmp_path):
     command = [
         *(sys.executable, str(EXAMPLES / "megatron_gpt_prune.py")),

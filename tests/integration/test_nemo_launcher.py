@@ -15,10 +15,11 @@ import pytest
 
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.scripts import PruningSection, ScoringSection
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.launchers import nemo_launcher
-from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.scripts import calibration_script, distillation_script
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/tiny/tiny_cpu.yaml"
@@ -90,9 +91,18 @@ def test_a_job_says_what_the_recipe_says():
         "dependency": "afterok:7",
     }
     assert (made.trainer.num_nodes, made.trainer.devices, made.trainer.max_steps) == (4, 8, 10240 // (8 * 64))
-    assert made.model.minitron.distillation.top_k == 100
-    assert nemo_settings.optimizer_config(made.model.optim) == OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2)
-    assert nemo_settings.parallel_config(made.model) == ParallelConfig(tensor=2, recompute="full")
+    script = distillation_script(made)
+    assert script.settings.distillation.top_k == 100
+    assert script.settings.optimizer == OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2)
+    assert script.settings.parallel == ParallelConfig(tensor=2, recompute="full")
+    assert script.section.steps == 20
+
+
+def test_the_other_scripts_take_what_the_launcher_writes():
+    scoring = calibration_script(nemo_launcher.stage_config("score", plan()), "scoring", ScoringSection).section
+    assert (scoring.path, scoring.samples) == ("/results/tiny/score/scores.safetensors", 16)
+    pruning = calibration_script(nemo_launcher.stage_config("prune", plan()), "pruning", PruningSection).section
+    assert pruning.target == plan().config.target
 
 
 def test_what_the_scripts_do_not_do_is_refused():

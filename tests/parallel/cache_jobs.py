@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.cache.folder import CacheManifest, CacheWriter
 from nemo_minitron.config.cache import CacheConfig
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.run import RunConfig
 
 
@@ -73,9 +74,8 @@ def losses(student: Path, cache: Path, data: Path, config: RunConfig) -> list[di
     """Loss and divergence of every training step from a cache."""
     from lightning.pytorch import Callback
 
-    from nemo_minitron.models import nemo_settings
-    from nemo_minitron.models.cached import MegatronGPTCachedDistillationModel
     from nemo_minitron.models.data import TokenDataModule
+    from nemo_minitron.models.distillation import MegatronGPTDistillationModel
     from nemo_minitron.stages.session import make_trainer, restore
 
     class Keep(Callback):
@@ -91,15 +91,12 @@ def losses(student: Path, cache: Path, data: Path, config: RunConfig) -> list[di
         config, [keep], max_steps=settings.steps, max_epochs=-1, val_check_interval=10, check_val_every_n_epoch=None
     )
     model = restore(
-        MegatronGPTCachedDistillationModel,
+        MegatronGPTDistillationModel,
         student,
         config=config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra={
-            "optim": nemo_settings.optimizer_keys(settings.optimizer),
-            "minitron": {"distillation": {"cache": str(cache)}},
-        },
+        settings=ModelSettings.of_training(settings, settings.with_cache(cache)),
     )
     trainer.fit(model, datamodule=TokenDataModule(data, settings, seed=config.seed))
     return keep.rows

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.run import RunConfig
 
 
@@ -48,7 +49,7 @@ def first_step(student: Path, teacher: Path, data: Path, config: RunConfig) -> d
     found: dict[str, Any] = {}
     model, trainer = _model(student, teacher, config, [])
 
-    def look(report: dict[str, float], values: dict[str, float]) -> None:
+    def look(report: dict[str, float]) -> None:
         named = [pair for chunk in model.chunks for pair in chunk.named_weights()]
         found.update(
             report=dict(report),
@@ -65,7 +66,7 @@ def first_step(student: Path, teacher: Path, data: Path, config: RunConfig) -> d
         step(batch, batch_idx)
 
     step = model.training_step
-    model.apply_gradients, model.training_step = look, keep
+    model.update, model.training_step = look, keep
     try:
         trainer.fit(model, datamodule=TokenDataModule(data, config.distill, seed=config.seed))
     except _SeenError:
@@ -75,7 +76,6 @@ def first_step(student: Path, teacher: Path, data: Path, config: RunConfig) -> d
 
 def _model(student: Path, teacher: Path, config: RunConfig, callbacks: list[Any]) -> tuple[Any, Any]:
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel
-    from nemo_minitron.models.nemo_settings import training_keys
     from nemo_minitron.stages.session import make_trainer, restore
 
     settings = config.distill
@@ -88,6 +88,6 @@ def _model(student: Path, teacher: Path, config: RunConfig, callbacks: list[Any]
         config=config,
         micro_batch_size=settings.batch.micro_batch_size,
         trainer=trainer,
-        extra=training_keys(settings, teacher),
+        settings=ModelSettings.of_training(settings, settings.with_teacher(teacher)),
     )
     return model, trainer

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.config.distillation import Objective
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from tests.parallel.megatron_jobs import SPECS, Case, global_batch, optimizer_config
 
@@ -55,8 +56,7 @@ def train(run: Run) -> dict[str, Any]:
             student=chunks[-1],
             teacher=teacher[-1],
             teacher_states=states,
-            lm_weight=0.3,
-            top_k=5 if run.kind == "top_k" else None,
+            objective=Objective(lm_weight=0.3, top_k=5 if run.kind == "top_k" else None),
             statistics=True,
             **common,
         )

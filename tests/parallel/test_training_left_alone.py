@@ -60,15 +60,13 @@ def poison_everything() -> None:
 
 
 def _poison(steps: set[int], rank: int) -> None:
-    from nemo_minitron.models import gpt
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel as Model
 
-    make_loss = Model.make_loss
-    training_step = gpt.MegatronGPTModel.training_step
+    bind_loss, training_step = Model.bind_loss, Model.training_step
 
-    def poisoned(self, micro_batches, *, training):
-        loss = make_loss(self, micro_batches, training=training)
-        if not (training and self.trainer.global_step in steps and self.runtime.rank == rank):
+    def poisoned(self, targets, objective, *, statistics):
+        loss = bind_loss(self, targets, objective, statistics=statistics)
+        if not (self.trainer.training and self.trainer.global_step in steps and self.runtime.rank == rank):
             return loss
 
         return lambda hidden, *rest: loss(hidden * float("nan"), *rest)
@@ -80,8 +78,8 @@ def _poison(steps: set[int], rank: int) -> None:
         after = _state(self)
         _seen[step] = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
-    Model.make_loss = poisoned
-    gpt.MegatronGPTModel.training_step = watched
+    Model.bind_loss = poisoned
+    Model.training_step = watched
 
 
 def _state(model) -> list[torch.Tensor]:
@@ -129,15 +127,14 @@ def note_temperatures() -> None:
     """Note what the loss of each step, and of each validation, is made with."""
     from nemo_minitron.models.distillation import MegatronGPTDistillationModel as Model
 
-    make_loss = Model.make_loss
+    bind_loss = Model.bind_loss
 
-    def noting(self, micro_batches, *, training):
-        loss = make_loss(self, micro_batches, training=training)
-        key = self.trainer.global_step if training else "validation"
-        _seen[key] = (loss.temperature, loss.kd_weight, loss.lm_weight)
-        return loss
+    def noting(self, targets, objective, *, statistics):
+        key = self.trainer.global_step if self.trainer.training else "validation"
+        _seen[key] = (objective.temperature, objective.kd_weight, objective.lm_weight)
+        return bind_loss(self, targets, objective, statistics=statistics)
 
-    Model.make_loss = noting
+    Model.bind_loss = noting
 
 
 def test_weights_and_temperature_follow_straight_lines(run, inputs):

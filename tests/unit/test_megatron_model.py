@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nemo.core.optim.lr_scheduler import CosineAnnealing
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -267,6 +268,26 @@ def test_learning_rates(schedule: Schedule, here: Runtime) -> None:
     }[schedule]
     assert rates == pytest.approx([0.5, 1.0, *falling])
     assert optimizer.steps_taken == 6
+
+
+def test_the_last_steps_may_stay_at_the_minimum_as_in_nemo(here: Runtime) -> None:
+    """The expected rates are those of NeMo's own scheduler."""
+    chunks = build_chunks(SPEC, here, Precision.FP32, seed=1)
+    config = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2)
+    optimizer = optim.build_optimizer(optim.wrap(chunks, config), config, Precision.FP32, 9, constant_steps=3)
+    rates = []
+    for _ in range(9):
+        optimizer.zero_grad()
+        rates.append(optimizer.step().lr)
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    theirs = CosineAnnealing(plain, warmup_steps=2, constant_steps=3, max_steps=9, min_lr=0.2)
+    expected = []
+    for _ in range(9):
+        plain.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    assert rates[1:] == pytest.approx(expected[1:])  # NeMo's warm-up begins above zero
+    assert rates[-3:] == [0.2] * 3
 
 
 def test_weight_decay_spares_norms_and_clipping_limits_the_norm(here: Runtime) -> None:

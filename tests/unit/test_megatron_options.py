@@ -17,6 +17,7 @@ from nemo_minitron.launchers import nemo_launcher
 from nemo_minitron.megatron import build, optim, overlap
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.nemo_settings import SettingsReader
 from tests.parallel.megatron_jobs import SPECS
 
 ROOT = Path(__file__).parents[2]
@@ -130,18 +131,21 @@ def test_the_distributed_optimizer_is_on_by_itself_on_gpus_with_several_replicas
     ],
 )
 def test_options_survive_the_way_through_a_nemo_configuration(parallel):
-    assert nemo_settings.parallel_config(nemo_settings.parallel_keys(parallel)) == parallel
+    assert nemo_settings.model_settings(nemo_settings.parallel_keys(parallel)).parallel == parallel
 
 
 @pytest.mark.parametrize("distributed", [None, True, False])
 def test_so_does_the_choice_of_the_optimizer(distributed):
     settings = OptimizerConfig(distributed=distributed)
-    assert nemo_settings.optimizer_config(nemo_settings.optimizer_keys(settings)) == settings
+    assert nemo_settings.model_settings({"optim": nemo_settings.optimizer_keys(settings)}).optimizer == settings
 
 
-@pytest.mark.parametrize(("name", "distributed"), [("adamw", False), ("distributed_fused_adam", True)])
+@pytest.mark.parametrize(
+    ("name", "distributed"), [("adamw", None), ("fused_adam", False), ("distributed_fused_adam", True)]
+)
 def test_a_nemo_configuration_without_our_key_goes_by_the_name(name, distributed):
-    assert nemo_settings.optimizer_config({"name": name, "lr": 1e-4}).distributed is distributed
+    read = nemo_settings.model_settings({"optim": {"name": name, "lr": 1e-4}})
+    assert read.optimizer.distributed is distributed
 
 
 def test_garbage_is_collected_at_the_given_steps_alone(monkeypatch):
@@ -217,15 +221,16 @@ def test_fp8_is_refused_where_it_cannot_be(monkeypatch):
 
 
 def test_the_recipe_s_choice_of_fp8_reaches_the_teacher(tmp_path):
-    keys = nemo_settings.training_keys(DistillConfig(teacher_fp8=True), tmp_path)
-    assert keys["minitron"]["distillation"]["teacher_fp8"] is True
-    assert not nemo_settings.training_keys(DistillConfig(), tmp_path)["minitron"]["distillation"]["teacher_fp8"]
+    assert DistillConfig(teacher_fp8=True).with_teacher(tmp_path).teacher_fp8
+    assert not DistillConfig().with_teacher(tmp_path).teacher_fp8
 
 
 def test_the_nemo_launcher_passes_options_on_beside_the_objective(tmp_path):
     given = ["model.source=m", "data.sources=[t]", "parallel.overlap_grad_reduce=true", "distill.guard.spike_factor=9"]
     config = load_recipe(ROOT / "recipes" / "tiny" / "tiny_cpu.yaml", given)
     model = nemo_launcher._distill(config, tmp_path)["model"]
-    assert nemo_settings.parallel_config(model) == config.parallel
-    assert nemo_settings.guard_config(model["minitron"]).spike_factor == 9
-    assert model["minitron"]["distillation"]["teacher"] == str(tmp_path / "stages/import/teacher")
+    read = SettingsReader(model, also=("student", "data", "validation_samples")).settings()
+    assert read.parallel == config.parallel
+    assert read.guard == config.distill.guard
+    assert read.guard.spike_factor == 9
+    assert read.distillation == config.distill.with_teacher(tmp_path / "stages/import/teacher")

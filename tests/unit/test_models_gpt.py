@@ -21,6 +21,26 @@ def logits(folder: Path, tokens: list[list[int]]) -> tuple[np.ndarray, str]:
     return found.numpy(), model.chunks[0].output
 
 
+def changed_too_late(folder: Path) -> list[str]:
+    """What is said of a key that is changed in a built model."""
+    from nemo_minitron import MegatronGPTModel
+    from nemo_minitron.errors import ConfigError
+
+    model = MegatronGPTModel.restore_from(folder)
+    model.cfg.micro_batch_size = 4
+    try:
+        model.setup("fit")
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_a_configuration_that_is_changed_after_it_was_read_is_refused(tmp_path):
+    write_llama(tmp_path / "hf")
+    [[problem]] = run_on_ranks(1, changed_too_late, tmp_path / "hf")
+    assert problem.startswith("micro_batch_size = 4: changed after the model was built")
+
+
 def test_calling_the_model_gives_logits_and_leaves_it_as_it_was(tmp_path):
     reference = write_llama(tmp_path / "hf").float().eval()
     tokens = torch.randint(0, reference.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))

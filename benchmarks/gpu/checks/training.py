@@ -8,6 +8,7 @@ import torch
 from benchmarks.gpu import models
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.registry import Outcome, UnavailableError, check
+from nemo_minitron.config.distillation import Objective
 from nemo_minitron.megatron import runtime, sharded_io
 from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
 from nemo_minitron.megatron.forward import collect_hidden
@@ -86,7 +87,7 @@ def no_hidden_waits(bench: Bench) -> Outcome:
         teacher_states=collect_hidden(teacher, train.batches, train.here),
         vocab_size=models.VOCABULARY,
         tensor_group=None,
-        lm_weight=0.5,
+        objective=Objective(lm_weight=0.5),
     )
     for attempt in range(2):  # the first makes buffers and handles of libraries, which may wait
         bench.sync()
