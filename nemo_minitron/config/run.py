@@ -41,6 +41,14 @@ class DataConfig(Section):
     """Share of documents that nothing is trained or scored on; perplexity is measured there."""
     min_characters: NonNegative = 200
     """Shorter documents are left out."""
+    parse_special_tokens: bool = False
+    """Whether a text that spells a special token (`<|im_end|>`) becomes that token, in documents and in what messages
+    say; as it is, it stays text. The markers that a chat template writes are always special."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The stage stops when more documents than this fraction are no texts (null, half a surrogate pair, not JSON, not
+    UTF-8); fewer are skipped and counted. For conversations too."""
+    workers: Count | None = None
+    """Processes that tokenize; null for as many as this machine has cores for the run."""
 
     @model_validator(mode="after")
     def _room_to_train(self) -> Self:

@@ -37,6 +37,13 @@ _CHAT_KEYS = (
     "seed",
 )
 
+_DATA_KEYS = (
+    *(f"data.{key}" for key in ("sources", "text_key", "calibration_fraction", "heldout_fraction", "min_characters")),
+    "data.parse_special_tokens",
+    "seed",
+)
+"""Not `workers` and `max_bad_fraction`, which change nothing in the token files."""
+
 _CACHE_KEYS = (
     *(f"cache.{key}" for key in ("kind", "draws", "k", "samples_per_shard", "folder")),
     *(f"distill.{key}" for key in ("tokens", "temperature", "batch.sequence_length", "batch.global_batch_size")),
@@ -53,7 +60,12 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
     teacher = "import/teacher"
     stages = [
         _stage("import", sections=("model.source",)),
-        _stage("data", inputs={"teacher": teacher}, sections=("data", "seed")),
+        _stage(
+            "data",
+            inputs={"teacher": teacher},
+            sections=_DATA_KEYS,
+            changed=lazy("nemo_minitron.stages.sources:changed"),
+        ),
     ]
     if config.tune is not None:
         stages.append(_stage("chat", inputs={"teacher": teacher}, sections=_CHAT_KEYS))
