@@ -4,6 +4,7 @@ A text that spells a special token (`<|im_end|>`) stays text unless it is asked 
 words, and what they quote is not the end of a turn.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,13 +66,12 @@ class TextEncoder:
     def _special(self) -> NDArray[np.bool_]:
         """`[ids]`: which are special tokens. That of unknown words is none: texts come to it without spelling it."""
         added = self._tokenizer.get_added_tokens_decoder()
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        model = json.loads(self.definition)["model"]
         flags = np.zeros(max([self.vocab_size, *(number + 1 for number in added)]), dtype=bool)
         for number, token in added.items():
-            flags[number] = token.special and token.content != unknown
-        by_number = getattr(self._tokenizer.model, "unk_id", None)  # Unigram names it so
-        if by_number is not None:
-            flags[by_number] = False
+            flags[number] = token.special and token.content != model.get("unk_token")
+        if model.get("unk_id") is not None:  # Unigram names it by number
+            flags[model["unk_id"]] = False
         return flags
 
     @cached_property

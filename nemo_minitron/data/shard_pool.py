@@ -189,7 +189,7 @@ def _spawn() -> "subprocess.Popen[bytes]":
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "nemo_minitron.data.shard_worker"],
+        [sys.executable, "-m", "nemo_minitron.data.shard_worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

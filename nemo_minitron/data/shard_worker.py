@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+from contextlib import suppress
 from typing import IO
 
 from nemo_minitron.data.shards import ShardJob, Unit, make_shard
@@ -19,6 +20,11 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Work until the input ends."""
     _die_with_parent()
+    with suppress(BrokenPipeError):  # the parent is gone, where the system does not tell
+        _work()
+
+
+def _work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not come between answers
@@ -41,9 +47,11 @@ def _next(stream: IO[bytes]) -> Unit | None:
 
 
 def _die_with_parent() -> None:
-    """Ask the system to end this process when the one that started it ends, however it does (Linux)."""
+    """End this process when the one that started it, whose id is the argument, ends, however it does (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # it ended before the system was asked
+        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
@@ -24,6 +24,7 @@ from nemo_minitron.data.merge import merge
 from nemo_minitron.data.shards import Shard, ShardBuilder, shard_path
 from nemo_minitron.data.tokenizer import end_of_document, text_encoder, tokenizer_digest
 from nemo_minitron.errors import DataError
+from nemo_minitron.megatron.blend import BlendInfo, blend_digest, blend_info, write_splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,6 +63,8 @@ class DataInfo(TypedDict):
     data_digest: str
     """Of all splits' token files: the same texts, tokenizer, fractions and seed give the same digest."""
     splits: dict[str, SplitInfo]
+    blend: NotRequired[BlendInfo]
+    """Existing token files that the train split is; it has no files of its own then."""
 
 
 def write_token_files(
@@ -133,23 +136,50 @@ def merge_shards(
                 rule="each split with a fraction above 0 has documents",
                 remedy="give more texts, or a larger fraction",
             )
-        info = DataInfo(
-            format=_FORMAT,
-            seed=seed,
-            vocab_size=vocab_size,
-            end_of_document=end_of_document(tokenizer, vocab_size),
-            dtype=dtype,
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            data_digest=_digest_of(splits),
-            splits=cast("dict[str, SplitInfo]", splits),
-        )
-        (temporary / INFO_NAME).write_text(json.dumps(info, indent=2) + "\n")
-        (folder / INFO_NAME).unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == INFO_NAME):
-            path.replace(folder / path.name)
+        info = _info(tokenizer, seed, vocab_size, splits, _digest_of(splits))
+        _put_in_place(temporary, folder, info)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return info
+
+
+def write_blend_files(
+    tokenizer: "PreTrainedTokenizerFast", folder: Path, config: DataConfig, *, seed: int, vocab_size: int
+) -> DataInfo:
+    """Existing token files (`config.blend`) as data: calibration and held-out documents are copied, the others named.
+
+    Raises:
+        DataError: A prefix is not there or damaged, does not fit the vocabulary, or a split has no documents.
+    """
+    blend = blend_info(config)
+    with scratch(folder) as temporary:
+        splits = write_splits(config, blend, temporary, token_dtype(vocab_size), vocab_size)
+        info = _info(tokenizer, seed, vocab_size, splits, blend_digest(blend, splits))
+        info["blend"] = blend
+        _put_in_place(temporary, folder, info)
+    return info
+
+
+def _info(
+    tokenizer: "PreTrainedTokenizerFast", seed: int, vocab_size: int, splits: dict[str, Any], digest: str
+) -> DataInfo:
+    return DataInfo(
+        format=_FORMAT,
+        seed=seed,
+        vocab_size=vocab_size,
+        end_of_document=end_of_document(tokenizer, vocab_size),
+        dtype=token_dtype(vocab_size),
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        data_digest=digest,
+        splits=cast("dict[str, SplitInfo]", splits),
+    )
+
+
+def _put_in_place(temporary: Path, folder: Path, info: DataInfo) -> None:
+    (temporary / INFO_NAME).write_text(json.dumps(info, indent=2) + "\n")
+    (folder / INFO_NAME).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == INFO_NAME):
+        path.replace(folder / path.name)
 
 
 def token_dtype(vocab_size: int) -> str:

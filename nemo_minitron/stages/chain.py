@@ -34,12 +34,13 @@ MODELS = ("teacher", "pruned", "distilled", "tuned")
 _CHAT_KEYS = (
     *(f"tune.{key}" for key in ("sources", "prompt_key", "answer_key", "validation_fraction", "too_long")),
     "tune.batch.sequence_length",
+    "data.parse_special_tokens",
     "seed",
 )
 
 _DATA_KEYS = (
     *(f"data.{key}" for key in ("sources", "text_key", "calibration_fraction", "heldout_fraction", "min_characters")),
-    "data.parse_special_tokens",
+    *(f"data.{key}" for key in ("parse_special_tokens", "blend", "calibration_blend", "heldout_blend")),
     "seed",
 )
 """Not `workers` and `max_bad_fraction`, which change nothing in the token files."""

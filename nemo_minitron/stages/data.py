@@ -15,7 +15,7 @@ from nemo_minitron.data.survey import Survey, survey
 from nemo_minitron.data.tally import Tally
 from nemo_minitron.data.tokenizer import load_tokenizer, text_encoder
 from nemo_minitron.errors import DataError
-from nemo_minitron.megatron.token_files import merge_shards, scratch, token_dtype
+from nemo_minitron.megatron.token_files import merge_shards, scratch, token_dtype, write_blend_files
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.sources import write_sources
 
@@ -30,6 +30,8 @@ def run(context: StageContext) -> dict[str, Any]:
     config = context.config
     teacher = open_checkpoint(context.input("teacher"))
     tokenizer = load_tokenizer(teacher.tokenizer_files())
+    if config.data.blend is not None:
+        return _blend(context, tokenizer, teacher.spec.vocab_size)
     found = survey([resolve(source) for source in config.data.sources])
     vocab_size = teacher.spec.vocab_size
     with scratch(context.out):  # clears what a killed attempt has left
@@ -55,6 +57,14 @@ def run(context: StageContext) -> dict[str, Any]:
     if tally.bad:
         told.append(f"{tally.bad:,} bad documents skipped")
     return {**info, "sources": sums, "summary": ", ".join(told)}
+
+
+def _blend(context: StageContext, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """Existing token files: `data.json`, and copies of what is calibrated and measured on."""
+    config = context.config
+    info = write_blend_files(tokenizer, context.out, config.data, seed=config.seed, vocab_size=vocab_size)
+    told = [f"{name} {split['tokens']:,} tokens" for name, split in info["splits"].items()]
+    return {**info, "summary": f"{len(info['blend']['prefixes'])} prefixes: {', '.join(told)}"}
 
 
 def _check_any(tally: Tally, config: RunConfig) -> None:

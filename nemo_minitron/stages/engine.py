@@ -139,6 +139,7 @@ def _prepare(
     selected = select(chain, first=request.redo_from, last=request.last, only=request.only)
     run.create()
     stack.enter_context(run.locked())
+    run.clear_leftovers()
     for stage in chain:
         run.adopt(stage.name)
     redo_from = None if _redo_begun(request) else request.redo_from

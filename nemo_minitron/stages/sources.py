@@ -24,7 +24,7 @@ def write_sources(folder: Path, found: Survey) -> None:
 def changed(config: "RunConfig", run: RunFolder) -> list[str]:
     """How the sources differ from those that the finished data stage was made from."""
     path = run.stage("data") / NAME
-    if not path.is_file():
+    if not path.is_file():  # of existing token files, or made by an earlier version
         return []
     try:
         return changes(read_json(path)["files"], [location(source) for source in config.data.sources])
