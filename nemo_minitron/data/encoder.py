@@ -42,7 +42,8 @@ class TextEncoder:
         """
         found = []
         for text, encoding in zip(texts, self._tokenizer.encode_batch_fast(list(texts)), strict=True):
-            tokens = np.array(encoding.ids, dtype=np.int64)
+            ids = encoding.ids
+            tokens = np.fromiter(ids, np.int64, len(ids))
             if not self.parse_special_tokens and self._spells_special(tokens):
                 tokens = self._as_text(text, tokens)
             if not len(tokens) or tokens[-1] != self.end:

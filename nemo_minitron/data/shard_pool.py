@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -171,10 +172,19 @@ def _in_processes(job: ShardJob, workers: int, todo: Iterator[Unit], done: Done)
             process.kill()
         for process in processes:
             process.wait()
-    for thread in threads:
-        thread.join()
+        for thread in threads:  # each ends with its process
+            thread.join()
+        for process in processes:
+            _close(process)
     if pool.error is not None:
         raise pool.error
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(OSError):  # what was not yet read by it
+                stream.close()
 
 
 def _spawn() -> "subprocess.Popen[bytes]":

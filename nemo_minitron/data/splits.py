@@ -18,6 +18,14 @@ if TYPE_CHECKING:  # worker processes that tokenize need no pydantic
     from nemo_minitron.data.documents import Document
 
 
+_ASCII_SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f"
+_SPACES = (
+    _ASCII_SPACES
+    + "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+"""All that `str.split` splits at, but the space itself."""
+
+
 class Split(StrEnum):
     """What a document is for."""
 
@@ -28,9 +36,19 @@ class Split(StrEnum):
 
 def position(text: str, seed: int) -> float:
     """Where a text falls in [0, 1), uniformly; spaces and line ends do not matter."""
-    words = " ".join(text.split()).encode()
+    words = _single_spaces(text).encode()
     digest = hashlib.blake2b(words, digest_size=8, key=str(seed).encode()).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits, so that the quotient is exact and below 1
+
+
+def _single_spaces(text: str) -> str:
+    """As `" ".join(text.split())`, several times as fast: mostly there is little to replace."""
+    for space in _ASCII_SPACES if text.isascii() else _SPACES:
+        if space in text:
+            text = text.replace(space, " ")
+    while "  " in text:
+        text = text.replace("  ", " ")
+    return text.strip(" ")
 
 
 def split_of(document: "Document", config: "DataConfig", seed: int) -> Split:
