@@ -205,8 +205,22 @@ def _check_sources(recipe: str, ahead: Sequence[Stage], config: RunConfig) -> No
         for path in paths
         if not path.startswith("package:") and not location(path).exists()
     ]
+    if any(stage.name == "data" for stage in ahead):
+        missing += _missing_prefixes(config)
     if missing:
         raise ConfigError(recipe, missing)
+
+
+def _missing_prefixes(config: RunConfig) -> list[str]:
+    data = config.data
+    blends = {"blend": data.blend, "calibration_blend": data.calibration_blend, "heldout_blend": data.heldout_blend}
+    return [
+        f"data.{key}: {prefix}{suffix}: no such file; a prefix names a .bin and an .idx file"
+        for key, pairs in blends.items()
+        for _, prefix in pairs or ()
+        for suffix in (".bin", ".idx")
+        if not Path(f"{prefix}{suffix}").expanduser().is_file()
+    ]
 
 
 def _check_described(described: ModelSpec, found: ModelSpec, config: RunConfig) -> None:

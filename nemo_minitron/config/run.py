@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import DEFAULT_SEED, Count, Fraction, NonNegative, Positive, Section
+from nemo_minitron.config.blend import Blend
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
@@ -27,12 +28,23 @@ class ModelConfig(Section):
     weights nor a network. It must agree with `source` once that is there."""
 
 
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Texts, and how documents are shared out between the splits."""
 
-    sources: tuple[str, ...] = Field(min_length=1)
-    """Files or folders of `.txt`, `.jsonl`, `.parquet` or a MediaWiki `.xml`/`.bz2` dump;
+    sources: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Files or folders of `.txt`, `.jsonl`, `.parquet`, `.arrow` or a MediaWiki `.xml`/`.bz2` dump;
     `package:NAME==VERSION/PATH` too."""
+    blend: Blend | None = None
+    """Existing Megatron token files instead of sources: `[[0.7, prefix], [0.3, prefix]]`, or any spelling of Megatron's
+    and NeMo's. Of each prefix the first documents are trained on, the last ones held out."""
+    calibration_blend: Blend | None = None
+    """Token files to calibrate on, instead of a fraction of `blend`."""
+    heldout_blend: Blend | None = None
+    """Token files to measure perplexity on, instead of a fraction of `blend`."""
     text_key: str = "text"
     """Field or column that holds the text in JSONL and parquet."""
     calibration_fraction: Fraction = 0.06
@@ -41,6 +53,29 @@ class DataConfig(Section):
     """Share of documents that nothing is trained or scored on; perplexity is measured there."""
     min_characters: NonNegative = 200
     """Shorter documents are left out."""
+    parse_special_tokens: bool = False
+    """Whether a text that spells a special token (`<|im_end|>`) becomes that token, in documents and in what messages
+    say; as it is, it stays text. The markers that a chat template writes are always special."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The stage stops when more documents than this fraction are no texts (null, half a surrogate pair, not JSON, not
+    UTF-8); fewer are skipped and counted. For conversations too."""
+    workers: Count | None = None
+    """Processes that tokenize; null for as many as this machine has cores for the run."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """What the data come from, for people."""
+        return self.sources or tuple(prefix for _, prefix in self.blend or ())
+
+    @model_validator(mode="after")
+    def _sources_or_blend(self) -> Self:
+        if not self.sources and self.blend is None:
+            raise ValueError("sources is missing: files or folders of text, or `blend` for existing token files")
+        if self.sources and self.blend is not None:
+            raise ValueError("sources and blend are both given; one of them")
+        if self.blend is None and (self.calibration_blend or self.heldout_blend):
+            raise ValueError("calibration_blend and heldout_blend go with blend")
+        return self
 
     @model_validator(mode="after")
     def _room_to_train(self) -> Self:

@@ -1,8 +1,9 @@
-"""Conversations in JSONL to tokens and a mask of the answers, through the tokenizer's own chat template."""
+"""Conversations to tokens and a mask of the answers, through the tokenizer's own chat template."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,28 +11,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.data.chat_lines import Conversation, RefusedError, complain, read_lines
+from nemo_minitron.data.chat_text import ChatText
+from nemo_minitron.data.tally import MAX_BAD_FRACTION
 from nemo_minitron.data.tokenizer import end_of_document
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MOST_PROBLEMS = 10
-"""Faulty lines that one error names."""
+__all__ = ["Conversation", "Example", "encode_conversations", "encode_each", "held_out", "read_conversations"]
 
-Message = Mapping[str, str]
+_TRAINED = frozenset(
+    {
+        *("tools", "documents", "functions", "function_call", "chat_template_kwargs"),
+        *("images", "image", "videos", "video", "audios", "audio"),
+        *("chosen", "rejected", "train_on_inputs", "loss_mask"),
+        *("tool_calls", "reasoning_content", "reasoning", "thinking", "tool_plan"),
+    }
+)
+"""Keys of a line or a message that would change what is trained: one that the template does not read is refused."""
 
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages of one line, and where they come from."""
-
-    where: str
-    """File and line, for messages."""
-    messages: tuple[Message, ...]
-    """Each with `role` and `content`; at least one answer (role `assistant`)."""
-    plain: bool
-    """Whether it came as a prompt with an answer, which may do without a template."""
+_BESIDE_PROMPT = frozenset({"input", "context", "history"})
+"""Keys beside a prompt that would be a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +47,54 @@ class Example:
 
 
 def read_conversations(
-    paths: Iterable[Path], *, prompt_key: str = "prompt", answer_key: str = "answer"
+    paths: Iterable[Path],
+    *,
+    prompt_key: str = "prompt",
+    answer_key: str = "answer",
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> list[Conversation]:
-    """Every line of some JSONL files, or of those below some folders.
+    """Every line of some JSONL files, or of those below some folders, that is a conversation.
 
     Raises:
-        DataError: There are none, or lines are faulty; names up to ten with file and line.
+        DataError: There are none, or more than a fraction of the lines is faulty; names up to ten with file and line.
     """
-    found: list[Conversation] = []
-    problems: list[str] = []
-    for path in paths:
-        for where, line in _lines(path):
-            try:
-                found.append(_parse(line, where, prompt_key, answer_key))
-            except ValueError as problem:
-                problems.append(f"{where}: {problem}")
-    _complain(problems)
-    if not found:
-        raise DataError("tune.sources: hold no conversations", rule="JSONL with one conversation a line")
-    return found
+    return read_lines(
+        paths, prompt_key=prompt_key, answer_key=answer_key, max_bad_fraction=max_bad_fraction
+    ).conversations
 
 
 def encode_conversations(
-    conversations: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast", vocab_size: int
+    conversations: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerFast",
+    vocab_size: int,
+    *,
+    parse_special_tokens: bool = False,
 ) -> list[Example]:
-    """Tokens and answer masks.
-
-    An answer is what the template adds for a message of the assistant behind its generation prompt: the text and the
-    end of the turn. A message that begins a conversation answers nothing. Pairs of prompt and answer are simply joined,
-    with an end-of-document token behind them, where the tokenizer has no template.
+    """Tokens and answer masks, as `encode_each`, where each conversation must be one.
 
     Raises:
         DataError: There is no template for `messages`, or it does not take a conversation; names up to ten lines.
+    """
+    found = encode_each(conversations, tokenizer, vocab_size, parse_special_tokens=parse_special_tokens)
+    complain([problem for problem in found if isinstance(problem, str)])
+    return [example for example in found if isinstance(example, Example)]
+
+
+def encode_each(
+    conversations: Sequence[Conversation],
+    tokenizer: "PreTrainedTokenizerFast",
+    vocab_size: int,
+    *,
+    parse_special_tokens: bool = False,
+) -> list[Example | str]:
+    """Tokens and answer masks, or why there are none: the line and the reason.
+
+    An answer is what the template adds for a message of the assistant behind its generation prompt: the text and the
+    end of the turn. A message that begins a conversation answers nothing, and one of weight 0 is not learned. Pairs of
+    prompt and answer are simply joined, with an end-of-document token behind them, where the tokenizer has no template.
+
+    Raises:
+        DataError: There is no template for `messages`, or a line says what the template does not read.
     """
     end = end_of_document(tokenizer, vocab_size)
     if tokenizer.chat_template is None and (chats := [one for one in conversations if not one.plain]):
@@ -85,20 +103,24 @@ def encode_conversations(
             rule="chat_template in tokenizer_config.json, or chat_template.jinja, lies beside the model's tokenizer",
             remedy="take a model with a template, put one beside it, or give prompt/answer pairs",
         )
-    examples: list[Example] = []
-    problems: list[str] = []
+    text = ChatText(tokenizer, parse_special_tokens=parse_special_tokens)
+    examples: list[Example | str] = []
+    refused: list[str] = []
     for conversation in conversations:
         try:
             if tokenizer.chat_template is None:
-                example = _joined(conversation, tokenizer, end)
+                _check_read(conversation, "")
+                example = _joined(conversation, tokenizer, end, parse=parse_special_tokens)
             else:
-                example = _templated(conversation, tokenizer)
+                example = _templated(conversation, tokenizer, text)
             if example.tokens.max() >= vocab_size:
                 raise ValueError(f"token {example.tokens.max()} is outside the model's vocabulary of {vocab_size}")
             examples.append(example)
+        except RefusedError as problem:
+            refused.append(f"{conversation.where}: {problem}")
         except ValueError as problem:
-            problems.append(f"{conversation.where}: {problem}")
-    _complain(problems)
+            examples.append(f"{conversation.where}: {problem}")
+    complain(refused)
     return examples
 
 
@@ -124,74 +146,62 @@ def held_out(conversations: Sequence[Conversation], fraction: float, seed: int) 
     return flags
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    files = (
-        [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".ndjson"))
-    )
-    if not files:
-        raise DataError(f"{path}: no conversations here", rule="a JSONL file, or a folder with .jsonl files")
-    for file in files:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield f"{file}:{number}", line
-
-
-def _parse(line: bytes, where: str, prompt_key: str, answer_key: str) -> Conversation:
+def _template_of(tokenizer: "PreTrainedTokenizerFast", tools: Any) -> str:
+    """The template that the tokenizer takes; it may have another one for conversations with tools."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not JSON in UTF-8 ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, not an object")
-    if "messages" in record:
-        return Conversation(where, _messages(record["messages"]), plain=False)
-    for key in (prompt_key, answer_key):
-        if not isinstance(record.get(key), str) or (key == answer_key and not record[key].strip()):
-            raise ValueError(f"neither messages nor a text under {key!r} (found: {', '.join(record) or 'nothing'})")
-    pair = ({"role": "user", "content": record[prompt_key]}, {"role": "assistant", "content": record[answer_key]})
-    return Conversation(where, pair, plain=True)
+        return str(tokenizer.get_chat_template(tools=tools))
+    except ValueError as error:
+        raise RefusedError(f"the tokenizer's chat template cannot be chosen: {error}") from error
 
 
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("messages is not a list with something in it")
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {number} is not an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str) or not (key == "content" or message[key]):
-                found = "has none" if key not in message else f"has {json.dumps(message[key])[:40]}"
-                raise ValueError(f"message {number} needs a {key} (a text); it {found}")
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in value):
-        raise ValueError("no message of the assistant has any text, so there is nothing to learn")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+def _check_read(conversation: Conversation, template: str) -> dict[str, Any]:
+    """The variables of a line that the template reads; refuses those that it does not and that would change the result.
+
+    Raises:
+        RefusedError: Names the key.
+    """
+    context = dict(conversation.context)
+    more = context.pop("chat_template_kwargs", None) or {}
+    if not isinstance(more, Mapping):
+        raise RefusedError("chat_template_kwargs is no object")
+    unread = [key for key in more if not _reads(template, key)]
+    trained = _TRAINED | _BESIDE_PROMPT if conversation.plain else _TRAINED
+    unread += [key for key, value in context.items() if key in trained and value and not _reads(template, key)]
+    for message in conversation.messages:
+        unread += [key for key, value in message.items() if key in _TRAINED and value and not _reads(template, key)]
+    if unread:
+        raise RefusedError(f"{unread[0]}: the chat template does not read it, so that the model would not see it")
+    return {key: value for key, value in {**context, **more}.items() if _reads(template, key)}
 
 
-def _templated(conversation: Conversation, tokenizer: "PreTrainedTokenizerFast") -> Example:
-    messages = [dict(message) for message in conversation.messages]
-    text = _render(tokenizer, messages)
+def _reads(template: str, key: str) -> bool:
+    return re.search(rf"\b{re.escape(key)}\b", template) is not None
+
+
+def _templated(conversation: Conversation, tokenizer: "PreTrainedTokenizerFast", text: ChatText) -> Example:
+    variables = _check_read(conversation, _template_of(tokenizer, conversation.context.get("tools")))
+    messages, variables = text.hidden([dict(message) for message in conversation.messages], variables)
+    rendered = _render(tokenizer, messages, **variables)
     spans = []
-    for number, message in enumerate(messages):
-        if number and message["role"] == "assistant":
-            before = _render(tokenizer, messages[:number], add_generation_prompt=True)
-            after = _render(tokenizer, messages[: number + 1])
-            if not (after.startswith(before) and text.startswith(after.rstrip())):
+    for number in range(1, len(messages)):
+        if conversation.is_learned(number):
+            before = _render(tokenizer, messages[:number], add_generation_prompt=True, **variables)
+            after = _render(tokenizer, messages[: number + 1], **variables)
+            if not (after.startswith(before) and rendered.startswith(after.rstrip())):
                 raise ValueError(
                     f"the chat template writes message {number + 1} differently once others follow, so that its answer "
                     "cannot be told apart; make each answer the last message of a line of its own"
                 )
             spans.append((len(before), len(after.rstrip())))
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = np.array(encoding["offset_mapping"]).reshape(-1, 2)
-    answer = np.zeros(len(offsets), dtype=bool)
+    ids, offsets, spans = text.encode(rendered, spans)
+    answer = np.zeros(len(ids), dtype=bool)
     for first, last in spans:
         # A token that begins in the generation prompt and ends in the answer (" the") is the answer's.
         answer |= (offsets[:, 1] > first) & (offsets[:, 0] < last)
-    return _example(encoding["input_ids"], answer)
+    return _example(ids, answer)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], **more: Any) -> str:
+def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, Any]], **more: Any) -> str:
     from jinja2 import TemplateError
 
     try:
@@ -200,11 +210,11 @@ def _render(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]]
         raise ValueError(f"the chat template does not take it: {error}") from error
 
 
-def _joined(conversation: Conversation, tokenizer: "PreTrainedTokenizerFast", end: int) -> Example:
+def _joined(conversation: Conversation, tokenizer: "PreTrainedTokenizerFast", end: int, *, parse: bool) -> Example:
     prompt, answer = (message["content"] for message in conversation.messages)
-    first = tokenizer(prompt)["input_ids"]
+    first = tokenizer(prompt, split_special_tokens=not parse)["input_ids"]
     first = first[:-1] if first and first[-1] == end and len(first) > 1 else first
-    second = [*tokenizer(answer, add_special_tokens=False)["input_ids"], end]
+    second = [*tokenizer(answer, add_special_tokens=False, split_special_tokens=not parse)["input_ids"], end]
     return _example([*first, *second], np.arange(len(first) + len(second)) >= len(first))
 
 
@@ -214,14 +224,3 @@ def _example(tokens: Sequence[int], answer: NDArray[np.bool_]) -> Example:
     answer = answer.copy()
     answer[0] = False
     return Example(np.array(tokens, dtype=np.int64), answer)
-
-
-def _complain(problems: Sequence[str]) -> None:
-    if problems:
-        more = len(problems) - MOST_PROBLEMS
-        shown = [*problems[:MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-        raise DataError(
-            "tune.sources: faulty conversations\n" + "\n".join(f"  - {problem}" for problem in shown),
-            rule='a line is {"messages": [{"role": "user", "content": "..."}, ...]}, or a prompt with an answer',
-            remedy="mend or remove those lines",
-        )

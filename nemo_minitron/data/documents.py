@@ -1,30 +1,36 @@
-"""Text files to documents, one at a time: plain text, JSONL, parquet and MediaWiki dumps, compressed or not.
+"""Text files to documents, one at a time: plain text, JSONL, parquet, Arrow and MediaWiki dumps, compressed or not.
 
-What a file holds is told by its name. Compression is undone first (`.gz`, `.bz2`, `.xz`), then `.txt`, `.jsonl`,
-`.ndjson`, `.parquet`, or a name with `.xml` in it (Wikimedia writes `...articles1.xml-p10p30302.bz2`) decides.
+A file is cut into parts (`cut`) that can be read apart and in any order (`PartReader`); put one behind the other they
+are the file. A document that is no text (null, half a surrogate pair, a line that is not JSON) becomes a fault that is
+counted, and the documents around it stay.
 """
 
-import bz2
-import gzip
 import json
-import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 from xml.etree import ElementTree
 
+from nemo_minitron.data.streams import READ_ERRORS, damaged, opened
+from nemo_minitron.data.survey import SourceFile, survey
+from nemo_minitron.data.tally import EMPTY, MAX_BAD_FRACTION, Fault, Tally
 from nemo_minitron.data.wiki import FILE_NAMESPACES, plain_text
 from nemo_minitron.errors import DataError
-
-KINDS = ".txt, .jsonl, .ndjson, .parquet, MediaWiki .xml; each but parquet also as .gz, .bz2 or .xz"
 
 TEXT_PART_CHARACTERS = 20_000
 """A plain text file longer than twice this is cut at blank lines into documents of about this size, so that one long
 book still makes train, calibration and held-out documents."""
 
-_COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PART_BYTES = 8 << 20
+"""About how much text one part holds, unless the caller says otherwise."""
+
+_WIKI_SHARE = 4
+"""Markup takes longer than text: its parts are smaller by this factor."""
+_READ = 1 << 20
+_READ_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.ParseError)
 _SILENT_NAMESPACE_KEYS = frozenset({"-2", "6", "14"})  # media, file, category, whatever the dump's language calls them
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 
@@ -38,169 +44,373 @@ class Document:
     text: str
 
 
-def read_documents(path: Path, text_key: str = "text") -> Iterator[Document]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of one file."""
+
+    file: int
+    """Which file: its index in the survey."""
+    first: int = 0
+    """JSONL: byte; parquet: row group; Arrow: batch."""
+    stop: int | None = None
+    """Behind the last one; None for the end of the file."""
+    content: Any = None
+    """What it holds, if it cannot be read by itself: bytes (compressed JSONL), pages (MediaWiki)."""
+    weight: int = 0
+    """Bytes of the file on the disk that it stands for."""
+
+    @property
+    def load(self) -> int:
+        """How much work it is, in bytes of plain text."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        if self.content is not None:
+            return _WIKI_SHARE * sum(len(page[1]) for page in self.content)
+        return self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A document or a fault."""
+
+    number: int
+    """Line, row or part, from 1 at the beginning of the part of the file; 0 where `label` says it."""
+    text: str
+    label: str = ""
+    """Title of a page."""
+    fault: Fault | None = None
+
+
+def read_documents(
+    path: Path, text_key: str = "text", *, max_bad_fraction: float = MAX_BAD_FRACTION
+) -> Iterator[Document]:
     """Every document of a file, or of all readable files below a folder in the order of their paths.
 
-    Empty texts are left out. Memory holds one document (one parquet batch, one plain text file).
+    Empty texts are left out, and so are documents that are no texts. Memory holds one part of a file.
 
     Args:
         path: A file or a folder.
-        text_key: Field (JSONL) or column (parquet) that holds the text.
+        text_key: Field (JSONL) or column (parquet, Arrow) that holds the text.
+        max_bad_fraction: More documents than this fraction that are no texts are an error.
 
     Raises:
-        DataError: Nothing is there, the kind is unknown, a file is damaged, or no text is in it.
+        DataError: Nothing is there, the kind is unknown, a file is damaged, or no text is in it; too many documents are
+            no texts.
     """
-    found = False
-    for file in _files(path):
-        for document in _reader(file)(file, text_key):
-            if document.text:
-                found = True
-                yield document
-    if not found:
+    files = survey([path]).files
+    tally = Tally()
+    before: dict[int, int] = {}
+    for part in cut(files):
+        file = files[part.file]
+        reader = PartReader(file, part, text_key)
+        base = before.get(part.file, 0)
+        for item in reader:
+            if item.fault is None:
+                tally.documents += 1
+                yield Document(place(file.path.name, item, base), item.text)
+            else:
+                tally.skip(item.fault, fault_place(file, item.label, item.number + base if item.number else 0))
+        before[part.file] = base + reader.length
+    tally.check(max_bad_fraction)
+    if not tally.documents:
         raise DataError(f"{path}: holds no text", rule="at least one document that is not empty")
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder", remedy="see to data.sources in the recipe")
-    inside = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    visible = sorted(file for file in inside if not any(part.startswith(".") for part in file.parts))
-    files = [path / file for file in visible if _kind(file) is not None]
-    if not files:
-        raise DataError(f"{path}: no readable file below this folder", rule=f"kinds: {KINDS}")
-    return files
+def place(name: str, item: Item, base: int) -> str:
+    """A document's name: `a.jsonl:7`, `dump.xml:Title`, or the file alone.
+
+    Args:
+        name: The file's.
+        item: The document.
+        base: Lines or rows before the part that it lies in.
+    """
+    if item.label:
+        return f"{name}:{item.label}"
+    return f"{name}:{item.number + base}" if item.number else name
 
 
-def _kind(file: Path) -> str | None:
-    name = file.name.lower()
-    compressed = file.suffix.lower() in _COMPRESSIONS
-    if compressed:
-        name = name[: -len(file.suffix)]
-    if re.search(r"\.xml(-|\.|$)", name):
-        return "wiki"
-    for suffix, kind in ((".txt", "text"), (".jsonl", "jsonl"), (".ndjson", "jsonl"), (".parquet", "parquet")):
-        if name.endswith(suffix) and not (compressed and kind == "parquet"):
-            return kind
-    return None
+def fault_place(file: SourceFile, label: str, number: int) -> str:
+    """Where a fault lies, for messages: `a.jsonl, line 7`."""
+    if label:
+        return f"{file.path}: {label}"
+    unit = "line" if file.kind == "jsonl" else "row"
+    return f"{file.path}, {unit} {number}" if number else str(file.path)
 
 
-def _reader(file: Path) -> Callable[[Path, str], Iterator[Document]]:
-    kind = _kind(file)
-    if kind is None:
-        raise DataError(f"{file}: cannot tell what this file holds from its name", rule=f"kinds: {KINDS}")
-    return {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "wiki": _read_wiki}[kind]
+def cut(files: Iterable[SourceFile], part_bytes: int = PART_BYTES) -> Iterator[Part]:
+    """The files in order, in parts of about so many bytes; the same parts for the same files.
+
+    Raises:
+        DataError: A file is damaged, or this user may not read it.
+    """
+    for index, file in enumerate(files):
+        with _damage_told(file.path):
+            yield from _CUTTERS[file.kind](index, file, part_bytes)
 
 
-def _open(file: Path) -> IO[bytes]:
-    return cast(IO[bytes], _COMPRESSIONS.get(file.suffix.lower(), open)(file, "rb"))
-
-
-def _damaged(file: Path, error: Exception, where: str = "") -> DataError:
-    return DataError(f"{file}{where}: {error}", rule="a whole, undamaged file", remedy="get the file again")
-
-
-def _decode(data: bytes, file: Path, where: str = "") -> str:
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged or forbidden file raises into an error for the user."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}{where}: byte {error.start} is not UTF-8",
-            rule="texts are UTF-8",
-            remedy="convert the file with iconv",
-        ) from error
+        yield
+    except _READ_ERRORS as error:
+        raise damaged(path, error) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "pyarrow":
+            raise damaged(path, error) from error
+        raise
 
 
-def _read_text(file: Path, text_key: str) -> Iterator[Document]:
-    try:
-        with _open(file) as stream:
+class PartReader:
+    """The items of one part, in order.
+
+    Args:
+        file: The file.
+        part: The part.
+        text_key: Field or column with the text.
+
+    Attributes:
+        length: Lines or rows of the part, once it has been read: what the numbers of the next part begin behind.
+
+    Raises:
+        DataError: The file is damaged, or has no such column.
+    """
+
+    def __init__(self, file: SourceFile, part: Part, text_key: str) -> None:
+        self.file = file
+        self.part = part
+        self.text_key = text_key
+        self.length = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        with _damage_told(self.file.path):
+            yield from getattr(self, f"_{self.file.kind}")()
+
+    def _text(self) -> Iterator[Item]:
+        with opened(self.file.path, self.file.compression) as stream:
             data = stream.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise _damaged(file, error) from error
-    text = _decode(data, file).replace("\r\n", "\n").strip()
-    if len(text) <= 2 * TEXT_PART_CHARACTERS:
-        yield Document(file.name, text)
-        return
-    part: list[str] = []
-    size = count = 0
+        try:
+            text = data.decode("utf-8-sig").replace("\r\n", "\n").strip()
+        except UnicodeDecodeError as error:
+            yield Item(0, "", fault=Fault("not UTF-8", f"byte {error.start} is not UTF-8; convert it with iconv"))
+            return
+        if len(text) <= 2 * TEXT_PART_CHARACTERS:
+            yield _item(0, text)
+            return
+        for number, piece in enumerate(_pieces(text), start=1):
+            yield _item(0, piece, label=f"part {number}")
+
+    def _jsonl(self) -> Iterator[Item]:
+        lines = self._content().split(b"\n")
+        self.length = len(lines) - 1
+        for number, line in enumerate(lines, start=1):
+            if line and not line.isspace():
+                yield self._line(number, line)
+
+    def _content(self) -> bytes:
+        if self.part.content is not None:
+            return bytes(self.part.content)
+        with self.file.path.open("rb") as stream:
+            stream.seek(self.part.first)
+            return stream.read(-1 if self.part.stop is None else self.part.stop - self.part.first)
+
+    def _line(self, number: int, line: bytes) -> Item:
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            return Item(number, "", fault=Fault("not UTF-8", f"byte {error.start} of the line is not UTF-8"))
+        except (ValueError, RecursionError) as error:
+            return Item(number, "", fault=Fault("not JSON", f"{error}; one JSON object a line"))
+        text = record.get(self.text_key) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            return _item(number, text.strip())
+        return Item(number, "", fault=_no_text(record, self.text_key))
+
+    def _parquet(self) -> Iterator[Item]:
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(self.file.path) as table:
+            _check_column(self.file.path, table.schema_arrow.names, self.text_key)
+            stop = table.num_row_groups if self.part.stop is None else self.part.stop
+            groups = list(range(self.part.first, stop))
+            for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=[self.text_key]):
+                yield from self._rows(batch)
+
+    def _arrow(self) -> Iterator[Item]:
+        batches = arrow_batches(self.file.path)
+        for index, batch in enumerate(batches):
+            if self.part.stop is not None and index >= self.part.stop:
+                return
+            if index >= self.part.first:
+                _check_column(self.file.path, batch.schema.names, self.text_key)
+                yield from self._rows(batch.select([self.text_key]))
+
+    def _rows(self, batch: Any) -> Iterator[Item]:
+        for text in batch.column(0).to_pylist():
+            self.length += 1
+            if isinstance(text, str):
+                yield _item(self.length, text.strip())
+            elif text is None:
+                yield Item(self.length, "", fault=Fault("text is null"))
+            else:
+                raise DataError(
+                    f"{self.file.path}: column {self.text_key!r} holds {batch.schema.types[0]}",
+                    rule="a column of strings",
+                    remedy="name the column in data.text_key",
+                )
+
+    def _wiki(self) -> Iterator[Item]:
+        for page in self.part.content:
+            if len(page) == 2:
+                yield Item(0, "", label=page[0], fault=Fault(page[1], bad=False))
+                continue
+            title, markup, silent = page
+            text = plain_text(markup, silent)
+            yield _item(0, f"{title}\n\n{text}" if text else "", label=title)
+
+
+def _item(number: int, text: str, *, label: str = "") -> Item:
+    """A document; a text that is empty or cannot be written as UTF-8 is a fault."""
+    if not text:
+        return Item(number, "", label, Fault(EMPTY, bad=False))
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = text[error.start]
+            return Item(number, "", label, Fault("half a surrogate pair", f"character {error.start} is {lone!a}"))
+    return Item(number, text, label)
+
+
+def _no_text(record: Any, text_key: str) -> Fault:
+    if not isinstance(record, dict):
+        return Fault("no JSON object", f"no text under {text_key!r} (found: a JSON {type(record).__name__})")
+    if text_key not in record:
+        return Fault("no text", f"no text under {text_key!r} (found: {', '.join(record)}); name it in data.text_key")
+    if record[text_key] is None:
+        return Fault("text is null", f"{text_key!r} is null")
+    return Fault("text is no string", f"{text_key!r} is a JSON {type(record[text_key]).__name__}")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    piece: list[str] = []
+    size = 0
     for block in _BLANK_LINES.split(text):
-        part.append(block)
+        piece.append(block)
         size += len(block)
         if size >= TEXT_PART_CHARACTERS:
-            count += 1
-            yield Document(f"{file.name}:part {count}", "\n\n".join(part))
-            part, size = [], 0
-    if part:
-        yield Document(f"{file.name}:part {count + 1}", "\n\n".join(part))
+            yield "\n\n".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "\n\n".join(piece)
 
 
-def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
-    try:
-        with _open(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield Document(f"{file.name}:{number}", _text_of_line(line, file, number, text_key))
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise _damaged(file, error) from error
-
-
-def _text_of_line(line: bytes, file: Path, number: int, text_key: str) -> str:
-    where = f", line {number}"
-    try:
-        record = json.loads(_decode(line, file, where))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}{where}: {error}", rule="one JSON object a line") from error
-    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-        keys = ", ".join(record) if isinstance(record, dict) else f"a JSON {type(record).__name__}"
+def _check_column(path: Path, names: list[str], text_key: str) -> None:
+    if text_key not in names:
         raise DataError(
-            f"{file}{where}: no text under {text_key!r} (found: {keys})", remedy="name the field in data.text_key"
+            f"{path}: no column {text_key!r} (found: {', '.join(names)})", remedy="name the column in data.text_key"
         )
-    return str(record[text_key]).strip()
 
 
-def _read_parquet(file: Path, text_key: str) -> Iterator[Document]:
+def arrow_batches(path: Path) -> Iterator[Any]:
+    """Record batches of an Arrow file, a stream (as `datasets` writes it) or with a footer, memory-mapped."""
     import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            yield from pyarrow.ipc.open_stream(source)
+            return
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+# -- cutting -----------------------------------------------------------------------------------------------------------
+
+
+def _cut_text(index: int, file: SourceFile, part_bytes: int) -> Iterator[Part]:
+    yield Part(index, weight=file.size)
+
+
+def _cut_jsonl(index: int, file: SourceFile, part_bytes: int) -> Iterator[Part]:
+    if file.compression:
+        yield from _cut_stream(index, file, part_bytes)
+        return
+    with file.path.open("rb") as stream:
+        first = 0
+        while first < file.size:
+            stream.seek(first + part_bytes)
+            stream.readline()
+            stop = min(stream.tell(), file.size)
+            yield Part(index, first, stop, weight=stop - first)
+            first = stop
+
+
+def _cut_stream(index: int, file: SourceFile, part_bytes: int) -> Iterator[Part]:
+    """Complete lines of a compressed file; what a part stands for on the disk is spread evenly over what is known."""
+    rest = b""
+    with opened(file.path, file.compression) as stream:
+        while data := _read(stream, part_bytes):
+            content, newline, rest = (rest + data).rpartition(b"\n")
+            if newline:
+                yield Part(index, content=content + newline)
+    yield Part(index, content=rest, weight=file.size)
+
+
+def _read(stream: Any, size: int) -> bytes:
+    pieces = []
+    while size > 0 and (piece := stream.read(min(size, _READ))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def _cut_parquet(index: int, file: SourceFile, part_bytes: int) -> Iterator[Part]:
     from pyarrow import parquet
 
-    try:
-        table = parquet.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            columns = ", ".join(table.schema_arrow.names)
-            raise DataError(
-                f"{file}: no column {text_key!r} (found: {columns})", remedy="name the column in data.text_key"
-            )
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text is not None and not isinstance(text, str):
-                    raise DataError(
-                        f"{file}: column {text_key!r} holds {batch.schema.types[0]}", rule="a column of strings"
-                    )
-                yield Document(f"{file.name}:{row}", (text or "").strip())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
+    with parquet.ParquetFile(file.path) as table:
+        groups = [table.metadata.row_group(number).total_byte_size for number in range(table.num_row_groups)]
+    total = max(sum(groups), 1)
+    yield from _grouped(index, groups, part_bytes, file.size / total)
 
 
-def _read_wiki(file: Path, text_key: str) -> Iterator[Document]:
-    """Articles (namespace 0, no redirects) of a MediaWiki export; each begins with its title."""
-    try:
-        with _open(file) as stream:
-            for title, markup, silent in _wiki_pages(stream, file):
-                text = plain_text(markup, silent)
-                yield Document(f"{file.name}:{title}", f"{title}\n\n{text}" if text else "")
-    except (ElementTree.ParseError, OSError, EOFError, lzma.LZMAError) as error:
-        raise _damaged(file, error) from error
+def _cut_arrow(index: int, file: SourceFile, part_bytes: int) -> Iterator[Part]:
+    batches = [batch.nbytes for batch in arrow_batches(file.path)]
+    yield from _grouped(index, batches, part_bytes, file.size / max(sum(batches), 1))
 
 
-def _wiki_pages(stream: IO[bytes], file: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
+def _grouped(index: int, sizes: list[int], part_bytes: int, share: float) -> Iterator[Part]:
+    """Consecutive pieces of known sizes as parts of at least `part_bytes`."""
+    first = held = 0
+    for number, size in enumerate(sizes, start=1):
+        held += size
+        if held >= part_bytes or number == len(sizes):
+            yield Part(index, first, number, weight=round(held * share))
+            first, held = number, 0
+
+
+def _cut_wiki(index: int, file: SourceFile, part_bytes: int) -> Iterator[Part]:
+    pages: list[tuple[Any, ...]] = []
+    held = 0
+    with opened(file.path, file.compression) as stream:
+        for page in _wiki_pages(stream, file.path):
+            pages.append(page)
+            held += len(page[1])
+            if held >= part_bytes // _WIKI_SHARE:
+                yield Part(index, content=pages)
+                pages, held = [], 0
+    yield Part(index, content=pages, weight=file.size)
+
+
+def _wiki_pages(stream: Any, path: Path) -> Iterator[tuple[Any, ...]]:
+    """Pages of a MediaWiki export: title, markup and silent namespaces of an article, title and reason of another."""
     events: Iterator[tuple[str, Any]] = iter(ElementTree.iterparse(stream, events=("start", "end")))
     root = next(events)[1]
     prefix, _, name = root.tag.rpartition("}")
     prefix += "}" if prefix else ""
     if name != "mediawiki":
-        raise DataError(f"{file}: its outermost element is <{name}>", rule="a MediaWiki export begins with <mediawiki>")
+        raise DataError(f"{path}: its outermost element is <{name}>", rule="a MediaWiki export begins with <mediawiki>")
     silent = set(FILE_NAMESPACES)
     for event, element in events:
         if event != "end":
@@ -208,7 +418,23 @@ def _wiki_pages(stream: IO[bytes], file: Path) -> Iterator[tuple[str, str, froze
         if element.tag == f"{prefix}namespace" and element.get("key") in _SILENT_NAMESPACE_KEYS:
             silent.add((element.text or "").lower())
         elif element.tag == f"{prefix}page":
+            title = element.findtext(f"{prefix}title") or ""
             markup = element.findtext(f"{prefix}revision/{prefix}text")
-            if markup and element.findtext(f"{prefix}ns") == "0" and element.find(f"{prefix}redirect") is None:
-                yield element.findtext(f"{prefix}title") or "", markup, frozenset(silent)
+            if element.findtext(f"{prefix}ns") != "0":
+                yield title, "a page outside the main namespace"
+            elif element.find(f"{prefix}redirect") is not None:
+                yield title, "a redirect"
+            elif not markup:
+                yield title, EMPTY
+            else:
+                yield title, markup, frozenset(silent)
             root.clear()  # or every page read so far stays in memory below the root
+
+
+_CUTTERS: dict[str, Callable[[int, SourceFile, int], Iterator[Part]]] = {
+    "text": _cut_text,
+    "jsonl": _cut_jsonl,
+    "parquet": _cut_parquet,
+    "arrow": _cut_arrow,
+    "wiki": _cut_wiki,
+}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.data.encoder import TextEncoder
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:
@@ -71,8 +72,29 @@ def end_of_document(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> in
     return int(token)
 
 
+def text_encoder(
+    tokenizer: "PreTrainedTokenizerFast", vocab_size: int, *, parse_special_tokens: bool = False
+) -> TextEncoder:
+    """What a tokenizer does to documents, as plain data.
+
+    Args:
+        tokenizer: The model's own.
+        vocab_size: Of the model, without padding.
+        parse_special_tokens: Whether a text that spells a special token becomes that token.
+
+    Raises:
+        DataError: The model has no end-of-document token.
+    """
+    end = end_of_document(tokenizer, vocab_size)
+    return TextEncoder(tokenizer.backend_tokenizer.to_str(), end, vocab_size, parse_special_tokens)
+
+
 def encode_documents(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast", vocab_size: int
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    vocab_size: int,
+    *,
+    parse_special_tokens: bool = False,
 ) -> Iterator[NDArray[np.int64]]:
     """Token ids of each text as the tokenizer writes a sequence (BOS first, if it has one), then one end of document.
 
@@ -81,18 +103,7 @@ def encode_documents(
     Raises:
         DataError: A token is outside the model's vocabulary.
     """
-    end = end_of_document(tokenizer, vocab_size)
-    for encoding in _whole(tokenizer).encode_batch_fast(list(texts)):
-        ids = encoding.ids
-        tokens = np.array(ids if ids and ids[-1] == end else [*ids, end], dtype=np.int64)
-        if tokens.max() >= vocab_size:
-            worst = int(tokens.max())
-            raise DataError(
-                f"tokenizer: gives token {worst} ({tokenizer.convert_ids_to_tokens(worst)!r})",
-                rule=f"below the model's vocabulary of {vocab_size}",
-                remedy="use the tokenizer that the model was trained with",
-            )
-        yield tokens
+    yield from text_encoder(tokenizer, vocab_size, parse_special_tokens=parse_special_tokens).encode(texts)
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -51,9 +51,12 @@ def write_chat_files(
                     f"tune: no {name} conversation fits {sequence_length} tokens with an answer in it",
                     remedy="raise tune.batch.sequence_length, or give shorter conversations",
                 )
+            longer = sum(len(example.tokens) > sequence_length + 1 for example in splits[name])
+            left_out = len(splits[name]) - len(fitting)
             info["splits"][name] = {
                 "conversations": len(fitting),
-                "left_out": len(splits[name]) - len(fitting),
+                "left_out": left_out,
+                "cut": longer - left_out,
                 "tokens": int(sum(len(example.tokens) for example in fitting)),
                 "answer_tokens": int(sum(example.answer.sum() for example in fitting)),
                 "sha256": _write(temporary / name, fitting, vocab_size),

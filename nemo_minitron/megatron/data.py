@@ -32,6 +32,9 @@ from nemo_minitron.megatron.token_files import DataInfo, open_split, read_info, 
 __all__ = ["DataInfo", "WindowDataset", "loader", "read_info", "training_dataset", "write_token_files"]
 
 
+_COMPLETE = "COMPLETE"
+
+
 class _Vocabulary:
     """All that Megatron's dataset asks of a tokenizer. Without a padding token none can be mistaken for one."""
 
@@ -41,7 +44,7 @@ class _Vocabulary:
         self.unique_identifiers = OrderedDict({"class": "nemo_minitron", "digest": info["tokenizer_digest"]})
 
 
-def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int) -> GPTDataset:
+def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int) -> "GPTDataset | BlendSamples":
     """Megatron's shuffled samples of the train split; at least `samples` of them, over as many epochs as that takes.
 
     The order depends on the token files, `sequence_length`, `samples` and `seed`, and on nothing of the layout. Every
@@ -49,9 +52,14 @@ def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int
     all must see the same folder. An item is a dict of `tokens`, `labels`, `loss_mask` and `position_ids`, each
     `[sequence_length]`; item None is a sample that is masked throughout.
 
+    Of a blend it is Megatron's own blended dataset over the prefixes.
+
     Raises:
         DataError: There are no token files, or too few tokens for one sample.
     """
+    info = read_info(folder)
+    if "blend" in info:
+        return BlendSamples(folder, info, sequence_length, samples, seed)
     indexed, info = open_split(folder, Split.TRAIN)
     tokens = info["splits"][Split.TRAIN]["tokens"]
     if tokens <= sequence_length:
@@ -63,19 +71,73 @@ def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int
     prefix = split_prefix(folder, Split.TRAIN)
     key = json.dumps([prefix, info["data_digest"], sequence_length, samples, seed])
     cache = folder / "index" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    config = _dataset_config(prefix, info, sequence_length, seed, cache)
+    config = _dataset_config(
+        info, sequence_length, seed, blend_per_split=[([prefix], None), None, None], path_to_cache=str(cache)
+    )
     if not dist.is_initialized() or dist.get_rank() == 0:
         _build_index(indexed, prefix, samples, config, cache)
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
     return builder.build()[0]
 
 
-def _dataset_config(prefix: str, info: DataInfo, sequence_length: int, seed: int, cache: Path) -> GPTDatasetConfig:
+class BlendSamples(Dataset[dict[str, Tensor]]):
+    """Samples of existing token files by Megatron's own builder, as `training_dataset` gives them.
+
+    Args:
+        folder: What `write_blend_files` wrote; the index is built below it, by rank 0 first.
+        info: Its `data.json`.
+        sequence_length: Tokens of a sample.
+        samples: How many there are at least.
+        seed: Order of the samples.
+
+    Raises:
+        DataError: The files hold fewer samples, and no weights say which to repeat.
+    """
+
+    def __init__(self, folder: Path, info: DataInfo, sequence_length: int, samples: int, seed: int) -> None:
+        blend = info["blend"]
+        names = (blend["prefixes"], blend["weights"])
+        key = json.dumps([blend["prefixes"], info["data_digest"], sequence_length, samples, seed])
+        cache = folder / "index" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        given: dict[str, Any] = (
+            {"blend_per_split": [names, None, None]}
+            if blend["split"] is None
+            else {"blend": names, "split": blend["split"]}
+        )
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        if is_first and not (cache / _COMPLETE).is_file():
+            shutil.rmtree(cache, ignore_errors=True)  # of a build that was killed: its files may be cut short
+        # Without ranks Megatron's blend can be built in memory only.
+        given["path_to_cache"] = str(cache) if dist.is_initialized() else None
+        if dist.is_initialized():
+            dist.barrier()
+        config = _dataset_config(info, sequence_length, seed, **given)
+        self._dataset: Any = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
+        if is_first and dist.is_initialized():
+            (cache / _COMPLETE).touch()
+        if len(self._dataset) < samples:
+            raise DataError(
+                f"data.blend: {len(self._dataset)} samples of {sequence_length} tokens, and {samples} are wanted",
+                rule="without weights each prefix is read once at most",
+                remedy="give weights, as in [[0.7, prefix], [0.3, prefix]]; or train on fewer tokens",
+            )
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        if index is None and hasattr(self._dataset, "datasets"):
+            sample = self._dataset.datasets[0][None]
+        else:
+            sample = self._dataset[index]
+        return {name: value for name, value in sample.items() if name != "dataset_id"}
+
+
+def _dataset_config(info: DataInfo, sequence_length: int, seed: int, **given: Any) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
-        blend_per_split=[([prefix], None), None, None],
-        path_to_cache=str(cache),
+        **given,
         tokenizer=_Vocabulary(info),
         reset_position_ids=False,
         reset_attention_mask=False,

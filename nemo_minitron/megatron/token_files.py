@@ -8,31 +8,34 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from numpy.typing import NDArray
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from nemo_minitron.config.run import DataConfig
 from nemo_minitron.data.documents import Document
-from nemo_minitron.data.splits import Split, assign, requested, split_of
-from nemo_minitron.data.tokenizer import encode_documents, end_of_document, tokenizer_digest
+from nemo_minitron.data.encoder import TextEncoder
+from nemo_minitron.data.merge import merge
+from nemo_minitron.data.shards import Shard, ShardBuilder, shard_path
+from nemo_minitron.data.tokenizer import end_of_document, text_encoder, tokenizer_digest
 from nemo_minitron.errors import DataError
+from nemo_minitron.megatron.blend import BlendInfo, blend_digest, blend_info, write_splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 INFO_NAME = "data.json"
+UNFINISHED = ".tokens-"
+"""What the names of folders with unfinished files begin with."""
 _FORMAT = 1
-# With fewer documents a split may come out empty by chance; such a corpus is held in memory and shared out as a whole.
+# With fewer documents a split may come out empty by chance; such a corpus is shared out as a whole.
 _SMALL_CORPUS = 1000
-# Texts tokenized at one time: enough for every core, little enough for memory.
-_BATCH_CHARACTERS = 4_000_000
+# Documents of one shard, where they come one by one.
 _BATCH_DOCUMENTS = 1000
 
 
@@ -60,6 +63,8 @@ class DataInfo(TypedDict):
     data_digest: str
     """Of all splits' token files: the same texts, tokenizer, fractions and seed give the same digest."""
     splits: dict[str, SplitInfo]
+    blend: NotRequired[BlendInfo]
+    """Existing token files that the train split is; it has no files of its own then."""
 
 
 def write_token_files(
@@ -77,7 +82,7 @@ def write_token_files(
     were there before as they were.
 
     Args:
-        documents: Read once, in order; held in memory only while they are few.
+        documents: Read once, in order.
         tokenizer: The model's own.
         folder: Made if missing; gets `<split>.bin`, `<split>.idx` and `data.json`.
         config: Fractions and the shortest length.
@@ -88,38 +93,98 @@ def write_token_files(
         DataError: There are too few texts, or a token is outside the vocabulary.
     """
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-    dtype = DType.optimal_dtype(vocab_size)
+    encoder = text_encoder(tokenizer, vocab_size, parse_special_tokens=config.parse_special_tokens)
+    with scratch(folder) as temporary:
+        shards = _write_shards(documents, encoder, temporary, config, seed)
+        return merge_shards(shards, tokenizer, folder, config, seed=seed, vocab_size=vocab_size)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder for unfinished files inside another; those that a killed process has left there go."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tokens-"))
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
     try:
-        files = {split: _SplitFiles(temporary / split, dtype) for split in requested(config)}
-        for texts, owners in _batches(_share_out(documents, config, seed)):
-            for text, split, tokens in zip(texts, owners, encode_documents(texts, tokenizer, vocab_size), strict=True):
-                files[split].add(text, tokens)
-        splits = {str(split): file.finish() for split, file in files.items()}
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def merge_shards(
+    shards: Sequence[Shard],
+    tokenizer: "PreTrainedTokenizerFast",
+    folder: Path,
+    config: DataConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+) -> DataInfo:
+    """Shards, in order, to token files and `data.json`; a failed call leaves files that were there before.
+
+    Raises:
+        DataError: There are too few documents for the splits.
+    """
+    dtype = token_dtype(vocab_size)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED))
+    try:
+        splits = merge(shards, config, temporary, dtype, small_corpus=_SMALL_CORPUS)
         if empty := [name for name, split in splits.items() if not split["documents"]]:
             raise DataError(
                 f"data: no document fell to {', '.join(empty)}",
                 rule="each split with a fraction above 0 has documents",
                 remedy="give more texts, or a larger fraction",
             )
-        info = DataInfo(
-            format=_FORMAT,
-            seed=seed,
-            vocab_size=vocab_size,
-            end_of_document=end_of_document(tokenizer, vocab_size),
-            dtype=np.dtype(dtype).name,
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            data_digest=_digest_of(splits),
-            splits=splits,
-        )
-        (temporary / INFO_NAME).write_text(json.dumps(info, indent=2) + "\n")
-        (folder / INFO_NAME).unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == INFO_NAME):
-            path.replace(folder / path.name)
+        info = _info(tokenizer, seed, vocab_size, splits, _digest_of(splits))
+        _put_in_place(temporary, folder, info)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return info
+
+
+def write_blend_files(
+    tokenizer: "PreTrainedTokenizerFast", folder: Path, config: DataConfig, *, seed: int, vocab_size: int
+) -> DataInfo:
+    """Existing token files (`config.blend`) as data: calibration and held-out documents are copied, the others named.
+
+    Raises:
+        DataError: A prefix is not there or damaged, does not fit the vocabulary, or a split has no documents.
+    """
+    blend = blend_info(config)
+    with scratch(folder) as temporary:
+        splits = write_splits(config, blend, temporary, token_dtype(vocab_size), vocab_size)
+        info = _info(tokenizer, seed, vocab_size, splits, blend_digest(blend, splits))
+        info["blend"] = blend
+        _put_in_place(temporary, folder, info)
+    return info
+
+
+def _info(
+    tokenizer: "PreTrainedTokenizerFast", seed: int, vocab_size: int, splits: dict[str, Any], digest: str
+) -> DataInfo:
+    return DataInfo(
+        format=_FORMAT,
+        seed=seed,
+        vocab_size=vocab_size,
+        end_of_document=end_of_document(tokenizer, vocab_size),
+        dtype=token_dtype(vocab_size),
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        data_digest=digest,
+        splits=cast("dict[str, SplitInfo]", splits),
+    )
+
+
+def _put_in_place(temporary: Path, folder: Path, info: DataInfo) -> None:
+    (temporary / INFO_NAME).write_text(json.dumps(info, indent=2) + "\n")
+    (folder / INFO_NAME).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == INFO_NAME):
+        path.replace(folder / path.name)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The dtype of token files for a vocabulary, as Megatron chooses it."""
+    return np.dtype(DType.optimal_dtype(vocab_size)).name
 
 
 def read_info(folder: Path) -> DataInfo:
@@ -169,59 +234,22 @@ def split_prefix(folder: Path, split: str) -> str:
     return str(folder.resolve() / split)
 
 
-@dataclass
-class _SplitFiles:
-    prefix: Path
-    dtype: type[np.number]
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    _builder: IndexedDatasetBuilder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._builder = IndexedDatasetBuilder(f"{self.prefix}.bin", dtype=self.dtype)
-
-    def add(self, text: str, tokens: NDArray[np.int64]) -> None:
-        self._builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
-        self.tokens += len(tokens)
-        self.bytes += len(text.encode())
-
-    def finish(self) -> SplitInfo:
-        self._builder.finalize(f"{self.prefix}.idx")
-        digest = hashlib.sha256()
-        for suffix in (".bin", ".idx"):
-            with Path(f"{self.prefix}{suffix}").open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return SplitInfo(documents=self.documents, tokens=self.tokens, bytes=self.bytes, sha256=digest.hexdigest())
+def _write_shards(
+    documents: Iterable[Document], encoder: TextEncoder, folder: Path, config: DataConfig, seed: int
+) -> list[Shard]:
+    """Documents that come one by one, as shards."""
+    long_enough = (document.text for document in documents if len(document.text) >= config.min_characters)
+    shards: list[Shard] = []
+    while texts := list(islice(long_enough, _BATCH_DOCUMENTS)):
+        builder = ShardBuilder(encoder, seed, token_dtype(encoder.vocab_size))
+        for text in texts:
+            builder.add(text)
+        builder.flush()
+        shards.append(Shard(shard_path(folder, len(shards))))
+        builder.save(shards[-1].path, [])
+    return shards
 
 
-def _share_out(documents: Iterable[Document], config: DataConfig, seed: int) -> Iterator[tuple[str, Split]]:
-    long_enough = (document for document in documents if len(document.text) >= config.min_characters)
-    head = list(islice(long_enough, _SMALL_CORPUS))
-    if len(head) < _SMALL_CORPUS:
-        splits = assign(head, config, seed)
-        yield from ((document.text, split) for document, split in zip(head, splits, strict=True))
-        return
-    for document in chain(head, long_enough):
-        yield document.text, split_of(document, config, seed)
-
-
-def _batches(items: Iterator[tuple[str, Split]]) -> Iterator[tuple[list[str], list[Split]]]:
-    texts: list[str] = []
-    splits: list[Split] = []
-    characters = 0
-    for text, split in items:
-        texts.append(text)
-        splits.append(split)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-            yield texts, splits
-            texts, splits, characters = [], [], 0
-    if texts:
-        yield texts, splits
-
-
-def _digest_of(splits: dict[str, SplitInfo]) -> str:
+def _digest_of(splits: dict[str, dict[str, Any]]) -> str:
     content = json.dumps({name: split["sha256"] for name, split in splits.items()}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -145,6 +145,8 @@ def _sections(content: ReportContent) -> list[Row]:
         sections.append({"title": "Distillation", "figures": [curve], "table": None})
     if training := _other_training(content):
         sections.append({"title": "Teacher correction and tuning", "figures": [], "table": training})
+    if (data := content.results.get("data", {}).get("sources")) is not None:
+        sections.append({"title": "Data", "figures": [], "table": _data(data)})
     if len(content.rounds) > 1:
         sections.append({"title": "Round by round", "figures": [], "table": _rounds(content)})
     if content.importance is not None:
@@ -164,6 +166,17 @@ def _other_training(content: ReportContent) -> Row | None:
             rows.append((name, model, f"{result['steps']:,}", compact(result["tokens"]), f"{first:.3f}", f"{last:.3f}"))
     headings = ("stage", "what", "steps", "tokens", "cross-entropy before", "after")
     return {"headings": headings, "rows": rows} if rows else None
+
+
+def _data(sources: Row) -> Row:
+    """What was given, what was used of it, and why the rest was not."""
+    rows = [
+        (row["kind"], f"{row['files']:,} files", f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['skipped']:,}")
+        for row in sources["rows"]
+    ]
+    rows += [("skipped", row["reason"], "", "", f"{row['documents']:,}") for row in sources["skipped"]]
+    rows += [("not used", row["reason"], f"{row['files']:,} files", "", "") for row in sources["left_out"]]
+    return {"headings": ("source", "", "documents", "tokens", "documents skipped"), "rows": rows}
 
 
 def _rounds(content: ReportContent) -> Row:

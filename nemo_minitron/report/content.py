@@ -113,6 +113,7 @@ def summary(content: ReportContent) -> Row:
         "perplexity": perplexity,
         "perplexity_ratio": ratios,
         "nats": evaluate.get("nats", {}),
+        "data": content.results.get("data", {}).get("sources"),
         "heldout_tokens": evaluate.get("tokens"),
         "tokens": sum(row["tokens"] or 0 for row in content.rounds) or distill.get("tokens"),
         "tokens_per_second": distill.get("tokens_per_second"),

@@ -69,6 +69,8 @@ class Stage:
     """Keys of the recipe its result depends on (`"distill"`, `"data.text_key"`); never parallel sizes."""
     collective: bool = False
     """Whether all ranks run it; otherwise rank 0 does and the others wait."""
+    changed: Callable[["RunConfig", RunFolder], list[str]] | None = None
+    """What has changed outside the run folder since it was finished, to be said when it is skipped."""
     saves_when_stopped: bool = False
     """Whether it polls `stop_requested` and saves; a signal ends any other stage at once."""
 
@@ -102,13 +104,12 @@ class Stage:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def lazy(target: str) -> Callable[[StageContext], dict[str, Any]]:
+def lazy(target: str) -> Callable[..., Any]:
     """A stage function given as `module:name`, imported when it is called: a skipped stage costs no import of torch."""
     module, _, name = target.partition(":")
 
-    def call(context: StageContext) -> dict[str, Any]:
-        result: dict[str, Any] = getattr(import_module(module), name)(context)
-        return result
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments)
 
     return call
 

@@ -34,8 +34,16 @@ MODELS = ("teacher", "pruned", "distilled", "tuned")
 _CHAT_KEYS = (
     *(f"tune.{key}" for key in ("sources", "prompt_key", "answer_key", "validation_fraction", "too_long")),
     "tune.batch.sequence_length",
+    "data.parse_special_tokens",
     "seed",
 )
+
+_DATA_KEYS = (
+    *(f"data.{key}" for key in ("sources", "text_key", "calibration_fraction", "heldout_fraction", "min_characters")),
+    *(f"data.{key}" for key in ("parse_special_tokens", "blend", "calibration_blend", "heldout_blend")),
+    "seed",
+)
+"""Not `workers` and `max_bad_fraction`, which change nothing in the token files."""
 
 _CACHE_KEYS = (
     *(f"cache.{key}" for key in ("kind", "draws", "k", "samples_per_shard", "folder")),
@@ -53,7 +61,12 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
     teacher = "import/teacher"
     stages = [
         _stage("import", sections=("model.source",)),
-        _stage("data", inputs={"teacher": teacher}, sections=("data", "seed")),
+        _stage(
+            "data",
+            inputs={"teacher": teacher},
+            sections=_DATA_KEYS,
+            changed=lazy("nemo_minitron.stages.sources:changed"),
+        ),
     ]
     if config.tune is not None:
         stages.append(_stage("chat", inputs={"teacher": teacher}, sections=_CHAT_KEYS))

@@ -35,6 +35,7 @@ from nemo_minitron.version import __version__
 
 T = TypeVar("T")
 _REDO = ".redo"
+_CHANGES_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,7 @@ def _prepare(
     selected = select(chain, first=request.redo_from, last=request.last, only=request.only)
     run.create()
     stack.enter_context(run.locked())
+    run.clear_leftovers()
     for stage in chain:
         run.adopt(stage.name)
     redo_from = None if _redo_begun(request) else request.redo_from
@@ -181,6 +183,8 @@ def _one(
     stage, run = step.stage, request.run
     if step.action is Action.SKIP:
         reporter.stage_skipped(stage.name, position, count)
+        if team.rank == 0 and stage.changed is not None and (changes := stage.changed(request.config, run)):
+            reporter.line(_changed_since(stage.name, changes))
         return
     left = None if outlook is None else outlook.seconds()
     reporter.stage_started(stage.name, position, count, resumed=step.action is Action.CONTINUE, left=left)
@@ -220,6 +224,15 @@ def _one(
     if outlook is not None:
         outlook.finished(stage.name, seconds)
     reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
+
+
+def _changed_since(name: str, changes: Sequence[str]) -> str:
+    shown = [
+        *changes[:_CHANGES_SHOWN],
+        *([f"and {len(changes) - _CHANGES_SHOWN} more"] * (len(changes) > _CHANGES_SHOWN)),
+    ]
+    told = "".join(f"\n          - {change}" for change in shown)
+    return f"          its sources changed since; what it made is from before (--from {name} makes it anew){told}"
 
 
 def _gpu_memory(team: Team) -> dict[str, Any]:

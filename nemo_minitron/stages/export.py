@@ -81,7 +81,7 @@ def _making(context: StageContext) -> Making:
         recipe=to_yaml(context.config),
         objective=distilled.get("objective", ""),
         tokens=distilled.get("tokens"),
-        sources=tuple(str(source) for source in context.config.data.sources),
+        sources=tuple(str(source) for source in context.config.data.named),
         evaluation=result("evaluate"),
     )
 

@@ -30,6 +30,9 @@ RESULT = "result.json"
 ATTEMPT = ".attempt.json"
 CHECKPOINTS = "[0-9]*.ckpt"
 """Training checkpoints, by step."""
+REPLACED = ".replaced"
+UNFINISHED = (".tokens-*", ".chat-*", ".building-*", ".*.tmp")
+"""Names of what is being written: they are given up or renamed when it is complete."""
 OWN_FILES = (
     "config.resolved.yaml",
     "manifest.json",
@@ -136,14 +139,14 @@ class RunFolder:
         for path in (self.stages / name, self.partial(name)):
             if not path.exists() or (path == self.partial(name) and (path / DONE).is_file()):
                 continue
-            kept = self.stages / ".replaced"
+            kept = self.stages / REPLACED
             kept.mkdir(exist_ok=True)
             label = f"{name}.partial" if path == self.partial(name) else name
             path.rename(next(free for n in count(1) if not (free := kept / f"{label}.{n}").exists()))
 
     def set_aside_folders(self, name: str) -> list[Path]:
         """What of a stage has been set aside and not been removed."""
-        kept = self.stages / ".replaced"
+        kept = self.stages / REPLACED
         return sorted(kept.glob(f"{name}.*")) if kept.is_dir() else []
 
     def newest_checkpoint(self) -> Path | None:
@@ -157,6 +160,22 @@ class RunFolder:
         if newest is None:
             return "no training checkpoint is there; finished stages are kept, and the same command goes on behind them"
         return f"newest whole checkpoint: {newest} (step {int(newest.stem)}); the same command goes on from there"
+
+    def clear_leftovers(self) -> None:
+        """Remove unfinished files that a killed process has left, in stages at work and in finished ones.
+
+        Called by the process that holds the lock, so that none of them is anyone's. Shards of a stage at work stay.
+        """
+        folders = [path for path in self.stages.iterdir() if path.is_dir() and path.name != REPLACED]
+        finished = [path for path in folders if (path / DONE).is_file()]
+        leftovers = [path for folder in finished for path in folder.glob(".shards")]
+        for folder in (self.path, self.stages, *folders, *(path / "index" for path in folders)):
+            leftovers += [path for pattern in UNFINISHED for path in folder.glob(pattern)]
+        for path in leftovers:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def write_config(self, yaml: str) -> None:
         """Save the resolved recipe of the run's newest command."""

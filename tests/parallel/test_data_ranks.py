@@ -8,6 +8,7 @@ import pytest
 from nemo_minitron.config.run import DataConfig
 from nemo_minitron.data.documents import Document
 from nemo_minitron.megatron.data import write_token_files
+from nemo_minitron.megatron.token_files import write_blend_files
 from tests.ranks import run_on_ranks
 from tests.tiny import sentences, write_tokenizer
 
@@ -45,3 +46,18 @@ def test_ranks_share_one_index_and_split_every_batch(folder):
     assert together == alone["tokens"]
     assert shares[0]["indices"] == shares[1]["indices"] == alone["indices"]
     assert len([name for name in alone["indices"] if name.endswith(".npy")]) == 3
+
+
+def test_ranks_share_a_blend_and_one_that_was_half_built_is_built_anew(folder, tmp_path):
+    prefixes = [[0.75, str(folder / "train")], [0.25, str(folder / "heldout")]]
+    config = DataConfig(blend=prefixes, calibration_fraction=0, heldout_fraction=0)
+    write_blend_files(write_tokenizer(tmp_path / "t"), tmp_path / "blend", config, seed=5, vocab_size=256)
+    alone = run_on_ranks(1, read_share, tmp_path / "blend")[0]
+    (cache,) = (tmp_path / "blend/index").iterdir()
+    (cache / "COMPLETE").unlink()
+    for path in cache.glob("*.npy"):
+        path.write_bytes(b"cut short")
+    shares = run_on_ranks(2, read_share, tmp_path / "blend")
+    together = [first + second for first, second in zip(*(share["tokens"] for share in shares), strict=True)]
+    assert together == alone["tokens"]
+    assert shares[0]["indices"] == shares[1]["indices"] == alone["indices"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nemo_minitron.config.run import DataConfig
 from nemo_minitron.data.documents import Document
-from nemo_minitron.data.splits import Split, assign, position, requested, split_of
+from nemo_minitron.data.splits import _SPACES, Split, _single_spaces, assign, position, requested, split_of
 from nemo_minitron.errors import DataError
 
 CONFIG = DataConfig(sources=("x",), calibration_fraction=0.1, heldout_fraction=0.2)
@@ -24,6 +24,15 @@ def test_the_position_is_fixed_for_all_time():
     digest = hashlib.blake2b(b"some text", digest_size=8, key=b"7").hexdigest()
     assert math.isclose(position("  some\n\ttext ", 7), int(digest, 16) / 2**64, rel_tol=1e-15)
     assert position("some text", 7) != position("some text", 8)
+
+
+@given(st.text(st.sampled_from([*"ab \u00e4", *_SPACES])))
+def test_spaces_are_those_that_python_splits_at(text):
+    assert _single_spaces(text) == " ".join(text.split())
+
+
+def test_no_space_is_forgotten():
+    assert {chr(code) for code in range(0x110000) if chr(code).isspace()} == {" ", *_SPACES}
 
 
 def test_fractions_are_met():

@@ -113,3 +113,27 @@ def peaks() -> tuple[float, float, float]:
     del block
     manifest.reset_peak_memory()
     return before, held, manifest.peak_memory_gb()
+
+
+def test_what_a_kill_has_left_is_cleared_and_nothing_else(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for stage in ("data", ".score.partial", ".replaced/data.1"):
+        (run.stages / stage / "index").mkdir(parents=True)
+    (run.stages / "data" / "DONE").write_text("{}")
+    gone = [
+        *(run.stages / "data" / name for name in (".tokens-a1b2/train.bin", ".chat-c3/x", "index/.building-d4/x")),
+        *(run.stages / name for name in ("data/.shards/000000.npz", ".score.partial/.attempt.json.77.tmp")),
+        *(run.path / name for name in (".manifest.json.12.tmp",)),
+    ]
+    kept = [
+        *(run.stages / name for name in ("data/train.bin", "data/index/0/a.npy", ".score.partial/.shards/000000.npz")),
+        *(run.stages / name for name in (".score.partial/.attempt.json", ".lock", ".replaced/data.1/.tokens-a/x")),
+    ]
+    for path in (*gone, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    run.clear_leftovers()
+    assert not [
+        path for path in gone if path.exists() or (path.parent.name.startswith(".tokens") and path.parent.exists())
+    ]
+    assert all(path.exists() for path in kept)

@@ -1,0 +1,206 @@
+"""Make the shards of a job: those that are missing, in as many processes as are given."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.data.shards import Shard, ShardJob, Unit, make_shard, shard_bytes, shard_path, units
+from nemo_minitron.errors import DataError
+
+Counts = list[dict[str, Any]]
+Done = Callable[[Unit, Counts], None]
+
+_JOB = "job.json"
+_FORMAT = 1
+
+
+def default_workers() -> int:
+    """As many as this machine's share of threads, for all ranks of a run on it: one of them makes data, others wait.
+
+    `OMP_NUM_THREADS`, which the command line sets to the cores that it may use, is what one rank has.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if not threads.isdigit() or int(threads) < 1:
+        return cores
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(cores, int(threads) * (int(ranks) if ranks.isdigit() else 1))
+
+
+def prepare(job: ShardJob) -> int:
+    """Make the shards' folder, or take it up if it is of the same job; returns how many shards of another job went."""
+    identity = _identity(job)
+    path = job.folder / _JOB
+    lost = 0
+    if job.folder.is_dir() and (not path.is_file() or path.read_text(encoding="utf-8") != identity):
+        lost = len(list(job.folder.glob("*.npz")))
+        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for leftover in job.folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    if not path.is_file():
+        temporary = path.with_name(f".{_JOB}.{os.getpid()}.tmp")
+        temporary.write_text(identity, encoding="utf-8")
+        temporary.replace(path)
+    return lost
+
+
+def finished(job: ShardJob) -> list[Shard]:
+    """The shards that an earlier attempt has left."""
+    return [Shard(path) for path in sorted(job.folder.glob("[0-9]*.npz"))]
+
+
+def make_shards(job: ShardJob, workers: int, done: Done) -> list[Shard]:
+    """Every shard of a job, in order; those that an earlier attempt has finished are taken as they are.
+
+    Args:
+        job: What to do; `prepare` has been called.
+        workers: Processes; with one, or with one shard, this process works itself, on all cores that the `tokenizers`
+            library uses.
+        done: Called for each new shard, in the order in which they come, with its counts. An exception of it ends the
+            work.
+
+    Raises:
+        DataError: A file is damaged, or a token is outside the vocabulary.
+    """
+    numbers: list[int] = []
+    missing = _missing(job, numbers)
+    first = list(islice(missing, 2))
+    if workers < 2 or len(first) < 2:
+        for unit in (*first, *missing):
+            done(unit, make_shard(job, unit))
+    else:
+        _in_processes(job, workers, chain(first, missing), done)
+    return [Shard(shard_path(job.folder, number)) for number in numbers]
+
+
+def _missing(job: ShardJob, numbers: list[int]) -> Iterator[Unit]:
+    for unit in units(job.files, shard_bytes(job.files)):
+        numbers.append(unit.number)
+        if not shard_path(job.folder, unit.number).is_file():
+            yield unit
+
+
+def _identity(job: ShardJob) -> str:
+    """What a shard depends on."""
+    data = {
+        "format": _FORMAT,
+        "files": [asdict(file) | {"path": str(file.path)} for file in job.files],
+        "text_key": job.text_key,
+        "min_characters": job.min_characters,
+        "seed": job.seed,
+        "encoder": hashlib.sha256(repr(asdict(job.encoder)).encode()).hexdigest(),
+        "dtype": job.dtype,
+        "shard_bytes": shard_bytes(job.files),
+    }
+    return json.dumps(data, indent=1) + "\n"
+
+
+class _Pool:
+    """Worker processes, a thread of this one for each, and what they share."""
+
+    def __init__(self, job: ShardJob, todo: Iterator[Unit], done: Done) -> None:
+        self.job, self.todo, self.done = job, todo, done
+        self.lock = threading.Lock()
+        self.error: BaseException | None = None
+
+    def serve(self, process: "subprocess.Popen[bytes]") -> None:
+        """Feed one process until nothing is left to do, or something went wrong."""
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            pickle.dump(self.job, process.stdin)
+            while True:
+                with self.lock:
+                    unit = next(self.todo, None) if self.error is None else None
+                if unit is None:
+                    return
+                pickle.dump(unit, process.stdin)
+                process.stdin.flush()
+                answer = pickle.load(process.stdout)
+                if isinstance(answer, BaseException):
+                    raise answer
+                with self.lock:
+                    self.done(unit, answer)
+        except (EOFError, BrokenPipeError) as error:
+            self._failed(process, error)
+        except BaseException as error:
+            with self.lock:
+                self.error = self.error or error
+
+    def _failed(self, process: "subprocess.Popen[bytes]", error: BaseException) -> None:
+        status = process.wait()
+        lost = DataError(
+            f"data: a process that tokenizes ended with status {status}",
+            rule="memory for data.workers processes; -9 is the system's, when there is none left",
+            remedy="repeat the command with a smaller data.workers; finished shards are kept",
+        )
+        lost.__cause__ = error
+        with self.lock:
+            self.error = self.error or lost
+
+
+def _in_processes(job: ShardJob, workers: int, todo: Iterator[Unit], done: Done) -> None:
+    pool = _Pool(job, todo, done)
+    processes: list[subprocess.Popen[bytes]] = []
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(workers):
+            process = _spawn()
+            processes.append(process)
+            threads.append(threading.Thread(target=pool.serve, args=(process,), daemon=True))
+            threads[-1].start()
+        for thread in threads:
+            while thread.is_alive() and pool.error is None:
+                thread.join(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+        for thread in threads:  # each ends with its process
+            thread.join()
+        for process in processes:
+            _close(process)
+    if pool.error is not None:
+        raise pool.error
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(OSError):  # what was not yet read by it
+                stream.close()
+
+
+def _spawn() -> "subprocess.Popen[bytes]":
+    package = str(Path(__file__).resolve().parents[2])
+    before = os.environ.get("PYTHONPATH", "")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (package, before))),
+        # One thread each: the processes are the parallelism.
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemo_minitron.data.shard_worker", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
