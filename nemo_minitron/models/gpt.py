@@ -17,7 +17,7 @@ from nemo_minitron.arch.nemo_config import spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, MinitronError
-from nemo_minitron.megatron import build, forward, optim
+from nemo_minitron.megatron import build, forward, optim, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
@@ -51,6 +51,7 @@ class MegatronGPTModel(ModelPT):
 
     Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
     A batch holds this data-parallel rank's share of one global batch; a step returns sums and counts over all ranks.
+    Between training steps call `gather_weights` before you read parameters: see `parallel.overlap_param_gather`.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -200,6 +201,14 @@ class MegatronGPTModel(ModelPT):
             model=self.chunks[-1], vocab_size=self.spec.vocab_size, tensor_group=tensor_group(self.runtime)
         )
 
+    def gather_weights(self) -> None:
+        """Wait until this rank's weights are those of the latest step. Every data-parallel rank calls it.
+
+        What reads weights by itself between training steps needs it under `parallel.overlap_param_gather`; validating
+        and saving do it.
+        """
+        param_gather.finish(self.chunks)
+
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits `[b, s, V / TP]` of tokens `[b, s]`; one pipeline stage only.
 
@@ -210,6 +219,7 @@ class MegatronGPTModel(ModelPT):
             raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_schedule()")
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        self.gather_weights()
         [model] = self.chunks
         before, model.output = model.output, "logits"
         try:
