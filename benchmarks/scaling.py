@@ -18,9 +18,10 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.estimate.activations import Pass
-from nemo_minitron.estimate.communication import Split, Traffic, checkpoint_bytes, forward_traffic, step_traffic
+from nemo_minitron.estimate.communication import Split, checkpoint_bytes, forward_traffic
 from nemo_minitron.estimate.compute import PEAK_FLOPS, forward_flops, pipeline_bubble, training_flops
 from nemo_minitron.estimate.memory import GPU_BYTES, USABLE, Training, training_memory
+from nemo_minitron.estimate.overlap import NETWORK, NVLINK, REACHED, Exchange, Machine, communication
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/scaling.md"
@@ -31,7 +32,6 @@ SIZES = (8, 32, 128, 512, 1024)
 LENGTH, SAMPLES, TOKENS = 8192, 1024, 94e9
 SCORED_SAMPLES = 1024
 MFU = 0.5
-NVLINK, INFINIBAND, BUS = 450e9, 50e9, 0.7
 SCORING_OVERHEAD = 1.06
 CACHE_BYTES = 36
 STORAGE, STORAGE_MOST, SAVE_EVERY = 2e9, 100e9, 250
@@ -49,13 +49,13 @@ ASSUMPTIONS = (
         f"{MFU:.0%}",
         "ours; 38 to 43% with communication and bubble on 8,192 to 16,384 H100s (arXiv:2407.21783, table 4)",
     ),
-    ("NVLink, a GPU, each way", f"{NVLINK / 1e9:.0f} GB/s", "data sheet: 900 GB/s both ways; up to 8 GPUs"),
-    ("InfiniBand, a GPU, each way", f"{INFINIBAND / 1e9:.0f} GB/s", "DGX H100: one 400 Gb/s adapter a GPU"),
-    ("share of either that collectives reach", f"{BUS:.0%}", "ours"),
+    ("NVLink, a GPU, each way", f"{NVLINK['h100'] / 1e9:.0f} GB/s", "data sheet: 900 GB/s both ways; up to 8 GPUs"),
+    ("InfiniBand, a GPU, each way", f"{NETWORK['h100'] / 1e9:.0f} GB/s", "DGX H100: one 400 Gb/s adapter a GPU"),
+    ("share of either that collectives reach", f"{REACHED:.0%}", "ours"),
     (
         "communication hidden behind computation",
-        "none",
-        "what the package asks Megatron for today (`megatron/optim.py`)",
+        "gradients: a micro-batch's backward pass; weights: a forward pass, and the teacher's; TP and PP: none",
+        "the package's defaults on GPUs (`estimate/overlap.py`)",
     ),
     ("layers", "Transformer Engine, sequence parallel wherever TP > 1, distributed optimizer", "as the recipes"),
     ("training", f"{TOKENS / 1e9:.0f}B tokens, {SAMPLES} x {LENGTH} a step", "arXiv:2408.11796, table 4 (batch 1152)"),
@@ -94,12 +94,17 @@ class Step:
     memory: float
     flops: float
     compute: float
-    talk: dict[Split, float]
+    talk: dict[Split, Exchange]
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of communication that computation hides."""
+        return sum(each.hidden for each in self.talk.values())
 
     @property
     def seconds(self) -> float:
-        """Nothing overlaps."""
-        return self.compute + sum(self.talk.values())
+        """Computation, and communication that it does not hide."""
+        return self.compute + sum(each.exposed for each in self.talk.values())
 
     @property
     def hours(self) -> float:
@@ -156,7 +161,7 @@ def _step(job: Job, gpus: int, parallel: ParallelConfig, *, cached: bool) -> Ste
         memory=memory,
         flops=tokens * (training_flops(job.student, LENGTH) + extra),
         compute=_seconds(done, gpus) / (1 - pipeline_bubble(parallel, step.micro_batches)),
-        talk=_slowest((step_traffic(job.student, training, stage, teacher=teacher) for stage in ends), gpus),
+        talk=_slowest(communication(job.student, training, stage, _machine(gpus), teacher=teacher) for stage in ends),
     )
 
 
@@ -174,25 +179,23 @@ def _seconds(flops: float, gpus: int) -> float:
     return flops / (gpus * PEAK_FLOPS["h100"] * MFU)
 
 
-def _slowest(stages: Iterable[tuple[Traffic, ...]], gpus: int) -> dict[Split, float]:
-    """Seconds by axis, of the stage that talks most; tensor parallel ranks share a node, the others in small jobs."""
-    talk = dict.fromkeys(Split, 0.0)
-    for traffic in stages:
-        own = dict.fromkeys(Split, 0.0)
-        for each in traffic:
-            wire = NVLINK if each.split is Split.TENSOR or gpus <= NODE else INFINIBAND
-            own[each.split] += each.sent / (wire * BUS)
-        talk = {split: max(talk[split], own[split]) for split in Split}
-    return talk
+def _machine(gpus: int) -> Machine:
+    return Machine(gpu="h100", gpus=gpus, gpus_per_node=NODE, mfu=MFU)
+
+
+def _slowest(stages: Iterable[dict[Split, Exchange]]) -> dict[Split, Exchange]:
+    """By axis, what the pipeline stage that waits longest for it does."""
+    found = list(stages)
+    return {split: max((each[split] for each in found), key=lambda x: (x.exposed, x.hidden)) for split in Split}
 
 
 def forward_seconds(job: Job, gpus: int, tokens: float) -> float:
     """The teacher's forward pass over so many tokens, in samples of `LENGTH`, evenly over its copies."""
     parallel = ParallelConfig(tensor=job.scoring_tensor, sequence_parallel=job.scoring_tensor > 1)
     samples = -(-tokens // (LENGTH * (gpus // job.scoring_tensor)))
-    talk = _slowest([forward_traffic(job.teacher, _pass(parallel, 1), 0)], gpus)
+    talk = sum(_machine(gpus).seconds(each, parallel) for each in forward_traffic(job.teacher, _pass(parallel, 1), 0))
     compute = _seconds(forward_flops(job.teacher, LENGTH) * LENGTH, job.scoring_tensor)
-    return samples * (compute + sum(talk.values()))
+    return samples * (compute + talk)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def _distilling(*, cached: bool) -> str:
     for job, gpus in product(jobs(), SIZES):
         step = step_of(job, gpus, cached=cached)
         if step is None:
-            rows.append((job.name, f"{gpus}", "does not fit", *[""] * 10))
+            rows.append((job.name, f"{gpus}", "does not fit", *[""] * 11))
             continue
         parallel = step.training.step.parallel
         disk = min(STORAGE * max(gpus // NODE, 1), STORAGE_MOST)
@@ -264,7 +267,7 @@ def _distilling(*, cached: bool) -> str:
                 f"{gpus}",
                 f"TP {parallel.tensor}, PP {parallel.pipeline}, recompute {parallel.recompute}",
                 f"{step.memory / 1e9:.0f}",
-                *(f"{seconds:.2f}" for seconds in (step.compute, *step.talk.values(), step.seconds)),
+                *(f"{each:.2f}" for each in (step.compute, *_totals(step), step.hidden, step.seconds)),
                 f"{step.utilisation:.0%}",
                 f"{saving:.1f} s, {saving / (SAVE_EVERY * step.seconds):.1%}",
                 f"{step.hours:,.0f}",
@@ -272,10 +275,14 @@ def _distilling(*, cached: bool) -> str:
             )
         )
     headings = (
-        "teacher | GPUs | layout | GB a rank | compute, s | TP, s | PP, s | DP, s | step, s | MFU | a save, its share "
-        "| hours | GPU-hours"
+        "teacher | GPUs | layout | GB a rank | compute, s | TP, s | PP, s | DP, s | of it hidden, s | step, s | MFU "
+        "| a save, its share | hours | GPU-hours"
     )
     return _markdown(headings, rows)
+
+
+def _totals(step: Step) -> list[float]:
+    return [each.seconds for each in step.talk.values()]
 
 
 def _markdown(headings: str, rows: Iterable[tuple[str, ...]]) -> str:

@@ -127,6 +127,7 @@ def _tables(job: _Job, on_meta: dict[str, list[int]]) -> RenderableType:
         tables.layout(job.models, job.config, ranks=job.ranks, on_meta=on_meta),
         *([tables.memory(trained, _usable(job.config, job.ranks))] if trained else []),
         tables.work(job.stages, works, job.config),
+        *([tables.communication(trained, job.config)] if trained and job.config.cluster is not None else []),
     )
 
 

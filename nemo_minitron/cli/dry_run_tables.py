@@ -12,7 +12,9 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.estimate.communication import Split
 from nemo_minitron.estimate.memory import RankMemory
+from nemo_minitron.estimate.overlap import Exchange
 from nemo_minitron.estimate.work import Work
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import MODELS
@@ -105,6 +107,40 @@ def fullest(work: Work, recompute: Recompute | None = None) -> tuple[int, RankMe
     stages = work.memory(recompute)
     stage = max(range(len(stages)), key=lambda index: stages[index].total)
     return stage, stages[stage]
+
+
+def communication(works: Mapping[str, Work], config: RunConfig) -> RenderableType:
+    """Seconds of a training step in which ranks exchange data, and in how many of them they compute meanwhile.
+
+    Of the pipeline stage that waits longest.
+    """
+    table = _table("communication, s a step", "TP", "PP", "DP", "hidden", "not\nhidden", "of the\nstep", title="")
+    for name, work in works.items():
+        stages = work.communication(config)
+        stage = max(range(len(stages)), key=lambda index: _exposed(stages[index]))
+        found = stages[stage]
+        label = name if len(stages) == 1 else f"{name}, PP stage {stage}"
+        hidden, exposed = sum(each.hidden for each in found.values()), _exposed(found)
+        axes = (_seconds(found[split].seconds) for split in (Split.TENSOR, Split.PIPELINE, Split.DATA))
+        share = f"{exposed / (exposed + computing):.1%}" if (computing := _step_seconds(work, config)) else ""
+        table.add_row(label, *axes, _seconds(hidden), _seconds(exposed), share)
+    return table
+
+
+def _exposed(exchanges: Mapping[Split, Exchange]) -> float:
+    return sum(each.exposed for each in exchanges.values())
+
+
+def _step_seconds(work: Work, config: RunConfig) -> float:
+    """Of computation, bubble included; 0 for a time budget that is shorter than a step."""
+    duration = work.duration(config)
+    if duration is None or work.section is None or not work.tokens:
+        return 0.0
+    return duration.hours * 3600 * work.section.batch.tokens_per_step / work.tokens
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def work(stages: Sequence[Stage], works: Mapping[str, Work], config: RunConfig) -> RenderableType:

@@ -46,10 +46,14 @@ class ParallelConfig(Section):
 
     overlap_grad_reduce: bool | None = None
     """Add gradients up over data-parallel ranks while the backward pass goes on. None: on GPUs, where there are several
-    data-parallel ranks."""
+    data-parallel ranks, and where `overlap_param_gather` is true."""
     grad_bucket_size: Count | None = None
     """Parameters whose gradients are added up together under `overlap_grad_reduce`; None for Megatron's choice, 40
     million or a million a data-parallel rank."""
+    overlap_param_gather: bool | None = None
+    """Gather what other data-parallel ranks have updated while the next forward pass goes on; needs the distributed
+    optimizer and `overlap_grad_reduce`, whose buckets it uses. None: where both are, on GPUs with several data-parallel
+    ranks."""
     overlap_p2p_comm: bool | None = None
     """Exchange activations between pipeline stages while they compute; needs `virtual_pipeline` and GPUs. None: where
     that holds."""
@@ -72,6 +76,11 @@ class ParallelConfig(Section):
         if self.grad_bucket_size is not None and self.overlap_grad_reduce is False:
             raise ValueError(
                 "grad_bucket_size with overlap_grad_reduce = false: gradients are cut into buckets only to overlap"
+            )
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise ValueError(
+                "overlap_param_gather = true with overlap_grad_reduce = false: weights are gathered bucket by bucket, "
+                "and there are buckets only where gradients overlap"
             )
         return self
 

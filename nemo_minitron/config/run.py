@@ -243,6 +243,17 @@ class RunConfig(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _there_are_weights_to_gather(self) -> Self:
+        trainings = {"correct": self.correct, "distill": self.distill, "tune": self.tune}
+        for name, training in trainings.items():
+            if self.parallel.overlap_param_gather and training and training.optimizer.distributed is False:
+                raise ValueError(
+                    f"parallel.overlap_param_gather = true with {name}.optimizer.distributed = false: without the "
+                    "distributed optimizer every rank updates all weights itself"
+                )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _correct_like_distill(cls, data: Any) -> Any:

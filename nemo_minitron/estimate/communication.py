@@ -89,16 +89,17 @@ def forward_traffic(spec: ModelSpec, step: Pass, stage: int) -> tuple[Traffic, .
     return tuple(each for each in found if each.bytes and each.ranks > 1)
 
 
+def own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> frozenset[int]:
+    """Layers of all model chunks on a pipeline stage."""
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    ranges = chunk_layers(spec.num_layers, parallel)
+    return frozenset(layer for index in range(stage, chunks, parallel.pipeline) for layer in ranges[index])
+
+
 def checkpoint_bytes(spec: ModelSpec, precision: Precision) -> int:
     """A training checkpoint: weights, both moments, and fp32 masters of bf16 weights; headers add under a percent."""
     master = _MASTER if precision is Precision.BF16 else 0
     return parameter_count(spec) * (bytes_of(precision) + _MOMENTS + master)
-
-
-def _own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> int:
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    ranges = chunk_layers(spec.num_layers, parallel)
-    return sum(len(ranges[index]) for index in range(stage, chunks, parallel.pipeline))
 
 
 def _states(spec: ModelSpec, step: Pass) -> int:
@@ -119,7 +120,7 @@ def _layers(spec: ModelSpec, step: Pass, stage: int, *, passes: int) -> list[Tra
         passes: 1 for forward, 2 for forward and backward, 3 with a second forward pass between them.
     """
     parallel = step.parallel
-    layers = _own_layers(spec, parallel, stage)
+    layers = len(own_layers(spec, parallel, stage))
     first, last = int(stage == 0), int(stage == parallel.pipeline - 1)
     both = int(passes > 1)
     size = step.micro_batches * _states(spec, step)
@@ -150,7 +151,7 @@ def _tensor(student: ModelSpec, training: Training, stage: int, teacher: ModelSp
     if parallel.sequence_parallel:
         norms = sum(weight.numel for weight in weights(student) if weight.shape == (student.hidden_size,))
         final = student.hidden_size * (2 if student.norm.subtracts_mean else 1)
-        own = (norms - final) // student.num_layers * _own_layers(student, parallel, stage)
+        own = (norms - final) // student.num_layers * len(own_layers(student, parallel, stage))
         own += final if stage == parallel.pipeline - 1 else 0
         found.append(_on_tensor(Collective.ALL_REDUCE, own * _FP32, parallel))
     return found

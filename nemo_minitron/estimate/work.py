@@ -9,6 +9,7 @@ from nemo_minitron.config.parallel import Recompute
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.training import DistillConfig, TrainingConfig
 from nemo_minitron.estimate.activations import Pass
+from nemo_minitron.estimate.communication import Split
 from nemo_minitron.estimate.compute import (
     PEAK_FLOPS,
     Duration,
@@ -17,6 +18,7 @@ from nemo_minitron.estimate.compute import (
     training_flops,
 )
 from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
+from nemo_minitron.estimate.overlap import Exchange, Machine, communication
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +56,23 @@ class Work:
         stages = range(training.step.parallel.pipeline)
         return tuple(training_memory(self.model, training, stage, teacher=self.teacher) for stage in stages)
 
+    def communication(self, config: RunConfig) -> tuple[dict[Split, Exchange], ...]:
+        """Seconds a step that a rank of each pipeline stage exchanges data on the recipe's cluster, by axis.
+
+        Empty for a stage that does not train, and without a cluster.
+        """
+        cluster = config.cluster
+        if self.training is None or self.model is None or cluster is None:
+            return ()
+        machine = Machine(gpu=cluster.gpu, gpus=cluster.gpus, gpus_per_node=cluster.gpus_per_node, mfu=cluster.mfu)
+        stages = range(self.training.step.parallel.pipeline)
+        return tuple(communication(self.model, self.training, stage, machine, teacher=self.teacher) for stage in stages)
+
     def duration(self, config: RunConfig) -> Duration | None:
         """How long it takes on the recipe's cluster; None without one.
 
-        `cluster.mfu` is the share of the peak while a stage computes; the bubble comes on top.
+        `cluster.mfu` is the share of the peak while a stage computes; the bubble comes on top. Communication that is
+        not hidden (`communication`) would, too, unless the MFU is one that was measured with it.
         """
         cluster = config.cluster
         if cluster is None:

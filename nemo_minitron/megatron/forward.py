@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_minitron.errors import LayoutError, TrainingError
+from nemo_minitron.megatron import param_gather
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 
@@ -211,6 +212,8 @@ def _schedule(
     iterators = [iter(enumerate(local)) for _ in chunks]
     interleaved = runtime.parallel.virtual_pipeline is not None
     with outside_inference_mode(), torch.set_grad_enabled(not forward_only):
+        if forward_only:  # a validation, or scores, which may read weights outside of their modules
+            param_gather.finish(chunks)
         return get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if interleaved else iterators[0],

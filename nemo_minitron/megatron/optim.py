@@ -14,7 +14,7 @@ from torch import nn
 from nemo_minitron.config.base import in_steps
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
-from nemo_minitron.megatron import overlap
+from nemo_minitron.megatron import bucket_padding, overlap, param_gather
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
 
@@ -56,8 +56,8 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runti
     Args:
         chunks: This rank's chunks of a model.
         config: Of its optimizer.
-        runtime: The running layout, whose settings say whether gradients are added up while the backward pass goes on;
-            None: they are not.
+        runtime: The running layout, whose settings say whether gradients are added up while the backward pass goes on,
+            and weights gathered during the next forward pass; None: they are not.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -65,14 +65,17 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runti
         finalize_model_grads,
     )
 
+    distributed = is_distributed(config)
     parallel_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap.is_wanted(runtime),
+        overlap_param_gather=overlap.gather_is_wanted(runtime, distributed=distributed),
         bucket_size=None if runtime is None else runtime.parallel.grad_bucket_size,
-        use_distributed_optimizer=is_distributed(config),
+        use_distributed_optimizer=distributed,
         check_for_nan_in_grad=False,
         average_in_collective=False,
     )
+    param_gather.disconnect(chunks)  # from the wrapper of an earlier training
     wrapped = []
     for index, chunk in enumerate(chunks):
         chunk.config.finalize_model_grads_func = finalize_model_grads
@@ -87,6 +90,8 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runti
         )
     if runtime is not None and parallel_config.overlap_grad_reduce:
         overlap.connect(wrapped, runtime)
+    if parallel_config.overlap_param_gather:
+        param_gather.connect(wrapped)
     return wrapped
 
 
@@ -129,6 +134,7 @@ class TrainOptimizer:
             for part in self.optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
+        param_gather.begin(self.chunks)
         return StepInfo(norm, lr, skipped=False)
 
     @property
@@ -142,7 +148,8 @@ class TrainOptimizer:
 
     def sharded_state(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """Master weights, moments, step counts and schedule, sharded like the model's weights in `model_state`."""
-        optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        with bucket_padding.padding_kept(self.optimizer):
+            optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         return (
             {"optimizer": optimizer} if loading else {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         )

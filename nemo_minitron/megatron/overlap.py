@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron import param_gather
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
 
@@ -26,7 +28,31 @@ def is_wanted(runtime: Runtime | None) -> bool:
         return False
     wanted = runtime.parallel.overlap_grad_reduce
     if wanted is None:
-        return runtime.device.type == "cuda" and runtime.dp_size * runtime.parallel.context > 1
+        return bool(runtime.parallel.overlap_param_gather) or _has_gpu_replicas(runtime)
+    return wanted
+
+
+def gather_is_wanted(runtime: Runtime | None, *, distributed: bool) -> bool:
+    """Whether weights are gathered during the next forward pass, decided here where the settings leave it open.
+
+    Args:
+        runtime: The running layout; None: they are not.
+        distributed: Whether optimizer states are split over data-parallel ranks.
+
+    Raises:
+        LayoutError: They are to, and every rank updates all weights itself.
+    """
+    if runtime is None:
+        return False
+    wanted = runtime.parallel.overlap_param_gather
+    if wanted and not distributed:
+        raise LayoutError(
+            "parallel.overlap_param_gather = true without the distributed optimizer",
+            rule="every rank updates all weights itself, so that there is nothing to gather",
+            remedy="set optimizer.distributed=true, or leave parallel.overlap_param_gather unset",
+        )
+    if wanted is None:
+        return distributed and _has_gpu_replicas(runtime) and is_wanted(runtime)
     return wanted
 
 
@@ -50,7 +76,8 @@ def connect(wrapped: Sequence[nn.Module], runtime: Runtime) -> None:
 
 
 def for_loss(weight: Tensor) -> Tensor:
-    """The output weight as a fused loss takes it that fills `main_grad`; the same memory."""
+    """The output weight as a fused loss takes it that fills `main_grad`; complete, and the same memory."""
+    param_gather.finish_for(weight)
     if not hasattr(weight, _READY) or not torch.is_grad_enabled():
         return weight
     return weight.detach().requires_grad_()
@@ -75,6 +102,11 @@ class _SayReady(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.ready()
         return grad, None
+
+
+def _has_gpu_replicas(runtime: Runtime) -> bool:
+    """Whether several GPUs hold the same weights, and so exchange gradients."""
+    return runtime.device.type == "cuda" and runtime.dp_size * runtime.parallel.context > 1
 
 
 def _one_or_all(functions: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.checkpoints import digests
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.megatron import checkpoint_writer, runtime
+from nemo_minitron.megatron import checkpoint_writer, param_gather, runtime
 from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
 from nemo_minitron.megatron.cpu import local_objects
 from nemo_minitron.megatron.model import unwrap
@@ -102,13 +102,14 @@ def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder
 
 
 def _model_state(chunks: Sequence[nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
-    """The sharded state of each chunk under `chunk{i}`.
+    """The sharded state of each chunk under `chunk{i}`, its weights those of the latest step. Collective.
 
     Args:
         chunks: This rank's chunks.
         extra_state: Whether to keep the `_extra_state` entries of linears. They hold nothing we use; Megatron's strict
             loading expects to find them.
     """
+    param_gather.finish(chunks)
     states: dict[str, Any] = {}
     for index, chunk in enumerate(map(unwrap, chunks)):
         state = chunk.sharded_state_dict(prefix=PREFIX, metadata=_metadata([chunk]))

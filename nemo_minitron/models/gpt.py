@@ -18,7 +18,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
-from nemo_minitron.megatron import build, forward, optim
+from nemo_minitron.megatron import build, forward, optim, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.forward import Loss, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
@@ -55,6 +55,7 @@ class MegatronGPTModel(ModelPT):
 
     Weights are made in `configure_model` (random, the same at every layout) or read by `restore_from`.
     A batch holds this data-parallel rank's share of one global batch; a step returns sums and counts over all ranks.
+    Between training steps call `gather_weights` before you read parameters: see `parallel.overlap_param_gather`.
 
     Raises:
         ConfigError: `cfg` has unknown keys, or values that cannot be.
@@ -247,6 +248,14 @@ class MegatronGPTModel(ModelPT):
         values["val_loss"] = values["val/loss"]  # the name that NeMo's exp_manager looks for
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
+    def gather_weights(self) -> None:
+        """Wait until this rank's weights are those of the latest step. Every data-parallel rank calls it.
+
+        What reads weights by itself between training steps needs it under `parallel.overlap_param_gather`; validating
+        and saving do it.
+        """
+        param_gather.finish(self.chunks)
+
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits `[b, s, V / TP]` of tokens `[b, s]`; one pipeline stage only.
 
@@ -257,6 +266,7 @@ class MegatronGPTModel(ModelPT):
             raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_pass()")
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        self.gather_weights()
         [model] = self.chunks
         before, model.output = model.output, "logits"
         try:

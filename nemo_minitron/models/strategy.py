@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, TrainingError
+from nemo_minitron.megatron import param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
 from nemo_minitron.megatron.optim import TrainOptimizer
@@ -200,8 +201,9 @@ class MegatronStrategy(Strategy):
         return self._background.finished(wait=wait) if self._background is not None else None
 
     def on_train_end(self) -> None:
-        """What is still being written becomes whole."""
+        """What is still being written becomes complete, and the weights are those of the last step."""
         self.finish_saving(wait=True)
+        param_gather.disconnect(self._training_chunks())
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Read back what `save_checkpoint` wrote, at this run's layout; returns Lightning's part.

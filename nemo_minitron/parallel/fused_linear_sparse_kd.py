@@ -7,7 +7,8 @@ nothing in the last bucket, and the gradient of the full forward KL on average (
 a = dD / dlog(student's bucket), A its sum, q the student's probabilities and Q the one of the last bucket, the gradient
 with respect to the student's logits over T is `a - q A` at an entry's id and `q (a_last / Q - A)` elsewhere.
 
-Value and `a` come from the dense formulas on `[rows, K + 1]` numbers, the rest from one pass over a chunk of logits.
+Value and `a` come from the dense formulas on `[rows, K + 1]` numbers, the rest from one pass over a chunk of logits. On
+a GPU two Triton kernels make it (`nemo_minitron.kernels.rest`).
 
 Shapes: N tokens, K entries a token, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.objective import DivergenceKind
+from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.collectives import gather, sum_over
@@ -129,7 +131,7 @@ class _ChunkSparse:
     layer: OutputLayer
     logits_held: int = 1
     scratch_held: int = 3
-    has_kernels: bool = False
+    has_kernels: bool = True
     sums: int = 4
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
@@ -149,8 +151,10 @@ class _ChunkSparse:
         if self.labels is not None:
             label = label_columns(self.labels[chunk], columns=layer.columns, real=layer.real, tp=layer.tp)
             at_label, found = sum_over(torch.stack([_picked(logits, *label), label[1].to(wide)]), layer.tp)
-        for block in layer.blocks(logits):
-            kd, agreement, log_z_1[block] = _block(logits[block], entries.rows(block), self, want_gradient)
+        on_kernels = kernels_run(logits.device, logits.dtype)
+        for block in [slice(None)] if on_kernels else layer.blocks(logits):
+            work = _on_kernels if on_kernels else _block
+            kd, agreement, log_z_1[block] = work(logits[block], entries.rows(block), self, want_gradient)
             sums[1] += kd.sum()
             sums[2] += agreement
         if label is not None:
@@ -205,6 +209,46 @@ def _block(logits: Tensor, entries: _Entries, job: _ChunkSparse, want_gradient: 
         if s is not logits:
             logits.copy_(s)
     return kd, agreement, log_z if cold is None else cold[1]
+
+
+def _on_kernels(
+    logits: Tensor, entries: _Entries, job: _ChunkSparse, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_block` returns, with two passes over the logits by Triton's kernels, in their own dtype."""
+    from nemo_minitron.kernels.rest import rest_gradient, rest_statistics
+
+    temperature, lm_weight = job.divergence.temperature, job.lm_weight
+    cold = temperature != 1 and job.labels is not None
+    if logits.shape[1]:
+        logits.scatter_add_(1, entries.local, torch.where(entries.mine, -torch.inf, 0).to(logits.dtype))
+    values = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
+    rest_statistics(logits, values, temperature)
+    peaks, masses, masses_1 = gather(values.double(), job.layer.tp).unbind(1)
+    log_rest = torch.logsumexp(peaks / temperature + masses.log(), 0)
+    raw = entries.logits.double()
+    at_entries = raw / temperature
+    log_z = torch.logaddexp(log_rest, at_entries.logsumexp(1))
+    log_z_1 = log_z
+    if cold:
+        log_z_1 = torch.logaddexp(torch.logsumexp(peaks + masses_1.log(), 0), raw.logsumexp(1))
+    student_logp = torch.cat([at_entries, log_rest.unsqueeze(1)], 1) - log_z.unsqueeze(1)
+    kd, slope = _value_and_slope(student_logp, entries.target_logp.double(), job)
+    heaviest = raw.gather(1, entries.target_logp[:, :-1].argmax(1, keepdim=True)).squeeze(1)
+    best_of_rest = torch.where(masses > 0, peaks, -torch.inf).amax(0)
+    agreement = (heaviest == torch.maximum(raw.amax(1), best_of_rest)).sum()
+    if want_gradient:
+        peak = values[0].double()
+        total = slope.sum(1) - (0.0 if cold else lm_weight)
+        into_tail = torch.where(slope[:, -1] == 0, 0, slope[:, -1] * (peak / temperature - log_rest).exp())
+        factor = into_tail - total * (peak / temperature - log_z).exp()
+        factor_1 = lm_weight * (peak - log_z_1).exp() if cold else torch.zeros_like(peak)
+        rest_gradient(logits, torch.stack([peak, factor, factor_1]).float(), temperature)
+        at_ids = slope[:, :-1] - student_logp[:, :-1].exp() * total.unsqueeze(1)
+        if cold:
+            at_ids += lm_weight * (raw - log_z_1.unsqueeze(1)).exp()
+        if logits.shape[1]:
+            logits.scatter_add_(1, entries.local, torch.where(entries.mine, at_ids, 0).to(logits.dtype))
+    return kd, agreement, log_z_1
 
 
 def _softmax(s: Tensor, tp: ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from tests.emulation import jobs
 from tests.jobs import config_for
 from tests.parallel.hooks_jobs import ScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, STEPS, Case
+from tests.parallel.overlap_jobs import Run, train_gathering
 from tests.ranks import run_on_ranks
 from tests.tiny import write_corpus, write_llama
 from tests.tolerances import TOL
@@ -90,6 +91,16 @@ def test_a_state_can_be_saved_before_the_first_step(distributed, tmp_path):
     (found,) = run_on_ranks(1, jobs.save_before_the_first_step, tmp_path / "state", distributed)
     assert found["names"] == ["FusedAdam", "exp_avg", "exp_avg_sq"]
     assert found["again"] == found["first"]
+
+
+@pytest.mark.parametrize("spec", ["tied", "untied"])
+def test_weights_gathered_during_the_forward_pass_train_the_same(spec):
+    """Norms are inside the linears, whose module alone waits for them."""
+    run = Run(spec, ParallelConfig(), distributed=True, steps=6, validations=(2, 6))
+    for ((plain, late),) in run_on_ranks(2, train_gathering, [run]):
+        assert late["gathering"][-1] == (1, late["buckets"] - 1)
+        assert (late["losses"], late["validated"]) == (plain["losses"], plain["validated"])
+        assert all(torch.equal(late["weights"][name], weight) for name, weight in plain["weights"].items())
 
 
 def test_scores_are_the_same_with_positions_split():

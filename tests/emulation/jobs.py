@@ -1,6 +1,7 @@
 """What ranks of an emulated GPU machine do; module-level functions that return plain numbers."""
 
 import gc
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.kernels.available import SWITCH
 from tests.parallel import megatron_jobs
 from tests.parallel.hooks_jobs import ScoreCase, score
 from tests.parallel.megatron_jobs import Case, train
+from tests.parallel.overlap_jobs import Run
+from tests.parallel.overlap_jobs import train as train_overlapping
 
 
 def train_on_both(cases: list[Case]) -> list[dict[str, Any]]:
@@ -32,6 +36,13 @@ def train_all(cases: list[Case]) -> list[dict[str, Any]]:
 
 def score_all(cases: list[ScoreCase]) -> list[dict[str, torch.Tensor]]:
     return [score(case) for case in cases]
+
+
+def train_by_default(run: Run) -> dict[str, Any]:
+    """As the settings say, or by what is right on this device where they say nothing; a rank sees one GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    os.environ[SWITCH] = "0"  # Triton would look for a driver
+    return train_overlapping(run)
 
 
 def save_before_the_first_step(folder: Path, distributed: bool) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """The project on a GPU that is pretended: the same numbers as on a CPU, and no tensor of the CPU among the GPU's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nemo_minitron.config.parallel import Precision
+from nemo_minitron.config.parallel import ParallelConfig, Precision
 from tests.emulation import jobs
 from tests.parallel.hooks_jobs import ScoreCase
 from tests.parallel.megatron_jobs import STEPS, Case
+from tests.parallel.overlap_jobs import Run
 from tests.ranks import RankError, run_on_ranks
 from tests.tolerances import TOL
 
@@ -40,6 +43,20 @@ def test_resuming_is_bit_identical(distributed, tmp_path):
     assert last_steps["losses"] == all_steps["losses"][STEPS // 2 :]
     for name, weight in all_steps["weights"].items():
         assert torch.equal(weight, last_steps["weights"][name]), name
+
+
+def test_two_gpus_send_gradients_and_weights_while_they_compute():
+    """By themselves: the recipe says nothing but how large a bucket is."""
+    run = Run("untied", ParallelConfig(grad_bucket_size=2000), distributed=True, steps=6, validations=(3,))
+    off = {"overlap_grad_reduce": True, "overlap_param_gather": False}
+    plain = replace(run, parallel=run.parallel.model_copy(update=off))
+    expected = run_on_ranks(2, jobs.train_by_default, plain)
+    for rank, found in zip(expected, run_on_ranks(2, jobs.on_pretended_gpu, "train_by_default", run), strict=True):
+        assert found["gathering"][-1] == (1, found["buckets"] - 1)
+        assert found["under way"][-1] == found["buckets"] > 2
+        assert rank["gathering"][-1] == (0, 0)
+        torch.testing.assert_close(found["losses"], rank["losses"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["validated"], rank["validated"], rtol=1e-6, atol=1e-6)
 
 
 def test_scores_are_the_cpu_s():

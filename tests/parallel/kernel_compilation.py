@@ -11,13 +11,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nemo_minitron.config.objective import DivergenceKind
-from nemo_minitron.kernels import cross_entropy, divergence
+from nemo_minitron.kernels import cross_entropy, divergence, rest
 from nemo_minitron.kernels.launch import BLOCK, WARPS
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     **dict.fromkeys(("student", "teacher", "logits"), "*bf16"),
-    **dict.fromkeys(("values", "normalisers", "slope_sum", "sums"), "*fp32"),
+    **dict.fromkeys(("values", "normalisers", "slope_sum", "sums", "factors"), "*fp32"),
     **dict.fromkeys(("first", "columns", "student_stride", "teacher_stride", "stride", "tokens"), "i32"),
     **dict.fromkeys(("scale", "mixing", "kd_weight", "lm_weight"), "fp32"),
     "labels": "*i64",
@@ -35,6 +35,8 @@ def kernels():
         yield divergence._gradient, {"KIND": kind.value, "LABELS": True, "TEMPERED": True}
     yield cross_entropy._statistics, {}
     yield cross_entropy._gradient, {}
+    yield rest._statistics, {}
+    yield rest._gradient, {}
 
 
 def compiled(kernel, constants):

@@ -7,8 +7,10 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_minitron.ops.divergence import Divergence
+from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
+from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
 
 TOKENS, HIDDEN, TEACHER_HIDDEN = 7, 5, 6
 
@@ -27,6 +29,10 @@ class Case:
     statistics: bool = True
     deviation: float = 1.0
     dtype: torch.dtype = torch.float32
+    entries: int = 0
+    """Of the teacher's distribution that are compared; 0 for all tokens."""
+    sampled: bool = False
+    """Whether they are draws, instead of the likeliest."""
 
 
 def problem(case):
@@ -45,6 +51,21 @@ def problem(case):
         "keep": keep,
         "labels": torch.randint(case.vocabulary, (TOKENS,), generator=generator),
     }
+
+
+def sparse(case):
+    """The teacher's likeliest tokens with their probabilities, or tokens drawn by hand; in float64 arithmetic."""
+    data = problem(case)
+    logits = (data["teacher_hidden"].double() @ data["teacher_weight"].double().t())[:, : case.vocabulary]
+    probabilities = torch.softmax(logits / case.divergence.temperature, -1)
+    likeliest, ids = probabilities.topk(case.entries, -1)
+    if case.sampled:
+        counts = torch.arange(1, case.entries + 1).expand_as(ids)
+        return SparseTargets.from_counts(ids, counts, temperature=case.divergence.temperature)
+    tail = (1 - likeliest.sum(-1)).clamp_min(0) if case.entries < case.vocabulary else torch.zeros(TOKENS)
+    return SparseTargets(
+        ids=ids, log_probs=likeliest.log().float(), tail=tail.float(), temperature=case.divergence.temperature
+    )
 
 
 class Operators(TorchDispatchMode):
@@ -73,6 +94,22 @@ def fused(case):
         if case.divergence is None:
             result = fused_linear_cross_entropy(hidden, weight, data["labels"], data["keep"], **common)
             loss, found = result.ce_sum, {"loss": result.ce_sum, "correct": result.correct}
+        elif case.entries:
+            result = fused_linear_sparse_kd(
+                hidden,
+                weight,
+                sparse(case),
+                data["keep"],
+                data["labels"],
+                divergence=case.divergence,
+                kd_weight=0.7,
+                lm_weight=case.lm_weight,
+                statistics=case.statistics,
+                **common,
+            )
+            loss, found = result.loss_sum, {"loss": result.loss_sum, "kd": result.kd_sum}
+            if case.statistics:
+                found |= {"ce": result.student_ce_sum, "agreement": result.top1_agreement}
         else:
             options = {"divergence": case.divergence, "kd_weight": 0.7, "lm_weight": case.lm_weight}
             result = fused_linear_kd(

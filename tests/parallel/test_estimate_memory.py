@@ -123,6 +123,7 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
     gradients()  # what the first step alone allocates and keeps
     WORKSPACE.clear()
     peak = peak_of(gradients)
+    workspace = sum(buffer.nbytes for buffer in WORKSPACE._buffers.values())
     trainer.step()
     moments = [state for adam in optim._torch_adams(trainer.optimizer) for state in adam.state.values()]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -138,6 +139,7 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
         "optimizer": masters + sum(state[name].nbytes for state in moments for name in ("exp_avg", "exp_avg_sq")),
         "teacher": sum(parameter.nbytes for chunk in teacher for parameter in chunk.parameters()),
         "peak": peak,
+        "workspace": workspace,
     }
     runtime.stop()
     return held, case.estimate(here.pp_rank)
@@ -193,9 +195,12 @@ def test_a_real_step_allocates_what_is_estimated(case):
             compared = 0 if case.hidden is None else 4 if case.parallel == ParallelConfig() else 2
             assert states == (is_last + compared) * every
         expected = estimate.activations + estimate.loss + states
-        # With recomputation a CPU's linears, which multiply without PyTorch's own graph, take up to a fifth less.
-        least = 0.9 if case.parallel.recompute is Recompute.NONE else 0.75
-        assert least * expected <= found["peak"] <= 1.1 * expected
+        least = expected
+        if case.parallel.recompute is not Recompute.NONE:
+            # The peak is in a layer's backward pass, and the chunk of logits, which the estimate adds to it, is gone.
+            # What is left of the loss are its reused buffers: all, or, where oneDNN brings its own memory, few.
+            least = estimate.activations + states + found["workspace"]
+        assert 0.9 * least <= found["peak"] <= 1.1 * expected
 
 
 @pytest.mark.parametrize("tied", [False, True])

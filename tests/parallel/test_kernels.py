@@ -16,7 +16,7 @@ import torch
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.ops.divergence import Divergence
 from tests.oracles import divergence as oracle
-from tests.parallel.kernel_jobs import TOKENS, Case, every, problem
+from tests.parallel.kernel_jobs import TOKENS, Case, every, problem, sparse
 from tests.ranks import run_on_ranks
 from tests.tolerances import TOL
 
@@ -41,6 +41,22 @@ def cases():
     for sizes in (SMALL, PADDED, SHARD_OF_PADDING, BLOCKS):
         yield Case(None, *sizes, SOME, chunk=3)
     yield Case(None, *PADDED, NONE)
+    yield from sparse_cases()
+
+
+def sparse_cases():
+    for kind in DivergenceKind:
+        for temperature in (1.0, 2.5):
+            divergence = Divergence(kind=kind, temperature=temperature, beta=0.2, skew=0.3)
+            yield Case(divergence, *PADDED, SOME, lm_weight=0.4, chunk=3, entries=4)
+        yield Case(Divergence(kind=kind, temperature=1.3), *BLOCKS, SOME[:2], lm_weight=0.4, entries=9)
+    forward = Divergence(temperature=0.7)
+    yield Case(forward, *PADDED, SOME, deviation=2.0, entries=4, sampled=True, lm_weight=0.4)
+    yield Case(forward, *PADDED, SOME, entries=4, statistics=False)
+    yield Case(forward, *SHARD_OF_PADDING, SOME, lm_weight=0.4, entries=3)
+    yield Case(forward, *PADDED, NONE, entries=4)
+    yield Case(Divergence(), *SMALL, ALL, entries=14)  # nothing is left over
+    yield Case(Divergence(temperature=2.0), *BLOCKS, SOME[:2], lm_weight=0.4, entries=9, dtype=torch.bfloat16)
 
 
 CASES = list(cases())
@@ -59,15 +75,35 @@ def reference(case):
     else:
         d = case.divergence
         p, q = (torch.softmax(x / d.temperature, -1) for x in (teacher, student))
+        if case.entries:
+            p, q = buckets(case, p, q)
         each = oracle.tensor_divergence(d.kind, p, q, beta=d.beta, skew=d.skew)
         kd = each.sum() * d.temperature**2
         loss = 0.7 * kd + case.lm_weight * entropy(student)
         found = {"loss": loss, "kd": kd}
         if case.statistics:
-            agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
-            found |= {"ce": entropy(student), "teacher_ce": entropy(teacher), "agreement": agreement}
+            best = teacher.argmax(-1) if not case.entries else heaviest(case)
+            found |= {"ce": entropy(student), "agreement": (student.argmax(-1) == best).sum()}
+            found |= {} if case.entries else {"teacher_ce": entropy(teacher)}
     loss.backward()
     return {name: x.detach().double() for name, x in found.items()} | {"d_hidden": hidden.grad, "d_weight": weight.grad}
+
+
+def buckets(case, p, q):
+    """What the targets say of each entry and of all other tokens together, and the student's probabilities of these."""
+    targets = sparse(case)
+    ids, given = targets.ids[problem(case)["keep"]], targets.log_probs[problem(case)["keep"]].double().exp()
+    of_student = q.gather(1, ids)
+    of_student = torch.cat([of_student, 1 - of_student.sum(1, keepdim=True)], 1)
+    nothing_left = case.sampled or case.entries == case.vocabulary
+    rest = torch.zeros_like(given[:, :1]) if nothing_left else 1 - given.sum(1, keepdim=True)
+    return torch.cat([given, rest], 1).clamp_min(0), of_student
+
+
+def heaviest(case):
+    targets = sparse(case)
+    place = targets.log_probs.argmax(1, keepdim=True)
+    return targets.ids.gather(1, place).squeeze(1)[problem(case)["keep"]]
 
 
 @pytest.mark.slow
@@ -106,5 +142,6 @@ def test_every_kernel_compiles_for_a_gpu_without_spilling(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 25  # six divergences in two or three kernels, two of the cross-entropy
+    # Six divergences in two or three kernels, two kernels of the cross-entropy, two of losses on a few entries.
+    assert len(rows) == 27
     assert all(row["stack_bytes"] == 0 and row["registers"] <= 128 for row in rows), rows

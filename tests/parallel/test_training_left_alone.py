@@ -37,12 +37,12 @@ def run(pruned, tmp_path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "run"))
 
 
-def distill(run: Path, inputs: Path, before=None, ranks: int = 1, **settings):
-    return run_on_ranks(ranks, _distill, run, inputs, before, settings)
+def distill(run: Path, inputs: Path, before=None, ranks: int = 1, parallel=None, **settings):
+    return run_on_ranks(ranks, _distill, run, inputs, before, settings, parallel or {})
 
 
-def _distill(run: Path, inputs: Path, before, settings):
-    results = chain_jobs.run_to(run, inputs, "distill", before=before, distill=settings)
+def _distill(run: Path, inputs: Path, before, settings, parallel):
+    results = chain_jobs.run_to(run, inputs, "distill", before=before, distill=settings, parallel=parallel)
     return results["distill"], chain_jobs.weights(run), _seen
 
 
@@ -174,6 +174,24 @@ def test_a_run_goes_on_at_another_data_parallel_size(run, inputs, tmp_path, befo
     assert [row["step"] for row in result["history"]] == [0, 10, 20]
     for name, tensor in weights.items():
         np.testing.assert_allclose(resumed[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_that_gathers_weights_late_validates_saves_and_goes_on_bit_for_bit(run, inputs, tmp_path):
+    """Its validations, best model and checkpoints read weights between steps, which half of the ranks have updated."""
+    plain = shutil.copytree(run, tmp_path / "plain")
+    ways = [
+        {"overlap_grad_reduce": True, "grad_bucket_size": 3000, "overlap_param_gather": late} for late in (False, True)
+    ]
+    how = {"optimizer": {**STEADY, "distributed": True}, "validate_every": 3, "checkpoint_every": 5}
+    settings = {**how, "finish_with": "best", "tokens": 12 * 8 * 64}
+    expected, weights, _ = distill(plain, inputs, ranks=2, parallel=ways[0], **settings)[0]
+    with pytest.raises(RankError, match="stopped on purpose"):
+        distill(run, inputs, before=stop_after_seven_steps, ranks=2, parallel=ways[1], **settings)
+    for result, resumed, _ in distill(run, inputs, ranks=2, parallel=ways[1], **settings):
+        assert result["history"] == expected["history"]
+        assert result["best"] == expected["best"]
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_run_with_losses_on_hidden_states_goes_on_bit_for_bit(run, inputs, tmp_path):

@@ -12,7 +12,7 @@ from nemo_minitron.callbacks.garbage import GarbageCollection, interval_of
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import DistillConfig, OptimizerConfig
-from nemo_minitron.errors import LayoutError
+from nemo_minitron.errors import ConfigError, LayoutError
 from nemo_minitron.launchers import nemo_launcher
 from nemo_minitron.megatron import build, optim, overlap
 from nemo_minitron.megatron.forward import MicroBatch
@@ -55,6 +55,37 @@ def test_gradients_overlap_on_gpus_with_several_replicas(here, wanted):
     assert overlap.is_wanted(here) == wanted
 
 
+@pytest.mark.parametrize(
+    ("here", "distributed", "wanted"),
+    [
+        (running(GPU), True, True),
+        (running(GPU), False, False),
+        (running(GPU, dp_size=1), True, False),
+        (running(GPU, dp_size=1, context=2), True, True),
+        (running(GPU, overlap_grad_reduce=False), True, False),
+        (running(GPU, overlap_param_gather=False), True, False),
+        (running(CPU), True, False),
+        (running(CPU, overlap_grad_reduce=True), True, False),
+        (running(CPU, overlap_param_gather=True), True, True),
+        (None, True, False),
+    ],
+)
+def test_weights_are_gathered_late_on_gpus_with_the_distributed_optimizer(here, distributed, wanted):
+    assert overlap.gather_is_wanted(here, distributed=distributed) == wanted
+
+
+def test_late_gathers_ask_for_overlapping_gradients_and_for_the_distributed_optimizer():
+    late = running(CPU, overlap_param_gather=True)
+    assert overlap.is_wanted(late)
+    with pytest.raises(LayoutError, match=r"overlap_param_gather = true without the distributed optimizer"):
+        overlap.gather_is_wanted(late, distributed=False)
+    given = ["model.source=m", "data.sources=[t]", "parallel.overlap_param_gather=true"]
+    recipe = ROOT / "recipes" / "tiny" / "tiny_cpu.yaml"
+    assert load_recipe(recipe, given).parallel.overlap_param_gather
+    with pytest.raises(ConfigError, match=r"distill\.optimizer\.distributed = false: without the distributed"):
+        load_recipe(recipe, [*given, "distill.optimizer.distributed=false"])
+
+
 def test_activations_overlap_under_the_interleaved_schedule_on_gpus(monkeypatch):
     interleaved = config(GPU, monkeypatch, pipeline=2, virtual_pipeline=2)
     assert (interleaved.overlap_p2p_comm, interleaved.batch_p2p_comm) == (True, False)
@@ -91,6 +122,7 @@ def test_a_fusion_that_is_not_there_is_refused_by_name(monkeypatch, option):
     [
         ({"overlap_p2p_comm": True, "pipeline": 2}, "only the interleaved schedule"),
         ({"grad_bucket_size": 10**6, "overlap_grad_reduce": False}, "cut into buckets only to overlap"),
+        ({"overlap_param_gather": True, "overlap_grad_reduce": False}, "gathered bucket by bucket"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(values, said):
@@ -122,6 +154,7 @@ def test_the_distributed_optimizer_is_on_by_itself_on_gpus_with_several_replicas
             pipeline=2,
             virtual_pipeline=2,
             overlap_grad_reduce=True,
+            overlap_param_gather=True,
             grad_bucket_size=5,
             overlap_p2p_comm=False,
             gradient_accumulation_fusion=False,

@@ -39,7 +39,9 @@ def test_the_chosen_layouts_fit_and_more_gpus_are_quicker():
         steps = [scaling.step_of(job, gpus, cached=True) for gpus in (128, 512, 1024)]
         assert all(step.memory <= 0.9 * GPU_BYTES["h100"] for step in steps)
         assert steps[0].seconds > steps[1].seconds > steps[2].seconds
-        assert all(step.talk[Split.DATA] > 0 for step in steps)
+        assert all(step.talk[Split.DATA].seconds > 0 for step in steps)
+        assert all(step.talk[Split.TENSOR].hidden == 0 for step in steps)
+        assert all(step.hidden > 0.5 * step.talk[Split.DATA].seconds for step in steps)
 
 
 def test_a_cached_token_takes_a_byte_and_three_an_id():

@@ -1,0 +1,72 @@
+"""Gathering weights during the forward pass changes no bit, whoever reads them, and wherever it is stopped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_minitron.config.parallel import ParallelConfig
+from tests.parallel.overlap_jobs import Run, train_and_go_on, train_gathering
+from tests.ranks import run_on_ranks
+
+PATIENCE = 500.0
+HOW = {"distributed": True, "steps": 20, "validations": (1, 7, 8, 20)}
+ONE = ParallelConfig()
+TWO_RANKS = [
+    Run("tied", ONE, **HOW),
+    Run("untied", ONE, kind="text", **HOW),
+    Run("untied", ONE, kind="top_k", **HOW),
+    Run("untied", ONE, kind="frozen", **HOW),
+]
+FOUR_RANKS = [
+    Run("untied", ParallelConfig(tensor=2), **HOW),
+    Run("tied", ParallelConfig(pipeline=2), **HOW),
+    Run("untied", ParallelConfig(pipeline=2, virtual_pipeline=2), **HOW),
+]
+
+
+def assert_same(plain, late):
+    for name in ("losses", "norms", "validated"):
+        assert late[name] == plain[name], name
+    assert late["weights"].keys() == plain["weights"].keys()
+    for name, weight in plain["weights"].items():
+        assert torch.equal(late["weights"][name], weight), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [TWO_RANKS, FOUR_RANKS], ids=["DP2", "DP2 with TP2, PP2, VPP2"])
+def test_twenty_steps_with_validations_between_are_bit_identical(runs):
+    ranks = 2 * runs[0].parallel.model_parallel_size
+    for results in run_on_ranks(ranks, train_gathering, runs, timeout=PATIENCE):
+        for run, (plain, late) in zip(runs, results, strict=True):
+            assert_same(plain, late)
+            assert len(late["losses"]) == 20
+            assert late["losses"][-1] < late["losses"][0]
+            assert set(plain["gathering"]) == {(0, 0)}
+            # After a step the first bucket of each chunk is on its way, and the others are out of date.
+            chunks = run.parallel.virtual_pipeline or 1
+            assert set(late["gathering"]) == {(chunks, late["buckets"] - chunks)}, run
+            assert set(late["waiting"]) == {0}, "a validation begins with all weights"
+
+
+SMALL = {"overlap_grad_reduce": True, "grad_bucket_size": 2000}
+LATE = {**SMALL, "overlap_param_gather": True}
+RESUMED = {
+    "weights gathered late, tied": (2, Run("tied", ParallelConfig(**LATE), **HOW)),
+    "weights gathered late, untied": (2, Run("untied", ParallelConfig(**LATE), **HOW)),
+    "gradients in small buckets": (2, Run("tied", ParallelConfig(**SMALL), **HOW)),
+    # Megatron gives a tied embedding a bucket of its own, overlapping or not.
+    "tied pipeline stages": (4, Run("tied", ParallelConfig(pipeline=2), **HOW)),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(case, tmp_path):
+    """Where weights are gathered late, half of them are out of date when it is saved; buckets end with padding."""
+    ranks, run = RESUMED[case]
+    run = replace(run, validations=(), folder=tmp_path / "state")
+    for complete, resumed in run_on_ranks(ranks, train_and_go_on, run, timeout=PATIENCE):
+        assert resumed["losses"] == complete["losses"][10:]
+        assert resumed["norms"] == complete["norms"][10:]
+        for name, weight in complete["weights"].items():
+            assert torch.equal(resumed["weights"][name], weight), name
