@@ -297,14 +297,20 @@ def errors_of(path: Path, what: str) -> Iterator[None]:
     except RuntimeError as error:
         if _TORCH_SAVE_FAILED not in str(error):
             raise
-        raise CheckpointError(f"{path} {what}: {os.strerror(errno.ENOSPC)}? {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} {what}: {_first_cause(error)}") from error
 
 
 def _first_cause(error: BaseException) -> str:
     """What the first rank that failed has to say, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (failure, _) = min(error.failures.items())
-        return f"rank {rank}: {type(failure).__name__}: {failure}"
+        return f"rank {rank}: {_told(failure)}"
+    return _told(error)
+
+
+def _told(error: BaseException) -> str:
+    if _TORCH_SAVE_FAILED in str(error):
+        return f"{os.strerror(errno.ENOSPC)}? {str(error).splitlines()[0]}"
     return f"{type(error).__name__}: {error}".strip()
 
 

@@ -234,7 +234,7 @@ def validate_with_a_trainer_of_ones_own(source: Path) -> dict[str, Any]:
 
     config = Model.restore_from(source, return_config=True)
     config.precision, config.micro_batch_size = "32", 2
-    config.optim = {"name": "adam", "lr": 1e-3}
+    config.optim = {"name": "adamw", "lr": 1e-3}
     trainer = Trainer(
         strategy=MegatronStrategy(),
         accelerator="cpu",

@@ -48,14 +48,14 @@ class Clock:
 def slow_steps() -> None:
     """A step takes 0.8 s and a validation batch 0.1 s."""
     from nemo_minitron.callbacks import throughput
-    from nemo_minitron.models.gpt import MegatronGPTModel
+    from nemo_minitron.models.distillation import MegatronGPTDistillationModel as Model
     from nemo_minitron.stages import engine, training, trial
 
     clock = Clock()
     for module in (throughput, engine, training, trial):
         module.time = clock
     for name, seconds in {"training_step": STEP, "validation_step": VALIDATION}.items():
-        setattr(MegatronGPTModel, name, _timed(getattr(MegatronGPTModel, name), clock, seconds))
+        setattr(Model, name, _timed(getattr(Model, name), clock, seconds))
 
 
 def _timed(method, clock: Clock, seconds: float):
