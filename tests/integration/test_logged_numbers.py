@@ -231,7 +231,6 @@ def test_every_logged_number_is_that_of_its_step(trained):
         assert (row.pop("stage"), row.pop("step"), row.pop("tokens")) == ("distill", step, step * TOKENS)
         assert TOKENS / row.pop("train/tokens_per_second") >= notes[step]["seconds"]
         expected = expected_row(step, notes[step], teacher)
-        print(step, {k: abs(row[k] / expected[k] - 1) for k in row if expected.get(k)})
         assert row == pytest.approx(expected, rel=1e-5, nan_ok=True), step
     for step, row in validations.items():
         assert (row.pop("stage"), row.pop("step"), row.pop("tokens")) == ("distill", step, step * TOKENS)
