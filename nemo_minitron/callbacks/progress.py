@@ -1,6 +1,7 @@
 """Progress of training, and of validation alone, through a `Reporter`."""
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,16 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.callbacks.reporter import Progress, Reporter, compact
 
-SHOWN = (
-    ("train/loss", "loss", "{:.3f}"),
-    ("val/kl", "held-out KL", "{:.3f}"),
-    ("val/ce", "held-out CE", "{:.3f}"),
-    ("train/lr", "lr", "{:.1e}"),
-)
+HELD_OUT = (("val/kl", "held-out KL"), ("val/ce", "held-out CE"))
+"""The first that is measured is shown."""
 
 
 class ProgressDisplay(Callback):
     """Steps of training, or batches of `trainer.validate`, as a bar on a terminal and lines in a log.
+
+    Loss, learning rate and tokens/s are those of the step that was just done. What the latest validation measured stays
+    beside them with its step, as in `held-out KL 0.845 at step 80`.
 
     Args:
         reporter: Where to show it.
@@ -29,6 +29,7 @@ class ProgressDisplay(Callback):
         self.label = label
         self._stack = ExitStack()
         self._progress: Progress | None = None
+        self._held_out: dict[str, str] = {}
         self._validation_started = 0.0
         self._validation_seconds = 0.0
 
@@ -42,7 +43,7 @@ class ProgressDisplay(Callback):
         """One step further; the validations that are still to come are part of what is left."""
         if self._progress is not None:
             self._progress.seconds_ahead = self._validation_seconds * _validations_left(trainer)
-            self._progress.advance(fields=_fields(trainer))
+            self._progress.advance(fields=_fields(trainer, self._held_out))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open a display for a validation on its own; one inside training is short, and training's stays."""
@@ -64,7 +65,9 @@ class ProgressDisplay(Callback):
             self._progress.advance()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time it, and keep it out of the pace of training."""
+        """Note what it measured, time it, and keep it out of the pace of training."""
+        if not trainer.sanity_checking:
+            self._held_out = _held_out(trainer)
         self._validation_seconds = time.monotonic() - self._validation_started
         if trainer.state.fn == "fit" and self._progress is not None:
             self._progress.pause(self._validation_seconds)
@@ -95,11 +98,20 @@ def _validations_left(trainer: Trainer) -> int:
     return -(-trainer.max_steps // every) - trainer.global_step // every
 
 
-def _fields(trainer: Trainer) -> dict[str, str]:
-    metrics = trainer.callback_metrics
-    hidden = "val/ce" if "val/kl" in metrics else ""
-    shown = ((name, form, key) for key, name, form in SHOWN if key in metrics and key != hidden)
-    fields = {name: form.format(float(metrics[key])) for name, form, key in shown}
+def _held_out(trainer: Trainer) -> dict[str, str]:
+    """What the validation that has just ended measured, and at which step."""
+    for key, name in HELD_OUT:
+        if key in trainer.callback_metrics:
+            return {name: f"{float(trainer.callback_metrics[key]):.3f} at step {trainer.global_step}"}
+    return {}
+
+
+def _fields(trainer: Trainer, held_out: Mapping[str, str]) -> dict[str, str]:
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
+    fields = {"loss": f"{metrics['train/loss']:.3f}"} if "train/loss" in metrics else {}
+    fields |= held_out
+    if "train/lr" in metrics:
+        fields["lr"] = f"{metrics['train/lr']:.1e}"
     if "train/tokens_per_second" in metrics:
-        fields[f"{compact(float(metrics['train/tokens_per_second']))} tokens/s"] = ""
+        fields[f"{compact(metrics['train/tokens_per_second'])} tokens/s"] = ""
     return fields

@@ -168,12 +168,13 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         columns = (
             TextColumn("    {task.description:<9}", style="bold"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
-            TextColumn("{task.fields[shown]}", style="cyan"),
+            TextColumn("{task.fields[shown]}", style="cyan", table_column=Column()),  # wraps on a narrow terminal
         )
         console = Console(file=reporter._out, force_terminal=True)
         self._reporter = reporter

@@ -160,6 +160,16 @@ class MegatronGPTModel(ModelPT):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int, unused: int = 0) -> int | None:
+        """Lightning's loggers put this step beside the number of steps before it, in a resumed training too.
+
+        Lightning saves its own count before it counts the step that has just ended, so that all later ones would stand
+        one too early.
+        """
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        answer: int | None = super().on_train_batch_start(batch, batch_idx, unused)
+        return answer
+
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Loss, report, update over one global batch; logs `train/*`."""
         micro_batches = batch.split(self.settings.batch.micro_batch_size)
@@ -209,7 +219,9 @@ class MegatronGPTModel(ModelPT):
         return info
 
     def log_step(self, report: Report, info: StepInfo) -> None:
-        """Log what a step measured and did.
+        """Log what a step measured and did: the loss under the weights before it, and how they were updated.
+
+        `train/skipped` counts the steps skipped so far, this one included.
 
         Raises:
             TrainingError: Too many steps in a row were skipped.
@@ -219,6 +231,7 @@ class MegatronGPTModel(ModelPT):
         values["train/lr"] = info.lr
         values["train/grad_norm"] = info.grad_norm
         values["train/skipped"] = float(self.guard.skipped)
+        _forget_others(self.trainer, values)
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, sync_dist=True)
         self.guard.check()
 
@@ -335,6 +348,16 @@ class MegatronGPTModel(ModelPT):
             trainer=trainer,
             **kwargs,
         )
+
+
+def _forget_others(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Make Lightning forget what only earlier steps measured: it would show it beside every later one."""
+    for metric in (trainer._results or {}).values():
+        if metric.meta.name.startswith("train/") and metric.meta.name not in values:
+            metric.reset()
+    metrics = trainer.callback_metrics
+    for name in [name for name in metrics if name.startswith("train/") and name not in values]:
+        del metrics[name]
 
 
 def per_token(report: Mapping[str, float]) -> Report:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.callbacks.metrics import MetricsLogger
 from nemo_minitron.callbacks.metrics_file import MetricsFile, read_rows
@@ -47,7 +47,7 @@ class OneWeight(LightningModule):
         return torch.utils.data.DataLoader(range(3))
 
 
-def fit(tmp_path, reporter, *, steps, log_every=1, ckpt_path=None):
+def fit(tmp_path, reporter, *, steps, log_every=1, ckpt_path=None, callbacks=()):
     throughput = Throughput(TOKENS)
     out = tmp_path / "stage"
     out.mkdir(exist_ok=True)
@@ -73,6 +73,7 @@ def fit(tmp_path, reporter, *, steps, log_every=1, ckpt_path=None):
                 reporter=reporter,
             ),
             ProgressDisplay(reporter, "distill"),
+            *callbacks,
         ],
     )
     trainer.fit(OneWeight(), ckpt_path=ckpt_path)
@@ -125,12 +126,48 @@ def test_a_resumed_run_writes_each_step_once(tmp_path, log):
     assert second.steps == first.steps + 3  # 3 of 4, then 3 of 4: the first step of each attempt is not counted
 
 
-def test_rows_of_other_stages_stay(tmp_path):
+def test_a_training_that_ends_early_has_a_row_of_its_last_step(tmp_path, log):
+    class EndAtFive(Callback):
+        def on_train_batch_end(self, trainer, *unused):
+            trainer.should_stop = trainer.global_step == 5
+
+    fit(tmp_path, Reporter(stream=log), steps=8, log_every=3, callbacks=[EndAtFive()])
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == [3, 5]
+    assert rows[-1]["train/loss"] == pytest.approx(0.8**8, rel=1e-5)
+
+
+def test_rows_of_other_stages_and_earlier_steps_stay(tmp_path):
+    """A step is validated after it was done: what a first row does not come after is done again."""
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path).write({"stage": "correct", "step": 9, "train/loss": 1.0})
-    MetricsFile(path).write({"stage": "distill", "step": 5, "val/kl": 1.0})
-    MetricsFile(path).write({"stage": "distill", "step": 5, "train/loss": 2.0})
-    assert len(read_rows(path)) == 3
+    rows = [
+        {"stage": "correct", "step": 9, "train/loss": 1.0},
+        {"stage": "distill", "step": 4, "train/loss": 2.0},
+        {"stage": "distill", "step": 4, "val/kl": 1.0},
+        {"stage": "distill", "step": 5, "train/loss": 2.0},
+        {"stage": "distill", "step": 5, "val/kl": 1.0},
+    ]
+
+    def written(first):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        MetricsFile(path).write(first)
+        return read_rows(path)
+
+    for index in (1, 2, 3, 4):
+        first = {**rows[index], "again": True}
+        assert written(first) == [*rows[:index], first]
+
+
+def test_a_resumed_training_keeps_nothing_of_the_steps_it_does_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for stage, step in (("correct", 9), ("distill", 4), ("distill", 5), ("distill", 7)):
+        with path.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "train/loss": 1.0}) + "\n")
+    file = MetricsFile(path)
+    file.resume("distill", 4)
+    file.write({"stage": "distill", "step": 8, "train/loss": 1.0})  # a row every eight steps now
+    file.resume("distill", 0)  # says nothing about what this process has written
+    assert [(row["stage"], row["step"]) for row in read_rows(path)] == [("correct", 9), ("distill", 4), ("distill", 8)]
 
 
 def test_throughput_is_tokens_over_measured_time(tmp_path, log):
@@ -146,13 +183,16 @@ def test_a_log_gets_few_plain_lines(tmp_path, log, monkeypatch):
     lines = [line for line in log.getvalue().splitlines() if line.startswith("distill")]
     assert len(lines) == 2  # the first step and the last; others within five seconds are left out
     assert "\x1b" not in log.getvalue()
-    assert lines[-1].startswith("distill 8/8 steps · loss 0.044 · held-out KL 0.500 · lr 1.0e-01 · ")  # 0.8^14
+    shown = "distill 8/8 steps · loss 0.044 · held-out KL 0.500 at step 4 · lr 1.0e-01 · "  # 0.8^14
+    assert lines[-1].startswith(shown)
     assert lines[-1].endswith("tokens/s")
 
 
-def test_a_terminal_gets_a_bar(tmp_path, log):
+def test_a_terminal_gets_a_bar(tmp_path, log, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     fit(tmp_path, Reporter(stream=log, terminal=True), steps=8)
     assert "8/8 steps" in log.getvalue()
+    assert "…" not in log.getvalue(), "what does not fit into a line is in the next one"
     assert "\x1b" in log.getvalue()
 
 
