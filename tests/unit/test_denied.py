@@ -50,7 +50,7 @@ def checkpoint() -> Iterator[Path]:
 
 
 def refused(*words: str):
-    """The command's end; once before with all files open, so that what it imports is here."""
+    """How a command of an ordinary user ends."""
     with ordinary_user():
         return CliRunner().invoke(app, list(words))
 
