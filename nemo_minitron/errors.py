@@ -4,7 +4,13 @@ The command line prints these without a traceback and exits with status 2.
 Anything else that escapes is a defect of ours.
 """
 
+import errno
+import os
+import stat
+from pathlib import Path
 from typing import Any
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class MinitronError(Exception):
@@ -84,7 +90,7 @@ class LayoutError(MinitronError):
 
 
 class LaunchError(MinitronError):
-    """A job that cannot be handed to a scheduler or a launcher."""
+    """A job that cannot be handed to a scheduler or a launcher, or whose environment contradicts what is asked."""
 
 
 class RunFolderError(MinitronError):
@@ -97,3 +103,43 @@ class TrainingError(MinitronError):
 
 class LostRankError(MinitronError):
     """Another process of the run is gone or does not answer. What the user can do is to look why, and go on."""
+
+
+class DeniedError(MinitronError):
+    """A file or folder that this user may not read or write."""
+
+
+def denied(error: BaseException) -> DeniedError | None:
+    """What to tell the user of an exception that says "permission denied"; None when neither it nor a cause does.
+
+    Most are `PermissionError`s with the file's name; libraries in Rust and C++ give their own with the words only.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DENIED and seen.filename is not None:
+            name = os.fsdecode(seen.filename) if isinstance(seen.filename, (str, bytes)) else str(seen.filename)
+            return _denied(f"{name}: {seen.strerror}{_owner(Path(name))}")
+        if isinstance(seen, Exception) and "permission denied" in str(seen).lower():
+            return _denied(str(seen).splitlines()[0])
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return None
+
+
+def _denied(what: str) -> DeniedError:
+    return DeniedError(
+        what,
+        rule="the user who runs the command may read what it is given and write to the run folder",
+        remedy="change the permissions (chmod, chown), or name another file or folder",
+    )
+
+
+def _owner(path: Path) -> str:
+    """Owner and permissions of a path, or of the nearest folder above it that this user can look at."""
+    for place in (path, *path.absolute().parents):
+        try:
+            found = place.stat()
+        except OSError:
+            continue
+        subject = "it" if place == path else str(place)
+        return f" ({subject} is {stat.filemode(found.st_mode)} of user {found.st_uid}; this is user {os.geteuid()})"
+    return ""

@@ -21,7 +21,7 @@ from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsWriter
 from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of, stream
 from nemo_minitron.checkpoints.special_ids import IDS_FILE, ids_of, json_bytes, with_ids
 from nemo_minitron.checkpoints.travelling import left_files, travelling_names, with_tokenizer_json
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, denied
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file written; Hugging Face's own long-time default."""
@@ -344,5 +344,7 @@ def _licence_of_card(card: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path.read_bytes(), where=str(path))
+    except PermissionError as error:
+        raise denied(error) or error from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import typer
 
-from nemo_minitron.errors import LostRankError, MinitronError
+from nemo_minitron.errors import LostRankError, MinitronError, denied
 from nemo_minitron.stages.signals import Stopped
 from nemo_minitron.stages.team import environment_rank, is_echo
 
@@ -31,8 +31,7 @@ def reported(*, debug: bool = False) -> Iterator[None]:
     Args:
         debug: Show the traceback of user errors too.
     """
-    rank, size = environment_rank()
-    prefix = f"rank {rank}: " if size > 1 and rank > 0 else ""
+    rank, prefix = _rank()
     try:
         yield
     except MinitronError as error:
@@ -54,9 +53,23 @@ def reported(*, debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if is_echo(error):
             raise typer.Exit(FAILED) from None
-        traceback.print_exc()
+        refused = denied(error)
+        if refused is None or debug:
+            traceback.print_exc()
+        if refused is not None:
+            _say(f"{prefix}{_styled('error:', '1;31')} {refused}")
+            raise typer.Exit(USER) from None
         _say(f"\n{prefix}this is a defect of nemo_minitron or of a library under it; please report it with these lines")
         raise typer.Exit(FAILED) from None
+
+
+def _rank() -> tuple[int, str]:
+    """This process's rank, and what its messages begin with. Variables that make no sense are refused elsewhere."""
+    try:
+        rank, size = environment_rank()
+    except MinitronError:
+        return 0, ""
+    return rank, f"rank {rank}: " if size > 1 and rank > 0 else ""
 
 
 def _say(text: str) -> None:

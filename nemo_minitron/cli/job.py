@@ -7,7 +7,9 @@ from pathlib import Path
 from nemo_minitron.cli import launch, quiet, recipes, threads
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.errors import LaunchError
 from nemo_minitron.launchers.commands import check_ranks
+from nemo_minitron.megatron import launched
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.team import environment_rank
 
@@ -42,8 +44,11 @@ def run(job: Job) -> int:
         MinitronError: Something the user can mend.
     """
     config = job.config()
-    _, size = environment_rank()
-    ranks = _ranks(job, config, size)
+    place = launched.find()
+    size = place.world_size
+    ranks = _ranks(job, config, place)
+    if not place.by:
+        _say_if_allocated(ranks)
     if ranks > size:
         return launch.start(sys.argv[1:], ranks=ranks, run=job.folder(config))
     if not job.debug:
@@ -74,15 +79,37 @@ def submit(job: Job, *, only_print: bool = False) -> str:
     return slurm.submit(script, folder)
 
 
-def _ranks(job: Job, config: RunConfig, size: int) -> int:
+def _ranks(job: Job, config: RunConfig, place: launched.Launched) -> int:
     """How many processes the job is for: those that are there already, those asked for, or those the layout needs.
 
     Raises:
+        LaunchError: `--nproc` asks for another number than has been started.
         LayoutError: The layout does not fit that number.
     """
-    ranks = size if size > 1 else job.ranks or config.parallel.model_parallel_size
+    launched.check_complete()
+    one_task = place.by[:1] == ("SLURM_PROCID",) and place.world_size == 1  # a task may start ranks on its machine
+    if job.ranks is not None and place.by and job.ranks != place.world_size and not one_task:
+        alone = f"env {' '.join(f'-u {name}' for name in place.by)} nemo-minitron ... --nproc {job.ranks}"
+        raise LaunchError(
+            f"--nproc {job.ranks}, but this process is rank {place.rank} of {place.world_size} ({place.told})",
+            rule="either a launcher (torchrun, srun) starts the ranks, or --nproc does",
+            remedy=f"leave --nproc out; or, where no launcher is at work and the variables are left over: {alone}",
+        )
+    ranks = place.world_size if place.world_size > 1 else job.ranks or config.parallel.model_parallel_size
     check_ranks(ranks, config.parallel)
     return ranks
+
+
+def _say_if_allocated(ranks: int) -> None:
+    """In an allocation of more tasks, say what would use them all."""
+    number, tasks = launched.allocated()
+    if tasks > ranks:
+        print(
+            f"this shell is in Slurm's job {number} of {tasks} tasks, but is none of them: {ranks} process(es) run "
+            f"here; for {tasks} ranks put `srun` before the command, without --nproc",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _run_here(job: Job, config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_minitron.cli import threads
+from nemo_minitron.megatron.launched import LISTENER
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.stages.signals import RUN_AGAIN, SIGNALS, Stopped
 from nemo_minitron.stages.team import LAUNCHED
@@ -40,7 +41,8 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
         ranks: Number of processes.
         run: The run folder, to name what is saved there.
     """
-    with tempfile.TemporaryDirectory(prefix="nemo_minitron_") as folder:
+    with tempfile.TemporaryDirectory(prefix="nemo_minitron_") as folder, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
         errors = [Path(folder) / f"rank{rank}.err" for rank in range(ranks)]
         environment = dict(os.environ)
         threads.choose(ranks=ranks, environment=environment)  # once: the first rank makes the machine busy
@@ -48,10 +50,11 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(listener.getsockname()[1]),
             LAUNCHED: "1",
         }
-        processes = [_spawn(arguments, rank, environment, errors[rank]) for rank in range(ranks)]
+        processes = [_spawn(arguments, rank, environment, errors[rank], listener) for rank in range(ranks)]
+        listener.close()  # rank 0 has it
         asked: list[int] = []
         previous = {number: signal.signal(number, _forwarder(processes, asked)) for number in SIGNALS}
         try:
@@ -65,8 +68,12 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
                 process.wait()
 
 
-def _spawn(arguments: Sequence[str], rank: int, shared: Mapping[str, str], errors: Path) -> "subprocess.Popen[bytes]":
+def _spawn(
+    arguments: Sequence[str], rank: int, shared: Mapping[str, str], errors: Path, listener: socket.socket
+) -> "subprocess.Popen[bytes]":
     environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if rank == 0:
+        environment[LISTENER] = str(listener.fileno())
     command = [sys.executable, "-m", "nemo_minitron", *arguments]
     with errors.open("wb") as file:
         return subprocess.Popen(
@@ -75,6 +82,7 @@ def _spawn(arguments: Sequence[str], rank: int, shared: Mapping[str, str], error
             stdin=subprocess.DEVNULL if rank else None,
             stdout=subprocess.DEVNULL if rank else None,
             stderr=file if rank else None,
+            pass_fds=() if rank else (listener.fileno(),),
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - the launcher has no threads
         )
@@ -156,10 +164,3 @@ def _settle(processes: "Sequence[subprocess.Popen[bytes]]", seconds: float) -> N
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

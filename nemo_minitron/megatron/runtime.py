@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError
-from nemo_minitron.megatron import cpu
+from nemo_minitron.megatron import cpu, launched, rendezvous
 
 T = TypeVar("T")
 
@@ -113,6 +113,8 @@ def start(parallel: ParallelConfig, *, seed: int, backend: str | None = None) ->
 
     Raises:
         LayoutError: The sizes do not fit the number of processes, or another layout is running.
+        LaunchError: The variables of the launcher contradict each other, or rank 0's port is taken.
+        LostRankError: Other ranks have not come.
         MinitronError: Megatron-Core is of an unknown version.
     """
     if (running := _started.runtime) is not None:
@@ -204,22 +206,10 @@ def agree(ok: bool) -> bool:
 
 def _find_place() -> _Place:
     """Rank and number of processes: from those already connected, torchrun, Slurm, or alone."""
-    env = os.environ
-    local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
     if dist.is_initialized():
-        return _Place(dist.get_rank(), dist.get_world_size(), local_rank)
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return _Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank)
-    if _is_slurm_step():
-        return _Place(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), local_rank)
-    return _Place(0, 1, 0)
-
-
-def _is_slurm_step() -> bool:
-    """Whether srun started this process; an interactive shell inside an allocation also has SLURM_NTASKS."""
-    return {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= os.environ.keys() and os.environ.get(
-        "SLURM_JOB_NAME"
-    ) not in ("bash", "interactive")
+        return _Place(dist.get_rank(), dist.get_world_size(), launched.local_rank())
+    place = launched.find()
+    return _Place(place.rank, place.world_size, launched.local_rank() if place.by else 0)
 
 
 def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
@@ -246,7 +236,7 @@ def _claim_device(place: _Place) -> torch.device:
         _tune_cpu()
         return torch.device("cpu")
     count, index = torch.cuda.device_count(), place.local_rank
-    if count == 1 and (_is_slurm_step() or "CUDA_VISIBLE_DEVICES" in os.environ):
+    if count == 1 and (launched.is_slurm_task() or "CUDA_VISIBLE_DEVICES" in os.environ):
         index = 0  # each process is shown a GPU of its own, as by `srun --gpus-per-task=1`
     if index >= count:
         raise LayoutError(
@@ -282,10 +272,20 @@ def _rendezvous(place: _Place, backend: str) -> None:
         # Nobody to meet: a store inside the process needs neither a port nor a file.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STALLED)
         return
-    if "MASTER_ADDR" not in os.environ and _is_slurm_step():
-        os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_STEP_NODELIST"])
-        os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=STALLED)
+    if launched.is_slurm_task():
+        _set_slurm_address()
+    store = rendezvous.meet(place.rank, place.world_size, timeout=STALLED)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=STALLED)
+
+
+def _set_slurm_address() -> None:
+    """Where rank 0 listens, for tasks of srun that no batch file has told."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if nodes:
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_host(nodes))
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if job.isdecimal():
+        os.environ.setdefault("MASTER_PORT", str(15000 + int(job) % 20000))
 
 
 def _first_slurm_host(nodes: str) -> str:

@@ -22,7 +22,7 @@ from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.nemo_keys import Neutral, unused
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, TrainingConfig
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.errors import ConfigError, MinitronError, denied
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.nemo_settings import SettingsReader
 
@@ -115,6 +115,11 @@ def reported_errors() -> Iterator[None]:
         yield
     except MinitronError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(USER_ERROR) from None
+    except Exception as error:
+        if (refused := denied(error)) is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
 
 

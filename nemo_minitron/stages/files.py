@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import MinitronError, RunFolderError
+from nemo_minitron.errors import MinitronError, RunFolderError, denied
 
 _FULL_DISK_WORDS = ("no space left on device", "storagefull", "disk quota exceeded", "quota exceeded")
 
@@ -36,9 +37,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         RunFolderError: The file is damaged.
+        DeniedError: This user may not read it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise denied(error) or error from error
     except (ValueError, OSError) as error:
         raise RunFolderError(f"{path}: {error}", rule="a JSON object written by this package") from error
     if not isinstance(data, dict):
@@ -56,6 +60,20 @@ def as_user_error(error: BaseException, folder: Path) -> MinitronError | None:
     for item in chain:
         if isinstance(item, MinitronError):
             return item
+    told = _limit(chain, folder) or denied(error)
+    if told is not None:
+        return told
+    for item in chain:
+        if isinstance(item, OSError) and item.errno is not None and item.filename is not None:
+            return RunFolderError(
+                f"{_shown(item.filename)}: {item.strerror}",
+                remedy="see to that file or folder and repeat the command; what was finished stays",
+            )
+    return None
+
+
+def _limit(chain: Sequence[BaseException], folder: Path) -> RunFolderError | None:
+    """What to tell of a disk that is full, or of a file that has become too large."""
     for item in chain:
         if isinstance(item, OSError) and item.errno in (errno.ENOSPC, errno.EDQUOT):
             return _full_disk(item.filename, folder)
@@ -67,12 +85,6 @@ def as_user_error(error: BaseException, folder: Path) -> MinitronError | None:
             )
     if any(word in str(item).lower() for item in chain for word in _FULL_DISK_WORDS):
         return _full_disk(None, folder)
-    for item in chain:
-        if isinstance(item, OSError) and item.errno is not None and item.filename is not None:
-            return RunFolderError(
-                f"{_shown(item.filename)}: {item.strerror}",
-                remedy="see to that file or folder and repeat the command; what was finished stays",
-            )
     return None
 
 

@@ -3,8 +3,9 @@
 One process alone needs none of torch, so `gather` loads it only where there are several.
 """
 
-import os
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from nemo_minitron.megatron import launched
 
 if TYPE_CHECKING:  # no pydantic before a command needs a recipe
     from nemo_minitron.config.parallel import ParallelConfig
@@ -134,15 +135,11 @@ def release_memory() -> None:
 def environment_rank() -> tuple[int, int]:
     """Rank and world size that torchrun or srun gave this process; `(0, 1)` when started alone.
 
-    An interactive shell inside an allocation has Slurm's variables too, but is not a step of a job.
+    Raises:
+        LaunchError: They are not numbers, or do not fit each other.
     """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
-    in_step = {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"} <= env.keys()
-    if in_step and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-    return 0, 1
+    place = launched.find()
+    return place.rank, place.world_size
 
 
 def gather(parallel: "ParallelConfig", *, seed: int) -> Team:

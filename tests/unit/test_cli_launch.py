@@ -57,6 +57,22 @@ def test_every_rank_knows_its_place_and_rank_zero_owns_the_output(start, tmp_pat
     assert err == "complained 0\n"
 
 
+def test_rank_zero_alone_is_handed_the_port_before_anybody_can_take_it(start, tmp_path):
+    status, _, _ = finish(
+        start(
+            """
+            import os, socket, sys
+            number = os.environ.get("NEMO_MINITRON_LISTENER")
+            bound = socket.socket(fileno=int(number)).getsockname() == ("127.0.0.1", int(os.environ["MASTER_PORT"])) \\
+                if number else None
+            open(sys.argv[1] + "/rank" + os.environ["RANK"], "w").write(str(bound))
+            """
+        )
+    )
+    assert status == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(3)] == ["True", "None", "None"]
+
+
 def test_an_error_of_all_ranks_is_shown_once(start):
     status, _, err = finish(
         start(

@@ -90,7 +90,9 @@ def test_place_from_torchrun_and_from_slurm(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
     assert runtime._find_place() == runtime._Place(9, 16, 1)
-    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # a name says nothing
+    assert runtime._find_place() == runtime._Place(9, 16, 1)
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")  # the shell of salloc
     assert runtime._find_place() == runtime._Place(0, 1, 0)
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
