@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
     from nemo_minitron.config.run import RunConfig
 
 
+_HOW_OFTEN = frozenset({"checkpoint_every", "keep_last", "async_save", "log_every"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
     """What a running stage is given; the same on every rank, but for `rank` and the reporter (silent above rank 0)."""
@@ -98,10 +101,15 @@ class Stage:
         """SHA-256 of everything the stage's result follows from: its settings and its upstream stages' digests."""
         inputs = {
             "stage": self.name,
-            "settings": self.settings(config),
+            "settings": {key: value for key, value in self.settings(config).items() if shapes_result(key)},
             "upstream": {name: upstream[name] for name in self.needs},
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def shapes_result(key: str) -> bool:
+    """Whether a stage's result depends on a key; how often it saves and logs may change while it is going on."""
+    return key.rpartition(".")[2] not in _HOW_OFTEN
 
 
 def lazy(target: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, RunFolderError
-from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.base import Stage, shapes_result
 from nemo_minitron.stages.run_folder import RunFolder
 
 
@@ -128,6 +128,7 @@ def _conflicts(stage: Stage, record: dict[str, Any], settings: dict[str, Any]) -
     found = [
         f"{key}: stage {stage.name} was made with {old}, now {new}"
         for key, old, new in _differences(record["settings"], settings)
+        if shapes_result(key)
     ]
     if set(record["upstream"]) != set(stage.needs):
         before, now = (", ".join(sorted(names)) for names in (record["upstream"], stage.needs))

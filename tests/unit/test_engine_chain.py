@@ -119,6 +119,22 @@ def test_a_key_no_begun_stage_depends_on_may_change(recorder, run):
     assert go(recorder, run, make_config(target={"num_layers": 3}, parallel={"tensor": 2})) == ["prune", "report"]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"log_every": 7}, {"checkpoint_every": 7}, {"keep_last": 7}, {"async_save": True}], ids=str
+)
+def test_how_often_a_training_saves_and_logs_may_change_while_it_goes_on(changed, recorder, run):
+    chain = (recorder.stage("import", sections=("model",)), recorder.stage("distill", sections=("distill",)))
+    recorder.fail_in = "distill"
+    with pytest.raises(RuntimeError):
+        go(recorder, run, chain=chain)
+    recorder.fail_in = None
+    assert go(recorder, run, make_config(distill=changed), chain=chain) == ["distill"]
+    assert run.result("distill")["resumed"]
+    assert go(recorder, run, chain=chain) == []
+    with pytest.raises(RunFolderError, match=r"distill\.batch\.sequence_length"):
+        go(recorder, run, make_config(distill={**changed, "batch": {"sequence_length": 64}}), chain=chain)
+
+
 def test_redo_from_a_stage_does_it_and_all_after_it(recorder, run):
     go(recorder, run)
     assert go(recorder, run, make_config(target={"num_layers": 3}), redo_from="prune") == ["prune", "report"]
