@@ -5,9 +5,6 @@ import gzip
 import json
 import lzma
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -20,32 +17,12 @@ from nemo_minitron.data.encoder import TextEncoder
 from nemo_minitron.data.shards import ShardJob, make_shard, units
 from nemo_minitron.data.survey import changes, survey
 from nemo_minitron.errors import DataError
+from tests.support.users import ordinary_user
 from tests.tiny import sentences, write_tokenizer
 
 DUMP = """<mediawiki><page><title>Wien</title><ns>0</ns><revision><text>{text}</text></revision></page>
 <page><title>Vienna</title><ns>0</ns><redirect title="Wien"/><revision><text>#REDIRECT</text></revision></page>
 <page><title>Talk:Wien</title><ns>1</ns><revision><text>Chatter.</text></revision></page></mediawiki>"""
-
-
-@contextmanager
-def ordinary_user() -> Iterator[None]:
-    """Root may read everything; tests of permissions are another user's."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that another user reaches, which pytest's own are not."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
 
 
 def lines(*texts: object) -> bytes:

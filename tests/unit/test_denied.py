@@ -1,9 +1,7 @@
 """Files that this user may not read or write are the user's to mend: status 2, the file, the rule, the remedy."""
 
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,30 +12,10 @@ from nemo_minitron.cli.main import app
 from nemo_minitron.errors import DeniedError, MinitronError, denied
 from nemo_minitron.models.scripts import reported_errors
 from nemo_minitron.stages.files import as_user_error, read_json, write_text
+from tests.support.users import ordinary_user
 from tests.tiny import write_llama
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/tiny_cpu.yaml"
-
-
-@contextmanager
-def ordinary_user() -> Iterator[None]:
-    """Root may read everything; tests of permissions are another user's."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that another user reaches, which pytest's own are not."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")
