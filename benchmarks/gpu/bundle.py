@@ -3,6 +3,7 @@
     python -m benchmarks.gpu.bundle bundle                        # what make gpu needs beside torch
     python -m benchmarks.gpu.bundle bundle --sets base nemo model  # the demo too
     python -m benchmarks.gpu.bundle bundle --sets base engine      # Transformer Engine too
+    python -m benchmarks.gpu.bundle bundle --sets base peers       # ModelOpt and Liger, to compare with
 
 The other machine has Python 3.12 on x86-64 Linux with torch, triton, numpy, safetensors, transformers, lightning and
 pytest, and what those need. Everything else is carried, at the versions of `constraints.txt`, as wheels that need no
@@ -55,6 +56,9 @@ SETS: dict[str, tuple[str, ...]] = {
 AS_SOURCE = ("antlr4-python3-runtime",)
 """Published as source only: built here, which must give a wheel for every platform."""
 
+PEERS = ("nvidia-modelopt==0.47.0", "liger-kernel==0.8.5", "pulp==3.3.2")
+"""What the losses are compared with, and what it imports that the other machine lacks."""
+
 ENGINE_VERSION = "2.9.0"
 ENGINE = (f"transformer_engine=={ENGINE_VERSION}", f"transformer_engine_cu13=={ENGINE_VERSION}")
 ENGINE_SOURCE = f"transformer_engine_torch=={ENGINE_VERSION}"
@@ -64,7 +68,7 @@ ENGINE_NEEDS = ("onnx", "onnxscript", "nvdlfw-inspect")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made anew")
-    parser.add_argument("--sets", nargs="+", choices=("base", "nemo", "model", "engine"), default=["base"])
+    parser.add_argument("--sets", nargs="+", choices=("base", "nemo", "model", "engine", "peers"), default=["base"])
     parser.add_argument("--megabytes", type=float, default=60.0, help="of a part, at most (60)")
     args = parser.parse_args()
     if args.folder.exists() and any(args.folder.iterdir()):
@@ -85,6 +89,8 @@ def collect(name: str, folder: Path) -> None:
         return _model(folder)
     if name == "engine":
         return _engine(folder)
+    if name == "peers":
+        return download(PEERS, folder)
     versions = pinned((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     wanted = [f"{each}=={versions[_normal(each)]}" for each in SETS[name] if each not in AS_SOURCE]
     download(wanted, folder)
