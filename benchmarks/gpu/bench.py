@@ -31,6 +31,10 @@ PACKAGES = (
 )
 
 
+LISTED = 30
+"""Kernels whose times are told."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """What a call started on the device.
@@ -39,11 +43,13 @@ class Kernels:
         launches: Kernels, copies and fills; on a CPU, operators.
         busy_ms: Milliseconds in which one ran.
         names: Of the kernels, each once.
+        times: Of the kernels that take longest, together: name (shortened), launches, milliseconds; longest first.
     """
 
     launches: int
     busy_ms: float
     names: tuple[str, ...]
+    times: tuple[tuple[str, int, float], ...]
 
 
 class Bench:
@@ -108,7 +114,11 @@ class Bench:
         device = "CUDA" if self.on_gpu else "CPU"
         events = [event for event in record.events() if str(event.device_type).endswith(device)]
         busy = sum(getattr(event, "self_device_time_total", 0.0) for event in events) / 1e3
-        return Kernels(len(events), busy, tuple(sorted({event.name for event in events})))
+        by_name: dict[str, list[float]] = {}
+        for event in events:
+            by_name.setdefault(event.name, []).append(getattr(event, "self_device_time_total", 0.0) / 1e3)
+        times = sorted(((name[:90], len(each), round(sum(each), 3)) for name, each in by_name.items()), key=_longest)
+        return Kernels(len(events), busy, tuple(sorted(by_name)), tuple(times[:LISTED]))
 
     @cached_property
     def matrix_rate(self) -> float:
@@ -149,6 +159,10 @@ class Bench:
                 "driver": _driver(),
             }
         return found
+
+
+def _longest(kernel: tuple[str, int, float]) -> float:
+    return -kernel[2]
 
 
 def _versions() -> dict[str, str]:

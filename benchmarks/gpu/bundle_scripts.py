@@ -66,8 +66,10 @@ site=$(cd "${1:?"usage: sh engine.sh SITE"}" && pwd)
 cd "$(dirname "$0")"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 export NVTE_FRAMEWORK=pytorch MAX_JOBS="${MAX_JOBS:-$(nproc)}"
-"${PYTHON:-python3}" -m pip install --no-index --no-deps --no-build-isolation --no-compile --target "$site" \\
+# pip would replace the whole folder `transformer_engine`, which other wheels have filled.
+"${PYTHON:-python3}" -m pip wheel --no-index --no-deps --no-build-isolation --wheel-dir built \\
   ./transformer_engine_torch-*.tar.gz
+for wheel in built/*.whl; do "${PYTHON:-python3}" -m zipfile -e "$wheel" "$site"; done
 "${PYTHON:-python3}" -c "import transformer_engine.pytorch as engine; print('it imports:', engine.__file__)"
 """
 

@@ -26,6 +26,7 @@ def install() -> None:
     sys.path.insert(0, str(ENGINE))
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's fusions, which come with the engine, are compiled
 
+    import megatron.core  # noqa: F401 - before ours, which hides Transformer Engine from it where there is no GPU
     import torch
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # where Megatron's wrappers make their weights

@@ -6,10 +6,10 @@ import torch
 
 from benchmarks.gpu import dense, models
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.registry import Outcome, UnavailableError, check
+from benchmarks.gpu.registry import Kind, Outcome, Target, UnavailableError, check
 from nemo_minitron.megatron import sharded_io
 from nemo_minitron.megatron.build import build_chunks, engine_carries
-from nemo_minitron.megatron.forward import collect_logits
+from nemo_minitron.megatron.forward import collect_hidden, collect_logits
 
 NEEDS = ("megatron.core", "pydantic", "transformer_engine")
 
@@ -33,3 +33,27 @@ def engine_layers(bench: Bench) -> Outcome:
     error = max(dense.relative_error(a, b) for a, b in zip(collect_logits(ours, text, here), expected, strict=True))
     figure = f"ours apart by {error:.1e}; restored equal: {same}"
     return Outcome(figure=figure, ok=same and error < 3e-2, figures={"apart": error})
+
+
+@check(order=71, seconds=20, limit=90, kind=Kind.SPEED, needs=NEEDS)
+def teacher_fp8(bench: Bench) -> Outcome:
+    """A teacher's pass in fp8 against bf16: its final states, and its time."""
+    here = models.start()
+    spec = models.llama(layers=2 if bench.tiny else 8, hidden=4096, ffn=14336, heads=32)
+    if not engine_carries(spec, here.device):
+        raise UnavailableError("Transformer Engine is installed, but its layers are not used here")
+    text = models.batches(spec.vocab_size, samples=2, length=8192, masked=False)
+    states, seconds = {}, {}
+    for fp8 in (False, True):
+        chunks = build_chunks(spec, here, models.precision(bench), trainable=False, fp8=fp8)
+        torch.manual_seed(0)
+        models.fill(chunks)
+        states[fp8] = collect_hidden(chunks, text, here)
+        seconds[fp8] = bench.seconds(lambda chunks=chunks: collect_hidden(chunks, text, here), rounds=3)
+        del chunks
+    pairs = zip(states[True], states[False], strict=True)
+    error, ratio = max(dense.relative_error(a, b) for a, b in pairs), seconds[True] / seconds[False]
+    figure = f"{seconds[False] * 1e3:.0f} ms in bf16, {seconds[True] * 1e3:.0f} ms in fp8; states apart by {error:.1e}"
+    target = Target(name="fp8 over bf16", wanted="at most 0.8", found=ratio, met=ratio <= 0.8)
+    figures = {"bf16_s": seconds[False], "fp8_s": seconds[True], "apart": error}
+    return Outcome(figure=figure, ok=error < 0.3, figures=figures, targets=(target,))

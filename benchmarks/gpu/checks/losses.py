@@ -22,6 +22,11 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-3, 1.5e-2)}
 """Of the value and of the gradients, relative. With bf16 the gradient of every logit is rounded to 2^-9 of itself."""
 
 
+TOTAL_VARIATION_GRADIENT = 2e-3
+"""Of its gradients in fp32: they jump where student and teacher give a token the same probability, and a rounding
+decides some of the 15 million. Plain torch in fp32 is off by 1.3e-4 and 4.1e-4 at these sizes (temperature 2, CPU)."""
+
+
 @dataclass
 class Problem:
     """A micro-batch: masked tokens, a vocabulary that is no multiple of anything, padded columns."""
@@ -198,6 +203,8 @@ def _compare(bench: Bench, cases: dict[str, Case]) -> Outcome:
         label = f"{name} {str(dtype).removeprefix('torch.')}"
         figures[label] = list(errors)
         value, gradient = TOLERANCES[dtype]
+        if DivergenceKind.TOTAL_VARIATION.value in name:
+            gradient = max(gradient, TOTAL_VARIATION_GRADIENT)
         if not (errors[0] <= value and max(errors[1:]) <= gradient):  # NaN is wrong too
             wrong.append(f"{label}: value {errors[0]:.1e}, gradients {errors[1]:.1e} {errors[2]:.1e}")
         worst = [max(old, (error, label)) for old, error in zip(worst, errors, strict=True)]

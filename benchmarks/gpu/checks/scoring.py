@@ -67,7 +67,8 @@ def scoring_over_forward(bench: Bench) -> Outcome:
             collect_hidden(chunks, text, here)
 
     plain, scoring = bench.seconds(lambda: once(False)), bench.seconds(lambda: once(True))
-    figures = {"forward_s": plain, "scoring_s": scoring, "ratio": scoring / plain}
+    kernels = bench.kernels(lambda: once(True))
+    figures = {"forward_s": plain, "scoring_s": scoring, "ratio": scoring / plain, "kernels": kernels.times}
     figure = f"{plain * 1e3:.0f} ms without, {scoring * 1e3:.0f} ms with: {scoring / plain:.2f}"
     ratio = scoring / plain
     target = Target(name="scoring over forward", wanted="at most 1.3", found=ratio, met=ratio <= 1.3)

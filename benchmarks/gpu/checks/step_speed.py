@@ -78,6 +78,7 @@ def distillation_step(bench: Bench) -> Outcome:
     teacher = bench.seconds(step.teacher_states, rounds=3)
     rate = step.flops / seconds
     peak = peak_flops_of(torch.cuda.get_device_name()) if bench.on_gpu else None
+    kernels = bench.kernels(step)
     figures = {
         "step_s": seconds,
         "teacher_s": teacher,
@@ -87,7 +88,9 @@ def distillation_step(bench: Bench) -> Outcome:
         "of_matrix_rate": rate / bench.matrix_rate,
         "peak_gb": bench.peak_gb(step),
         "held_gb": torch.cuda.memory_allocated() / 1e9 if bench.on_gpu else 0.0,
-        "launches": bench.kernels(step).launches,
+        "launches": kernels.launches,
+        "busy_ms": kernels.busy_ms,
+        "kernels": kernels.times,
     }
     mfu = "" if peak is None else f"MFU {rate / peak:.1%} of {peak / 1e12:.0f} TFLOP/s, "
     figure = (
