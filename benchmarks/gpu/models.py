@@ -115,11 +115,17 @@ def batches(vocabulary: int, *, samples: int, length: int, count: int = 2, maske
 
 
 @torch.no_grad()
-def fill(chunks: Iterable[nn.Module]) -> None:
-    """Random weights made on the device: a model of billions of weights would take minutes from the CPU's generator."""
+def fill(chunks: Iterable[nn.Module], *, by_width: bool = False) -> None:
+    """Random weights made on the device: a model of billions of weights would take minutes from the CPU's generator.
+
+    Args:
+        chunks: The model.
+        by_width: Divide weights by the root of the numbers that they sum, so that activations of layers of any width
+            are of one size. Otherwise their deviation is 0.02.
+    """
     for chunk in chunks:
         for parameter in chunk.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, 0.02)
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5 if by_width else 0.02)

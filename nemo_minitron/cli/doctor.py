@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -93,7 +94,8 @@ print(json.dumps({
 def examine() -> list[Finding]:
     """Look at everything; takes as long as the libraries take to import."""
     findings = [Finding("python", OK, sys.version.split()[0]), Finding("nemo_minitron", OK, __version__)]
-    findings += [_part(part) for part in PARTS]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # each waits for another process
+        findings += pool.map(_part, PARTS)
     torch = _probe_torch()
     findings += _devices(torch)
     findings += [_gpu_part(part, torch) for part in GPU_PARTS]

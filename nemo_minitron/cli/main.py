@@ -189,7 +189,9 @@ def doctor(
 
         from nemo_minitron.cli import doctor as examination
 
-        findings = examination.examine()
+        doing = "imports each library in a process of its own, then asks the device to compute"
+        with Console(stderr=True).status(doing):
+            findings = examination.examine()
         examination.show(findings, Console())
         if not examination.healthy(findings, strict=strict):
             raise typer.Exit(2)

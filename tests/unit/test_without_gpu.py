@@ -59,3 +59,13 @@ def test_without_us_megatron_takes_what_cannot_work(libraries: Path) -> None:
     program = "\n".join(line for line in PROGRAM.splitlines() if "nemo_minitron" not in line)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_fp32_on_a_gpu_means_fp32_unless_the_user_says_otherwise(before: str | None, after: str) -> None:
+    """cuBLAS, which Transformer Engine asks for TF32, looks at this variable."""
+    environment = {key: value for key, value in os.environ.items() if key != "NVIDIA_TF32_OVERRIDE"}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"NVIDIA_TF32_OVERRIDE": before} if before else {})
+    program = "import nemo_minitron.megatron, os; print(os.environ['NVIDIA_TF32_OVERRIDE'])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == after

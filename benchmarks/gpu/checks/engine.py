@@ -13,6 +13,10 @@ from nemo_minitron.megatron.forward import collect_hidden, collect_logits
 
 NEEDS = ("megatron.core", "pydantic", "transformer_engine")
 
+FP8_APART = 0.25
+"""Eight such layers in plain torch, both factors of every product scaled by their largest and rounded to E4M3, end up
+0.17 to 0.18 apart, at hidden sizes 1024 and 2048. A trained model's fp8 does better."""
+
 
 @check(order=13, seconds=15, limit=60, needs=NEEDS)
 def engine_layers(bench: Bench) -> Outcome:
@@ -47,7 +51,7 @@ def teacher_fp8(bench: Bench) -> Outcome:
     for fp8 in (False, True):
         chunks = build_chunks(spec, here, models.precision(bench), trainable=False, fp8=fp8)
         torch.manual_seed(0)
-        models.fill(chunks)
+        models.fill(chunks, by_width=True)
         states[fp8] = collect_hidden(chunks, text, here)
         seconds[fp8] = bench.seconds(lambda chunks=chunks: collect_hidden(chunks, text, here), rounds=3)
         del chunks
@@ -56,4 +60,4 @@ def teacher_fp8(bench: Bench) -> Outcome:
     figure = f"{seconds[False] * 1e3:.0f} ms in bf16, {seconds[True] * 1e3:.0f} ms in fp8; states apart by {error:.1e}"
     target = Target(name="fp8 over bf16", wanted="at most 0.8", found=ratio, met=ratio <= 0.8)
     figures = {"bf16_s": seconds[False], "fp8_s": seconds[True], "apart": error}
-    return Outcome(figure=figure, ok=error < 0.3, figures=figures, targets=(target,))
+    return Outcome(figure=figure, ok=error < FP8_APART, figures=figures, targets=(target,))
