@@ -41,6 +41,7 @@ _CHAT_KEYS = (
 _DATA_KEYS = (
     *(f"data.{key}" for key in ("sources", "text_key", "calibration_fraction", "heldout_fraction", "min_characters")),
     *(f"data.{key}" for key in ("parse_special_tokens", "blend", "calibration_blend", "heldout_blend")),
+    "data.reset_attention_mask",
     "seed",
 )
 """Not `workers` and `max_bad_fraction`, which change nothing in the token files."""
