@@ -13,6 +13,7 @@ from nemo_minitron.megatron.placement import local_shard
 from nemo_minitron.stages.session import make_trainer
 from tests.emulation import jobs
 from tests.jobs import config_for
+from tests.parallel import documents_jobs
 from tests.parallel.hooks_jobs import ScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, STEPS, Case
 from tests.parallel.overlap_jobs import Run, train_gathering
@@ -107,7 +108,9 @@ def test_documents_in_a_sample_are_computed_as_if_they_stood_alone():
 
 def test_scores_of_documents_in_a_sample_are_those_of_documents_alone():
     """Micro-batches of 4 are cut, since packed sequences come one sample at a time."""
-    ((alone, packed),) = run_on_ranks(1, jobs.sums_all, [(ParallelConfig(), kind) for kind in ("alone", "packed")])
+    ((alone, packed),) = run_on_ranks(
+        1, documents_jobs.sums_all, [(ParallelConfig(), kind) for kind in ("alone", "packed")]
+    )
     assert alone.keys() == packed.keys()
     for name, expected in alone.items():
         torch.testing.assert_close(packed[name], expected, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}")

@@ -11,7 +11,6 @@ import torch
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.kernels.available import SWITCH
 from tests.parallel import megatron_jobs
-from tests.parallel.documents_jobs import sums_all as sums_all
 from tests.parallel.hooks_jobs import ScoreCase, score
 from tests.parallel.megatron_jobs import Case, train
 from tests.parallel.overlap_jobs import Run

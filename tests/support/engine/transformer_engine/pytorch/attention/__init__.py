@@ -102,9 +102,7 @@ class DotProductAttention(ExtraState):
         out = _Attention.apply(q, k, v, seen, self.softmax_scale, _lengths(batch, length, places.device))
         return out.permute(2, 0, 1, 3).reshape(length, batch, heads * channels)
 
-    def _packed(
-        self, qkv: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], longest: int | None
-    ) -> Tensor:
+    def _packed(self, qkv: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], longest: int | None) -> Tensor:
         """Documents one behind the other, `[t, heads, d]`; `[t, heads * d]` comes back."""
         tokens, heads, channels = qkv[0].shape
         assert ends[0].dtype == torch.int32
