@@ -66,6 +66,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
             "data",
             inputs={"teacher": teacher},
             sections=_DATA_KEYS,
+            help=lazy("nemo_minitron.stages.data:help_tokenize"),
             changed=lazy("nemo_minitron.stages.sources:changed"),
         ),
     ]
