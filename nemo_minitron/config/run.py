@@ -56,6 +56,10 @@ class DataConfig(Section):
     parse_special_tokens: bool = False
     """Whether a text that spells a special token (`<|im_end|>`) becomes that token, in documents and in what messages
     say; as it is, it stays text. The markers that a chat template writes are always special."""
+    reset_attention_mask: bool = False
+    """Whether attention stops at the borders of the documents in a sample, and positions begin again there; the token
+    that ends a document then predicts nothing. As it is, a sample is one text, as in most pretraining. In every stage
+    that reads these documents; for conversations see `tune.reset_attention_mask`."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The stage stops when more documents than this fraction are no texts (null, half a surrogate pair, not JSON, not
     UTF-8); fewer are skipped and counted. For conversations too."""
@@ -241,6 +245,20 @@ class RunConfig(Section):
     def _cache_has_what_is_asked_for(self) -> Self:
         if self.cache is not None and (problems := cache_problems(self.cache, self.distill, self.steps)):
             raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _documents_can_be_kept_apart(self) -> Self:
+        if self.parallel.context == 1:
+            return self
+        packed = self.tune is not None and self.tune.pack and self.tune.reset_attention_mask
+        asked = {"data.reset_attention_mask": self.data.reset_attention_mask, "tune.pack": packed}
+        if wanting := [name for name, wanted in asked.items() if wanted]:
+            raise ValueError(
+                f"parallel.context = {self.parallel.context} with {' and '.join(wanting)}: context parallelism splits "
+                "each sample over ranks, and attention that stops inside of it cannot be split; set parallel.context=1 "
+                f"or {'tune' if packed else 'data'}.reset_attention_mask=false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,10 +6,12 @@ and split, and modules keep Megatron's names, so hooks and checkpoints cannot te
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
 from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.functional import (
+    Starts,
     at_least_fp32,
     causal_attention,
     layer_norm,
@@ -63,6 +66,23 @@ class LocalNorm(nn.Module):
         return layer_norm(x, weight, self.bias, self.eps)
 
 
+@dataclass
+class LocalDocuments(PackedSeqParams):
+    """What our own attention is told of the documents in a micro-batch, in the place of Megatron's packed sequences.
+
+    Attributes:
+        starts: Where documents begin.
+        positions: Place of each token in its document, `[b, s]`, on the model's device.
+    """
+
+    starts: Starts = ()
+    positions: Tensor | None = None
+
+    def turned(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`rotary_tables` of `[s, rotated]` at the positions: `[b, s, rotated]`."""
+        return tables[0][self.positions], tables[1][self.positions]
+
+
 class LocalSelfAttention(SelfAttention):
     """Megatron's self-attention, with everything between its two linears in one function.
 
@@ -84,7 +104,12 @@ class LocalSelfAttention(SelfAttention):
         self.window, self.scale, self.rotary_base = window, scale, rotary_base
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: LocalDocuments | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend causally over `[s, b, h]`; returns the output and the bias that is still to be added."""
         qkv, _ = self.linear_qkv(hidden_states)
@@ -93,13 +118,15 @@ class LocalSelfAttention(SelfAttention):
         angles = rotary_pos_emb
         if self.rotary_base is not None:
             angles = _angles(self.rotary_base, angles.shape[-1], angles.shape[0], angles.device)
+        tables = rotary_tables(angles, qkv.dtype)
         context = causal_attention(
             qkv,
-            rotary_tables(angles, qkv.dtype),
+            tables if packed_seq_params is None else packed_seq_params.turned(tables),
             groups=self.num_query_groups_per_partition,
             head_dim=self.hidden_size_per_attention_head,
             scale=self.scale,
             window=self.window,
+            starts=None if packed_seq_params is None else packed_seq_params.starts,
         )
         return self.linear_proj(context)
 

@@ -74,7 +74,14 @@ class ChatDataModule(TokenDataModule):
         """As in the base class."""
         batch = self.settings.batch
         samples = self.settings.steps * batch.global_batch_size
-        dataset = ConversationDataset(self.folder, "train", pack=self.settings.pack, samples=samples, seed=self.seed)
+        dataset = ConversationDataset(
+            self.folder,
+            "train",
+            pack=self.settings.pack,
+            reset_attention_mask=self.settings.reset_attention_mask,
+            samples=samples,
+            seed=self.seed,
+        )
         return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
 
     def val_dataloader(self) -> DataLoader:

@@ -156,7 +156,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Targets, loss, report, update over one global batch; logs `train/*`. The first step checks the teacher."""
         step = self.trainer.global_step
-        micro_batches = batch.split(self.settings.batch.micro_batch_size)
+        micro_batches = self.micro_batches(batch)
         objective = self.objective.at(min(step / max(self.trainer.max_steps - 1, 1), 1.0))
         is_watched = self.statistics_every > 0 and step % self.statistics_every == 0
         self.optimizers().zero_grad()

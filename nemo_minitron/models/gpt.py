@@ -20,6 +20,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
 from nemo_minitron.megatron import build, forward, optim, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.documents import attention_documents
 from nemo_minitron.megatron.forward import Loss, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.optim import StepInfo
@@ -172,15 +173,23 @@ class MegatronGPTModel(ModelPT):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Loss, report, update over one global batch; logs `train/*`."""
-        micro_batches = batch.split(self.settings.batch.micro_batch_size)
+        micro_batches = self.micro_batches(batch)
         self.optimizers().zero_grad()
         report = self.run_pass(self.text_loss(), micro_batches, training=True)
         info = self.update(report)
         self.log_step(report, info)
 
+    def micro_batches(self, batch: MicroBatch) -> list[MicroBatch]:
+        """This rank's share of a global batch in the pieces that it is computed in.
+
+        Raises:
+            LayoutError: It is no multiple of `micro_batch_size`.
+        """
+        return forward.cut(batch, self.settings.batch.micro_batch_size, self.chunks)
+
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
         """Forward over one global batch; returns sums over all ranks and keeps them for the epoch."""
-        report = self.validation_report(batch.split(self.settings.batch.micro_batch_size))
+        report = self.validation_report(self.micro_batches(batch))
         self.validation_reports.append(report)
         return report
 
@@ -272,6 +281,8 @@ class MegatronGPTModel(ModelPT):
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits `[b, s, V / TP]` of tokens `[b, s]`; one pipeline stage only.
 
+        Where `position_ids` begin again, so does a document, which sees nothing of those before it.
+
         Raises:
             MinitronError: The model is split over pipeline stages; use `run_pass`.
         """
@@ -281,9 +292,10 @@ class MegatronGPTModel(ModelPT):
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         self.gather_weights()
         [model] = self.chunks
+        documents = attention_documents(position_ids, self.chunks, self.runtime.device)
         before, model.output = model.output, "logits"
         try:
-            return model(tokens, position_ids, None)
+            return model(tokens, position_ids, None, packed_seq_params=documents)
         finally:
             model.output = before
 

@@ -164,4 +164,5 @@ class CachedTargets:
             vocab_size=student.spec.vocab_size,
             tensor_group=tensor_group(student.runtime),
             objective=objective,
+            context=(student.runtime.cp_rank, student.runtime.parallel.context),
         )

@@ -38,6 +38,8 @@ class StageContext:
     """What the other stages leave of a time budget for the complete run, on rank 0; None without such a budget."""
     reporter: Reporter = field(default_factory=Reporter)
     """Progress and lines for the user; metrics files. Rank 0 speaks, the others' is silent."""
+    share: Callable[[Any], None] = lambda job: None
+    """On rank 0 of a stage with `help`: give the other ranks, once, what they help with."""
     stop_requested: Callable[[], bool] = signals.requested
     """For stages that save when stopped: poll between steps, save, then call `stop`."""
     stop: Callable[[], NoReturn] = signals.stop
@@ -72,6 +74,8 @@ class Stage:
     """Keys of the recipe its result depends on (`"distill"`, `"data.text_key"`); never parallel sizes."""
     collective: bool = False
     """Whether all ranks run it; otherwise rank 0 does and the others wait."""
+    help: Callable[[StageContext, Any], None] | None = None
+    """What the other ranks do, given what rank 0 shares, while they wait for it; of stages that are not collective."""
     changed: Callable[["RunConfig", RunFolder], list[str]] | None = None
     """What has changed outside the run folder since it was finished, to be said when it is skipped."""
     saves_when_stopped: bool = False

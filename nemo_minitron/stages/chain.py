@@ -41,6 +41,7 @@ _CHAT_KEYS = (
 _DATA_KEYS = (
     *(f"data.{key}" for key in ("sources", "text_key", "calibration_fraction", "heldout_fraction", "min_characters")),
     *(f"data.{key}" for key in ("parse_special_tokens", "blend", "calibration_blend", "heldout_blend")),
+    "data.reset_attention_mask",
     "seed",
 )
 """Not `workers` and `max_bad_fraction`, which change nothing in the token files."""
@@ -65,6 +66,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
             "data",
             inputs={"teacher": teacher},
             sections=_DATA_KEYS,
+            help=lazy("nemo_minitron.stages.data:help_tokenize"),
             changed=lazy("nemo_minitron.stages.sources:changed"),
         ),
     ]

@@ -211,7 +211,7 @@ def _one(
                 result |= _gpu_memory(team)
                 release_memory()
             else:
-                result = _together(team, request.run.path, lambda: _guarded(stage, context))
+                result = _together(team, request.run.path, _with_help(team, stage, context))
         except BaseException:
             if team.rank == 0:
                 _note_time(run, stage.name, record, started)
@@ -298,6 +298,38 @@ def _together(team: Team, folder: Path, work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return cast("T", value)
+
+
+def _with_help(team: Team, stage: Stage, context: StageContext) -> Callable[[], dict[str, Any]]:
+    """What rank 0 does in a stage that it does alone; with what it shares, the other ranks help first.
+
+    Whoever waits for it hears of rank 0 once, with or without something to do.
+    """
+    if stage.help is None or team.size == 1:
+        return lambda: _guarded(stage, context)
+    if team.rank > 0:
+        if (job := team.broadcast(None)) is not None:
+            stage.help(context, job)
+        return dict
+    heard = False
+
+    def share(job: Any) -> None:
+        nonlocal heard
+        heard = True
+        team.broadcast(job)
+
+    def work() -> dict[str, Any]:
+        try:
+            result = _guarded(stage, replace(context, share=share))
+        except (Exception, signals.Stopped):
+            if not heard:
+                share(None)
+            raise
+        if not heard:
+            share(None)
+        return result
+
+    return work
 
 
 def _redo_mark(request: Request) -> dict[str, Any]:
