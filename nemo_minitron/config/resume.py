@@ -56,7 +56,9 @@ RULES: Mapping[str, Rule] = {
     "guard": _FROM_HERE,
     **dict.fromkeys(("kd_weight", "lm_weight", "hidden_weight", "hidden", "temperature", "divergence"), _OBJECTIVE),
     **dict.fromkeys(("beta", "skew", "top_k", "ramp_to"), _OBJECTIVE),
-    "freeze_embeddings": Rule(Change.REFUSED, "the optimizer has moments of the weights that are trained, and no other"),
+    "freeze_embeddings": Rule(
+        Change.REFUSED, "the optimizer has moments of the weights that are trained, and no other"
+    ),
     "loss_chunk_tokens": _FROM_HERE,
     **dict.fromkeys(("teacher_precision", "teacher_fp8"), _TARGETS),
     "offload_teacher": _FROM_HERE,
@@ -68,6 +70,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("schedule_steps", "constant_steps"), _FROM_HERE),
     # What is not a setting, and is noted beside them.
     "steps": _FROM_HERE,
+    "split_states": Rule(Change.REFUSED, "the checkpoint has the optimizer's states in this form; say which is wanted"),
+    "samples": _ORDER,
     "data": Rule(Change.REFUSED, "the place in the order of samples is one of these token files"),
     "student": Rule(Change.REFUSED, "the weights come from the training that was stopped, which began with this one"),
     "architecture": Rule(Change.REFUSED, "the weights are of it"),
@@ -79,14 +83,15 @@ RULES: Mapping[str, Rule] = {
 SECTIONS = ("correct", "distill", "tune")
 """Sections of a recipe that are a training."""
 
-_NEMO = {
-    **{f"optimizer.{field}": f"optim.{key}" for field, key in nemo_keys.OPTIMIZER.items()},
-    **{f"batch.{field}": key for field, key in nemo_keys.BATCH.items()},
+_NAMES = {
+    **{f"optimizer.{field}": f"optimizer.{field} (optim.{key})" for field, key in nemo_keys.OPTIMIZER.items()},
+    **{f"batch.{field}": f"batch.{field} ({key})" for field, key in nemo_keys.BATCH.items()},
     "schedule_steps": "optim.sched.max_steps",
     "constant_steps": "optim.sched.constant_steps",
-    "steps": "trainer.max_steps",
+    "steps": "steps (tokens; trainer.max_steps)",
+    "split_states": "optimizer.distributed (optim.distributed)",
 }
-"""What NeMo's configurations call a setting, where that is another name."""
+"""What a setting is called in a recipe, and in NeMo's configurations where that is another name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,7 @@ class Difference:
     @property
     def name(self) -> str:
         """The key, with NeMo's where that is another one."""
-        theirs = _NEMO.get(self.key)
-        return self.key if theirs is None else f"{self.key} ({theirs})"
+        return _NAMES.get(self.key, self.key)
 
     @property
     def rule(self) -> Rule:
@@ -133,7 +137,7 @@ def setting_of(key: str) -> str | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    """Settings that both have with unequal values, in the order of the first. What only one of them has is not asked."""
+    """Settings that both have with unequal values, in the order of the first; what only one of them has is left out."""
     for key, value in before.items():
         if key in now and now[key] != value:
             yield Difference(key, value, now[key])
