@@ -36,6 +36,8 @@ TRAINER: Mapping[str, Neutral] = {
     "gradient_clip_algorithm": Neutral(("norm",), "gradients are clipped by their global norm"),
     "use_distributed_sampler": Neutral((False,), "the data module gives each data-parallel rank its share"),
     "replace_sampler_ddp": Neutral((False,), "the data module gives each data-parallel rank its share"),
+    "limit_train_batches": Neutral((1.0,), "trainer.max_steps is the number of steps, each on samples of its own"),
+    "overfit_batches": Neutral((0.0, 0), "every step has samples of its own"),
     **dict.fromkeys(("strategy", "callbacks", "plugins"), Neutral((), _OWN_TRAINER)),
     "barebones": Neutral((False,), "losses are logged"),
     "sync_batchnorm": Neutral((False,), "no layer normalises over batches"),

@@ -51,6 +51,8 @@ def recipe(section: str, key: str = "", value: Any = None, **top: Any) -> RunCon
         "tune": {"tokens": 16384, "sources": ["chat.jsonl"], "kd_weight": 1.0, "lm_weight": 1.0},
         **top,
     }
+    if section == "distill":
+        del data["correct"]  # it would take from `distill` what it leaves open
     place = data[section]
     *above, last = key.split(".")
     for name in above:
