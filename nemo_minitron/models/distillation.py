@@ -102,6 +102,12 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         model = self.targets.teacher
         return [] if model is None else model.chunks
 
+    @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint of the teacher that is in memory; None without one."""
+        teacher = self._provider[0].teacher if self._provider else None
+        return None if teacher is None else teacher.restored_from
+
     def attach_teacher(self, path: str | Path) -> None:
         """Read a teacher at the student's layout, in its dtype unless told otherwise; freeze it.
 

@@ -18,7 +18,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
-from nemo_minitron.megatron import build, forward, optim, param_gather
+from nemo_minitron.megatron import build, forward, optim, overlap, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.documents import attention_documents
 from nemo_minitron.megatron.forward import Loss, MicroBatch
@@ -105,6 +105,11 @@ class MegatronGPTModel(ModelPT):
         return self.settings.parallel
 
     @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint of the teacher that is in memory; None without one."""
+        return None
+
+    @property
     def runtime(self) -> Runtime:
         """This process's place in the layout: the strategy's, or one started from the configuration."""
         strategy = getattr(self._trainer, "strategy", None) if self._trainer is not None else None
@@ -114,10 +119,16 @@ class MegatronGPTModel(ModelPT):
         )
 
     def configure_model(self) -> None:
-        """Build this rank's chunks, once."""
+        """Build this rank's chunks, once.
+
+        Raises:
+            LayoutError: `overlap_param_gather` is set, and the optimizer's states are not split.
+        """
         if self.chunks:
             return
         runtime = self.runtime
+        if (optimizer := self.settings.optimizer) is not None:  # before weights are read
+            overlap.gather_is_wanted(runtime, distributed=optim.is_distributed(optimizer))
         # NeMo saves through rank 0 alone unless it knows that the model is parallel; ours is saved by all ranks.
         AppState().model_parallel_size = runtime.parallel.model_parallel_size
         # While restoring, weights stay NaN until they are read: what is forgotten cannot go unnoticed.
@@ -222,8 +233,7 @@ class MegatronGPTModel(ModelPT):
             report: Sums of the pass that left the gradients.
         """
         optimizer = self.optimizers()
-        optimizer.optimizer.refuse = partial(self._refuse, per_token(report)[self.loss_name])
-        optimizer.step()
+        optimizer.step(refuse=partial(self._refuse, per_token(report)[self.loss_name]))
         info: StepInfo = optimizer.optimizer.last
         return info
 

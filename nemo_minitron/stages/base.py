@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_minitron.callbacks.reporter import Reporter
+from nemo_minitron.config.resume import RULES, SECTIONS, Change, Rule, rule_of, setting_of
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.run_folder import RunFolder
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
     from nemo_minitron.config.run import RunConfig
 
 
-_HOW_OFTEN = frozenset({"checkpoint_every", "keep_last", "async_save", "log_every"})
+_HOW_OFTEN = frozenset(key for key, rule in RULES.items() if rule.change is Change.FREE)
+_MADE_OF = Rule(Change.REFUSED, "what is there was made with it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,16 +105,25 @@ class Stage:
 
     def digest(self, config: "RunConfig", upstream: Mapping[str, str]) -> str:
         """SHA-256 of everything the stage's result follows from: its settings and its upstream stages' digests."""
+        return self.digest_of(self.settings(config), {name: upstream[name] for name in self.needs})
+
+    def digest_of(self, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
+        """The same of settings as `settings` gives them, and of the digests of the stages that it reads."""
         inputs = {
             "stage": self.name,
-            "settings": {key: value for key, value in self.settings(config).items() if shapes_result(key)},
-            "upstream": {name: upstream[name] for name in self.needs},
+            "settings": {key: value for key, value in settings.items() if shapes_result(key)},
+            "upstream": dict(upstream),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
+    def resumed_with(self, key: str) -> Rule:
+        """What may be done with a key of `settings` while the stage goes on where it was stopped."""
+        setting = setting_of(key) if self.kind in SECTIONS else None
+        return rule_of(setting) if setting is not None else _MADE_OF
+
 
 def shapes_result(key: str) -> bool:
-    """Whether a stage's result depends on a key; how often it saves and logs may change while it is going on."""
+    """Whether a stage's result depends on a key; how often it saves and logs changes nothing in it."""
     return key.rpartition(".")[2] not in _HOW_OFTEN
 
 
