@@ -78,7 +78,7 @@ def show(job: Job, *, console: Console) -> None:
         stages=chain,
         ranks=ranks,
         teacher=teacher,
-        students=preflight.students(config, teacher),
+        students=preflight.students(config, teacher, folder),
         described=not folder.is_whole("import") and not preflight.source_is_here(config),
     )
     on_meta, problem = _built(planned)

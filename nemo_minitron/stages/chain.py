@@ -18,6 +18,7 @@ TITLES: dict[str, str] = {
     "chat": "Turn conversations into token files that know the answers, if the recipe tunes on them.",
     "correct": "Fine-tune the teacher on the distillation data first, if the recipe asks for it.",
     "score": "Measure the importance of layers, channels, neurons and heads.",
+    "search": "Find the best sizes within a budget, if the target names one.",
     "prune": "Decide what stays, and cut the rest out.",
     "cache": "Store the teacher's targets, if the recipe asks for it, so that students need no teacher.",
     "distill": "Train the student on the teacher's predictions.",
@@ -51,6 +52,8 @@ _CACHE_KEYS = (
     "precision",
     "seed",
 )
+
+_SEARCH_KEYS = ("search", "target", "distill", "export.formats", "precision", "seed")
 
 ROUND = ("score", "prune", "distill")
 """The stages that `steps` repeats."""
@@ -116,7 +119,7 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
         round_name(stage, number, config.steps) for stage in (*ROUND[:2], "cache", ROUND[2])
     )
     lesson = {"teacher": teacher} if config.cache is None else {"cache": f"{cache}/targets"}
-    merging = config.target.merge_layers
+    merging, searching = config.target.merge_layers, bool(config.target.budgets)
     stages = [
         _stage(
             score,
@@ -128,7 +131,12 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
         ),
         _stage(
             prune,
-            inputs={"model": model, "scores": f"{score}/scores.safetensors", "teacher": teacher},
+            inputs={
+                "model": model,
+                "scores": f"{score}/scores.safetensors",
+                "teacher": teacher,
+                **({"plan": "search/plan.json"} if searching else {}),
+            },
             sections=("target", "steps"),
             round=number,
         ),
@@ -143,7 +151,7 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
     ]
     if config.cache is not None:
         stages.insert(
-            2,
+            -1,
             _stage(
                 cache,
                 inputs={"teacher": teacher, "data": "data"},
@@ -151,6 +159,21 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
                 round=number,
                 collective=True,
                 saves_when_stopped=True,
+            ),
+        )
+    if searching:
+        stages.insert(
+            1,
+            _stage(
+                "search",
+                inputs={
+                    "model": model,
+                    "scores": f"{score}/scores.safetensors",
+                    "teacher": teacher,
+                    "data": "data",
+                },
+                sections=_SEARCH_KEYS,
+                collective=True,
             ),
         )
     return stages
