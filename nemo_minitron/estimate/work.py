@@ -99,12 +99,10 @@ def work_of(
     """
     before, student = list(pairwise((teacher, *students)))[number - 1]
     match kind:
-        case "score":
-            return _scoring(config, before)
+        case "score" | "cache":
+            return _scoring(config, before) if kind == "score" else _caching(config, teacher)
         case "search":
             return _search(config, teacher, student)
-        case "cache":
-            return _caching(config, teacher)
         case "correct":
             return _training(config.correct, config, teacher, None, ranks)
         case "distill":

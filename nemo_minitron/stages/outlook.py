@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.training import BudgetOf, TrainingConfig
 from nemo_minitron.errors import MinitronError
@@ -114,11 +115,16 @@ class Outlook:
     def _speed(self) -> float:
         """FLOP/s of all ranks together."""
         if self._rate is None:
-            import torch
-
-            from nemo_minitron.megatron.build import torch_dtype
-            from nemo_minitron.ops.product_speed import product_rate
-
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._rate = EFFICIENCY * self._ranks * product_rate(device, torch_dtype(self._config.precision))
+            self._rate = expected_rate(self._config.precision, self._ranks)
         return self._rate
+
+
+def expected_rate(precision: Precision, ranks: int) -> float:
+    """FLOP/s that stages with models will reach on this machine, all ranks together, from a short measurement."""
+    import torch
+
+    from nemo_minitron.megatron.build import torch_dtype
+    from nemo_minitron.ops.product_speed import product_rate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return EFFICIENCY * ranks * product_rate(device, torch_dtype(precision))
