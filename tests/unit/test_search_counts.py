@@ -42,7 +42,7 @@ def random_config(rng: random.Random, kind: type):
 
 @pytest.mark.parametrize("number", range(50))
 def test_counts_are_those_of_built_models(number):
-    """Shapes of one teacher's traits: parameters by numel, cache bytes as allocated, operations as torch counts them."""
+    """Parameters by numel, cache bytes as allocated, operations as torch counts them, all of one teacher's traits."""
     rng = random.Random(number)
     kind = [LlamaConfig, Qwen3Config, NemotronConfig][number % 3]
     config = random_config(rng, kind)
