@@ -62,6 +62,8 @@ class DeploymentConfig(Section):
     """Tokens of each sequence: what the cache holds, what a generated token attends to, what prefill reads."""
     tensor_parallel: Count = 1
     """Ranks that share each weight where the student is deployed: heads, KV groups and FFN must be multiples of it."""
+    device: str | None = None
+    """Name of the device that the student will run on, as its latency table has it; None for this machine's."""
     latency_table: str | None = None
     """A file of `nemo-minitron latency`; needed for `prefill_ms` and `decode_ms`."""
 

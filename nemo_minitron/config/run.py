@@ -252,7 +252,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _search_has_what_it_needs(self) -> Self:
-        if problems := search_problems(self.search, self.target, self.distill, self.steps):
+        problems = search_problems(self.search, self.target, self.distill, self.steps)
+        if self.target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
+            problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
+        if problems:
             raise ValueError("; ".join(problems))
         return self
 

@@ -38,7 +38,7 @@ def pareto(rows: Sequence[dict[str, Any]], cost: str, *, rungs: int) -> str:
         for rung in range(rungs):
             axes = panels[min(rung, 1)]
             key = "loss_pruned" if rung == 0 else f"loss_rung{rung}"
-            points = sorted((row[cost] / unit, row[key], row["label"]) for row in rows if key in row)
+            points = sorted((row[cost] / unit, row[key], row["label"]) for row in rows if key in row and cost in row)
             colour = _RUNGS[rung % len(_RUNGS)]
             name = "as pruned" if rung == 0 else f"after rung {rung}"
             axes.scatter([x for x, *_ in points], [y for _, y, _ in points], s=18, color=colour, label=name, zorder=3)

@@ -5,6 +5,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.search.axes import named
 from nemo_minitron.search.measures import table_row
 from nemo_minitron.search.problem import SearchProblem
@@ -30,6 +32,30 @@ def candidate_rows(problem: SearchProblem, race: RaceResult, record: Record) -> 
             }
         )
     return rows
+
+
+def layerwise_row(name: str, spec: ModelSpec | None, race: RaceResult, record: Record) -> Row:
+    """The row of the candidate whose layers differ in size; its FFN and KV groups are means over layers.
+
+    Args:
+        name: Its name in the race.
+        spec: Its architecture; None if there is none.
+        race: The standings.
+        record: What was measured.
+    """
+    row: Row = {"name": name, "label": "layers that differ"}
+    if spec is not None:
+        count = spec.num_layers
+        row |= {
+            "num_layers": count,
+            "hidden_size": spec.hidden_size,
+            "ffn_hidden_size": sum(layer.ffn_hidden_size for layer in spec.layers) / count,
+            "num_attention_heads": sum(layer.num_attention_heads for layer in spec.layers) / count,
+            "num_query_groups": sum(layer.num_query_groups for layer in spec.layers) / count,
+            "params": parameter_count(spec),
+            "non_embedding_params": parameter_count(spec, embeddings=False),
+        }
+    return row | losses(name, race) | {"failed": record.failures.get(name, "")}
 
 
 def losses(name: str, race: RaceResult) -> Row:

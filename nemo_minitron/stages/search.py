@@ -22,7 +22,7 @@ from nemo_minitron.search import results
 from nemo_minitron.search.choose import Candidate
 from nemo_minitron.search.problem import SearchProblem, sized_target
 from nemo_minitron.search.race import RaceResult, Record, Rung, Standing, run_race
-from nemo_minitron.stages import cache
+from nemo_minitron.stages import cache, layerwise
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.distill import order_seed
 from nemo_minitron.stages.files import write_json, write_text
@@ -52,22 +52,23 @@ def run(context: StageContext) -> dict[str, Any]:
         search.measure,
         record=record,
         failures=_failures(context.world_size),
-        comparing=lambda first: _baselines(problem, first) if context.config.search.baselines else (),
+        comparing=lambda first: _extra(problem, first),
     )
-    winner = next(each for each in problem.candidates if each.name == race.winner)
-    plan = search.plan(winner)
+    plan, rows = search.plan(race.winner), _rows(search, race, record)
     if context.rank == 0:
-        _leave(context, problem, race, record, plan)
+        _leave(context, search, race, rows)
     return {
         "spec": plan.student.to_dict(),
-        "winner": winner.name,
-        "label": winner.label,
-        "loss": race.standings[-1].losses[winner.name],
+        "winner": race.winner,
+        "loss": race.standings[-1].losses[race.winner],
         "candidates": len(problem.candidates),
+        "rows": rows,
+        "rungs": len(race.standings),
+        "budget": next(iter(problem.limits)),
         "failed": record.failures,
         "rank_correlations": race.correlations,
-        "summary": f"{winner.name} is the best of {len(problem.candidates)}: "
-        f"{race.standings[-1].losses[winner.name]:.3f} nats per token",
+        "summary": f"{race.winner} is the best of {len(problem.candidates)}: "
+        f"{race.standings[-1].losses[race.winner]:.3f} nats per token",
     }
 
 
@@ -75,15 +76,24 @@ class _Search:
     """Measures candidates of one stage."""
 
     def __init__(self, context: StageContext, teacher: TensorSource, problem: SearchProblem) -> None:
-        self._context, self._teacher, self._problem = context, teacher, problem
+        self._context, self._teacher, self.problem = context, teacher, problem
         self._scores = Scores.load(context.input("scores"))
         self._scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
         self._candidates = {candidate.name: candidate for candidate in problem.candidates}
         self._text: CachedText | None = None
+        self._by_layer: PruningPlan | None = None
 
-    def plan(self, candidate: Candidate) -> PruningPlan:
-        """What stays of the teacher in a candidate, by the scores."""
-        target = sized_target(self._context.config.target, candidate.sizes)
+    def plan(self, name: str) -> PruningPlan:
+        """What stays of the teacher in a candidate, by the scores. Collective.
+
+        Raises:
+            MinitronError: There is no such plan.
+        """
+        if name == layerwise.NAME:
+            if self._by_layer is None:
+                self._by_layer = layerwise.layerwise_plan(self._context, self.problem, self._scores)
+            return self._by_layer
+        target = sized_target(self._context.config.target, self._candidates[name].sizes)
         return build_plan(self._scores, target, self._teacher.spec)
 
     def measure(self, name: str, rung: int, seed: int) -> float:
@@ -93,15 +103,14 @@ class _Search:
             MinitronError: The candidate cannot be pruned, split over the ranks, exported, or trained.
         """
         context, config = self._context, self._context.config
-        plan = self.plan(self._candidates[name])
-        if rung == 0:
-            check_layout(plan.student, config.parallel)
-            check_export(config, plan.student)
+        plan = self.plan(name)
+        check_layout(plan.student, config.parallel)
+        check_export(config, plan.student)
         source = PrunedSource(self._teacher, plan)
         if rung == 0:
             loss = loss_of(source, config, context.input("data"))
         else:
-            training = self._problem.trainings[rung - 1]
+            training = self.problem.trainings[rung - 1]
             loss = trained_loss_of(source, config, training, self._cached_text(), seed=seed)
         where = "as pruned" if rung == 0 else f"rung {rung}" + (f", seed {seed}" if seed else "")
         context.reporter.line(f"          {name:<28} {where:<16} {loss:.4f} nats per token")
@@ -111,7 +120,7 @@ class _Search:
         """The teacher's targets of the longest rung's samples, made once."""
         if self._text is None:
             context = self._context
-            longest = max(self._problem.trainings, key=lambda training: training.steps)
+            longest = max(self.problem.trainings, key=lambda training: training.steps)
             config = context.config.model_copy(update={"cache": context.config.search.cache, "distill": longest})
             cache.run(replace(context, config=config))
             self._text = CachedText(
@@ -142,22 +151,41 @@ def _failures(ranks: int) -> tuple[type[Exception], ...]:
     return (MinitronError,) if ranks > 1 else (MinitronError, RuntimeError, ValueError)
 
 
-def _baselines(problem: SearchProblem, first: Standing) -> Sequence[str]:
-    """Uniform scaling, depth alone, and the median candidate of the first trained rung."""
-    order = list(first.losses)
-    labelled = [candidate.name for candidate in problem.candidates if candidate.label]
-    return list(dict.fromkeys([*labelled, order[len(order) // 2]]))
+def _extra(problem: SearchProblem, first: Standing) -> Sequence[str]:
+    """What runs in the last rung in any case.
+
+    The baselines are uniform scaling, depth alone, and the median candidate of the first trained rung.
+    """
+    search = problem.config.search
+    extra: list[str] = []
+    if search.baselines:
+        order = list(first.losses)
+        labelled = [candidate.name for candidate in problem.candidates if candidate.label]
+        extra = [*labelled, order[len(order) // 2]]
+    if search.layerwise is not None:
+        extra.append(layerwise.NAME)
+    return list(dict.fromkeys(extra))
 
 
-def _leave(context: StageContext, problem: SearchProblem, race: RaceResult, record: Record, plan: PruningPlan) -> None:
-    rows = results.candidate_rows(problem, race, record)
+def _rows(search: "_Search", race: RaceResult, record: Record) -> list[results.Row]:
+    """Every candidate, the one whose layers differ last."""
+    rows = results.candidate_rows(search.problem, race, record)
+    if search.problem.config.search.layerwise is not None:
+        spec = search.plan(layerwise.NAME).student if layerwise.NAME in race.standings[-1].losses else None
+        rows.append(results.layerwise_row(layerwise.NAME, spec, race, record))
+    return rows
+
+
+def _leave(context: StageContext, search: "_Search", race: RaceResult, rows: list[results.Row]) -> None:
+    problem = search.problem
     write_json(context.out / RESULT, results.to_json(problem, race, rows))
     write_text(context.out / TABLE, results.to_csv(rows))
     budget = next(iter(problem.limits))
     write_text(context.out / PICTURE, pareto(rows, budget, rungs=len(race.standings)))
-    plan.save(context.out / PLAN)
-    winner = next(each for each in problem.candidates if each.name == race.winner)
-    write_text(context.out / RECIPE, _recipe(context.config, winner))
+    search.plan(race.winner).save(context.out / PLAN)
+    winner = next((each for each in problem.candidates if each.name == race.winner), None)
+    if winner is not None:  # a recipe cannot say sizes that differ from layer to layer
+        write_text(context.out / RECIPE, _recipe(context.config, winner))
 
 
 def _recipe(config: RunConfig, winner: Candidate) -> str:

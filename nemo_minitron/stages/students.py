@@ -1,8 +1,11 @@
 """The model after each round, as far as it is known: from the recipe, from a finished search, or foreseen."""
 
+from pathlib import Path
+
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.pruning.rounds import round_specs
+from nemo_minitron.search.latency import Conditions, LatencyTable
 from nemo_minitron.search.problem import SearchProblem, pose
 from nemo_minitron.stages.run_folder import RunFolder
 
@@ -26,10 +29,19 @@ def students_of(config: RunConfig, teacher: ModelSpec, run: RunFolder | None = N
 
 
 def posed(config: RunConfig, teacher: ModelSpec) -> SearchProblem:
-    """The recipe's search.
+    """The recipe's search, with its latency table where a budget needs one.
 
     Raises:
-        SearchError: Rules contradict each other, or no shape fits.
+        SearchError: Rules contradict each other, no shape fits, or the table was timed for something else.
         SpecError: The teacher's layers differ in size.
     """
-    return pose(config, teacher)
+    deployment = config.target.deployment
+    if not {"prefill_ms", "decode_ms"} & set(config.target.budgets) or deployment.latency_table is None:
+        return pose(config, teacher)
+    device = deployment.device
+    if device is None:
+        from nemo_minitron.search.timing import device_name
+
+        device = device_name()
+    table = LatencyTable.load(Path(deployment.latency_table), Conditions.of(teacher, deployment, device))
+    return pose(config, teacher, table)
