@@ -10,26 +10,13 @@ import torch
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.source import open_checkpoint
 from nemo_minitron.config.load import load_recipe
-from nemo_minitron.errors import TrainingError
-from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.plan import PruningPlan
-from nemo_minitron.stages import search as module
-from tests.chain_jobs import merged, run_to, weights
+from tests.chain_jobs import weights
+from tests.ranks import run_on_ranks
+from tests.search_jobs import losses_of_cuts, run_with_failures, settings
 from tests.tiny import write_corpus, write_llama
 
 pytestmark = pytest.mark.slow
-
-NO_SIZES = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
-SEARCH = {
-    "space": {"num_layers": [2, 3, 4], "hidden_size": [32, 48, 64], "ffn_hidden_size": [32, 64, 96]},
-    "tolerance": 0.2,
-    "candidates": 5,
-    "samples": 4,
-    "rungs": [{"candidates": 3, "tokens": 512}, {"candidates": 2, "tokens": 1024}],
-    "seeds": 2,
-    "baselines": True,
-}
-FAILING = "L3-H48-"
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +27,13 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(**search):
-    return {"target": {**NO_SIZES, "ratio": 0.6}, "search": {**SEARCH, **search}}
-
-
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
     """A search in which one candidate fails, and that is cut off after the first trained one."""
     folder = tmp_path_factory.mktemp("search") / "run"
-    trained = module.trained_loss_of
-    count = [0]
-
-    def failing(source, *arguments, **named):
-        if count[0] == 1:
-            count[0] += 1
-            raise KeyboardInterrupt
-        count[0] += 1
-        if source.spec.hidden_size == 48 and source.spec.num_layers == 3:
-            raise TrainingError("this one cannot be trained")
-        return trained(source, *arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "trained_loss_of", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_to(folder, inputs, "prune", **settings())
-        lines = (folder / "stages/.search.partial/measured.jsonl").read_text().splitlines()
-        results = run_to(folder, inputs, "prune", **settings())
+    assert run_on_ranks(1, run_with_failures, folder, inputs, "prune", settings(), 1) == [None]
+    lines = (folder / "stages/.search.partial/measured.jsonl").read_text().splitlines()
+    [results] = run_on_ranks(1, run_with_failures, folder, inputs, "prune", settings(), None)
     return folder, results, len(lines)
 
 
@@ -88,7 +56,7 @@ def test_a_failing_candidate_keeps_its_reason(run):
     failed = results["search"]["failed"]
     assert failed == {name: "TrainingError: this one cannot be trained" for name in failed}
     assert failed
-    assert all(name.startswith(FAILING) for name in failed)
+    assert all(name.startswith("L3-H48-") for name in failed)
     assert results["search"]["winner"] not in failed
 
 
@@ -114,7 +82,7 @@ def test_the_recipe_of_the_winner_prunes_the_same_without_a_search(run, inputs, 
     recipe = load_recipe(folder / "stages/search/recipe.yaml")
     assert recipe.target.budgets == {}
     target = recipe.target.model_dump(mode="json")
-    run_to(tmp_path / "run", inputs, "prune", target=target)
+    run_on_ranks(1, run_with_failures, tmp_path / "run", inputs, "prune", {"target": target}, None)
     mine, other = weights(tmp_path / "run", "prune"), weights(folder, "prune")
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
@@ -123,45 +91,41 @@ def test_the_recipe_of_the_winner_prunes_the_same_without_a_search(run, inputs, 
 def test_layers_that_differ(inputs, tmp_path):
     """Silencing units gives the loss that cutting them gives, and the choice keeps to the budget."""
     layerwise = {"ffn_hidden_size": [1.0, 0.5], "num_query_groups": [1.0, 0.5], "samples": 4}
-    changes = settings(layerwise=layerwise, baselines=False, seeds=1, rungs=[{"candidates": 1, "tokens": 512}])
-    results = run_to(tmp_path / "run", inputs, "search", **changes, export={"formats": ["nemo"]})
+    rungs = [{"candidates": 1, "tokens": 512}]
+    changes = settings(layerwise=layerwise, baselines=False, seeds=1, rungs=rungs)
+    changes["export"] = {"formats": ["nemo"]}
+    [results] = run_on_ranks(1, run_with_failures, tmp_path / "run", inputs, "prune", changes, None)
     folder = tmp_path / "run/stages/search"
     data = json.loads((folder / "candidates.json").read_text())
     row = data["candidates"][-1]
     assert row["name"] == "layerwise"
     assert row["failed"] == ""
     assert row["params"] <= data["budgets"]["params"]
-    assert row["loss_rung1"] > 0
-    assert results["search"]["winner"] in (data["winner"], "layerwise")
-    check_block_losses(tmp_path / "run", inputs, json.loads((folder / "block_losses.json").read_text()), changes)
+    assert set(data["rungs"][1]["losses"]) == {data["rungs"][0]["order"][0], "layerwise"}
+    assert results["prune"]["parameters"] <= data["budgets"]["params"]
+    losses = json.loads((folder / "block_losses.json").read_text())
+    cuts = [(0, 1), (2, 2), (1, 3), (3, 4)]
+    assert losses["forms"][4] == {"dropped": True}
+    told = [(layer, losses["forms"][form]) for layer, form in cuts]
+    [expected] = run_on_ranks(1, losses_of_cuts, tmp_path / "run", inputs, changes, told)
+    found = [losses["base"] + losses["rise"][layer][form] for layer, form in cuts]
+    assert found == pytest.approx(expected, abs=2e-5)
 
 
-def check_block_losses(run: Path, inputs: Path, losses: dict, changes: dict) -> None:
-    """Cut one layer's neurons, another's groups, drop a third: each alone."""
-    from nemo_minitron.megatron import runtime
-    from nemo_minitron.pruning.build import build_plan_by_layer
-    from nemo_minitron.pruning.scores import Scores
-    from nemo_minitron.stages.race import loss_of
-
-    config = merged(inputs, **changes, export={"formats": ["nemo"]})
-    teacher = open_checkpoint(run / "stages/import/teacher")
-    scores = Scores.load(run / "stages/score/scores.safetensors")
-    forms = losses["forms"]
-    try:
-        for layer, form in ((0, 1), (2, 2), (1, 3), (3, 4)):
-            sizes = dict(enumerate(teacher.spec.layers))
-            if forms[form].get("dropped"):
-                del sizes[layer]
-            else:
-                before = sizes[layer]
-                groups = forms[form]["num_query_groups"]
-                sizes[layer] = type(before)(
-                    num_attention_heads=groups * before.num_attention_heads // before.num_query_groups,
-                    num_query_groups=groups,
-                    ffn_hidden_size=forms[form]["ffn_hidden_size"],
-                )
-            plan = build_plan_by_layer(scores, config.target, sizes, provenance={})
-            cut = loss_of(PrunedSource(teacher, plan), config, run / "stages/data")
-            assert losses["base"] + losses["rise"][layer][form] == pytest.approx(cut, abs=2e-5)
-    finally:
-        runtime.stop()
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
+def test_the_race_is_the_same_at_every_layout(run, inputs, tmp_path, parallel):
+    folder, *_ = run
+    changes = {**settings(), "parallel": parallel}
+    first, second = run_on_ranks(2, run_with_failures, tmp_path / "run", inputs, "search", changes, None)
+    assert first["search"] == second["search"]
+    mine, other = (
+        [json.loads(line) for line in (place / "stages/search/measured.jsonl").read_text().splitlines()]
+        for place in (folder, tmp_path / "run")
+    )
+    keys = ("candidate", "rung", "seed")
+    losses = [{tuple(row[key] for key in keys): row.get("loss") for row in rows} for rows in (mine, other)]
+    assert losses[0].keys() == losses[1].keys()
+    failed = [{key for key, loss in each.items() if loss is None} for each in losses]
+    assert failed[0] == failed[1]
+    measured = [{key: loss for key, loss in each.items() if loss is not None} for each in losses]
+    assert measured[1] == pytest.approx(measured[0], abs=2e-3)
