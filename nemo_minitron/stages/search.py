@@ -80,7 +80,7 @@ class _Search:
         self._scores = Scores.load(context.input("scores"))
         self._scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
         self._candidates = {candidate.name: candidate for candidate in problem.candidates}
-        self._text: CachedText | None = None
+        self._text = self._cached_text() if problem.trainings else None
         self._by_layer: PruningPlan | None = None
 
     def plan(self, name: str) -> PruningPlan:
@@ -111,25 +111,24 @@ class _Search:
             loss = loss_of(source, config, context.input("data"))
         else:
             training = self.problem.trainings[rung - 1]
-            loss = trained_loss_of(source, config, training, self._cached_text(), seed=seed)
+            assert self._text is not None, "there are rungs"
+            loss = trained_loss_of(source, config, training, self._text, seed=seed)
         where = "as pruned" if rung == 0 else f"rung {rung}" + (f", seed {seed}" if seed else "")
         context.reporter.line(f"          {name:<28} {where:<16} {loss:.4f} nats per token")
         return loss
 
     def _cached_text(self) -> CachedText:
         """The teacher's targets of the longest rung's samples, made once."""
-        if self._text is None:
-            context = self._context
-            longest = max(self.problem.trainings, key=lambda training: training.steps)
-            config = context.config.model_copy(update={"cache": context.config.search.cache, "distill": longest})
-            cache.run(replace(context, config=config))
-            self._text = CachedText(
-                folder=context.input("data"),
-                targets=context.out / "targets",
-                samples=longest.steps * longest.batch.global_batch_size,
-                order_seed=order_seed(context),
-            )
-        return self._text
+        context = self._context
+        longest = max(self.problem.trainings, key=lambda training: training.steps)
+        config = context.config.model_copy(update={"cache": context.config.search.cache, "distill": longest})
+        cache.run(replace(context, config=config))
+        return CachedText(
+            folder=context.input("data"),
+            targets=context.out / "targets",
+            samples=longest.steps * longest.batch.global_batch_size,
+            order_seed=order_seed(context),
+        )
 
 
 def _record(path: Path, rank: int) -> Record:
