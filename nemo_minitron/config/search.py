@@ -1,5 +1,6 @@
 """Settings of the search for the best architecture within a budget."""
 
+import re
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
@@ -171,8 +172,6 @@ def search_problems(search: SearchConfig, target: BudgetConfig, distill: Distill
         problems.append("search.rungs: tokens as fractions need distill.tokens; with distill.minutes give numbers")
     elif search.rungs:
         training = search.race_training(distill, 0)
-        problems += [
-            problem.replace("cache.", "search.cache.", 1) if problem.startswith("cache.") else problem
-            for problem in cache_problems(search.cache, training, 1)
-        ]
+        found = cache_problems(search.cache, training, 1)
+        problems += [re.sub(r"(?<![.\w])cache\.", "search.cache.", problem) for problem in found]
     return problems

@@ -77,18 +77,17 @@ def query_channels(spec: ModelSpec) -> int:
     return sum(layer.num_attention_heads for layer in spec.layers) * spec.head_dim
 
 
-def cached_channels(layers: int, groups: int, spec: ModelSpec, length: int) -> int:
-    """Numbers that one sequence has in the KV cache: keys and values of every layer and position.
+def cached_positions(layers: Any, spec: ModelSpec, length: int) -> tuple[Any, Any]:
+    """Positions that all layers together hold in the KV cache, of global and of local layers.
 
     Local layers hold the positions of their window. Which layers of a teacher that has both kinds will stay is not
     known before they are ranked; the count takes as many global ones as there are, which is the most it can be.
+
+    Args:
+        layers: Number of layers, an integer or an array.
+        spec: The teacher.
+        length: Tokens of a sequence.
     """
-    whole, windowed = cached_positions(layers, spec, length)
-    return 2 * groups * spec.head_dim * (whole + windowed)
-
-
-def cached_positions(layers: Any, spec: ModelSpec, length: int) -> tuple[Any, Any]:
-    """Positions that all layers together hold, of global and of local layers."""
     world = sum(not layer.local for layer in spec.layers)
     window = min(spec.sliding_window or length, length)
     return np.minimum(layers, world) * length, np.maximum(layers - world, 0) * window

@@ -223,7 +223,7 @@ def _nothing_fits(
     candidates = result.total - result.ruled_out
     if nearest.within is None:
         binding = [name for name, count in result.above.items() if count == candidates]
-        told = " and ".join(f"target.{name} = {describe(name, limits[name])}" for name in binding)
+        told = " and ".join(f"the budget {name} = {describe(name, limits[name])}" for name in binding)
         why = f"every shape is above {told}" if binding else "every shape is above one budget or another"
         assert nearest.above is not None
         _, sizes = nearest.above

@@ -136,8 +136,12 @@ class _Bench:
     def milliseconds(self, phase: str, part: str, point: Sequence[int]) -> float:
         """The shortest of several runs."""
         tokens = self._told.sequence_length if phase == "prefill" else 1
-        build = {"attention": self._attention, "mlp": self._mlp, "head": self._head}[part]
-        work = build(tokens, *point)
+        builders: dict[str, Callable[..., Callable[[], Tensor]]] = {
+            "attention": self._attention,
+            "mlp": self._mlp,
+            "head": self._head,
+        }
+        work = builders[part](tokens, *point)
         self._once(work)
         best, spent, runs = float("inf"), 0.0, 0
         while runs < _LEAST or (spent < _SECONDS and runs < _MOST):
@@ -153,7 +157,8 @@ class _Bench:
         return time.perf_counter() - start
 
     def _tensor(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self._device, dtype=self._dtype) / shape[-1] ** 0.5
+        scale: float = shape[-1] ** -0.5
+        return torch.randn(shape, device=self._device, dtype=self._dtype) * scale
 
     def _mlp(self, tokens: int, hidden: int, ffn: int) -> Callable[[], Tensor]:
         gated = self._told.gated
@@ -180,7 +185,7 @@ class _Bench:
 
         def work() -> Tensor:
             fused = F.linear(F.rms_norm(x, (hidden,), norm), qkv).view(batch, tokens, heads + 2 * groups, width)
-            query, key, value = fused.transpose(1, 2).split((heads, groups, groups), dim=1)
+            query, key, value = torch.split(fused.transpose(1, 2), (heads, groups, groups), dim=1)
             for place, new in zip(cache, (key, value), strict=True):
                 place[:, :, -tokens:] = new
             key, value = cache

@@ -120,62 +120,40 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
     )
     lesson = {"teacher": teacher} if config.cache is None else {"cache": f"{cache}/targets"}
     merging, searching = config.target.merge_layers, bool(config.target.budgets)
+    scored = {"model": model, "scores": f"{score}/scores.safetensors", "teacher": teacher}
+    working: dict[str, Any] = {"round": number, "collective": True, "saves_when_stopped": True}
     stages = [
         _stage(
             score,
             inputs={"model": model, "data": "data", **({"teacher": teacher} if merging else {})},
             sections=("score", "precision", *(("target", "steps") if merging else ())),
-            round=number,
-            collective=True,
-            saves_when_stopped=True,
-        ),
+            **working,
+        )
+    ]
+    if searching:
+        stages.append(
+            _stage("search", inputs={**scored, "data": "data"}, sections=_SEARCH_KEYS, round=number, collective=True)
+        )
+    stages.append(
         _stage(
             prune,
-            inputs={
-                "model": model,
-                "scores": f"{score}/scores.safetensors",
-                "teacher": teacher,
-                **({"plan": "search/plan.json"} if searching else {}),
-            },
+            inputs={**scored, **({"plan": "search/plan.json"} if searching else {})},
             sections=("target", "steps"),
             round=number,
-        ),
+        )
+    )
+    if config.cache is not None:
+        stages.append(
+            _stage(cache, inputs={"teacher": teacher, "data": "data"}, sections=_CACHE_KEYS, **working),
+        )
+    stages.append(
         _stage(
             distill,
             inputs={**lesson, "data": "data", "student": f"{prune}/student"},
             sections=("distill", "precision", "seed"),
-            round=number,
-            collective=True,
-            saves_when_stopped=True,
-        ),
-    ]
-    if config.cache is not None:
-        stages.insert(
-            -1,
-            _stage(
-                cache,
-                inputs={"teacher": teacher, "data": "data"},
-                sections=_CACHE_KEYS,
-                round=number,
-                collective=True,
-                saves_when_stopped=True,
-            ),
+            **working,
         )
-    if searching:
-        stages.insert(
-            1,
-            _stage(
-                "search",
-                inputs={
-                    "model": model,
-                    "scores": f"{score}/scores.safetensors",
-                    "teacher": teacher,
-                    "data": "data",
-                },
-                sections=_SEARCH_KEYS,
-                collective=True,
-            ),
-        )
+    )
     return stages
 
 

@@ -122,7 +122,7 @@ def test_a_budget_that_nothing_fits_ends_before_any_work(tiny, tmp_path):
     _, overrides = tiny
     done = invoke("run", "tiny/tiny_cpu", *overrides, "target.params=10K", "--run-dir", tmp_path / "run")
     assert done.exit_code == 2
-    assert "every shape is above target.params = 10 K" in done.output
+    assert "every shape is above the budget params = 10 K" in done.output
     assert "the nearest is L2-H32-F64-A8-G4" in done.output
     assert not list(tmp_path.iterdir())
 

@@ -122,7 +122,7 @@ def test_nothing_fits_says_which_budget_binds_and_the_nearest_shape():
     with pytest.raises(SearchError) as caught:
         found(target={"params": "10M", "kv_cache": "1GB"})
     text = str(caught.value)
-    assert "every shape is above target.params = 10 M" in text
+    assert "every shape is above the budget params = 10 M" in text
     assert "the nearest is L16-H320-F768-A3-G1" in text
     smallest = parameter_count(resized(smollm2(), (16, 320, 768, 3, 1)))
     assert f"it needs params {smallest / 1e6:.4g} M" in text
