@@ -21,12 +21,13 @@ def latency(
 ) -> None:
     """Time layers of several sizes on this device, so that a search can keep to a latency."""
     with reported(debug=debug):
+        from nemo_minitron.callbacks.reporter import Reporter
         from nemo_minitron.cli import preflight
         from nemo_minitron.cli.job import Job
         from nemo_minitron.errors import ConfigError
         from nemo_minitron.search.latency import Conditions
         from nemo_minitron.search.space import make_space
-        from nemo_minitron.search.timing import TIMED, device_name, grid_of, time_table
+        from nemo_minitron.search.timing import TIMED, device_name, grid_of, points_of, time_table
         from nemo_minitron.stages.run_folder import RunFolder
 
         job = Job(recipe=recipe, overrides=overrides or [])
@@ -42,7 +43,9 @@ def latency(
             raise ConfigError(recipe, problems)
         space = make_space(config.search, config.target, teacher, config.parallel)
         conditions = Conditions.of(teacher, deployment, device_name())
-        table = time_table(conditions, grid_of(space))
+        grid = grid_of(space)
+        with Reporter().progress("latency", len(points_of(grid)), unit="points") as shown:
+            table = time_table(conditions, grid, timed=shown.advance)
         table.save(output)
         error = table.error
         print(

@@ -59,7 +59,7 @@ def time_table(
     grid: dict[str, list[int]],
     *,
     heldout: int = 12,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    timed: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
     """Time every point of the grid, then shapes between them to see how far interpolation is off.
 
@@ -67,16 +67,13 @@ def time_table(
         conditions: What for; the device is this one.
         grid: See `LatencyTable`.
         heldout: Shapes of each part and phase that the error is measured on.
-        progress: Called with points done and points in all.
+        timed: Called after each of `points_of(grid)`.
     """
     bench = _Bench(conditions)
-    plan = [
-        (phase, part, point) for phase in PHASES for part in PARTS for point in product(*_axes(part, grid).values())
-    ]
     found: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
-    for done, (phase, part, point) in enumerate(plan):
+    for phase, part, point in points_of(grid):
         found[phase].setdefault(part, []).append(bench.milliseconds(phase, part, point))
-        progress(done + 1, len(plan))
+        timed()
     for phase, part in product(PHASES, PARTS):
         shape = [len(points) for points in _axes(part, grid).values()]
         found[phase][part] = torch.tensor(found[phase][part], dtype=torch.float64).view(shape).tolist()
@@ -84,6 +81,13 @@ def time_table(
     return LatencyTable(
         conditions=conditions, grid=grid, milliseconds=found, error=heldout_error(table, bench.milliseconds, heldout)
     )
+
+
+def points_of(grid: dict[str, list[int]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Everything that a table times: phase, part, and sizes."""
+    return [
+        (phase, part, point) for phase in PHASES for part in PARTS for point in product(*_axes(part, grid).values())
+    ]
 
 
 def heldout_error(
@@ -185,7 +189,7 @@ class _Bench:
 
         def work() -> Tensor:
             fused = F.linear(F.rms_norm(x, (hidden,), norm), qkv).view(batch, tokens, heads + 2 * groups, width)
-            query, key, value = torch.split(fused.transpose(1, 2), (heads, groups, groups), dim=1)
+            query, key, value = torch.split(fused.transpose(1, 2), [heads, groups, groups], dim=1)
             for place, new in zip(cache, (key, value), strict=True):
                 place[:, :, -tokens:] = new
             key, value = cache
