@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli import checkpoint, plan, scores
+from nemo_minitron.cli import checkpoint, latency, plan, scores
 from nemo_minitron.cli.failures import reported
 from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
@@ -142,6 +142,7 @@ for _name, _title in TITLES.items():
 
 app.command(rich_help_panel=AROUND)(checkpoint.convert)
 app.command(rich_help_panel=AROUND)(checkpoint.inspect)
+app.command(rich_help_panel=AROUND)(latency.latency)
 app.add_typer(plan.app, name="plan", rich_help_panel=AROUND)
 app.add_typer(scores.app, name="scores", rich_help_panel=AROUND)
 

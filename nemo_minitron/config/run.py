@@ -7,10 +7,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import DEFAULT_SEED, Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.blend import Blend
+from nemo_minitron.config.budget import BudgetConfig
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.search import SearchConfig, search_problems
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
 from nemo_minitron.config.tuning import TuneConfig
@@ -137,8 +139,11 @@ class MultipleOf(Section):
     num_query_groups: Count = 1
 
 
-class TargetConfig(Section):
-    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's."""
+class TargetConfig(BudgetConfig):
+    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's.
+
+    With a budget (`params: 100M`, `ratio: 0.75`) instead, None leaves the size to stage `search`.
+    """
 
     num_layers: Size | None = None
     """Layers to keep; those that are worth least by `depth_metric` go."""
@@ -224,6 +229,8 @@ class RunConfig(Section):
     """Fine-tune the teacher first; `{}` for the defaults, nothing to leave it as it is."""
     score: ScoreConfig = ScoreConfig()
     target: TargetConfig = TargetConfig()
+    search: SearchConfig = SearchConfig()
+    """How sizes are found that keep to the budgets of `target`, where it has any."""
     distill: DistillConfig = DistillConfig()
     cache: CacheConfig | None = None
     """Distil from stored targets instead of a teacher in memory; `{}` for the defaults, nothing for the teacher."""
@@ -259,6 +266,15 @@ class RunConfig(Section):
                 "each sample over ranks, and attention that stops inside of it cannot be split; set parallel.context=1 "
                 f"or {'tune' if packed else 'data'}.reset_attention_mask=false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _search_has_what_it_needs(self) -> Self:
+        problems = search_problems(self.search, self.target, self.distill, self.steps)
+        if self.target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
+            problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")

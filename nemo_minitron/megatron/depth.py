@@ -34,7 +34,7 @@ WHOLE: Block = (-1, 0)
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """One model chunk of this rank."""
 
     model: MinitronGPT
@@ -73,7 +73,7 @@ class LayerSkipper:
         self._begins = {first for first, _ in blocks}
         ranges = chunk_layers(spec.num_layers, runtime.parallel)
         places = range(runtime.pp_rank, len(ranges), runtime.parallel.pipeline)
-        self._parts = [_Part(unwrap(c), place, ranges[place], {}) for c, place in zip(chunks, places, strict=True)]
+        self._parts = [Part(unwrap(c), place, ranges[place], {}) for c, place in zip(chunks, places, strict=True)]
         self._last = len(ranges) - 1
         self._documents: PackedSeqParams | None = None
         """Of the micro-batch that is on its way."""
@@ -132,7 +132,7 @@ class LayerSkipper:
                 remedy="check that the weights were loaded; score in bf16 or fp32, not fp16",
             )
 
-    def _input(self, part: _Part, block: Block, local: MicroBatch) -> Tensor | None:
+    def _input(self, part: Part, block: Block, local: MicroBatch) -> Tensor | None:
         """The states a chunk goes on from; None if the block begins there, where the whole model's states are kept."""
         if block[0] in part.layers:
             return None
@@ -141,7 +141,7 @@ class LayerSkipper:
         embedded: Tensor = part.model._preprocess(input_ids=local.tokens, position_ids=local.position_ids)[0]
         return embedded
 
-    def _run(self, part: _Part, index: int, received: Tensor | None, rotary: Tensor) -> Tensor:
+    def _run(self, part: Part, index: int, received: Tensor | None, rotary: Tensor) -> Tensor:
         """A chunk's output for one choice of layers."""
         block = self._blocks[index]
         x_SBH = part.states[block[0]] if received is None else received
@@ -154,7 +154,7 @@ class LayerSkipper:
                 self._keep(part, number + 1, output)
         return output
 
-    def _keep(self, part: _Part, number: int, x_SBH: Tensor) -> None:
+    def _keep(self, part: Part, number: int, x_SBH: Tensor) -> None:
         """Hold on to the states before a layer of the chunk, if a block begins there."""
         if number in part.layers and number in self._begins:
             part.states[number] = x_SBH

@@ -153,7 +153,8 @@ class ChatDataModule(TokenDataModule):
 
     def _files(self) -> dict[str, Any]:
         digest = hashlib.sha256((self.folder / INFO_NAME).read_bytes()).hexdigest()
-        return {"data": digest[:_DIGITS], "samples": "conversations", "pack": self.settings.pack}
+        packed = {name: getattr(self.settings, name) for name in ("pack", "reset_attention_mask")}
+        return {"data": digest[:_DIGITS], "samples": "conversations", **packed}
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the order of an epoch does not depend on how many there are."""

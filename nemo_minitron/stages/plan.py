@@ -60,6 +60,8 @@ def select(
 def _unknown(name: str, names: list[str]) -> str:
     section = {"correct": "correct", "chat": "tune", "tune": "tune", "cache": "cache"}.get(name)
     asked = f"; the recipe has no section `{section}:`" if section else ""
+    if name == "search":
+        asked = "; the recipe's target has no budget, as target.ratio=0.75 or target.params=100M"
     return f"no stage {name!r}{asked}; stages: {', '.join(names)}"
 
 
