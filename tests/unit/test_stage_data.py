@@ -134,7 +134,7 @@ def test_progress_has_tokens_a_second(teacher, corpus, tmp_path, monkeypatch):
 def test_changed_sources_are_told_when_the_stage_is_skipped(teacher, corpus, tmp_path):
     run(data, teacher, tmp_path / "out", f"data.sources={corpus}")
     config = load_recipe(RECIPE, [f"model.source={teacher}", f"data.sources={corpus}"])
-    folder = SimpleNamespace(world_size=1, share=lambda job: None, stage=lambda name: tmp_path / "out")
+    folder = SimpleNamespace(stage=lambda name: tmp_path / "out")
     assert sources.changed(config, folder) == []
     (corpus / "b.txt").write_text("other")
     (told,) = sources.changed(config, folder)
