@@ -129,7 +129,7 @@ def _make(job: ShardJob, workers: int, missing: Iterator[Unit], done: Done) -> i
 
     first = list(islice(missing, 2))
     if workers < 2 or len(first) < 2:
-        for unit in (*first, *missing):
+        for unit in chain(first, missing):
             counted(unit, make_shard(job, unit))
     else:
         _in_processes(job, workers, chain(first, missing), counted)

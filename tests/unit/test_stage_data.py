@@ -52,7 +52,9 @@ def run(stage, teacher: Path, out: Path, *overrides: str) -> tuple[dict, str]:
     config = load_recipe(RECIPE, [f"model.source={teacher}", *overrides])
     stream = io.StringIO()
     reporter = Reporter(stream=stream, terminal=False)
-    context = SimpleNamespace(config=config, out=out, input=lambda role: teacher, reporter=reporter)
+    context = SimpleNamespace(
+        world_size=1, share=lambda job: None, config=config, out=out, input=lambda role: teacher, reporter=reporter
+    )
     out.mkdir(parents=True, exist_ok=True)
     return stage.run(context), stream.getvalue()
 
