@@ -33,7 +33,7 @@ REFUSED: dict[str, Any] = {
     **{"freeze_embeddings": True, "teacher_precision": "fp32", "teacher_fp8": True},
     **{f"ramp_to.{name}": 0.5 for name in ("kd_weight", "lm_weight", "hidden_weight", "temperature")},
     **{"sources": ["other.jsonl"], "prompt_key": "p", "answer_key": "a", "validation_fraction": 0.1},
-    **{"too_long": "leave_out", "pack": True},
+    **{"too_long": "leave_out", "pack": True, "reset_attention_mask": False},
 }
 TOGETHER = ("minutes", "hidden.layers", "hidden.embedding", "hidden.kind", "hidden.balance", "hidden.projection")
 """Refused too: none of these can be changed alone."""
