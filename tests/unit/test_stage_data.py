@@ -100,7 +100,7 @@ def test_above_the_limit_it_stops_and_writes_nothing(teacher, corpus, tmp_path):
 
 def test_an_attempt_that_was_cut_off_is_taken_up(teacher, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "PART_BYTES", 4000)
-    keys = (f"data.sources={corpus}",)
+    keys = (f"data.sources={corpus}", "data.workers=1")  # what is replaced below, other processes do not see
     expected, _ = run(data, teacher, tmp_path / "undisturbed", *keys)
     made: list[int] = []
 
