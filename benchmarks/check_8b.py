@@ -43,7 +43,7 @@ def check(folder: Path) -> dict[str, float]:
     """The job: states of one folder under both implementations, and how far apart their logits are."""
     import torch
 
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
     from nemo_minitron.config.parallel import ParallelConfig
     from nemo_minitron.evaluation.difference import largest_difference
     from nemo_minitron.evaluation.states import megatron_states, transformers_states

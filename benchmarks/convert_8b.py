@@ -18,7 +18,7 @@ from benchmarks.copying import copy_past_the_cache, copy_seconds, job_seconds, n
 from benchmarks.synthetic_llama import SyntheticSource, llama_8b
 from nemo_minitron.checkpoints.hf import write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 
 WRITERS = {"hf": write_hf, "torch_dist": write_folder}
 

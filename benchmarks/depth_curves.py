@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.evaluation.perplexity import Perplexity, perplexity
@@ -69,12 +70,10 @@ def draw(scores: Scores, kept: Sequence[int], folder: Path) -> None:
     spec = scores.spec
     importance = Importance(
         block_influence=scores.block_influence().numpy(),
-        hidden=scores.hidden().numpy(),
-        ffn=(),
-        heads=(),
+        hidden=scores.importance(Axis.HIDDEN).numpy(),
+        units={},
         kept_hidden=tuple(range(spec.hidden_size)),
-        kept_ffn={layer: () for layer in kept},
-        kept_heads={},
+        kept={layer: {} for layer in kept},
         depth=depth_curves(scores.depth),
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.build import build_chunks
@@ -32,11 +32,10 @@ from nemo_minitron.parallel.label_scores import label_scores
 from nemo_minitron.pruning.depth import candidate_blocks
 
 SMOLLM2_135M = ModelSpec(
-    family="llama",
     vocab_size=49152,
     hidden_size=576,
     head_dim=64,
-    layers=(LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
+    layers=(transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
     max_position_embeddings=8192,
     tied_embeddings=True,
 )

@@ -42,7 +42,7 @@ from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.collectives import identity_fwd_sum_bwd, sum_fwd_identity_bwd
 from nemo_minitron.parallel.fused_linear import WORKSPACE
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
-from nemo_minitron.parallel.vocab import mask_padding, vocab_divergence
+from tests.oracles.vocab import mask_padding, vocab_divergence
 
 IMPLEMENTATIONS = ("fused", "dense", "modelopt")
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.transformers_step import Objective, TransformersStep
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config import distillation
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
@@ -38,11 +38,10 @@ from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.models.losses import DistillationLoss, LanguageModelLoss
 
 TEACHER = ModelSpec(
-    family="llama",
     vocab_size=49152,
     hidden_size=576,
     head_dim=64,
-    layers=(LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
+    layers=(transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
     max_position_embeddings=8192,
     rotary_base=100000.0,
     tied_embeddings=True,

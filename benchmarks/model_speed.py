@@ -14,17 +14,16 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.build import build_chunks, torch_dtype
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=49152,
     hidden_size=576,
     head_dim=64,
-    layers=(LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
+    layers=(transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
     max_position_embeddings=8192,
     rotary_base=100000.0,
     tied_embeddings=True,

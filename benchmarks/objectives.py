@@ -22,7 +22,8 @@ import torch
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.nemo1 import write_folder
-from nemo_minitron.checkpoints.source import TensorSource, names_of, open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource, names_of
 
 RECIPE = "recipes/smollm2/demo.yaml"
 
@@ -62,6 +63,7 @@ class RandomSource:
     def __init__(self, like: TensorSource, seed: int) -> None:
         self._like = like
         self._generator = torch.Generator().manual_seed(seed)
+        self.family = like.family
         self.lineage = {**like.lineage, "random": seed}
 
     @property

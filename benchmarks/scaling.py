@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
@@ -120,7 +120,7 @@ class Step:
 def jobs() -> tuple[Job, ...]:
     """Both, with the widths of the Llama-3.1-Minitron-4B-Width recipe, and the same shares of the large one's."""
     small = read_architecture(ROOT / "recipes/llama3/llama31_8b.json")
-    layer = LayerSpec(num_attention_heads=64, num_query_groups=8, ffn_hidden_size=28672)
+    layer = transformer_layer(num_attention_heads=64, num_query_groups=8, ffn_hidden_size=28672)
     large = replace(small, hidden_size=8192, layers=(layer,) * 80)
     return (
         Job("8B", small, small.with_sizes(hidden_size=3072, ffn_hidden_size=9216), 1),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec, RopeScaling
+from nemo_minitron.arch.spec import ModelSpec, RopeScaling, transformer_layer
 from nemo_minitron.arch.weights import weight_named, weights
 from nemo_minitron.checkpoints.hf import write_hf
 
@@ -24,9 +24,8 @@ _STEP = 7_368_787  # a prime, so that every tensor begins at another place of th
 
 def llama_8b(layers: int = 32) -> ModelSpec:
     """Llama-3.1-8B, cut to its first `layers`."""
-    layer = LayerSpec(num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336)
+    layer = transformer_layer(num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336)
     return ModelSpec(
-        family="llama",
         vocab_size=128256,
         hidden_size=4096,
         head_dim=128,
@@ -41,6 +40,7 @@ class SyntheticSource:
     """Numbers in the shapes of a model, made when they are asked for."""
 
     dtype = torch.bfloat16
+    family = "llama"
     lineage: dict[str, Any] = {"base_model": "synthetic", "license": None, "format": "synthetic"}  # noqa: RUF012
 
     def __init__(self, spec: ModelSpec, seed: int = 1234) -> None:

@@ -105,10 +105,10 @@ def llama_config(spec: ModelSpec) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        intermediate_size=layer.ffn_hidden_size,
+        intermediate_size=layer.mlp.ffn_hidden_size,
         num_hidden_layers=spec.num_layers,
-        num_attention_heads=layer.num_attention_heads,
-        num_key_value_heads=layer.num_query_groups,
+        num_attention_heads=layer.attention.num_attention_heads,
+        num_key_value_heads=layer.attention.num_query_groups,
         head_dim=spec.head_dim,
         rms_norm_eps=spec.norm_eps,
         max_position_embeddings=spec.max_position_embeddings,

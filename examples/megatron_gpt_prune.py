@@ -18,7 +18,7 @@ from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
 from nemo_minitron import ImportanceCallback, MegatronGPTModel, MegatronStrategy, PruningCallback, Scores
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.scripts import PruningSection
 from nemo_minitron.models.data import CalibrationDataModule
 from nemo_minitron.models.scripts import Script, calibration_script, reported_errors

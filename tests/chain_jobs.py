@@ -56,6 +56,7 @@ def merged(inputs: Path, **changes: Any):
 
 def weights(run: Path, stage: str = "distill", folder: str = "student") -> dict[str, Any]:
     """The tensors that a stage has left."""
-    from nemo_minitron.checkpoints.source import open_checkpoint, stream
+    from nemo_minitron.checkpoints.open import open_checkpoint
+    from nemo_minitron.checkpoints.source import stream
 
     return dict(stream(open_checkpoint(run / "stages" / stage / folder)))

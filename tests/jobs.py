@@ -93,7 +93,7 @@ def prepare(folder: Path, changes: dict[str, Any] | None = None) -> None:
     """`hf/` and `corpus/` to `teacher/`, `data/` and `student/`, by the functions the stages are made of."""
     from nemo_minitron.callbacks.importance import ImportanceCallback
     from nemo_minitron.checkpoints.nemo1 import write_folder
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
     from nemo_minitron.data.documents import read_documents
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.megatron.data import write_token_files

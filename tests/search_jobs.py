@@ -74,7 +74,7 @@ def losses_of_cuts(
         changes: Sections of the recipe.
         cuts: A layer, and its form as `block_losses.json` tells it.
     """
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
     from nemo_minitron.megatron import runtime
     from nemo_minitron.pruning.apply import PrunedSource
     from nemo_minitron.pruning.build import build_plan_by_layer

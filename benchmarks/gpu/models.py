@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.bench import Bench
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import optim, runtime
@@ -19,11 +19,10 @@ from nemo_minitron.megatron.runtime import Runtime
 
 VOCABULARY = 1024
 SMALL = ModelSpec(
-    family="llama",
     vocab_size=VOCABULARY,
     hidden_size=256,
     head_dim=64,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=512),) * 4,
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=512),) * 4,
     max_position_embeddings=512,
     tied_embeddings=True,
 )
@@ -33,11 +32,10 @@ TINY = SMALL.with_sizes(num_layers=2, ffn_hidden_size=128)
 def llama(*, layers: int, hidden: int, ffn: int, heads: int, vocabulary: int = 128256) -> ModelSpec:
     """A model of Llama 3.1's shape with untied embeddings."""
     return ModelSpec(
-        family="llama",
         vocab_size=vocabulary,
         hidden_size=hidden,
         head_dim=128,
-        layers=(LayerSpec(num_attention_heads=heads, num_query_groups=8, ffn_hidden_size=ffn),) * layers,
+        layers=(transformer_layer(num_attention_heads=heads, num_query_groups=8, ffn_hidden_size=ffn),) * layers,
         max_position_embeddings=8192,
         rotary_base=500000.0,
         tied_embeddings=False,

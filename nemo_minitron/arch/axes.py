@@ -1,5 +1,10 @@
-"""The words of the weight table: which axis a dimension belongs to, and how its rows are packed."""
+"""The axes of an architecture, the table of those that can be cut, and the sites where their units are measured.
 
+Scores, sizes, rounds, plans, their validation and comparison, dry runs and reports iterate over `PRUNABLE` and name no
+axis. A new axis is a row here, its sites, and the rows of its weights in `arch.weights`.
+"""
+
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -17,7 +22,7 @@ class Axis(StrEnum):
     KV_GROUP = "kv_group"
     """Key/value heads of a layer, each with its query heads."""
     LAYER = "layer"
-    """Whole transformer layers."""
+    """Complete transformer layers."""
     HEAD_CHANNEL = "head_channel"
     """Channels inside one head; never pruned, present so that per-head norms have an axis."""
 
@@ -31,3 +36,170 @@ class Packing(StrEnum):
     """Grouped by KV head: for each group its query heads, then its key head, then its value head."""
     GATE_UP = "gate_up"
     """All gate rows, then all up rows."""
+
+
+class Scope(StrEnum):
+    """How many index sets an axis has."""
+
+    MODEL = "model"
+    """One."""
+    LAYER = "layer"
+    """One for each layer that has the axis."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """A place in a layer whose activations rank the units of an axis.
+
+    Attributes:
+        name: In score files.
+        axis: The axis whose units its channels belong to.
+        part: The part of a layer that it belongs to, `mixer` or `feed_forward`.
+        is_split: Whether tensor-parallel ranks hold different channels of it; otherwise all of them hold all.
+        where: What is measured there.
+    """
+
+    name: str
+    axis: Axis
+    part: str
+    is_split: bool
+    where: str
+
+
+SITES: tuple[Site, ...] = (
+    Site(
+        name="hidden.attention",
+        axis=Axis.HIDDEN,
+        part="mixer",
+        is_split=False,
+        where="output of the norm before attention",
+    ),
+    Site(
+        name="hidden.mlp",
+        axis=Axis.HIDDEN,
+        part="feed_forward",
+        is_split=False,
+        where="output of the norm before the MLP",
+    ),
+    Site(name="ffn", axis=Axis.FFN, part="feed_forward", is_split=True, where="input of mlp.linear_fc2"),
+    Site(name="head", axis=Axis.HEAD, part="mixer", is_split=True, where="input of self_attention.linear_proj"),
+)
+"""Of a layer, in the order of a score file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrunableAxis:
+    """An axis that can be cut.
+
+    Attributes:
+        axis: Its name in the weight table.
+        scope: Whether the model has one index set for it, or each layer one.
+        size: Where its size stands: a field of the spec, or of a layer's mixer or feed-forward. It is also its key
+            under a recipe's `target` and `target.multiple_of`.
+        plan: Key of the kept indices in a plan.
+        label: What tables call its size.
+        unit: What messages call one of its units; the plural adds an s.
+        divided_by: Key of a recipe's `parallel` that divides it over ranks; "" for none.
+        within: The axis each of whose units holds equally many of this one's, so that only units of a kept one stay.
+        sums: The axis whose scores inside a unit add up to the unit's score. Such an axis has no sites.
+        is_head: Whether a unit is `head_dim` channels, whose L2 norm is the unit's score.
+        mixes: Key, in a plan, of units that take on what dropped ones differ by (`pruning.mixes`); "" where that
+            cannot be.
+    """
+
+    axis: Axis
+    scope: Scope
+    size: str
+    plan: str
+    label: str
+    unit: str
+    divided_by: str = ""
+    within: Axis | None = None
+    sums: Axis | None = None
+    is_head: bool = False
+    mixes: str = ""
+
+    @property
+    def units(self) -> str:
+        """The plural of `unit`."""
+        return f"{self.unit}s"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where its units are measured; what they show there is added up."""
+        return tuple(site for site in SITES if site.axis is self.axis)
+
+
+PRUNABLE: tuple[PrunableAxis, ...] = (
+    PrunableAxis(
+        axis=Axis.LAYER,
+        scope=Scope.MODEL,
+        size="num_layers",
+        plan="layers",
+        label="layers",
+        unit="layer",
+        divided_by="pipeline",
+    ),
+    PrunableAxis(
+        axis=Axis.HIDDEN, scope=Scope.MODEL, size="hidden_size", plan="hidden", label="hidden size", unit="channel"
+    ),
+    PrunableAxis(
+        axis=Axis.KV_GROUP,
+        scope=Scope.LAYER,
+        size="num_query_groups",
+        plan="kv_groups",
+        label="KV groups",
+        unit="KV group",
+        divided_by="tensor",
+        sums=Axis.HEAD,
+        mixes="merged_groups",
+    ),
+    PrunableAxis(
+        axis=Axis.HEAD,
+        scope=Scope.LAYER,
+        size="num_attention_heads",
+        plan="heads",
+        label="query heads",
+        unit="head",
+        divided_by="tensor",
+        within=Axis.KV_GROUP,
+        is_head=True,
+        mixes="merged_heads",
+    ),
+    PrunableAxis(
+        axis=Axis.FFN,
+        scope=Scope.LAYER,
+        size="ffn_hidden_size",
+        plan="ffn",
+        label="FFN size",
+        unit="neuron",
+        divided_by="tensor",
+    ),
+)
+"""Every axis that can be cut, in the order in which sizes are decided: an axis comes after the one it lies within."""
+
+MODEL_AXES: tuple[PrunableAxis, ...] = tuple(row for row in PRUNABLE if row.scope is Scope.MODEL)
+"""Axes of which the model has one index set."""
+LAYER_AXES: tuple[PrunableAxis, ...] = tuple(row for row in PRUNABLE if row.scope is Scope.LAYER)
+"""Axes of which every layer has its own index set."""
+
+_BY_AXIS = {row.axis: row for row in PRUNABLE}
+
+
+def row_of(axis: Axis) -> PrunableAxis:
+    """The row of an axis that can be cut.
+
+    Raises:
+        KeyError: It cannot.
+    """
+    return _BY_AXIS[axis]
+
+
+def is_prunable(axis: Axis) -> bool:
+    """Whether an axis can be cut."""
+    return axis in _BY_AXIS
+
+
+def outer_axis(row: PrunableAxis) -> PrunableAxis | None:
+    """The row of the axis that an axis lies within."""
+    return None if row.within is None else _BY_AXIS[row.within]

@@ -1,44 +1,65 @@
 """An architecture in the words of NeMo 2, Megatron-Bridge and Megatron-LM, and back. Plain data, no Megatron.
 
 NeMo 2 and Bridge store the fields of Megatron-Core's `TransformerConfig` and a few beside; Megatron-LM stores its
-command line. Both are translated to and from NeMo-1's keys, so that `nemo_config.py` alone decides what an architecture
-is.
+command line. Both are translated to and from the spec.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from nemo_minitron.arch import nemo_config as nemo1
-from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, AnyScaling, LinearScaling, ModelSpec, RopeScaling, YarnScaling
+from nemo_minitron.arch.settings import (
+    has_plain_layers,
+    settings_in,
+    shared_size,
+    spec_from_settings,
+    vocab_divisor,
+    vocabulary,
+    window_of,
+)
+from nemo_minitron.arch.spec import Activation, LinearScaling, ModelSpec, Norm, RopeScaling, YarnScaling
 from nemo_minitron.errors import SpecError
 
-# Field of TransformerConfig, or of the model class beside it, to NeMo-1's key, where at most the name differs.
-_SAME: dict[str, str] = {
+# Fields of TransformerConfig, and of the model class beside it, by the names of `arch.settings`.
+_FIELDS: dict[str, str] = {
     **{name: name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
-    **{name: name for name in ("num_query_groups", "kv_channels", "layernorm_epsilon", "qk_layernorm")},
-    **{name: name for name in ("position_embedding_type", "rotary_base", "seq_len_interpolation_factor")},
-    **{name: name for name in ("share_embeddings_and_output_weights", "window_size", "layernorm_zero_centered_gamma")},
-    **{name: name for name in ("make_vocab_size_divisible_by", "num_moe_experts", "rotary_interleaved")},
-    "add_bias_linear": "bias",
-    "add_qkv_bias": "qkv_bias",
-    "rotary_percent": "rotary_percentage",
-    "seq_length": "max_position_embeddings",
+    "num_query_groups": "num_query_groups",
+    "head_dim": "kv_channels",
+    "norm_eps": "layernorm_epsilon",
+    "qk_norm": "qk_layernorm",
+    "position_embedding": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "linear_factor": "seq_len_interpolation_factor",
+    "tied_embeddings": "share_embeddings_and_output_weights",
+    "window": "window_size",
+    "zero_centred_norm": "layernorm_zero_centered_gamma",
+    "vocab_divisor": "make_vocab_size_divisible_by",
+    "experts": "num_moe_experts",
+    "rotary_interleaved": "rotary_interleaved",
+    "linear_bias": "add_bias_linear",
+    "qkv_bias": "add_qkv_bias",
+    "rotary_percent": "rotary_percent",
+    "max_position_embeddings": "seq_length",
 }
+# Arguments of Megatron-LM, likewise.
 _ARGS: dict[str, str] = {
-    **{name: name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")},
-    **{name: name for name in ("qk_layernorm", "max_position_embeddings", "position_embedding_type", "rotary_base")},
-    **{name: name for name in ("window_size", "make_vocab_size_divisible_by", "rotary_interleaved")},
-    "norm_epsilon": "layernorm_epsilon",
-    "add_bias_linear": "bias",
-    "add_qkv_bias": "qkv_bias",
-    "rotary_percent": "rotary_percentage",
-    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
-    "num_experts": "num_moe_experts",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    **{name: name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
+    "head_dim": "kv_channels",
+    "qk_norm": "qk_layernorm",
+    "max_position_embeddings": "max_position_embeddings",
+    "position_embedding": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "window": "window_size",
+    "vocab_divisor": "make_vocab_size_divisible_by",
+    "rotary_interleaved": "rotary_interleaved",
+    "norm_eps": "norm_epsilon",
+    "linear_bias": "add_bias_linear",
+    "qkv_bias": "add_qkv_bias",
+    "rotary_percent": "rotary_percent",
+    "linear_factor": "rotary_seq_len_interpolation_factor",
+    "experts": "num_experts",
+    "zero_centred_norm": "apply_layernorm_1p",
 }
-_NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm", "layernorm1p": "LayerNorm"}
+_GROUPS = "num_query_groups"  # an argument that counts only beside another
 _FUNCTIONS = {
     Activation.SWIGLU: "torch.nn.functional.silu",
     Activation.GEGLU: "torch.nn.functional.gelu",
@@ -46,14 +67,14 @@ _FUNCTIONS = {
     Activation.GELU: "torch.nn.functional.gelu",
     Activation.SQUARED_RELU: "nemo.collections.llm.fn.activation.squared_relu",
 }
-# Last part of a function's name, gated or not, to NeMo-1's `activation` and `openai_gelu`.
+# Last part of a function's name, gated or not.
 _FUNCTIONS_READ = {
-    ("silu", True): ("fast-swiglu", False),
-    ("gelu", True): ("fast-geglu", False),
-    ("openai_gelu", True): ("fast-geglu", True),
-    ("fast_gelu", True): ("fast-geglu", True),
-    ("gelu", False): ("gelu", False),
-    ("squared_relu", False): ("squared-relu", False),
+    ("silu", True): Activation.SWIGLU,
+    ("gelu", True): Activation.GEGLU,
+    ("openai_gelu", True): Activation.GEGLU_TANH,
+    ("fast_gelu", True): Activation.GEGLU_TANH,
+    ("gelu", False): Activation.GELU,
+    ("squared_relu", False): Activation.SQUARED_RELU,
 }
 # Settings that change what a model computes and have no counterpart in NeMo-1's keys, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -83,15 +104,15 @@ _SCALE_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context
 
 def transformer_fields(spec: ModelSpec) -> dict[str, Any]:
     """Fields of `TransformerConfig` and of the model around it, `activation_func` by name. See `says_all`."""
-    keys = nemo_config(spec)
-    fields = {field: keys[key] for field, key in _SAME.items() if key in keys}
+    settings = _settings(spec)
+    fields = {field: settings[name] for name, field in _FIELDS.items() if name in settings}
     fields |= {
-        "normalization": _NORMS[keys["normalization"]],
+        "normalization": _norm_kind(spec),
         "layernorm_zero_centered_gamma": spec.norm.zero_centred,
         "activation_func": _FUNCTIONS[spec.activation],
         "gated_linear_unit": spec.activation.gated,
         "vocab_size": spec.vocab_size,
-        "window_size": keys.get("window_size"),
+        "window_size": window_of(spec),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "apply_rope_fusion": False,  # NeMo 2's classes switch it on; without Transformer Engine they refuse it
@@ -99,9 +120,39 @@ def transformer_fields(spec: ModelSpec) -> dict[str, Any]:
     return fields
 
 
+def _settings(spec: ModelSpec) -> dict[str, Any]:
+    """The settings of `arch.settings` that hold for every model, and the window where there is one."""
+    linear = spec.rope_scaling.factor if isinstance(spec.rope_scaling, LinearScaling) else None
+    window = window_of(spec)
+    sizes = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    return {
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        **{name: shared_size(spec, name) for name in sizes},
+        "head_dim": spec.head_dim,
+        "norm_eps": spec.norm_eps,
+        "qk_norm": spec.qk_norm,
+        "position_embedding": "rope",
+        "rotary_base": spec.rotary_base,
+        "linear_factor": linear,
+        "tied_embeddings": spec.tied_embeddings,
+        **({} if window is None else {"window": window}),
+        "zero_centred_norm": spec.norm.zero_centred,
+        "vocab_divisor": vocab_divisor(spec.vocab_size),
+        "linear_bias": spec.linear_bias,
+        "qkv_bias": spec.qkv_bias,
+        "rotary_percent": spec.rotary_percent,
+        "max_position_embeddings": spec.max_position_embeddings,
+    }
+
+
+def _norm_kind(spec: ModelSpec) -> str:
+    return "LayerNorm" if spec.norm.subtracts_mean else "RMSNorm"
+
+
 def says_all(spec: ModelSpec) -> bool:
     """Whether those fields, with `rope_fields`, describe all that the model computes."""
-    return nemo1.says_all(replace(spec, rope_scaling=None)) and not isinstance(spec.rope_scaling, YarnScaling)
+    return has_plain_layers(spec) and not isinstance(spec.rope_scaling, YarnScaling)
 
 
 def rope_fields(spec: ModelSpec) -> dict[str, Any]:
@@ -163,34 +214,38 @@ def spec_from_transformer_fields(fields: Mapping[str, Any], *, vocab_rows: int, 
     if (name, gated) not in _FUNCTIONS_READ:
         kind = "gated " if gated else ""
         raise SpecError(f"{where}: activation_func = {kind}{name[:60]!r} is not supported")
-    activation, openai = _FUNCTIONS_READ[name, gated]
-    keys = {key: fields[field] for field, key in _SAME.items() if fields.get(field) is not None}
-    keys |= {"activation": activation, "openai_gelu": openai, "normalization": _norm(fields, where)}
-    keys["apply_embedding_scaling"] = "Gemma" in str(fields.get("_target_", ""))
-    keys.setdefault("position_embedding_type", "learned_absolute")
-    keys.setdefault("share_embeddings_and_output_weights", True)
-    spec = _spec(keys, _vocabulary(fields, vocab_rows, where), where)
-    return replace(spec, rope_scaling=_one_scaling(spec, _scaling(fields), where))
+    found = settings_in(_stated(fields), _FIELDS)
+    found["scaled_embeddings"] = "Gemma" in str(fields.get("_target_", ""))
+    return spec_from_settings(
+        found,
+        _FIELDS,
+        where=where,
+        vocab_size=vocabulary(fields.get("vocab_size"), "vocab_size", vocab_rows, where=where),
+        activation=_FUNCTIONS_READ[name, gated],
+        norm=_norm(fields, where),
+        rope_scaling=_scaling(fields),
+    )
 
 
 def megatron_args(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
     """Megatron-LM's arguments of an architecture."""
-    keys = nemo_config(spec)
-    args = {arg: keys[key] for arg, key in _ARGS.items() if key in keys}
-    grouped = len({(layer.num_attention_heads, layer.num_query_groups) for layer in spec.layers}) == 1
+    settings = _settings(spec)
+    args = {arg: settings[name] for name, arg in _ARGS.items() if name in settings}
+    attention = {layer.mixer and tuple(layer.mixer.sizes.values()) for layer in spec.layers}
+    grouped = len(attention) == 1 and settings[_GROUPS] != settings["num_attention_heads"]
     args |= {
         "encoder_seq_length": spec.max_position_embeddings,
         "seq_length": spec.max_position_embeddings,
-        "num_query_groups": keys["num_query_groups"],
-        "group_query_attention": grouped and keys["num_query_groups"] != keys["num_attention_heads"],
-        "normalization": _NORMS[keys["normalization"]],
+        "num_query_groups": settings[_GROUPS],
+        "group_query_attention": grouped,
+        "normalization": _norm_kind(spec),
         "apply_layernorm_1p": spec.norm.zero_centred,
         "swiglu": spec.activation is Activation.SWIGLU,
         "squared_relu": spec.activation is Activation.SQUARED_RELU,
         "use_rotary_position_embeddings": True,
         "use_rope_scaling": isinstance(spec.rope_scaling, RopeScaling),
         "rope_scaling_factor": spec.rope_scaling.factor if isinstance(spec.rope_scaling, RopeScaling) else 8.0,
-        "rotary_seq_len_interpolation_factor": keys["seq_len_interpolation_factor"],
+        "rotary_seq_len_interpolation_factor": settings["linear_factor"],
         "untie_embeddings_and_output_weights": not spec.tied_embeddings,
         "vocab_size": spec.vocab_size,
         "padded_vocab_size": spec.vocab_size,
@@ -212,60 +267,41 @@ def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> M
         SpecError: An argument is missing or a setting is not supported.
     """
     _refuse(args, where)
-    keys = {key: args[arg] for arg, key in _ARGS.items() if args.get(arg) is not None}
+    found, keys = settings_in(_stated(args), _ARGS), _ARGS | {"num_query_groups": _GROUPS}
     if args.get("group_query_attention"):
-        keys["num_query_groups"] = args.get("num_query_groups", _ONE_GROUP)
-    if not args.get("swiglu") and not args.get("squared_relu") and args.get("openai_gelu"):
+        found["num_query_groups"] = args.get(_GROUPS, _ONE_GROUP)
+    activation = Activation.SWIGLU if args.get("swiglu") else Activation.GELU
+    if activation is Activation.GELU and args.get("squared_relu"):
+        activation = Activation.SQUARED_RELU
+    if activation is Activation.GELU and args.get("openai_gelu"):
         raise SpecError(f"{where}: openai_gelu is not supported")
-    keys["activation"] = "fast-swiglu" if args.get("swiglu") else "squared-relu" if args.get("squared_relu") else "gelu"
-    keys["normalization"] = _norm({**args, "layernorm_zero_centered_gamma": args.get("apply_layernorm_1p")}, where)
-    keys["share_embeddings_and_output_weights"] = not args.get("untie_embeddings_and_output_weights", False)
+    found["tied_embeddings"] = not args.get("untie_embeddings_and_output_weights", False)
     if args.get("use_rotary_position_embeddings"):
-        keys["position_embedding_type"] = "rope"
-    keys.setdefault("position_embedding_type", "learned_absolute")
-    spec = _spec(keys, _vocabulary(args, vocab_rows, where), where)
+        found["position_embedding"] = "rope"
     factor = float(args.get("rope_scaling_factor") or 8.0)
-    scaling = RopeScaling(factor=factor) if args.get("use_rope_scaling") else None
-    return replace(spec, rope_scaling=_one_scaling(spec, scaling, where))
+    return spec_from_settings(
+        found,
+        keys,
+        where=where,
+        vocab_size=vocabulary(args.get("vocab_size"), "vocab_size", vocab_rows, where=where),
+        activation=activation,
+        norm=_norm({**args, "layernorm_zero_centered_gamma": args.get("apply_layernorm_1p")}, where),
+        rope_scaling=RopeScaling(factor=factor) if args.get("use_rope_scaling") else None,
+    )
 
 
-def _vocabulary(fields: Mapping[str, Any], rows: int, where: str) -> int:
-    """Tokens of the model: rows beyond them are padding, and there are never fewer."""
-    found = fields.get("vocab_size")
-    if found is None:
-        return rows
-    if type(found) is not int or not 0 < found <= rows:
-        raise SpecError(
-            f"{where}: vocab_size = {str(found)[:40]}, but the word embedding has {rows} rows",
-            rule="a row for every token, and padding behind them",
-        )
-    return found
+def _stated(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that are not null, which here is as good as absent."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _one_scaling(spec: ModelSpec, llama: RopeScaling | None, where: str) -> AnyScaling | None:
-    if llama is not None and isinstance(spec.rope_scaling, LinearScaling):
-        raise SpecError(
-            f"{where}: linear interpolation by {spec.rope_scaling.factor:g} and Llama 3's scaling at once",
-            rule="one scaling of rotary positions",
-        )
-    return llama or spec.rope_scaling
-
-
-def _spec(keys: Mapping[str, Any], vocab_size: int, where: str) -> ModelSpec:
-    try:
-        return spec_from_nemo_config(keys, vocab_size=vocab_size)
-    except SpecError as error:
-        what = error.what.replace("model_config.yaml", where)
-        raise SpecError(what, rule=error.rule, remedy=error.remedy) from error
-
-
-def _norm(fields: Mapping[str, Any], where: str) -> str:
+def _norm(fields: Mapping[str, Any], where: str) -> Norm:
     kind = fields.get("normalization") or "LayerNorm"
     zero_centred = bool(fields.get("layernorm_zero_centered_gamma"))
     if kind == "RMSNorm":
-        return "rmsnorm"  # with layernorm_zero_centered_gamma where that is set
+        return Norm.RMSNORM1P if zero_centred else Norm.RMSNORM
     if kind == "LayerNorm":
-        return "layernorm1p" if zero_centred else "layernorm"
+        return Norm.LAYERNORM1P if zero_centred else Norm.LAYERNORM
     raise SpecError(f"{where}: normalization = {str(kind)[:60]!r} is not supported", rule="RMSNorm or LayerNorm")
 
 

@@ -3,10 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.arch.families import with_family
-from nemo_minitron.arch.spec import Activation, LayerSpec, LinearScaling, ModelSpec, Norm, RopeScaling
+from nemo_minitron.arch.families import nearest_family
+from nemo_minitron.arch.settings import (
+    check_window,
+    has_plain_layers,
+    settings_in,
+    shared_size,
+    spec_from_settings,
+    vocab_divisor,
+    vocabulary,
+    window_of,
+)
+from nemo_minitron.arch.spec import Activation, LinearScaling, ModelSpec, Norm, RopeScaling
 from nemo_minitron.errors import SpecError
 
+_WHERE = "model_config.yaml"
 LEGACY_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 """The class that NeMo-1 era tools look for; our own reader never resolves it."""
 
@@ -37,26 +48,35 @@ _NORMS = {
     Norm.LAYERNORM: "layernorm",
     Norm.LAYERNORM1P: "layernorm1p",
 }
-_SIZES = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("max_position_embeddings", "encoder_seq_length"),
-)
-_FLAGS = (
-    *("layernorm_zero_centered_gamma", "openai_gelu", "apply_embedding_scaling", "bias", "qkv_bias", "qk_layernorm"),
-    *("scale_positional_embedding", "share_embeddings_and_output_weights"),
-)
-_NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percentage")
-# What NeMo-1 assumes where a key is absent, where that is not what we support.
-_NEMO_DEFAULTS = {"position_embedding_type": "learned_absolute"}
+KEYS = {
+    **{name: name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
+    **{name: name for name in ("num_query_groups", "max_position_embeddings", "rotary_base", "qkv_bias")},
+    "head_dim": "kv_channels",
+    "other_positions": "encoder_seq_length",
+    "norm_eps": "layernorm_epsilon",
+    "zero_centred_norm": "layernorm_zero_centered_gamma",
+    "rotary_percent": "rotary_percentage",
+    "rotary_interleaved": "rotary_interleaved",
+    "linear_factor": "seq_len_interpolation_factor",
+    "position_embedding": "position_embedding_type",
+    "window": "window_size",
+    "experts": "num_moe_experts",
+    "linear_bias": "bias",
+    "qk_norm": "qk_layernorm",
+    "scaled_embeddings": "apply_embedding_scaling",
+    "tied_embeddings": "share_embeddings_and_output_weights",
+}
+"""NeMo 1's keys by the names of `arch.settings`."""
+_OTHER_FLAGS = ("openai_gelu", "scale_positional_embedding")
 _CHANGED_BY_TRAINING = ("encoder_seq_length", "make_vocab_size_divisible_by")
 # NeMo-1 knows one rotary scaling, with these constants built in.
 _LLAMA_31_SCALING = RopeScaling(factor=8.0)
-_LARGEST_VOCAB_DIVISOR = 128
 
 
 def nemo_config(
     spec: ModelSpec,
     *,
+    family: str | None = None,
     precision: str = "bf16",
     tokenizer: Mapping[str, Any] | None = None,
     minitron: Mapping[str, Any] | None = None,
@@ -65,6 +85,7 @@ def nemo_config(
 
     Args:
         spec: The architecture; stored whole under `minitron.spec`, so that nothing is lost.
+        family: Key of `arch.families`; None for the nearest one.
         precision: NeMo's `precision` key: "bf16" or "32".
         tokenizer: NeMo's `tokenizer` section.
         minitron: More data for our own section (lineage, artifact names). Everything of ours sits under this one
@@ -85,32 +106,26 @@ def nemo_config(
         **_FIXED,
         "precision": precision,
         "tokenizer": dict(tokenizer or {}),
-        "minitron": {"spec": spec.to_dict(), **(minitron or {})},
+        "minitron": {"spec": spec.to_dict(), "family": family or nearest_family(spec), **(minitron or {})},
         "target": LEGACY_TARGET,
     }
 
 
 def says_all(spec: ModelSpec) -> bool:
     """Whether NeMo-1's own keys describe a model without `minitron.spec`."""
-    mixed = len({layer.local for layer in spec.layers}) > 1
     scaling = spec.rope_scaling in (None, _LLAMA_31_SCALING) or isinstance(spec.rope_scaling, LinearScaling)
-    return spec.is_uniform and scaling and not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base)
+    return scaling and has_plain_layers(spec)
 
 
 def _architecture_keys(spec: ModelSpec) -> dict[str, Any]:
-    def shared(name: str) -> int | None:
-        """A size that all layers have; None makes a reader that knows only uniform models stop, not guess."""
-        values = {getattr(layer, name) for layer in spec.layers}
-        return int(values.pop()) if len(values) == 1 else None
-
     return {
         "encoder_seq_length": spec.max_position_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
-        "ffn_hidden_size": shared("ffn_hidden_size"),
-        "num_attention_heads": shared("num_attention_heads"),
-        "num_query_groups": shared("num_query_groups"),
+        "ffn_hidden_size": shared_size(spec, "ffn_hidden_size"),
+        "num_attention_heads": shared_size(spec, "num_attention_heads"),
+        "num_query_groups": shared_size(spec, "num_query_groups"),
         "kv_channels": spec.head_dim,
         "normalization": _NORMS[spec.norm],
         "layernorm_zero_centered_gamma": spec.norm.zero_centred,
@@ -125,13 +140,13 @@ def _architecture_keys(spec: ModelSpec) -> dict[str, Any]:
         "rotary_percentage": spec.rotary_percent,
         "rotary_base": spec.rotary_base,
         # Positions to the left of a query, and to its right; absent where every position is seen.
-        **({"window_size": [spec.sliding_window - 1, 0]} if spec.sliding_window and spec.layers[0].local else {}),
+        **({"window_size": window} if (window := window_of(spec)) is not None else {}),
         "seq_len_interpolation_factor": linear.factor
         if isinstance(linear := spec.rope_scaling, LinearScaling)
         else None,
         "scale_positional_embedding": spec.rope_scaling == _LLAMA_31_SCALING,
         "share_embeddings_and_output_weights": spec.tied_embeddings,
-        "make_vocab_size_divisible_by": _vocab_divisor(spec.vocab_size),
+        "make_vocab_size_divisible_by": vocab_divisor(spec.vocab_size),
         "override_vocab_size": spec.vocab_size,
     }
 
@@ -194,7 +209,7 @@ def spec_from_nemo_config(config: Mapping[str, Any], *, vocab_size: int | None =
         raise SpecError(f"model_config.yaml: minitron.spec = {str(recorded)[:40]}", rule="a mapping, as we write it")
     if recorded is None:
         return _from_nemo_keys(config, vocab_size)
-    _refuse({key: value for key, value in config.items() if key != "name"}, defaults={})
+    _refuse({key: value for key, value in config.items() if key != "name"})
     spec = ModelSpec.from_dict(dict(recorded))
     for key, expected in _architecture_keys(spec).items():
         if key in config and key not in _CHANGED_BY_TRAINING and config[key] != expected:
@@ -214,58 +229,25 @@ def lineage_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_nemo_keys(config: Mapping[str, Any], vocab_size: int | None) -> ModelSpec:
     _refuse(config)
-    _check_numbers(config)
+    for key in _OTHER_FLAGS:
+        if config.get(key) not in (None, True, False):
+            raise SpecError(f"{_WHERE}: {key} = {str(config[key])[:40]}", rule="true or false")
     try:
-        heads = config["num_attention_heads"]
-        window = config.get("window_size")
-        layer = LayerSpec(
-            num_attention_heads=heads,
-            num_query_groups=heads if config.get("num_query_groups") is None else config["num_query_groups"],
-            ffn_hidden_size=config["ffn_hidden_size"],
-            local=window is not None,
+        return spec_from_settings(
+            settings_in(config, KEYS),
+            KEYS,
+            where=_WHERE,
+            vocab_size=vocabulary(config.get("override_vocab_size"), "override_vocab_size", vocab_size, where=_WHERE),
+            activation=_activation(config),
+            norm=_norm(config),
+            rope_scaling=_LLAMA_31_SCALING if config.get("scale_positional_embedding") else None,
         )
-        vocabulary = config.get("override_vocab_size")
-        if vocab_size is None and vocabulary is not None and (type(vocabulary) is not int or vocabulary < 1):
-            raise SpecError(f"model_config.yaml: override_vocab_size = {vocabulary}", rule="a positive integer")
-        if vocabulary is None:
-            vocabulary = vocab_size
-        if vocabulary is None:
-            raise SpecError("model_config.yaml: override_vocab_size is missing, and no weights say the vocabulary")
-        if vocab_size is not None and (type(vocabulary) is not int or not 0 < vocabulary <= vocab_size):
-            raise SpecError(
-                f"model_config.yaml: override_vocab_size = {vocabulary}, but the word embedding has {vocab_size} rows",
-                rule="a row for every token, and padding behind them",
-            )
-        return with_family(
-            ModelSpec(
-                family="",
-                vocab_size=vocabulary,
-                hidden_size=config["hidden_size"],
-                head_dim=config["hidden_size"] // heads if config.get("kv_channels") is None else config["kv_channels"],
-                layers=(layer,) * config["num_layers"],
-                max_position_embeddings=_positions(config),
-                activation=_activation(config),
-                norm=_norm(config),
-                norm_eps=float(config.get("layernorm_epsilon", 1e-5)),
-                rotary_base=float(config.get("rotary_base", 10000.0)),
-                rotary_percent=float(config.get("rotary_percentage", 1.0)),
-                rope_scaling=_scaling(config),
-                tied_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
-                qkv_bias=bool(config.get("qkv_bias", False)),
-                qk_norm=bool(config.get("qk_layernorm", False)),
-                linear_bias=bool(config.get("bias", True)),
-                scaled_embeddings=bool(config.get("apply_embedding_scaling", False)),
-                sliding_window=None if window is None else window[0] + 1,
-            )
-        )
-    except KeyError as error:
-        raise SpecError(f"model_config.yaml: key {error} is missing") from error
     except (TypeError, ValueError) as error:
-        raise SpecError(f"model_config.yaml: {error}") from error
+        raise SpecError(f"{_WHERE}: {error}") from error
 
 
-def _refuse(config: Mapping[str, Any], *, defaults: Mapping[str, Any] = _NEMO_DEFAULTS) -> None:
-    """Settings that change what a model computes and that nothing here computes.
+def _refuse(config: Mapping[str, Any]) -> None:
+    """Settings without counterpart in a spec that change what a model computes.
 
     Raises:
         SpecError: There is one; names it.
@@ -283,52 +265,11 @@ def _refuse(config: Mapping[str, Any], *, defaults: Mapping[str, Any] = _NEMO_DE
         "mcore_customization_config": (),
     }
     for key, values in supported.items():
-        found = config.get(key, defaults.get(key))
+        found = config.get(key)
         if not (found is None or found in values if values else not found):
             rule = " or ".join(map(repr, values)) if values else "absent"
-            raise SpecError(f"model_config.yaml: {key} = {found!r} is not supported", rule=rule)
-    window = config.get("window_size")
-    is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(type(each) is int for each in window)
-    if window is not None and not (is_pair and window[0] >= 0 and window[1] == 0):
-        raise SpecError(f"model_config.yaml: window_size = {window} is not supported", rule="[positions, 0]")
-
-
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    """Raise SpecError with the name of a size that is no positive integer, or of a number or flag that is none."""
-    for key in _FLAGS:
-        if config.get(key) not in (None, True, False):
-            raise SpecError(f"model_config.yaml: {key} = {str(config[key])[:40]}", rule="true or false")
-    for key in _SIZES:
-        value = config.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise SpecError(f"model_config.yaml: {key} = {str(value)[:40]}", rule="a positive integer")
-    for key in _NUMBERS:
-        try:
-            is_positive = float(config.get(key, 1.0)) > 0
-        except (TypeError, ValueError):
-            is_positive = False
-        if not is_positive:
-            raise SpecError(f"model_config.yaml: {key} = {str(config[key])[:40]}", rule="a positive number")
-
-
-def _positions(config: Mapping[str, Any]) -> Any:
-    for key in ("max_position_embeddings", "encoder_seq_length"):
-        if config.get(key) is not None:
-            return config[key]
-    raise SpecError(
-        "model_config.yaml: max_position_embeddings is missing",
-        rule="max_position_embeddings, or encoder_seq_length (seq_length in NeMo 2) in its place",
-    )
-
-
-def _scaling(config: Mapping[str, Any]) -> RopeScaling | LinearScaling | None:
-    factor, llama = config.get("seq_len_interpolation_factor"), config.get("scale_positional_embedding")
-    if factor is not None and (type(factor) not in (int, float) or factor <= 0 or llama):
-        raise SpecError(
-            f"model_config.yaml: seq_len_interpolation_factor = {str(factor)[:40]}",
-            rule="a positive number, without scale_positional_embedding",
-        )
-    return _LLAMA_31_SCALING if llama else LinearScaling(factor=float(factor)) if factor is not None else None
+            raise SpecError(f"{_WHERE}: {key} = {found!r} is not supported", rule=rule)
+    check_window(config.get("window_size"), KEYS, where=_WHERE)
 
 
 def _activation(config: Mapping[str, Any]) -> Activation:
@@ -351,8 +292,3 @@ def _norm(config: Mapping[str, Any]) -> Norm:
     if not config.get("layernorm_zero_centered_gamma"):
         return found
     return Norm.RMSNORM1P if found is Norm.RMSNORM else Norm.LAYERNORM1P
-
-
-def _vocab_divisor(vocab_size: int) -> int:
-    """Largest power of two up to 128 that divides the vocabulary, so that one rank pads nothing."""
-    return min(vocab_size & -vocab_size, _LARGEST_VOCAB_DIVISOR)

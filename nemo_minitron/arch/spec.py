@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, Scope, outer_axis
 from nemo_minitron.errors import SpecError
 
 
@@ -89,19 +90,123 @@ AnyScaling = RopeScaling | LinearScaling | YarnScaling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerSpec:
-    """Sizes of one transformer layer (attention, then MLP), and how far it looks back."""
+class Attention:
+    """A mixer: causal attention with grouped queries."""
 
     num_attention_heads: int
     num_query_groups: int
-    ffn_hidden_size: int
     local: bool = False
     """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Query heads, KV groups and FFN neurons."""
-        return self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their fields."""
+        return {"num_attention_heads": self.num_attention_heads, "num_query_groups": self.num_query_groups}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mlp:
+    """A feed-forward: two matrices with an activation between them."""
+
+    ffn_hidden_size: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their fields."""
+        return {"ffn_hidden_size": self.ffn_hidden_size}
+
+
+Mixer = Attention
+"""What exchanges information between positions."""
+FeedForward = Mlp
+"""What transforms each position."""
+_Part = TypeVar("_Part", Attention, Mlp)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """One layer: a mixer, then a feed-forward; each reads and writes the residual stream, and either may be absent."""
+
+    mixer: Mixer | None
+    feed_forward: FeedForward | None
+
+    @property
+    def parts(self) -> tuple[Mixer | FeedForward, ...]:
+        """The mixer and the feed-forward, as far as there are any."""
+        return tuple(part for part in (self.mixer, self.feed_forward) if part is not None)
+
+    @property
+    def attention(self) -> Attention:
+        """The mixer, of a layer that has attention.
+
+        Raises:
+            SpecError: It has none.
+        """
+        if not isinstance(self.mixer, Attention):
+            raise SpecError("a layer has no attention", rule="this step needs attention in every layer")
+        return self.mixer
+
+    @property
+    def mlp(self) -> Mlp:
+        """The feed-forward, of a layer that has an MLP.
+
+        Raises:
+            SpecError: It has none.
+        """
+        if not isinstance(self.feed_forward, Mlp):
+            raise SpecError("a layer has no MLP", rule="this step needs an MLP in every layer")
+        return self.feed_forward
+
+    @property
+    def local(self) -> bool:
+        """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
+        return isinstance(self.mixer, Attention) and self.mixer.local
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every size of the layer by the name of its field."""
+        return {name: size for part in self.parts for name, size in part.sizes.items()}
+
+    def size(self, row: PrunableAxis) -> int:
+        """Units of an axis; 0 for an axis that the layer does not have."""
+        return self.sizes.get(row.size, 0)
+
+    def with_sizes(self, **sizes: int) -> "LayerSpec":
+        """A copy with other sizes, by the names of `sizes`.
+
+        Raises:
+            SpecError: The layer has no such size.
+        """
+        if unknown := sorted(set(sizes) - set(self.sizes)):
+            raise SpecError(f"a layer has no {', '.join(unknown)}")
+        return LayerSpec(mixer=_resized(self.mixer, sizes), feed_forward=_resized(self.feed_forward, sizes))
+
+    def looking_back(self, *, local: bool) -> "LayerSpec":
+        """A copy whose attention is local, or is not."""
+        return replace(self, mixer=replace(self.attention, local=local))
+
+    def on_rank(self, tensor: int) -> "RankSizes":
+        """What one of `tensor` ranks holds; 0 for what the layer does not have."""
+        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+        return RankSizes(*(self.sizes.get(name, 0) // tensor for name in names))
+
+
+class RankSizes(NamedTuple):
+    """What a tensor-parallel rank holds of a layer."""
+
+    heads: int
+    groups: int
+    neurons: int
+
+
+def transformer_layer(
+    *, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int, local: bool = False
+) -> LayerSpec:
+    """A layer of attention and an MLP."""
+    return LayerSpec(
+        mixer=Attention(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, local=local),
+        feed_forward=Mlp(ffn_hidden_size=ffn_hidden_size),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +216,6 @@ class ModelSpec:
     `head_dim` never changes under pruning and is not `hidden_size / num_attention_heads` in a pruned model.
     """
 
-    family: str
-    """Key of `nemo_minitron.arch.families`."""
     vocab_size: int
     hidden_size: int
     head_dim: int
@@ -144,7 +247,7 @@ class ModelSpec:
         problems = list(_problems(self))
         if problems:
             raise SpecError(
-                f"architecture ({self.family}): " + "; ".join(problems),
+                "architecture: " + "; ".join(problems),
                 rule="every size is positive and fits the others",
             )
 
@@ -161,10 +264,23 @@ class ModelSpec:
         """How many transformer layers there are."""
         return len(self.layers)
 
+    def size(self, row: PrunableAxis, layer: int | None = None) -> int:
+        """Units of an axis in the model or, for an axis of layers, in one of its layers; 0 where there are none."""
+        if row.scope is Scope.MODEL:
+            return int(getattr(self, row.size))
+        if layer is None:
+            raise AssertionError(f"{row.axis} is an axis of layers")
+        return self.layers[layer].size(row)
+
+    def query_channels(self, layers: Iterable[int] | None = None) -> int:
+        """Channels of all query heads of some layers, or of all of them."""
+        chosen = range(self.num_layers) if layers is None else layers
+        return sum(self.layers[index].on_rank(1).heads for index in chosen) * self.head_dim
+
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
-        return len({layer.sizes for layer in self.layers}) == 1
+        return len({tuple(layer.sizes.items()) for layer in self.layers}) == 1
 
     @property
     def layer(self) -> LayerSpec:
@@ -195,12 +311,12 @@ class ModelSpec:
             "num_attention_heads": num_attention_heads,
             "num_query_groups": num_query_groups,
         }
-        wanted: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+        wanted = {key: value for key, value in sizes.items() if value is not None}
         layers = self.layers if num_layers is None else (self.layers * num_layers)[:num_layers]
         return replace(
             self,
             hidden_size=self.hidden_size if hidden_size is None else hidden_size,
-            layers=tuple(replace(layer, **wanted) for layer in layers),
+            layers=tuple(layer.with_sizes(**wanted) for layer in layers),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,16 +338,18 @@ class ModelSpec:
     def from_dict(cls, data: dict[str, Any]) -> "ModelSpec":
         """Read back what `to_dict` wrote.
 
+        Older data also named a family of models (`families.recorded_family`); what is computed does not depend on it.
+
         Raises:
             SpecError: A key is missing or unknown, or a value does not fit.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(data) - known):
+        if unknown := sorted(set(data) - known - {"family"}):
             raise SpecError(
                 f"architecture: unknown key(s) {', '.join(unknown)}",
                 rule=f"known keys: {', '.join(sorted(known))}",
             )
-        values = dict(data)
+        values = {key: value for key, value in data.items() if key != "family"}
         try:
             values["layers"] = _layers_from(values["layers"])
             values["activation"] = Activation(values.get("activation", Activation.SWIGLU))
@@ -251,8 +369,37 @@ class ModelSpec:
 _TRAITS = ("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base")
 
 
+_PARTS = ("mixer", "feed_forward")
+
+
+def _resized(part: _Part | None, sizes: Mapping[str, int]) -> _Part | None:
+    if part is None:
+        return None
+    changes: dict[str, Any] = {name: size for name, size in sizes.items() if name in part.sizes}
+    return replace(part, **changes)
+
+
 def _layer_data(layer: LayerSpec) -> dict[str, Any]:
-    return {key: value for key, value in asdict(layer).items() if key != "local" or value}
+    """The fields of a layer's parts side by side, since their names tell which part they belong to; null for none."""
+    absent = {name: None for name in _PARTS if getattr(layer, name) is None}
+    return {**layer.sizes, **absent, **({"local": True} if layer.local else {})}
+
+
+def _layer_from(data: Mapping[str, Any]) -> LayerSpec:
+    left = dict(data)
+    layer = LayerSpec(mixer=_part_from(Attention, "mixer", left), feed_forward=_part_from(Mlp, "feed_forward", left))
+    if left:
+        raise TypeError(f"a layer has no {', '.join(sorted(left))}")
+    return layer
+
+
+def _part_from(kind: type[_Part], name: str, left: dict[str, Any]) -> _Part | None:
+    """A part of a layer, whose fields are taken out of the data."""
+    if name in left:
+        if (found := left.pop(name)) is not None:
+            raise TypeError(f"a layer's {name} is {str(found)[:40]!r}, not null")
+        return None
+    return kind(**{field.name: left.pop(field.name) for field in fields(kind) if field.name in left})
 
 
 # Llama 3.1's has no name in the data: it was the only one.
@@ -268,17 +415,17 @@ def _scaling_from(data: dict[str, Any]) -> AnyScaling:
     return scaling
 
 
-_MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 """More are a damaged file, and a list of them could fill the memory."""
 
 
 def _layers_from(data: Any) -> tuple[LayerSpec, ...]:
     if isinstance(data, dict):
         sizes = {key: value for key, value in data.items() if key != "count"}
-        if type(data["count"]) is not int or not 0 <= data["count"] <= _MOST_LAYERS:
-            raise ValueError(f"layers.count = {str(data['count'])[:40]} is not a number up to {_MOST_LAYERS}")
-        return (LayerSpec(**sizes),) * data["count"]
-    return tuple(LayerSpec(**item) for item in data)
+        if type(data["count"]) is not int or not 0 <= data["count"] <= MAX_LAYERS:
+            raise ValueError(f"layers.count = {str(data['count'])[:40]} is not a number up to {MAX_LAYERS}")
+        return (_layer_from(sizes),) * data["count"]
+    return tuple(_layer_from(item) for item in data)
 
 
 def _problems(spec: ModelSpec) -> Iterator[str]:
@@ -290,10 +437,16 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
     if not spec.layers:
         yield "zero layers; at least 1 must stay"
     for index, layer in enumerate(spec.layers):
-        if min(layer.num_attention_heads, layer.num_query_groups, layer.ffn_hidden_size) < 1:
+        if not layer.parts:
+            yield f"layer {index} has neither a mixer nor a feed-forward"
+        elif min(layer.sizes.values()) < 1:
             yield f"layer {index}: heads, KV groups and FFN must each be at least 1"
-        elif layer.num_attention_heads % layer.num_query_groups:
-            yield (
-                f"layer {index}: num_attention_heads = {layer.num_attention_heads} "
-                f"is not a multiple of num_query_groups = {layer.num_query_groups}"
-            )
+        else:
+            yield from (f"layer {index}: {problem}" for problem in _nesting_problems(layer))
+
+
+def _nesting_problems(layer: LayerSpec) -> Iterator[str]:
+    for row in LAYER_AXES:
+        size, outer = layer.size(row), outer_axis(row)
+        if outer is not None and size and size % layer.size(outer):
+            yield f"{row.size} = {size} is not a multiple of {outer.size} = {layer.size(outer)}"

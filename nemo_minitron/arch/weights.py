@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import Attention, FeedForward, LayerSpec, Mixer, Mlp, ModelSpec
 
 LAYER_PREFIX = "decoder.layers.{i}."
 
@@ -27,12 +27,20 @@ class WeightRow:
     axes: tuple[Axis, ...]
     packing: Packing = Packing.PLAIN
     tensor_parallel_dim: int | None = None
-    present: Callable[[ModelSpec], bool] = lambda spec: True
+    part: type[Mixer | FeedForward] | None = None
+    """The kind of mixer or feed-forward that it belongs to; None for a weight outside the layers."""
+    when: Callable[[ModelSpec], bool] = lambda spec: True
+    """Whether models with such traits have it."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has one."""
-        return "{i}" in self.name
+        """Whether it belongs to a layer."""
+        return self.part is not None
+
+    def present(self, spec: ModelSpec, layer: LayerSpec | None = None) -> bool:
+        """Whether a model has it; for a weight of layers, whether that layer of the model has it."""
+        has_part = self.part is None or (layer is not None and any(isinstance(p, self.part) for p in layer.parts))
+        return has_part and self.when(spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,65 +74,91 @@ _MLP = LAYER_PREFIX + "mlp."
 
 ROWS: tuple[WeightRow, ...] = (
     WeightRow(name="embedding.word_embeddings.weight", axes=(Axis.VOCAB, Axis.HIDDEN), tensor_parallel_dim=0),
-    WeightRow(name=_ATTENTION + "linear_qkv.layer_norm_weight", axes=(Axis.HIDDEN,)),
-    WeightRow(name=_ATTENTION + "linear_qkv.layer_norm_bias", axes=(Axis.HIDDEN,), present=_biased_norm),
+    WeightRow(name=_ATTENTION + "linear_qkv.layer_norm_weight", part=Attention, axes=(Axis.HIDDEN,)),
+    WeightRow(name=_ATTENTION + "linear_qkv.layer_norm_bias", part=Attention, axes=(Axis.HIDDEN,), when=_biased_norm),
     WeightRow(
-        name=_ATTENTION + "linear_qkv.weight", axes=(Axis.HEAD, Axis.HIDDEN), packing=Packing.QKV, tensor_parallel_dim=0
+        name=_ATTENTION + "linear_qkv.weight",
+        part=Attention,
+        axes=(Axis.HEAD, Axis.HIDDEN),
+        packing=Packing.QKV,
+        tensor_parallel_dim=0,
     ),
     WeightRow(
         name=_ATTENTION + "linear_qkv.bias",
+        part=Attention,
         axes=(Axis.HEAD,),
         packing=Packing.QKV,
         tensor_parallel_dim=0,
-        present=lambda spec: spec.qkv_bias,
+        when=lambda spec: spec.qkv_bias,
     ),
-    WeightRow(name=_ATTENTION + "q_layernorm.weight", axes=(Axis.HEAD_CHANNEL,), present=lambda spec: spec.qk_norm),
-    WeightRow(name=_ATTENTION + "k_layernorm.weight", axes=(Axis.HEAD_CHANNEL,), present=lambda spec: spec.qk_norm),
-    WeightRow(name=_ATTENTION + "linear_proj.weight", axes=(Axis.HIDDEN, Axis.HEAD), tensor_parallel_dim=1),
-    WeightRow(name=_ATTENTION + "linear_proj.bias", axes=(Axis.HIDDEN,), present=lambda spec: spec.linear_bias),
     WeightRow(
-        name=_ATTENTION + "linear_proj.post_layernorm.weight", axes=(Axis.HIDDEN,), present=lambda spec: spec.post_norms
+        name=_ATTENTION + "q_layernorm.weight",
+        part=Attention,
+        axes=(Axis.HEAD_CHANNEL,),
+        when=lambda spec: spec.qk_norm,
     ),
-    WeightRow(name=_MLP + "linear_fc1.layer_norm_weight", axes=(Axis.HIDDEN,)),
-    WeightRow(name=_MLP + "linear_fc1.layer_norm_bias", axes=(Axis.HIDDEN,), present=_biased_norm),
+    WeightRow(
+        name=_ATTENTION + "k_layernorm.weight",
+        part=Attention,
+        axes=(Axis.HEAD_CHANNEL,),
+        when=lambda spec: spec.qk_norm,
+    ),
+    WeightRow(
+        name=_ATTENTION + "linear_proj.weight", part=Attention, axes=(Axis.HIDDEN, Axis.HEAD), tensor_parallel_dim=1
+    ),
+    WeightRow(
+        name=_ATTENTION + "linear_proj.bias", part=Attention, axes=(Axis.HIDDEN,), when=lambda spec: spec.linear_bias
+    ),
+    WeightRow(
+        name=_ATTENTION + "linear_proj.post_layernorm.weight",
+        part=Attention,
+        axes=(Axis.HIDDEN,),
+        when=lambda spec: spec.post_norms,
+    ),
+    WeightRow(name=_MLP + "linear_fc1.layer_norm_weight", part=Mlp, axes=(Axis.HIDDEN,)),
+    WeightRow(name=_MLP + "linear_fc1.layer_norm_bias", part=Mlp, axes=(Axis.HIDDEN,), when=_biased_norm),
     WeightRow(
         name=_MLP + "linear_fc1.weight",
+        part=Mlp,
         axes=(Axis.FFN, Axis.HIDDEN),
         packing=Packing.GATE_UP,
         tensor_parallel_dim=0,
-        present=_gated,
+        when=_gated,
     ),
     WeightRow(
         name=_MLP + "linear_fc1.weight",
+        part=Mlp,
         axes=(Axis.FFN, Axis.HIDDEN),
         tensor_parallel_dim=0,
-        present=lambda spec: not _gated(spec),
+        when=lambda spec: not _gated(spec),
     ),
     WeightRow(
         name=_MLP + "linear_fc1.bias",
+        part=Mlp,
         axes=(Axis.FFN,),
         packing=Packing.GATE_UP,
         tensor_parallel_dim=0,
-        present=lambda spec: spec.linear_bias and _gated(spec),
+        when=lambda spec: spec.linear_bias and _gated(spec),
     ),
     WeightRow(
         name=_MLP + "linear_fc1.bias",
+        part=Mlp,
         axes=(Axis.FFN,),
         tensor_parallel_dim=0,
-        present=lambda spec: spec.linear_bias and not _gated(spec),
+        when=lambda spec: spec.linear_bias and not _gated(spec),
     ),
-    WeightRow(name=_MLP + "linear_fc2.weight", axes=(Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1),
-    WeightRow(name=_MLP + "linear_fc2.bias", axes=(Axis.HIDDEN,), present=lambda spec: spec.linear_bias),
+    WeightRow(name=_MLP + "linear_fc2.weight", part=Mlp, axes=(Axis.HIDDEN, Axis.FFN), tensor_parallel_dim=1),
+    WeightRow(name=_MLP + "linear_fc2.bias", part=Mlp, axes=(Axis.HIDDEN,), when=lambda spec: spec.linear_bias),
     WeightRow(
-        name=_MLP + "linear_fc2.post_layernorm.weight", axes=(Axis.HIDDEN,), present=lambda spec: spec.post_norms
+        name=_MLP + "linear_fc2.post_layernorm.weight", part=Mlp, axes=(Axis.HIDDEN,), when=lambda spec: spec.post_norms
     ),
     WeightRow(name="decoder.final_layernorm.weight", axes=(Axis.HIDDEN,)),
-    WeightRow(name="decoder.final_layernorm.bias", axes=(Axis.HIDDEN,), present=_biased_norm),
+    WeightRow(name="decoder.final_layernorm.bias", axes=(Axis.HIDDEN,), when=_biased_norm),
     WeightRow(
         name="output_layer.weight",
         axes=(Axis.VOCAB, Axis.HIDDEN),
         tensor_parallel_dim=0,
-        present=lambda spec: not spec.tied_embeddings,
+        when=lambda spec: not spec.tied_embeddings,
     ),
 )
 
@@ -132,13 +166,12 @@ ROWS: tuple[WeightRow, ...] = (
 @lru_cache(maxsize=16)
 def weights(spec: ModelSpec) -> tuple[Weight, ...]:
     """Every weight of a model in canonical order: embedding, layer by layer, final norm, head."""
-    rows = [row for row in ROWS if row.present(spec)]
-    first = next(index for index, row in enumerate(rows) if row.per_layer)
-    last = max(index for index, row in enumerate(rows) if row.per_layer)
-    found = [_fill(row, spec, None) for row in rows[:first]]
-    for layer in range(spec.num_layers):
-        found += [_fill(row, spec, layer) for row in rows[first : last + 1]]
-    found += [_fill(row, spec, None) for row in rows[last + 1 :]]
+    first = next(index for index, row in enumerate(ROWS) if row.per_layer)
+    last = max(index for index, row in enumerate(ROWS) if row.per_layer)
+    found = [_fill(row, spec, None) for row in ROWS[:first] if row.present(spec)]
+    for index, layer in enumerate(spec.layers):
+        found += [_fill(row, spec, index) for row in ROWS[first : last + 1] if row.present(spec, layer)]
+    found += [_fill(row, spec, None) for row in ROWS[last + 1 :] if row.present(spec)]
     return tuple(found)
 
 
@@ -161,14 +194,39 @@ def parameter_count(spec: ModelSpec, *, embeddings: bool = True) -> int:
     return sum(weight.numel for weight in weights(spec) if embeddings or Axis.VOCAB not in weight.row.axes)
 
 
+def feed_forward_count(spec: ModelSpec) -> int:
+    """Number of parameters that belong to neurons of MLPs."""
+    return sum(weight.numel for weight in weights(spec) if Axis.FFN in weight.row.axes)
+
+
+def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a weight's parts in packing order (q, k, v or gate, up); one shape for a plain weight."""
+    rest = weight.shape[1:]
+    match weight.row.packing:
+        case Packing.PLAIN:
+            return (weight.shape,)
+        case Packing.QKV:
+            key = packed_groups(weight, spec) * spec.head_dim
+            return (weight.shape[0] - 2 * key, *rest), (key, *rest), (key, *rest)
+        case Packing.GATE_UP:
+            return ((weight.shape[0] // 2, *rest),) * 2
+
+
+def packed_groups(weight: Weight, spec: ModelSpec) -> int:
+    """KV groups that the rows of a QKV packing are grouped by."""
+    if weight.layer is None:
+        raise AssertionError(f"{weight.name} is packed but belongs to no layer")
+    return spec.layers[weight.layer].attention.num_query_groups
+
+
 def _fill(row: WeightRow, spec: ModelSpec, layer: int | None) -> Weight:
-    sizes = spec.layers[0 if layer is None else layer]
     name = row.name if layer is None else row.name.format(i=layer)
+    sizes = None if layer is None else spec.layers[layer]
     shape = tuple(_size(axis, row.packing, spec, sizes) for axis in row.axes)
     return Weight(name, shape, row, layer)
 
 
-def _size(axis: Axis, packing: Packing, spec: ModelSpec, sizes: LayerSpec) -> int:
+def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None) -> int:
     match axis:
         case Axis.VOCAB:
             return spec.vocab_size
@@ -176,9 +234,9 @@ def _size(axis: Axis, packing: Packing, spec: ModelSpec, sizes: LayerSpec) -> in
             return spec.hidden_size
         case Axis.HEAD_CHANNEL:
             return spec.head_dim
-        case Axis.FFN:
-            return sizes.ffn_hidden_size * (2 if packing is Packing.GATE_UP else 1)
-        case Axis.HEAD:
-            extra = 2 * sizes.num_query_groups if packing is Packing.QKV else 0
-            return (sizes.num_attention_heads + extra) * spec.head_dim
-    raise AssertionError(f"axis {axis} has no size of its own")
+        case Axis.FFN if layer is not None:
+            return layer.mlp.ffn_hidden_size * (2 if packing is Packing.GATE_UP else 1)
+        case Axis.HEAD if layer is not None:
+            extra = 2 * layer.attention.num_query_groups if packing is Packing.QKV else 0
+            return (layer.attention.num_attention_heads + extra) * spec.head_dim
+    raise AssertionError(f"axis {axis} has no size here")

@@ -8,9 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron.arch.families import family_named
 from nemo_minitron.callbacks.importance import ImportanceCallback
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.formats import FORMATS
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.depth import BLOCK_INFLUENCE
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import ExportFormat, TargetConfig
@@ -78,8 +78,8 @@ class PruningCallback(Callback):
         _claim(self.folder)
         student = student_spec(self.target, pl_module.spec)
         _check_depth(self.target)
-        if ExportFormat.HF in self.formats:
-            family_named(student.family).write_config(student)
+        for kind in self.formats:
+            FORMATS[kind].check(student, pl_module.family)
         if (source := self._checkpoint(pl_module)) is not None:
             PruningPlan.keep_all(pl_module.spec).check_fits(open_checkpoint(source).spec, where=str(source))
         self._importance = _importance_before(self, trainer)
@@ -139,7 +139,7 @@ class PruningCallback(Callback):
         student = PrunedSource(open_checkpoint(source), plan)
         scores.save(self.folder / "scores.safetensors")
         plan.save(self.folder / "plan.json")
-        name = "student" if len(self.formats) > 1 else {"nemo": "student.nemo", "hf": "student_hf"}[self.formats[0]]
+        name = "student" + (FORMATS[self.formats[0]].suffix if len(self.formats) == 1 else "")
         return plan, write_checkpoint(student, self.folder / name, self.formats)
 
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.families import family_named
-from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named, weights
+from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, part_shapes, weight_named, weights
 from nemo_minitron.checkpoints.gguf_file import GgufFile
-from nemo_minitron.checkpoints.gguf_spec import FACTORS, read_spec
+from nemo_minitron.checkpoints.gguf_spec import FACTORS, FAMILIES, read_spec
 from nemo_minitron.checkpoints.gguf_tokenizer import convert_tokenizer
-from nemo_minitron.checkpoints.parts import fuse, part_shapes
+from nemo_minitron.checkpoints.parts import fuse
 from nemo_minitron.checkpoints.plain_data import spec_of
-from nemo_minitron.checkpoints.source import check_tokenizer_fits, names_of
+from nemo_minitron.checkpoints.source import Checkpoint, check_tokenizer_fits
 from nemo_minitron.errors import CheckpointError
 
 _PERMUTED_FAMILIES = ("llama",)
@@ -42,33 +41,39 @@ _NAMES: dict[str, tuple[str, ...]] = {
 _READ_KEYS = ("general.", "split.", "tokenizer.", "quantize.")
 
 
-class GgufSource:
-    """A GGUF file, or the first part of a split one, as canonical fp32 tensors.
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file, or the first part of a split one; its tensors come as fp32.
 
     Raises:
         CheckpointError: The file is damaged, a part or key is missing, or a weight is missing, unknown or of the wrong
             shape.
         SpecError: The architecture is not supported.
     """
+    reader = _Reader(path)
+    return Checkpoint(
+        spec=reader.spec,
+        family=reader.family,
+        dtype=torch.float32,
+        lineage=reader.lineage(),
+        format="GGUF",
+        layout=reader.layout(),
+        files=reader.tokenizer_files,
+        get=reader.get,
+        notes=reader.notes,
+    )
+
+
+class _Reader:
+    """What the file or folder holds, checked; see `open_gguf`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GgufFile(path)
-        self._spec = spec_of(lambda: read_spec(self._file), {}, where=str(path))
+        self.spec = spec_of(lambda: read_spec(self._file), {}, where=str(path))
+        self.family = FAMILIES[self._file.field("general.architecture", None)]
         self._check_names()
         self._tokenizer_files: dict[str, bytes] | None = None
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The architecture, from the file's metadata."""
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """fp32: what the quantised blocks are expanded to."""
-        return torch.float32
-
-    @property
     def lineage(self) -> dict[str, Any]:
         """Name, licence and quantisation that the file states."""
         organisation = self._file.field("general.organization", "")
@@ -82,27 +87,21 @@ class GgufSource:
             "quantisation": kinds,
         }
 
-    @property
     def layout(self) -> str:
         """How the weights are stored."""
         parts = len(self._file.parts)
-        return f"{', '.join(self.lineage['quantisation'])}" + (f" ({parts} parts)" if parts > 1 else "")
+        return f"{', '.join(self.lineage()['quantisation'])}" + (f" ({parts} parts)" if parts > 1 else "")
 
-    @property
     def notes(self) -> tuple[str, ...]:
         """What of the metadata goes nowhere."""
         prefix = f"{self._file.field('general.architecture', '')}."
         left = sorted(key for key in self._file.names() if not key.startswith((*_READ_KEYS, prefix)))
         return (f"keys that are not carried on: {', '.join(left)}",) if left else ()
 
-    def names(self) -> tuple[str, ...]:
-        """Canonical names in table order."""
-        return names_of(self._spec)
-
     def get(self, name: str) -> Tensor:
         """One canonical tensor, dequantised."""
-        weight = weight_named(self._spec, name)
-        return fuse([self._part(part) for part in self._part_names(weight)], weight, self._spec)
+        weight = weight_named(self.spec, name)
+        return fuse([self._part(part) for part in self._part_names(weight)], weight, self.spec)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Hugging Face tokenizer files, built from the metadata, and generation defaults.
@@ -112,15 +111,15 @@ class GgufSource:
         """
         if self._tokenizer_files is None:
             files = convert_tokenizer(self.path, self._file.field)
-            check_tokenizer_fits(files, self._spec, where=str(self.path))
+            check_tokenizer_fits(files, self.spec, where=str(self.path))
             self._tokenizer_files = files
-        return dict(self._tokenizer_files)
+        return self._tokenizer_files
 
     def _part(self, name: str) -> Tensor:
         values = self._file.tensor(name)
         kind = name.rpartition(".")[0].rpartition("_")[2]
-        if self._spec.family in _PERMUTED_FAMILIES and kind in ("q", "k") and ".attn_" in name:
-            return _rotary_rows_as_halves(values, head_dim=self._spec.head_dim)
+        if self.family in _PERMUTED_FAMILIES and kind in ("q", "k") and ".attn_" in name:
+            return _rotary_rows_as_halves(values, head_dim=self.spec.head_dim)
         return values
 
     def _part_names(self, weight: Weight) -> tuple[str, ...]:
@@ -128,24 +127,24 @@ class GgufSource:
 
     def _check_names(self) -> None:
         tensors = self._file.tensors
-        objections = family_named(self._spec.family).objections(self._spec)
+        objections = family_named(self.family).objections(self.spec)
         if objections:
             raise CheckpointError(
                 f"{self.path}: {', '.join(objections)} by its tensors",
-                rule=f"what a model of general.architecture = {self._spec.family} has",
+                rule=f"what a model of general.architecture = {self.family} has",
             )
         expected: dict[str, tuple[int, ...]] = {}
-        for weight in weights(self._spec):
-            expected |= dict(zip(self._part_names(weight), part_shapes(weight, self._spec), strict=True))
+        for weight in weights(self.spec):
+            expected |= dict(zip(self._part_names(weight), part_shapes(weight, self.spec), strict=True))
         if missing := sorted(set(expected) - set(tensors)):
             raise CheckpointError(
                 f"{self.path}: {len(missing)} weight(s) missing, {missing[0]} first",
-                rule=f"every weight that the metadata implies is there (block_count = {self._spec.num_layers})",
+                rule=f"every weight that the metadata implies is there (block_count = {self.spec.num_layers})",
             )
         if extra := sorted(set(tensors) - set(expected) - {FACTORS}):
             raise CheckpointError(
                 f"{self.path}: {len(extra)} weight(s) unknown, {extra[0]} first",
-                rule=f"no weight is left out in silence (block_count = {self._spec.num_layers})",
+                rule=f"no weight is left out in silence (block_count = {self.spec.num_layers})",
             )
         for name, shape in expected.items():
             stored = tuple(int(size) for size in reversed(tensors[name].shape))

@@ -5,9 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.arch.spec import AnyScaling, LayerSpec, LinearScaling, ModelSpec, RopeScaling, YarnScaling
+from nemo_minitron.arch.spec import (
+    MAX_LAYERS,
+    AnyScaling,
+    LinearScaling,
+    ModelSpec,
+    RopeScaling,
+    YarnScaling,
+    transformer_layer,
+)
 from nemo_minitron.checkpoints.gguf_file import GgufFile
-from nemo_minitron.checkpoints.plain_data import MOST_LAYERS
 from nemo_minitron.errors import CheckpointError, SpecError
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -65,9 +72,9 @@ class _Reader:
             raise CheckpointError(f"{self.path}: token_embd.weight is missing")
         heads = self._size("attention.head_count")
         layers = self._size("block_count")
-        if layers > MOST_LAYERS:
-            raise CheckpointError(f"{self.path}: block_count = {layers}", rule=f"at most {MOST_LAYERS}")
-        layer = LayerSpec(
+        if layers > MAX_LAYERS:
+            raise CheckpointError(f"{self.path}: block_count = {layers}", rule=f"at most {MAX_LAYERS}")
+        layer = transformer_layer(
             num_attention_heads=heads,
             num_query_groups=self._size("attention.head_count_kv", heads),
             ffn_hidden_size=self._size("feed_forward_length"),
@@ -85,7 +92,6 @@ class _Reader:
         context = self._size("context_length")
         scaling = self._scaling(context, head_dim)
         return ModelSpec(
-            family=FAMILIES[self.architecture],
             vocab_size=self._vocabulary(int(embedding.shape[1])),
             hidden_size=hidden,
             head_dim=head_dim,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.families import Family, family_named, family_of_hf_config
+from nemo_minitron.arch.families.keys import AXIS_KEYS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
 from nemo_minitron.checkpoints.files import staged_folder
@@ -18,7 +18,7 @@ from nemo_minitron.checkpoints.hf_weights import INDEX, SINGLE, HfWeights
 from nemo_minitron.checkpoints.parts import fuse_stored, split_stored, stored_shapes, widest
 from nemo_minitron.checkpoints.plain_data import read_json, spec_of
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsWriter
-from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of, stream
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits, stream
 from nemo_minitron.checkpoints.special_ids import IDS_FILE, ids_of, json_bytes, with_ids
 from nemo_minitron.checkpoints.travelling import left_files, travelling_names, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError, denied
@@ -27,17 +27,6 @@ SHARD_BYTES = 5_000_000_000
 """Largest weight file written; Hugging Face's own long-time default."""
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
-_AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
-    Axis.VOCAB: ("vocab_size",),
-    Axis.HIDDEN: ("hidden_size",),
-    Axis.FFN: ("intermediate_size",),
-    Axis.HEAD: _HEAD_KEYS,
-    Axis.KV_GROUP: _HEAD_KEYS,
-    Axis.HEAD_CHANNEL: ("head_dim",),
-    Axis.LAYER: ("num_hidden_layers",),
-}
-"""What decides the size of an axis."""
 # Read by families, or written anew from the spec.
 _CARRIED_KEYS = (
     *("architectures", "model_type", "torch_dtype", "dtype", "minitron", "_name_or_path", "transformers_version"),
@@ -58,14 +47,30 @@ _DTYPE_NAMES = {
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 
 
-class HfSource:
-    """A Hugging Face folder as canonical tensors: safetensors, or `pytorch_model.bin` files of before them.
+def open_hf(folder: Path) -> Checkpoint:
+    """Open a Hugging Face folder: safetensors, or `pytorch_model.bin` files of before them.
 
     Raises:
         CheckpointError: A file is missing or damaged, a weight is missing, unknown or of the wrong shape, or
             the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported.
     """
+    reader = _Reader(folder)
+    return Checkpoint(
+        spec=reader.spec,
+        family=reader.family.name,
+        dtype=reader.dtype,
+        lineage=reader.lineage(),
+        format="Hugging Face",
+        layout=reader.layout(),
+        files=lambda: reader.files,
+        get=reader.get,
+        notes=reader.notes,
+    )
+
+
+class _Reader:
+    """What the file or folder holds, checked; see `open_hf`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,31 +79,20 @@ class HfSource:
             raise CheckpointError(
                 f"{folder}: the weights are quantised (quantization_config)", rule="fp32, bf16 or fp16 weights"
             )
-        self._family = family_of_hf_config(self._config)
-        self._spec = spec_of(
-            lambda: self._family.read_config(self._config), self._config, where=f"{folder / 'config.json'}"
+        self.family = family_of_hf_config(self._config)
+        self.spec = spec_of(
+            lambda: self.family.read_config(self._config), self._config, where=f"{folder / 'config.json'}"
         )
         self._weights = HfWeights(folder)
         for name in [name for name in self._weights.places if _DERIVED.search(name)]:
             del self._weights.places[name]
-        if self._spec.tied_embeddings:
+        if self.spec.tied_embeddings:
             self._settle_tied()
         self._check_names()
-        self._dtype = widest([place.entry.dtype for _, place in sorted(self._weights.places.items())])
-        self._tokenizer_files = self._read_tokenizer_files()
-        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
+        self.dtype = widest([place.entry.dtype for _, place in sorted(self._weights.places.items())])
+        self.files = self._read_tokenizer_files()
+        check_tokenizer_fits(self.files, self.spec, where=str(folder))
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The architecture, from `config.json`."""
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that holds every stored weight exactly."""
-        return self._dtype
-
-    @property
     def lineage(self) -> dict[str, Any]:
         """What `write_hf` recorded; for a foreign folder its name and the licence of its model card."""
         recorded = self._config.get("minitron")
@@ -107,43 +101,33 @@ class HfSource:
         name = self._config.get("_name_or_path") or _name_of(self.folder)
         return {"base_model": name, "license": _licence_of_card(self.folder / "README.md"), "format": "hf"}
 
-    @property
     def layout(self) -> str:
         """How the weights are stored."""
         count = len(self._weights.files)
         return f"{self._weights.kind} ({count} file{'s' if count > 1 else ''})"
 
-    def names(self) -> tuple[str, ...]:
-        """Canonical names in table order."""
-        return names_of(self._spec)
-
     def get(self, name: str) -> Tensor:
         """One canonical tensor; q, k, v and gate, up are fused."""
-        weight = weight_named(self._spec, name)
-        parts = [self._weights.places[part].get().to(self._dtype) for part in hf_names(self._family, weight)]
-        return fuse_stored(parts, weight, self._spec)
+        weight = weight_named(self.spec, name)
+        parts = [self._weights.places[part].get().to(self.dtype) for part in hf_names(self.family, weight)]
+        return fuse_stored(parts, weight, self.spec)
 
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation defaults, licence and plan files found in the folder."""
-        return dict(self._tokenizer_files)
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What is assumed because the folder does not say it, and what of the folder goes nowhere."""
-        config, cls = self._config, self._family.hf_architecture
+        config, cls = self._config, self.family.hf_architecture
         found = [
             f"config.json has no {key}: {value!r} is the default of {cls}"
-            for key, value in self._family.assumed(config).items()
+            for key, value in self.family.assumed(config).items()
         ]
         if self._weights.unread:
             found.append(f"not read, beside the {self._weights.kind}: {', '.join(self._weights.unread)}")
         types = Counter(str(place.entry.dtype).removeprefix("torch.") for place in self._weights.places.values())
         if len(types) > 1:
             kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
-            found.append(f"weights of several types ({kinds}): all are read as {str(self._dtype)[6:]}, losing nothing")
-        if left := left_files(self.folder, (*self._tokenizer_files, *self._weights.files, *self._weights.unread)):
+            found.append(f"weights of several types ({kinds}): all are read as {str(self.dtype)[6:]}, losing nothing")
+        if left := left_files(self.folder, (*self.files, *self._weights.files, *self._weights.unread)):
             found.append(f"files that are not carried on: {', '.join(left)}")
-        known = {*self._family.defaults, *_CARRIED_KEYS}
+        known = {*self.family.defaults, *_CARRIED_KEYS}
         if keys := sorted(set(config) - known):
             found.append(f"keys of config.json that are not carried on: {', '.join(keys)}")
         return tuple(found)
@@ -151,7 +135,7 @@ class HfSource:
     def _read_tokenizer_files(self) -> dict[str, bytes]:
         files = {name: (self.folder / name).read_bytes() for name in travelling_names(self.folder)}
         files = with_tokenizer_json(files, where=str(self.folder))
-        return with_ids(files, self._family.special_ids(self._config))
+        return with_ids(files, self.family.special_ids(self._config))
 
     def _settle_tied(self) -> None:
         """One matrix under the name of the embedding: some writers store it twice, some under the other name.
@@ -159,7 +143,7 @@ class HfSource:
         Raises:
             CheckpointError: The two differ.
         """
-        (table,), (head,) = (self._family.hf_names[name] for name in (_EMBEDDING, _OUTPUT))
+        (table,), (head,) = (self.family.hf_names[name] for name in (_EMBEDDING, _OUTPUT))
         places = self._weights.places
         if head not in places:
             return
@@ -176,9 +160,9 @@ class HfSource:
     def _check_names(self) -> None:
         expected: dict[str, tuple[int, ...]] = {}
         weight_of: dict[str, Weight] = {}
-        for weight in weights(self._spec):
-            names = hf_names(self._family, weight)
-            expected |= dict(zip(names, stored_shapes(weight, self._spec, tensors=len(names)), strict=True))
+        for weight in weights(self.spec):
+            names = hf_names(self.family, weight)
+            expected |= dict(zip(names, stored_shapes(weight, self.spec, tensors=len(names)), strict=True))
             weight_of |= dict.fromkeys(names, weight)
         places = self._weights.places
         if missing := sorted(set(expected) - set(places)):
@@ -190,13 +174,13 @@ class HfSource:
             )
         if extra := sorted(set(places) - set(expected)):
             raise CheckpointError(
-                f"{self.folder}: {len(extra)} weight(s) unknown in a {self._family.name} model, {extra[0]} first",
+                f"{self.folder}: {len(extra)} weight(s) unknown in a {self.family.name} model, {extra[0]} first",
                 rule=f"no weight is left out in silence ({self._saying('num_hidden_layers', 'model_type')})",
                 remedy="is model_type in config.json right, and is this a plain causal language model?",
             )
         for name, shape in expected.items():
             if (stored := tuple(places[name].entry.shape)) != shape:
-                keys_ = dict.fromkeys(key for axis in weight_of[name].row.axes for key in _AXIS_KEYS[axis])
+                keys_ = dict.fromkeys(key for axis in weight_of[name].row.axes for key in AXIS_KEYS[axis])
                 raise CheckpointError(
                     f"{self.folder}: {name} is shaped {stored}",
                     rule=f"config.json implies {shape} ({self._saying(*keys_)})",
@@ -204,9 +188,9 @@ class HfSource:
 
     def _saying(self, *keys: str) -> str:
         """What the configuration says about some keys, for messages."""
-        assumed = self._family.assumed(self._config)
+        assumed = self.family.assumed(self._config)
         words = [
-            f"{key} = {self._config.get(key, self._family.defaults.get(key))}{', a default' if key in assumed else ''}"
+            f"{key} = {self._config.get(key, self.family.defaults.get(key))}{', a default' if key in assumed else ''}"
             for key in keys
         ]
         return ", ".join(words)
@@ -223,6 +207,16 @@ def read_architecture(path: Path) -> ModelSpec:
     return spec_of(lambda: family_of_hf_config(config).read_config(config), config, where=str(path))
 
 
+def read_family(path: Path) -> str:
+    """The family of that model.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        SpecError: The family is not supported.
+    """
+    return family_of_hf_config(_read_json(path)).name
+
+
 def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
     """Hugging Face names of a weight's parts, in packing order; one name where they lie in one tensor.
 
@@ -235,13 +229,13 @@ def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
 
 
 def hf_config(
-    spec: ModelSpec, *, dtype: torch.dtype, files: Mapping[str, bytes], lineage: dict[str, Any]
+    spec: ModelSpec, family: str, *, dtype: torch.dtype, files: Mapping[str, bytes], lineage: dict[str, Any]
 ) -> dict[str, Any]:
     """`config.json` data: architecture, special token ids, type, lineage.
 
     Ids that nobody named are null: the class has defaults for them, which would be other tokens.
     """
-    config = family_named(spec.family).write_config(spec)
+    config = family_named(family).write_config(spec)
     config |= ids_of(files)
     return config | {"torch_dtype": _DTYPE_NAMES[dtype], "minitron": {"lineage": lineage}}
 
@@ -268,7 +262,7 @@ def write_hf(
     """
     dtype = dtype or source.dtype
     files = source.tokenizer_files()
-    config = hf_config(source.spec, dtype=dtype, files=files, lineage=source.lineage)
+    config = hf_config(source.spec, source.family, dtype=dtype, files=files, lineage=source.lineage)
     with staged_folder(folder) as partial:
         _write_weights(source, partial, dtype, shard_bytes)
         for name, data in (*files.items(), *(extra_files or {}).items()):
@@ -280,7 +274,7 @@ def write_hf(
 
 
 def _write_weights(source: TensorSource, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    family = family_named(source.spec.family)
+    family = family_named(source.family)
     shards = list(_shards(source.spec, family, dtype, shard_bytes))
     single = len(shards) == 1
     file_names = [SINGLE if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]

@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.megatron_config import (
     contradictions,
     megatron_args,
@@ -36,7 +37,7 @@ from nemo_minitron.checkpoints.files import Files, FolderFiles, read_bytes, stag
 from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
 from nemo_minitron.checkpoints.torch_file import read_common_file
 from nemo_minitron.checkpoints.travelling import order_of, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError, SpecError
@@ -52,8 +53,8 @@ _UNSAYABLE = "nemo_minitron.unsayable.ModelProvider"
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 
 
-class MegatronSource:
-    """A Megatron-LM or Megatron-Bridge checkpoint as canonical tensors.
+def open_megatron(folder: Path) -> Checkpoint:
+    """Open a Megatron-LM or Megatron-Bridge checkpoint.
 
     Args:
         folder: The folder of an iteration, or the one above, whose latest iteration is taken.
@@ -63,57 +64,49 @@ class MegatronSource:
             shape, or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported, or neither arguments nor a run configuration describe it.
     """
+    reader = _Reader(folder)
+    return Checkpoint(
+        spec=reader.spec,
+        family=reader.family,
+        dtype=reader.dtype,
+        lineage=reader.lineage(),
+        format="Megatron",
+        layout=reader.weights.layout,
+        files=lambda: reader.files,
+        get=reader.get,
+    )
+
+
+class _Reader:
+    """What the file or folder holds, checked; see `open_megatron`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = iteration_folder(folder)
-        self._files = FolderFiles(self.folder)
-        self._weights = open_weights(self._files, "")
-        self._ours = read_ours(self._files, OURS)
-        self._spec = self._read_spec()
-        self._weights.check(self._spec)
-        self._dtype = self._weights.dtype(self._spec)
-        found = travelling_files(self._files, TOKENIZER_FOLDER)
-        self._tokenizer_files = with_tokenizer_json(found, where=str(self.folder))
-        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(self.folder))
+        self._folder = FolderFiles(self.folder)
+        self.weights = open_weights(self._folder, "")
+        self._ours = read_ours(self._folder, OURS)
+        self.spec = self._read_spec()
+        self.family = recorded_family(self._ours, self.spec)
+        self.weights.check(self.spec)
+        self.dtype = self.weights.dtype(self.spec)
+        found = travelling_files(self._folder, TOKENIZER_FOLDER)
+        self.files = with_tokenizer_json(found, where=str(self.folder))
+        check_tokenizer_fits(self.files, self.spec, where=str(self.folder))
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The architecture, from the arguments or the run configuration."""
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that holds every stored weight exactly."""
-        return self._dtype
-
-    @property
     def lineage(self) -> dict[str, Any]:
         """What the writer recorded; for a foreign folder its name."""
         known = self._ours.get("lineage")
         return dict(known) if known else {"base_model": _name_of(self.folder), "license": None, "format": "megatron"}
 
-    @property
-    def layout(self) -> str:
-        """How the weights are stored."""
-        return self._weights.layout
-
-    def names(self) -> tuple[str, ...]:
-        """Canonical names in table order."""
-        return names_of(self._spec)
-
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self._weights.get(weight_named(self._spec, name)).to(self._dtype)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation defaults, licence and plan files beside the weights."""
-        return dict(self._tokenizer_files)
+        return self.weights.get(weight_named(self.spec, name)).to(self.dtype)
 
     def _read_spec(self) -> ModelSpec:
-        rows = self._weights.vocab_rows()
-        if _RUN_CONFIG in self._files.names():
+        rows = self.weights.vocab_rows()
+        if _RUN_CONFIG in self._folder.names():
             where = f"{self.folder / _RUN_CONFIG}"
-            fields = read_yaml(read_bytes(self._files, _RUN_CONFIG), where=where).get("model")
+            fields = read_yaml(read_bytes(self._folder, _RUN_CONFIG), where=where).get("model")
             if not isinstance(fields, dict):
                 raise SpecError(f"{where}: model is missing", rule="the fields of a model provider")
             refuse_code(fields, where=where)
@@ -121,7 +114,7 @@ class MegatronSource:
             found = lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where)  # noqa: E731
             return recorded_spec(self._ours, fields, where=where) or spec_of(found, fields, where=where)
         where = f"{self.folder / _COMMON}"
-        args = read_common_file(self._files, _COMMON).get("args") if _COMMON in self._files.names() else None
+        args = read_common_file(self._folder, _COMMON).get("args") if _COMMON in self._folder.names() else None
         if not isinstance(args, dict):
             raise SpecError(
                 f"{self.folder}: neither {_RUN_CONFIG} nor arguments in {_COMMON} describe the model",
@@ -162,7 +155,13 @@ def iteration_folder(folder: Path) -> Path:
     return found[-1]
 
 
-def write_megatron(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def write_megatron(
+    source: TensorSource,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a checkpoint that Megatron-LM (`--finetune --use-checkpoint-args`) and Megatron-Bridge load.
 
     One tensor is in memory at a time. Equal sources give equal bytes.
@@ -171,6 +170,7 @@ def write_megatron(source: TensorSource, folder: Path, *, dtype: torch.dtype | N
         source: What to write.
         folder: Where; a folder of that name is replaced once the new one is whole.
         dtype: Type of the weights; None keeps the source's.
+        extra_files: Has no place in this format.
     """
     dtype = dtype or source.dtype
     spec = source.spec
@@ -199,7 +199,12 @@ def write_travelling(folder: Path, name: str, source: TensorSource) -> None:
 
 def ours(source: TensorSource) -> dict[str, Any]:
     """What the formats of others have no place for."""
-    return {"format": "nemo_minitron", "spec": source.spec.to_dict(), "lineage": dict(source.lineage)}
+    return {
+        "format": "nemo_minitron",
+        "spec": source.spec.to_dict(),
+        "family": source.family,
+        "lineage": dict(source.lineage),
+    }
 
 
 def read_ours(files: Files, name: str) -> dict[str, Any]:

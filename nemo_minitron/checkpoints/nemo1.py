@@ -13,6 +13,7 @@ import hashlib
 import io
 import re
 import tarfile
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.nemo_config import lineage_of, nemo_config, spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weight_named
@@ -37,7 +39,7 @@ from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
 from nemo_minitron.checkpoints.torch_dist import TorchDistReader
 from nemo_minitron.checkpoints.travelling import order_of, travels, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
@@ -57,81 +59,74 @@ _ARTIFACT_KEYS: dict[str, dict[str, str]] = {
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 
 
-class NemoSource:
-    """A `.nemo` file or checkpoint folder as canonical tensors, in any layout NeMo-1 wrote; a tar is read in place.
+def open_nemo(path: Path) -> Checkpoint:
+    """Open a `.nemo` file or checkpoint folder, in any layout NeMo-1 wrote; a tar is read in place.
 
     Raises:
         CheckpointError: A file is missing or damaged or asks for code, a weight is missing, unknown or of the wrong
             shape, or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported.
     """
+    reader = _Reader(path)
+    return Checkpoint(
+        spec=reader.spec,
+        family=reader.family,
+        dtype=reader.dtype,
+        lineage=reader.lineage(),
+        format="NeMo 1",
+        layout=reader.weights.layout,
+        files=lambda: reader.files,
+        get=reader.get,
+        notes=reader.notes,
+        config=reader.config,
+        native=path if reader.is_native() else None,
+    )
+
+
+class _Reader:
+    """What the file or folder holds, checked; see `open_nemo`."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder")
         self.path = path
-        self._files = open_files(path)
-        self.config = read_config(self._files)
-        self._weights = open_weights(self._files, WEIGHTS_FOLDER)
-        rows = self._weights.vocab_rows()
-        self._spec = spec_of(
+        self._archive = open_files(path)
+        self.config = read_config(self._archive)
+        self.weights = open_weights(self._archive, WEIGHTS_FOLDER)
+        rows = self.weights.vocab_rows()
+        self.spec = spec_of(
             lambda: spec_from_nemo_config(self.config, vocab_size=rows), self.config, where=f"{path}: {CONFIG_FILE}"
         )
-        self._weights.check(self._spec)
-        self._dtype = self._weights.dtype(self._spec)
-        found = tokenizer_files_in(self._files, self.config)
-        self._tokenizer_files = with_tokenizer_json(found, where=str(path))
-        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(path))
+        self.family = recorded_family(self.config.get("minitron") or {}, self.spec)
+        self.weights.check(self.spec)
+        self.dtype = self.weights.dtype(self.spec)
+        found = tokenizer_files_in(self._archive, self.config)
+        self.files = with_tokenizer_json(found, where=str(path))
+        check_tokenizer_fits(self.files, self.spec, where=str(path))
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The architecture, from `model_config.yaml`."""
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that holds every stored weight exactly."""
-        return self._dtype
-
-    @property
     def lineage(self) -> dict[str, Any]:
         """What the writer recorded; for a foreign file its name."""
         known = (self.config.get("tokenizer") or {}).get("type")
         return lineage_of(self.config) or {"base_model": known or self.path.stem, "license": None, "format": "nemo"}
 
-    @property
     def is_native(self) -> bool:
-        """Whether Megatron-Core itself can load the weights: an unpacked folder in torch_dist form, with our prefix."""
-        weights = self._weights
+        """Whether it is an unpacked folder in torch_dist form, with our prefix."""
+        weights = self.weights
         if not isinstance(weights, DistributedWeights) or not isinstance(weights.store, TorchDistReader):
             return False
         return self.path.is_dir() and weights.prefix == KEY_PREFIX
 
-    @property
-    def layout(self) -> str:
-        """How the weights are stored."""
-        return self._weights.layout
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What the configuration names and the file does not carry."""
         section = self.config.get("tokenizer") or {}
         named = section.get("type") or section.get("model")
-        if named and not any(name in self._tokenizer_files for name in ("tokenizer.json", "tokenizer.model")):
+        if named and not any(name in self.files for name in ("tokenizer.json", "tokenizer.model")):
             return (f"tokenizer {str(named)[:80]!r} (library {section.get('library')}) is named, not carried",)
         return ()
 
-    def names(self) -> tuple[str, ...]:
-        """Canonical names in table order."""
-        return names_of(self._spec)
-
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self._weights.get(weight_named(self._spec, name)).to(self._dtype)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation defaults and licence files kept as artifacts."""
-        return dict(self._tokenizer_files)
+        return self.weights.get(weight_named(self.spec, name)).to(self.dtype)
 
 
 def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -147,14 +142,47 @@ def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | Non
         (partial / WEIGHTS_FOLDER).mkdir()
         write_weights(source, partial / WEIGHTS_FOLDER, prefix=KEY_PREFIX, dtype=dtype)
         write_folder_files(
-            partial, spec=source.spec, dtype=dtype, tokenizer_files=source.tokenizer_files(), lineage=source.lineage
+            partial,
+            spec=source.spec,
+            family=source.family,
+            dtype=dtype,
+            tokenizer_files=source.tokenizer_files(),
+            lineage=source.lineage,
         )
+
+
+def write_nemo(
+    source: TensorSource,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a `.nemo` file, or a checkpoint folder where the name has no such ending.
+
+    Args:
+        source: What to write; a folder that is native already is packed as it is.
+        target: Where.
+        dtype: Type of the weights; None keeps the source's.
+        extra_files: More members of the archive by name, as a model card.
+    """
+    if target.suffix != ".nemo":
+        write_folder(source, target, dtype=dtype)
+        return
+    if isinstance(source, Checkpoint) and source.native is not None and dtype in (None, source.dtype):
+        pack_nemo(source.native, target, extra_files=extra_files)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        write_folder(source, Path(scratch) / "folder", dtype=dtype)
+        pack_nemo(Path(scratch) / "folder", target, extra_files=extra_files)
 
 
 def write_folder_files(
     folder: Path,
     *,
     spec: ModelSpec,
+    family: str,
     dtype: torch.dtype,
     tokenizer_files: Mapping[str, bytes],
     lineage: Mapping[str, Any],
@@ -171,6 +199,7 @@ def write_folder_files(
     }
     config = nemo_config(
         spec,
+        family=family,
         precision=_PRECISIONS.get(dtype, "32"),
         tokenizer=_tokenizer_section(artifacts, lineage),
         minitron={
@@ -196,7 +225,7 @@ def pack_nemo(folder: Path, file: Path, *, extra_files: Mapping[str, bytes] | No
     Raises:
         CheckpointError: The folder is not a whole checkpoint.
     """
-    NemoSource(folder)
+    open_nemo(folder)
     files = FolderFiles(folder)
     names = sorted(files.names(), key=lambda name: (name != CONFIG_FILE, "/" in name, name))
     with (

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.megatron_config import (
     rope_fields,
     says_all,
@@ -39,7 +40,7 @@ from nemo_minitron.checkpoints.megatron_dist import (
 )
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.source import TensorSource, check_tokenizer_fits, names_of
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
 from nemo_minitron.checkpoints.travelling import with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
@@ -64,75 +65,67 @@ _AUTO_TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer
 _TRAINER_CONTEXT = "nemo.lightning.io.pl.TrainerContext"
 
 
-class Nemo2Source:
-    """A NeMo-2 folder as canonical tensors.
+def open_nemo2(folder: Path) -> Checkpoint:
+    """Open a NeMo-2 folder.
 
     Raises:
         CheckpointError: A file is missing or damaged or names code, a weight is missing, unknown or of the wrong shape,
             or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported, or not written out.
     """
+    reader = _Reader(folder)
+    return Checkpoint(
+        spec=reader.spec,
+        family=reader.family,
+        dtype=reader.dtype,
+        lineage=reader.lineage(),
+        format="NeMo 2",
+        layout=reader.weights.layout,
+        files=lambda: reader.files,
+        get=reader.get,
+    )
+
+
+class _Reader:
+    """What the file or folder holds, checked; see `open_nemo2`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = FolderFiles(folder)
-        context = f"{CONTEXT}/" if any(name.startswith(f"{CONTEXT}/") for name in self._files.names()) else ""
+        self._folder = FolderFiles(folder)
+        context = f"{CONTEXT}/" if any(name.startswith(f"{CONTEXT}/") for name in self._folder.names()) else ""
         self._context = context
-        self._weights = open_weights(self._files, WEIGHTS)
-        self._ours = read_ours(self._files, context + OURS)
+        self.weights = open_weights(self._folder, WEIGHTS)
+        self._ours = read_ours(self._folder, context + OURS)
         model = self._read_model()
         refuse_code(model, where=f"{folder / context}")
-        self._spec = self._read_spec(model.get("config"))
-        self._weights.check(self._spec)
-        self._dtype = self._weights.dtype(self._spec)
-        found = travelling_files(self._files, context + self._tokenizer_folder(model))
+        self.spec = self._read_spec(model.get("config"))
+        self.family = recorded_family(self._ours, self.spec)
+        self.weights.check(self.spec)
+        self.dtype = self.weights.dtype(self.spec)
+        found = travelling_files(self._folder, context + self._tokenizer_folder(model))
         found |= self._named_model(model)
-        self._tokenizer_files = with_tokenizer_json(found, where=str(folder))
-        check_tokenizer_fits(self._tokenizer_files, self._spec, where=str(folder))
+        self.files = with_tokenizer_json(found, where=str(folder))
+        check_tokenizer_fits(self.files, self.spec, where=str(folder))
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The architecture, from the context."""
-        return self._spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that holds every stored weight exactly."""
-        return self._dtype
-
-    @property
     def lineage(self) -> dict[str, Any]:
         """What the writer recorded; for a foreign folder its name."""
         known = self._ours.get("lineage")
         name = self.folder.absolute().name
         return dict(known) if known else {"base_model": name, "license": None, "format": "nemo2"}
 
-    @property
-    def layout(self) -> str:
-        """How the weights are stored."""
-        return self._weights.layout
-
-    def names(self) -> tuple[str, ...]:
-        """Canonical names in table order."""
-        return names_of(self._spec)
-
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self._weights.get(weight_named(self._spec, name)).to(self._dtype)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation defaults, licence and plan files of the context."""
-        return dict(self._tokenizer_files)
+        return self.weights.get(weight_named(self.spec, name)).to(self.dtype)
 
     def _read_model(self) -> dict[str, Any]:
         """The model's arguments as plain data; `model.yaml` has every default written out, `io.json` has not."""
-        names = self._files.names()
+        names = self._folder.names()
         if self._context + _MODEL_YAML in names:
             where = f"{self.folder / self._context / _MODEL_YAML}"
-            return read_yaml(read_bytes(self._files, self._context + _MODEL_YAML), where=where)
+            return read_yaml(read_bytes(self._folder, self._context + _MODEL_YAML), where=where)
         if self._context + _IO_JSON in names:
             where = f"{self.folder / self._context / _IO_JSON}"
-            document = read_json(read_bytes(self._files, self._context + _IO_JSON), where=where)
+            document = read_json(read_bytes(self._folder, self._context + _IO_JSON), where=where)
             parts = {name: arguments_at(document, f"model.{name}", where=where) for name in ("config", "tokenizer")}
             return {**arguments_at(document, "model", where=where), **parts}
         raise CheckpointError(
@@ -145,7 +138,7 @@ class Nemo2Source:
         if not isinstance(config, dict):
             raise CheckpointError(f"{where}: the model has no config")
         fields = named_functions(config)
-        rows = self._weights.vocab_rows()
+        rows = self.weights.vocab_rows()
         found = recorded_spec(self._ours, fields, where=where)
         return found or spec_of(
             lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where), fields, where=where
@@ -155,7 +148,7 @@ class Nemo2Source:
         tokenizer = model.get("tokenizer")
         named = tokenizer.get("pretrained_model_name") if isinstance(tokenizer, dict) else None
         start = f"{self._context}{named}/"
-        inside = isinstance(named, str) and any(name.startswith(start) for name in self._files.names())
+        inside = isinstance(named, str) and any(name.startswith(start) for name in self._folder.names())
         return str(named) if inside else _TOKENIZER
 
     def _named_model(self, model: Mapping[str, Any]) -> dict[str, bytes]:
@@ -168,8 +161,8 @@ class Nemo2Source:
         named = tokenizer.get("model_path") if isinstance(tokenizer, dict) else None
         if not isinstance(named, str) or not named:
             return {}
-        if self._context + named in self._files.names():
-            return {"tokenizer.model": read_bytes(self._files, self._context + named)}
+        if self._context + named in self._folder.names():
+            return {"tokenizer.model": read_bytes(self._folder, self._context + named)}
         raise CheckpointError(
             f"{self.folder / self._context}: tokenizer.model_path = {named[:80]!r}, which is not there",
             rule="a file that the context names lies in it",
@@ -181,13 +174,20 @@ def is_nemo2_folder(path: Path) -> bool:
     return (path / WEIGHTS).is_dir() and ((path / CONTEXT).is_dir() or (path / _IO_JSON).is_file())
 
 
-def write_nemo2(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def write_nemo2(
+    source: TensorSource,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a NeMo-2 folder, one tensor in memory at a time. Equal sources give equal bytes.
 
     Args:
         source: What to write.
         folder: Where; a folder of that name is replaced once the new one is whole.
         dtype: Type of the weights; None keeps the source's.
+        extra_files: Has no place in this format.
     """
     dtype = dtype or source.dtype
     with staged_folder(folder) as partial:
@@ -196,7 +196,7 @@ def write_nemo2(source: TensorSource, folder: Path, *, dtype: torch.dtype | None
         (partial / WEIGHTS).mkdir()
         write_weights(source, partial / WEIGHTS, prefix=KEY_PREFIX, dtype=dtype)
         write_travelling(context, _TOKENIZER, source)
-        model, config = _classes(source.spec)
+        model, config = _classes(source.spec, source.family)
         fields = _fields(source.spec, dtype)
         tokenizer = {"pretrained_model_name": _TOKENIZER, "use_fast": True} if source.tokenizer_files() else None
         (context / _MODEL_YAML).write_text(_model_yaml(model, config, fields, tokenizer), encoding="utf-8")
@@ -217,13 +217,13 @@ def _fields(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _classes(spec: ModelSpec) -> tuple[str, str]:
+def _classes(spec: ModelSpec, family: str) -> tuple[str, str]:
     """Dotted names of the classes of model and configuration."""
-    if spec.family not in _CLASSES or not says_all(spec) or (spec.scaled_embeddings and spec.family != "gemma"):
+    if family not in _CLASSES or not says_all(spec) or (spec.scaled_embeddings and family != "gemma"):
         return _UNSAYABLE
-    if spec.rope_scaling is not None and spec.family != "llama":
+    if spec.rope_scaling is not None and family != "llama":
         return _UNSAYABLE
-    module, model, config = _CLASSES[spec.family]
+    module, model, config = _CLASSES[family]
     scaled = "Llama31Config" if spec.rope_scaling is not None else config
     return f"{_MODELS}{module}.{model}", f"{_MODELS}{module}.{scaled}"
 

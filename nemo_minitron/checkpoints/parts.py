@@ -6,23 +6,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Packing
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.arch.weights import Weight
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import Weight, packed_groups, part_shapes
 from nemo_minitron.ops.packing import merge_gate_up, merge_qkv, split_gate_up, split_qkv
-
-
-def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a weight's parts in packing order (q, k, v or gate, up); one shape for a plain weight."""
-    rest = weight.shape[1:]
-    match weight.row.packing:
-        case Packing.PLAIN:
-            return (weight.shape,)
-        case Packing.QKV:
-            layer = _layer(weight, spec)
-            query, key = layer.num_attention_heads * spec.head_dim, layer.num_query_groups * spec.head_dim
-            return (query, *rest), (key, *rest), (key, *rest)
-        case Packing.GATE_UP:
-            return ((weight.shape[0] // 2, *rest),) * 2
 
 
 def fuse(parts: Sequence[Tensor], weight: Weight, spec: ModelSpec) -> Tensor:
@@ -33,7 +19,7 @@ def fuse(parts: Sequence[Tensor], weight: Weight, spec: ModelSpec) -> Tensor:
             return only.contiguous()
         case Packing.QKV:
             query, key, value = parts
-            groups = _layer(weight, spec).num_query_groups
+            groups = packed_groups(weight, spec)
             return merge_qkv(query, key, value, num_groups=groups, head_dim=spec.head_dim)
         case Packing.GATE_UP:
             gate, up = parts
@@ -46,7 +32,7 @@ def split(tensor: Tensor, weight: Weight, spec: ModelSpec) -> tuple[Tensor, ...]
         case Packing.PLAIN:
             return (tensor,)
         case Packing.QKV:
-            groups = _layer(weight, spec).num_query_groups
+            groups = packed_groups(weight, spec)
             return split_qkv(tensor, num_groups=groups, head_dim=spec.head_dim)
         case Packing.GATE_UP:
             return split_gate_up(tensor)
@@ -71,12 +57,6 @@ def split_stored(tensor: Tensor, weight: Weight, spec: ModelSpec, *, tensors: in
     """A canonical tensor as a format with so many tensors stores it; `fuse_stored` is the inverse."""
     parts = split(tensor, weight, spec)
     return parts if tensors == len(parts) else (torch.cat(parts),)
-
-
-def _layer(weight: Weight, spec: ModelSpec) -> LayerSpec:
-    if weight.layer is None:
-        raise AssertionError(f"{weight.name} is packed but belongs to no layer")
-    return spec.layers[weight.layer]
 
 
 def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.spec import MAX_LAYERS, ModelSpec
 from nemo_minitron.errors import CheckpointError, MinitronError, SpecError
 
 LARGEST_JSON = 256_000_000
@@ -17,7 +17,6 @@ MOST_VALUES = 1_000_000
 """Values of a YAML document with its aliases written out; an alias of an alias of an alias could stand for billions."""
 DEEPEST = 100
 """Levels of nesting."""
-MOST_LAYERS = 10_000
 
 _LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "block_count")
 _CODE_KEYS = ("_target_", "target")
@@ -116,8 +115,8 @@ def spec_of(read: Callable[[], ModelSpec], config: Mapping[str, Any], *, where: 
     """
     for key in _LAYER_KEYS:
         count = config.get(key)
-        if count is not None and (type(count) is not int or not 0 < count <= MOST_LAYERS):
-            raise SpecError(f"{where}: {key} = {str(count)[:40]}", rule=f"a whole number from 1 to {MOST_LAYERS}")
+        if count is not None and (type(count) is not int or not 0 < count <= MAX_LAYERS):
+            raise SpecError(f"{where}: {key} = {str(count)[:40]}", rule=f"a whole number from 1 to {MAX_LAYERS}")
     try:
         spec = read()
         hash(spec)  # a value that is no number, text or flag
@@ -129,14 +128,10 @@ def spec_of(read: Callable[[], ModelSpec], config: Mapping[str, Any], *, where: 
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise SpecError(f"{where}: {name} = {str(value)[:40]}", rule="a positive number")
     sizes = (spec.vocab_size, spec.hidden_size, spec.head_dim, spec.max_position_embeddings)
-    inner = [value for layer in set(spec.layers) for value in _sizes(layer)]
+    inner = [value for layer in set(spec.layers) for value in layer.sizes.values()]
     if wrong := [value for value in (*sizes, *inner) if type(value) is not int or value > 2**31]:
         raise SpecError(f"{where}: {str(wrong[0])[:40]} is not a size", rule="whole numbers below 2^31")
     return spec
-
-
-def _sizes(layer: Any) -> tuple[Any, ...]:
-    return layer.num_attention_heads, layer.num_query_groups, layer.ffn_hidden_size
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

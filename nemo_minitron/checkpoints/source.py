@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,12 +42,16 @@ class TensorSource(Protocol):
 
     Attributes:
         spec: The architecture.
+        family: Key of `arch.families`: how Hugging Face names its weights and settings.
         dtype: Type of every tensor that `get` returns.
         lineage: JSON data about where the model comes from (base model, licence, plan digest, parents).
     """
 
     @property
     def spec(self) -> ModelSpec: ...  # noqa: D102
+
+    @property
+    def family(self) -> str: ...  # noqa: D102
 
     @property
     def dtype(self) -> torch.dtype: ...  # noqa: D102
@@ -75,6 +80,49 @@ class TensorSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint that a reader has opened, or a view of one; itself a `TensorSource`.
+
+    Attributes:
+        spec: The architecture.
+        family: Key of `arch.families`: how Hugging Face names its weights and settings.
+        dtype: The type that holds every stored weight exactly, and of every tensor that `get` returns.
+        lineage: What the writer recorded of where the model comes from; for a foreign checkpoint its name.
+        format: What the format is called.
+        layout: How the weights are stored.
+        files: Reads the tokenizer's files and what travels with them; see `TensorSource.tokenizer_files`.
+        get: Reads one canonical tensor; see `TensorSource.get`.
+        notes: Tells what the reader assumes because the checkpoint does not say it, and what of it goes nowhere.
+        config: NeMo-1's configuration, where there is one.
+        native: The folder of the weights, where Megatron-Core itself can load them.
+    """
+
+    spec: ModelSpec
+    family: str
+    dtype: torch.dtype
+    lineage: dict[str, Any]
+    files: Callable[[], Mapping[str, bytes]]
+    get: Callable[[str], Tensor]
+    format: str = ""
+    layout: str = ""
+    notes: Callable[[], tuple[str, ...]] = tuple
+    config: Mapping[str, Any] | None = None
+    native: Path | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names in table order."""
+        return names_of(self.spec)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Hugging Face tokenizer files, and what travels with them, by name; empty when there are none.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
+        return dict(self.files())
+
+
 def names_of(spec: ModelSpec) -> tuple[str, ...]:
     """Canonical names of a model's weights in table order."""
     return tuple(weight.name for weight in weights(spec))
@@ -89,49 +137,6 @@ def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
     sizes = {weight.name: weight.numel * source.dtype.itemsize for weight in weights(source.spec)}
     names = source.names()
     return zip(names, read_ahead(names, source.get, sizes.__getitem__), strict=True)
-
-
-def open_checkpoint(path: Path) -> TensorSource:
-    """Open a checkpoint of any readable format, found out by looking at it.
-
-    Args:
-        path: A Hugging Face folder, a `.gguf` file, a `.nemo` file or its unpacked folder, a NeMo-2 folder, or a
-            checkpoint folder of Megatron-LM or Megatron-Bridge.
-
-    Raises:
-        CheckpointError: The path does not exist, is of no known format, or is damaged.
-        SpecError: It holds an architecture that is not supported.
-    """
-    from nemo_minitron.checkpoints.gguf import GgufSource
-    from nemo_minitron.checkpoints.hf import HfSource
-    from nemo_minitron.checkpoints.megatron_dist import MegatronSource, is_megatron_folder
-    from nemo_minitron.checkpoints.nemo1 import NemoSource
-    from nemo_minitron.checkpoints.nemo2 import Nemo2Source, is_nemo2_folder
-
-    if path.is_dir():
-        if (path / "model_config.yaml").is_file():
-            return NemoSource(path)
-        if (path / "config.json").is_file():
-            return HfSource(path)
-        if is_nemo2_folder(path):
-            return Nemo2Source(path)
-        if is_megatron_folder(path):
-            return MegatronSource(path)
-        raise CheckpointError(
-            f"{path}: not a checkpoint folder",
-            rule="config.json (Hugging Face), model_config.yaml (unpacked .nemo), context/ and weights/ (NeMo 2), or "
-            "iterations of Megatron lie in it",
-            remedy="name the folder that holds the weights themselves",
-        )
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file or folder", remedy="check model.source")
-    if _starts_with(path, b"GGUF"):
-        return GgufSource(path)
-    if path.suffix == ".nemo" or _starts_with(path, b"ustar", offset=257):
-        return NemoSource(path)
-    raise CheckpointError(
-        f"{path}: not a checkpoint file", rule="a .gguf or .nemo file; for Hugging Face models name the folder"
-    )
 
 
 def tokenizer_digest(files: Mapping[str, bytes]) -> str:
@@ -177,9 +182,3 @@ def check_tokenizer_fits(files: Mapping[str, bytes], spec: ModelSpec, *, where: 
             if only_added
             else "use the tokenizer that the model was trained with",
         )
-
-
-def _starts_with(path: Path, magic: bytes, *, offset: int = 0) -> bool:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(len(magic)) == magic

@@ -5,28 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PrunableAxis
 from nemo_minitron.arch.spec import LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.arch.weights import parameter_count
-from nemo_minitron.checkpoints.gguf import GgufSource
-from nemo_minitron.checkpoints.hf import HfSource
-from nemo_minitron.checkpoints.megatron_dist import MegatronSource
-from nemo_minitron.checkpoints.nemo1 import NemoSource
-from nemo_minitron.checkpoints.nemo2 import Nemo2Source
-from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, tokenizer_digest
+from nemo_minitron.checkpoints.source import PLAN_FILE, Checkpoint, tokenizer_digest
 from nemo_minitron.checkpoints.special_ids import ids_of
 from nemo_minitron.checkpoints.travelling import tokenizer_problem
 from nemo_minitron.errors import CheckpointError
 
-_KINDS: dict[type[Any], str] = {
-    HfSource: "Hugging Face",
-    NemoSource: "NeMo 1",
-    Nemo2Source: "NeMo 2",
-    MegatronSource: "Megatron",
-    GgufSource: "GGUF",
-}
 
-
-def summary(source: TensorSource, path: Path) -> dict[str, Any]:
+def summary(source: Checkpoint, path: Path) -> dict[str, Any]:
     """Format, sizes, tokenizer, lineage and digests of a checkpoint as JSON data.
 
     Weights are counted and their types known from headers; none is read.
@@ -36,7 +24,7 @@ def summary(source: TensorSource, path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "format": _format(source, path),
-        "family": spec.family,
+        "family": source.family,
         "dtype": str(source.dtype).removeprefix("torch."),
         "parameters": parameter_count(spec),
         "parameters_without_embeddings": parameter_count(spec, embeddings=False),
@@ -46,24 +34,19 @@ def summary(source: TensorSource, path: Path) -> dict[str, Any]:
         "special_ids": ids_of(files),
         "lineage": dict(source.lineage),
         "files": sorted(files),
-        "notes": list(notes_of(source)),
+        "notes": list(source.notes()),
         "carries_plan": PLAN_FILE in files,
         "digests": {"architecture": spec.digest(), "tokenizer": tokenizer_digest(files)},
     }
 
 
-def tokenizer_of(source: TensorSource, path: Path) -> tuple[dict[str, bytes], str]:
+def tokenizer_of(source: Checkpoint, path: Path) -> tuple[dict[str, bytes], str]:
     """Files that travel with a checkpoint, and why its tokenizer cannot be used; "" if it can."""
     try:
         files = source.tokenizer_files()
     except CheckpointError as error:
         return {}, error.what
     return files, tokenizer_problem(files, where=str(path))
-
-
-def notes_of(source: TensorSource) -> tuple[str, ...]:
-    """What a reader assumes because a checkpoint does not say it, and what of it goes nowhere."""
-    return tuple(getattr(source, "notes", ()))
 
 
 def lines(data: Mapping[str, Any]) -> list[str]:
@@ -88,25 +71,21 @@ def lines(data: Mapping[str, Any]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
-def _format(source: TensorSource, path: Path) -> str:
-    kind = next((name for cls, name in _KINDS.items() if isinstance(source, cls)), type(source).__name__)
-    detail = "" if isinstance(source, GgufSource) else ", a folder" if path.is_dir() else ", a file"
-    layout = getattr(source, "layout", "")
-    return f"{kind}{detail}" + (f", weights as {layout}" if layout else "")
+def _format(source: Checkpoint, path: Path) -> str:
+    detail = "" if source.format == "GGUF" else ", a folder" if path.is_dir() else ", a file"
+    return f"{source.format}{detail}" + (f", weights as {source.layout}" if source.layout else "")
 
 
 def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
-    def span(name: str) -> str:
-        values = [getattr(layer, name) for layer in spec.layers]
+    def span(row: PrunableAxis) -> str:
+        values = [layer.size(row) for layer in spec.layers]
         low, high = min(values), max(values)
-        return str(low) if low == high else f"{low} to {high}, by layer"
+        found = str(low) if low == high else f"{low} to {high}, by layer"
+        return f"{found} of {spec.head_dim} channels" if row.is_head else found
 
     found = [
-        ("layers", str(spec.num_layers)),
-        ("hidden size", str(spec.hidden_size)),
-        ("FFN size", span("ffn_hidden_size")),
-        ("attention heads", f"{span('num_attention_heads')} of {spec.head_dim} channels"),
-        ("KV groups", span("num_query_groups")),
+        *((row.label, str(spec.size(row))) for row in MODEL_AXES),
+        *((row.label, span(row)) for row in LAYER_AXES),
         ("vocabulary", f"{spec.vocab_size}{', tied to the output layer' if spec.tied_embeddings else ''}"),
         ("context", str(spec.max_position_embeddings)),
         ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}"),

@@ -33,28 +33,28 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, tensor by tensor."""
     with reported(debug=debug):
-        from nemo_minitron.checkpoints.convert import DTYPES, Format, format_for
+        from nemo_minitron.checkpoints.convert import DTYPES
         from nemo_minitron.checkpoints.convert import convert as write
-        from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
-        from nemo_minitron.checkpoints.summary import notes_of
+        from nemo_minitron.checkpoints.formats import FORMATS, format_for
+        from nemo_minitron.checkpoints.open import open_checkpoint
+        from nemo_minitron.checkpoints.source import TensorSource
         from nemo_minitron.config.dtypes import dtype_name
         from nemo_minitron.errors import MinitronError
         from nemo_minitron.report.model_card import CARD, model_card
 
-        if to is not None and to not in list(Format):
-            raise MinitronError(f"--to {to}", rule=f"one of {', '.join(Format)}")
+        if to is not None and to not in FORMATS:
+            raise MinitronError(f"--to {to}", rule=f"one of {', '.join(FORMATS)}")
         wanted = None if dtype is None else DTYPES.get(dtype_name(dtype) or "")
         if dtype is not None and wanted is None:
             raise MinitronError(f"--dtype {dtype}", rule="fp32, bf16 or fp16, also by torch's names")
-        kind = Format(to) if to else format_for(destination)
+        kind = to or format_for(destination)
 
-        def card(opened: TensorSource, into: Format) -> dict[str, bytes]:
-            library = "transformers" if into is Format.HF else "nemo"
-            text = model_card(opened, name=destination.name.removesuffix(".nemo"), library=library)
+        def card(opened: TensorSource, into: str) -> dict[str, bytes]:
+            text = model_card(opened, name=destination.name.removesuffix(".nemo"), library=FORMATS[into].library)
             return {CARD: text.encode()}
 
         write(source, destination, to=kind, dtype=wanted, replace=force, card=card)
-        for note in notes_of(open_checkpoint(source)):
+        for note in open_checkpoint(source).notes():
             print(f"note: {note}", file=sys.stderr)
         print(destination)
 
@@ -71,7 +71,7 @@ def inspect(
         import json
 
         from nemo_minitron.checkpoints.digest import weights_digest
-        from nemo_minitron.checkpoints.source import open_checkpoint
+        from nemo_minitron.checkpoints.open import open_checkpoint
         from nemo_minitron.checkpoints.summary import lines, summary
 
         source = open_checkpoint(path)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli import dry_run_tables as tables
-from nemo_minitron.cli import preflight, quiet
+from nemo_minitron.cli import quiet
 from nemo_minitron.cli.job import Job
 from nemo_minitron.config.parallel import Precision, Recompute
 from nemo_minitron.config.run import RunConfig
@@ -16,6 +16,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
 from nemo_minitron.estimate.work import Work, work_of
 from nemo_minitron.launchers.commands import run_command
+from nemo_minitron.stages import preflight
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.manifest import gpu_memory
@@ -32,6 +33,7 @@ class _Job:
     stages: Sequence[Stage]
     ranks: int
     teacher: ModelSpec
+    family: str
     students: tuple[ModelSpec, ...]
     described: bool
     """Whether the teacher's sizes are those of `model.architecture` alone."""
@@ -68,10 +70,11 @@ def show(job: Job, *, console: Console) -> None:
     console.print(Text(f"run folder {folder.path}", style="bold"))
     console.print(Text("  ".join(f"{step.stage.name}: {step.action}" for step in steps)), highlight=False)
     console.print()
-    teacher = preflight.teacher_spec(config, folder)
-    if teacher is None:
+    found = preflight.teacher_model(config, folder)
+    if found is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
         return
+    teacher, family = found
     ranks = job.ranks or preflight.planned_ranks(config)
     if any(stage.kind == "search" for stage in chain):
         from nemo_minitron.cli import dry_run_search
@@ -82,6 +85,7 @@ def show(job: Job, *, console: Console) -> None:
         stages=chain,
         ranks=ranks,
         teacher=teacher,
+        family=family,
         students=preflight.students(config, teacher, folder),
         described=not folder.is_whole("import") and not preflight.source_is_here(config),
     )
@@ -116,7 +120,7 @@ def _precision(config: RunConfig, folder: RunFolder) -> tuple[Precision, str]:
 def _built(job: _Job) -> tuple[dict[str, list[int]], MinitronError | None]:
     """Parameters of each pipeline stage's rank by model, or why there cannot be such a run."""
     try:
-        preflight.check_models(job.models.values(), job.config)
+        preflight.check_models(job.models.values(), job.config, job.family)
         preflight.check_batches(job.stages, job.config, job.ranks)
         return _parameters_on_meta(job), None
     except MinitronError as error:

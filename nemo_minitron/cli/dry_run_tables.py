@@ -1,6 +1,6 @@
 """Tables of a dry run: sizes, layout, memory of a rank, work."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from rich import box
@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_minitron.arch.axes import LAYER_AXES
+from nemo_minitron.arch.sizes import PARAMETERS, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.estimate.communication import Split
@@ -21,28 +22,21 @@ from nemo_minitron.stages.chain import MODELS
 
 _GB = 1e9
 
-_ROWS: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
-    ("parameters", parameter_count),
-    ("  without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
-    ("layers", lambda spec: spec.num_layers),
-    ("hidden size", lambda spec: spec.hidden_size),
-    ("FFN size", lambda spec: spec.layers[0].ffn_hidden_size),
-    ("query heads", lambda spec: spec.layers[0].num_attention_heads),
-    ("KV groups", lambda spec: spec.layers[0].num_query_groups),
-    ("head size", lambda spec: spec.head_dim),
-    ("vocabulary", lambda spec: spec.vocab_size),
-)
-
 
 def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
     """Sizes of every model, and what the last one keeps of the first."""
     table = new_table("", *models, "kept", title="sizes")
-    for label, size in _ROWS:
-        found = [size(spec) for spec in models.values()]
+    named = {name: named_sizes(spec) for name, spec in models.items()}
+    for label in next(iter(named.values())):
+        found = [each[label] for each in named.values()]
         before, after = found[0], found[-1]
-        style = "bold" if label == "parameters" else ("dim" if before == after else "")
-        table.add_row(label, *(f"{value:,}" for value in found), f"{after / before:.1%}", style=style)
+        style = "bold" if label == PARAMETERS else ("dim" if before == after else "")
+        table.add_row(label, *(f"{value:,}" for value in found), _share_of(after, before), style=style)
     return table
+
+
+def _share_of(after: int, before: int) -> str:
+    return f"{after / before:.1%}" if before else ""
 
 
 def layout(
@@ -61,13 +55,11 @@ def layout(
     axes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {copies:g}"
     title = f"layout: {ranks} rank{'s' if ranks > 1 else ''} = {axes}"
     table = new_table("a rank holds", "divided by", *models, title=title)
-    for label, name in (
-        ("query heads", "num_attention_heads"),
-        ("KV groups", "num_query_groups"),
-        ("FFN", "ffn_hidden_size"),
-    ):
-        found = (getattr(spec.layers[0], name) for spec in models.values())
-        table.add_row(label, f"TP {parallel.tensor}", *(_share(size, parallel.tensor) for size in found))
+    for row in LAYER_AXES:
+        if row.divided_by:
+            ranks_of = getattr(parallel, row.divided_by)
+            found = (spec.size(row, 0) for spec in models.values())
+            table.add_row(row.label, f"TP {ranks_of}", *(_share(size, ranks_of) for size in found))
     table.add_row("vocabulary, padded", f"TP {parallel.tensor}", *(_vocabulary(s, parallel) for s in models.values()))
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     by = f"PP {parallel.pipeline}" + (f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")

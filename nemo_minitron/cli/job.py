@@ -11,6 +11,7 @@ from nemo_minitron.errors import LaunchError
 from nemo_minitron.launchers.commands import check_ranks
 from nemo_minitron.megatron import launched
 from nemo_minitron.stages import signals
+from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.team import environment_rank
 
 
@@ -66,8 +67,8 @@ def submit(job: Job, *, only_print: bool = False) -> str:
     Raises:
         MinitronError: The recipe cannot run as it is, or cannot be queued.
     """
-    from nemo_minitron.cli import preflight
     from nemo_minitron.launchers import slurm
+    from nemo_minitron.stages import preflight
     from nemo_minitron.stages.run_folder import RunFolder
 
     config = job.config()
@@ -75,7 +76,7 @@ def submit(job: Job, *, only_print: bool = False) -> str:
     script = slurm.batch_script(job.recipe, job.overrides, folder, config)
     if only_print:
         return script
-    preflight.check(job, config, RunFolder(folder))
+    preflight.check(_selected(job, config), config, RunFolder(folder), recipe=job.recipe)
     return slurm.submit(script, folder)
 
 
@@ -114,13 +115,15 @@ def _say_if_allocated(ranks: int) -> None:
 
 def _run_here(job: Job, config: RunConfig) -> None:
     from nemo_minitron.callbacks.reporter import Reporter
-    from nemo_minitron.cli import closing, preflight
+    from nemo_minitron.cli import closing
+    from nemo_minitron.stages import preflight
     from nemo_minitron.stages.chain import chain_for
     from nemo_minitron.stages.engine import Request, meet, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
 
     folder = RunFolder(job.folder(config))
-    preflight.check(job, config, folder, ranks=environment_rank()[1])
+    selected = _selected(job, config)
+    preflight.check(selected, config, folder, recipe=job.recipe, ranks=environment_rank()[1])
     team = meet(config, folder)
     reporter = Reporter(silent=team.rank > 0)
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))
@@ -130,6 +133,14 @@ def _run_here(job: Job, config: RunConfig) -> None:
     finally:
         _stop_runtime()
     reporter.line(closing.summary(folder, config))
+
+
+def _selected(job: Job, config: RunConfig) -> tuple[Stage, ...]:
+    """The stages that the user asks for."""
+    from nemo_minitron.stages.chain import chain_for
+    from nemo_minitron.stages.plan import select
+
+    return tuple(select(chain_for(config), first=job.redo_from, last=job.last, only=job.only))
 
 
 def _stop_runtime() -> None:

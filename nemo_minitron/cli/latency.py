@@ -22,17 +22,18 @@ def latency(
     """Time layers of several sizes on this device, so that a search can keep to a latency."""
     with reported(debug=debug):
         from nemo_minitron.callbacks.reporter import Reporter
-        from nemo_minitron.cli import preflight
         from nemo_minitron.cli.job import Job
         from nemo_minitron.errors import ConfigError
         from nemo_minitron.search.latency import Conditions
         from nemo_minitron.search.space import make_space
         from nemo_minitron.search.timing import TIMED, device_name, grid_of, points_of, time_table
+        from nemo_minitron.stages import preflight
         from nemo_minitron.stages.run_folder import RunFolder
 
         job = Job(recipe=recipe, overrides=overrides or [])
         config = job.config()
-        teacher = preflight.teacher_spec(config, RunFolder(job.folder(config)))
+        found = preflight.teacher_model(config, RunFolder(job.folder(config)))
+        teacher = None if found is None else found[0]
         deployment = config.target.deployment
         problems = []
         if teacher is None:

@@ -28,7 +28,7 @@ PlanPath = Annotated[
 ]
 Target = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe's target section, as ffn_hidden_size=0.8."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe's target section, as hidden_size=0.8."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the plan goes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")]
@@ -83,7 +83,7 @@ def random(
 ) -> None:
     """Draw what stays by lot: the baseline that scores must beat."""
     with reported(debug=debug):
-        from nemo_minitron.checkpoints.source import open_checkpoint
+        from nemo_minitron.checkpoints.open import open_checkpoint
         from nemo_minitron.config.load import load_target
         from nemo_minitron.pruning.build import random_plan
 
@@ -104,7 +104,7 @@ def apply(
 ) -> None:
     """Cut a checkpoint (Hugging Face, .nemo, or its folder) tensor by tensor, on the CPU, building no model."""
     with reported(debug=debug):
-        from nemo_minitron.checkpoints.source import open_checkpoint
+        from nemo_minitron.checkpoints.open import open_checkpoint
         from nemo_minitron.config.run import ExportFormat
         from nemo_minitron.pruning.apply import PrunedSource
         from nemo_minitron.pruning.write import write_checkpoint

@@ -75,7 +75,7 @@ def _told(scores: "Scores") -> str:
     spec = scores.spec
     known = [str(part) for part in scores.coverage] or ["unknown; they cannot be merged"]
     lines = [
-        f"{spec.family}, {spec.num_layers} layers, hidden {spec.hidden_size} (spec {spec.digest()[:12]})",
+        f"{spec.num_layers} layers, hidden {spec.hidden_size} (spec {spec.digest()[:12]})",
         f"{scores.samples:,} samples, {scores.tokens:,} tokens: {'; '.join(known)}",
         *(f"{key}: {value}" for key, value in sorted(scores.provenance.items()) if key != "calibration"),
         "",

@@ -41,7 +41,7 @@ BATCH = {
 READ = (*PARALLEL.values(), *BATCH.values(), "precision", "seed", "optim", "minitron", "nemo_version")
 """Other keys that are read; the last one NeMo writes itself, and only into files."""
 
-MINITRON = ("spec", "parallel", "guard", "distillation", "fp8")
+MINITRON = ("spec", "family", "parallel", "guard", "distillation", "fp8")
 """Keys of our own section. The first one is an architecture, and written by us."""
 
 OPTIMIZER = {

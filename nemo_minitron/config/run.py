@@ -13,7 +13,7 @@ from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.search import SearchConfig, search_problems
-from nemo_minitron.config.sites import FfnSite
+from nemo_minitron.config.sites import Aggregation, FfnSite
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
 from nemo_minitron.config.tuning import TuneConfig
 
@@ -88,14 +88,6 @@ class DataConfig(Section):
         if self.calibration_fraction + self.heldout_fraction >= 1:
             raise ValueError("calibration_fraction + heldout_fraction must leave documents to train on (sum below 1)")
         return self
-
-
-class Aggregation(StrEnum):
-    """How values are put together over one dimension (arXiv:2407.14679, section 2.2)."""
-
-    MEAN = "mean"
-    L2 = "l2"
-    VAR = "var"
 
 
 class ScoreConfig(Section):

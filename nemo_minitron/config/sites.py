@@ -1,4 +1,4 @@
-"""Where importance is measured, as far as it can be chosen."""
+"""Where importance is measured and how it is put together, as far as it can be chosen."""
 
 from enum import StrEnum
 
@@ -11,3 +11,11 @@ class FfnSite(StrEnum):
     BEFORE_ACTIVATION = "before_activation"
     """The argument of the activation, as arXiv:2407.14679, section 2.2, writes it: `X (W1^i)^T`, plus the bias where
     there is one. A gated MLP has two rows a neuron, and only the gate's product is an argument of the activation."""
+
+
+class Aggregation(StrEnum):
+    """How values are put together over one dimension (arXiv:2407.14679, section 2.2): mean, L2 norm, variance."""
+
+    MEAN = "mean"
+    L2 = "l2"
+    VAR = "var"

@@ -98,14 +98,13 @@ def _working(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
         Recompute.FULL: layer_activations(spec, sizes, step.recomputing(Recompute.NONE)),
     }[recompute]
     # Gradients of [gate; up] and of what they are made of; those of the residual stream, into the MLP and past it.
-    neurons = sizes.ffn_hidden_size // step.parallel.tensor
+    heads, groups, neurons = sizes.on_rank(step.parallel.tensor)
     in_mlp = again + step.tokens * (3 * neurons + 2 * spec.hidden_size) * element
     if step.engine:
         return in_mlp
     # Attention's weights and their gradients, a block of queries at a time; the MLP's part is free again by then.
-    heads = sizes.num_attention_heads // step.parallel.tensor
     scores = 3 * step.micro_batch_size * heads * min(QUERY_BLOCK, step.sequence_length) * step.sequence_length * element
-    of_qkv = step.tokens * (2 * heads + 4 * sizes.num_query_groups // step.parallel.tensor) * spec.head_dim * element
+    of_qkv = step.tokens * (2 * heads + 4 * groups) * spec.head_dim * element
     in_attention = scores + of_qkv + step.tokens * 2 * spec.hidden_size * element
     in_attention += 0 if recompute is Recompute.SELECTIVE else again - mlp
     return max(in_mlp, in_attention)
@@ -114,8 +113,7 @@ def _working(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
 def _attention(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     """Bytes a token; with `[q]` channels of queries and of the output, `[k]` of keys and of values, on this rank."""
     element = bytes_of(step.precision)
-    heads = sizes.num_attention_heads // step.parallel.tensor
-    groups = sizes.num_query_groups // step.parallel.tensor
+    heads, groups, _ = sizes.on_rank(step.parallel.tensor)
     queries, keys = heads * spec.head_dim, groups * spec.head_dim
     if step.engine:
         # q + 2k as they come, attention's output [q], which is the next linear's input too, one fp32 number a head.
@@ -130,7 +128,7 @@ def _attention(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
 
 def _mlp(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     """Bytes a token, on this rank."""
-    neurons = sizes.ffn_hidden_size // step.parallel.tensor
+    neurons = sizes.on_rank(step.parallel.tensor).neurons
     # The first linear's output, [gate; up] or [F], and the next one's input [F]; where gated, ours keeps act(gate) too.
     numbers = 2 if not spec.activation.gated else 3 if step.engine else 4
     return numbers * neurons * bytes_of(step.precision)

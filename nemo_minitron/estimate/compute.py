@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weights
+from nemo_minitron.arch.weights import feed_forward_count, weights
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 
 PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
@@ -38,8 +38,7 @@ def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
     matrices = sum(
         weight.numel for weight in weights(spec) if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
     )
-    channels = sum(layer.num_attention_heads * spec.head_dim for layer in spec.layers)
-    return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + 4.0 * channels * sequence_length / 2
+    return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + 4.0 * spec.query_channels() * sequence_length / 2
 
 
 def training_flops(spec: ModelSpec, sequence_length: int, *, recompute: Recompute = Recompute.NONE) -> float:
@@ -47,7 +46,7 @@ def training_flops(spec: ModelSpec, sequence_length: int, *, recompute: Recomput
     forward = forward_flops(spec, sequence_length)
     again = {
         Recompute.NONE: 0.0,
-        Recompute.SELECTIVE: 2.0 * sum(weight.numel for weight in weights(spec) if Axis.FFN in weight.row.axes),
+        Recompute.SELECTIVE: 2.0 * feed_forward_count(spec),
         Recompute.FULL: forward - 2.0 * spec.vocab_size * spec.hidden_size,
     }
     return 3 * forward + again[recompute]

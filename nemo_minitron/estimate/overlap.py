@@ -188,6 +188,5 @@ def _stage_flops(spec: ModelSpec, parallel: ParallelConfig, stage: int, length: 
         for weight in weights(spec)
         if weight.layer in layers and len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
     )
-    channels = sum(spec.layers[layer].num_attention_heads * spec.head_dim for layer in layers)
     head = spec.vocab_size * spec.hidden_size if stage == parallel.pipeline - 1 else 0
-    return 2.0 * (matrices + head) + 4.0 * channels * length / 2
+    return 2.0 * (matrices + head) + 4.0 * spec.query_channels(layers) * length / 2

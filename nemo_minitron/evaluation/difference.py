@@ -15,7 +15,7 @@ def first_weight_difference(expected: TensorSource, found: TensorSource) -> str:
     """
     if expected.spec != found.spec:
         mine, other = expected.spec.to_dict(), found.spec.to_dict()
-        keys = [key for key in mine if mine[key] != other.get(key) and key != "family"]
+        keys = [key for key in mine if mine[key] != other.get(key)]
         if keys:
             return f"the architecture: {keys[0]} = {other.get(keys[0])}, was {mine[keys[0]]}"
     for name, other in zip_longest(expected.names(), found.names()):

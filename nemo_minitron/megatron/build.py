@@ -103,7 +103,7 @@ def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
             remedy="set distill.teacher_fp8=false",
         )
     size = _FP8_MULTIPLE * runtime.parallel.tensor
-    odd = {layer.ffn_hidden_size for layer in spec.layers if layer.ffn_hidden_size % size}
+    odd = {layer.mlp.ffn_hidden_size for layer in spec.layers if layer.mlp.ffn_hidden_size % size}
     if odd or spec.hidden_size % _FP8_MULTIPLE:
         raise LayoutError(
             f"distill.teacher_fp8 = true with hidden size {spec.hidden_size} and FFN {sorted(odd)}",
@@ -122,9 +122,9 @@ def transformer_config(
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
-        ffn_hidden_size=first.ffn_hidden_size,
-        num_attention_heads=first.num_attention_heads,
-        num_query_groups=first.num_query_groups,
+        ffn_hidden_size=first.mlp.ffn_hidden_size,
+        num_attention_heads=first.attention.num_attention_heads,
+        num_query_groups=first.attention.num_query_groups,
         kv_channels=spec.head_dim,
         normalization="LayerNorm" if spec.norm.subtracts_mean else "RMSNorm",
         layernorm_zero_centered_gamma=spec.norm.zero_centred,

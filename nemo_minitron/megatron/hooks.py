@@ -32,7 +32,7 @@ from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
-from nemo_minitron.megatron.score_sums import SITES, RankSums, Site, deal_out, gather, rank_channels
+from nemo_minitron.megatron.score_sums import PASSED, RankSums, Site, deal_out, gather, rank_channels
 from nemo_minitron.ops.block_influence import Stream, dissimilarity, stream_of
 from nemo_minitron.ops.importance import (
     Block,
@@ -180,7 +180,7 @@ class ImportanceCollector:
     def _state(self, chunk: nn.Module) -> _Chunk:
         runtime, spec = self._runtime, self._spec
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        every = [(number, site) for number in layers for site in SITES]
+        every = [(number, site) for number in layers for site in PASSED]
         split = [runtime.groups.cp] if runtime.parallel.context > 1 else []
         if runtime.parallel.sequence_parallel:
             hidden = [site for site in every if site[1] in _HIDDEN]

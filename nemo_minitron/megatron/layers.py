@@ -206,9 +206,9 @@ class SizedLayer(TransformerLayer):
 
     def __init__(self, config: TransformerConfig, *args: Any, sizes: LayerSpec, **kwargs: Any) -> None:
         own = copy.copy(config)
-        own.num_attention_heads = sizes.num_attention_heads
-        own.num_query_groups = sizes.num_query_groups
-        own.ffn_hidden_size = sizes.ffn_hidden_size
+        own.num_attention_heads = sizes.attention.num_attention_heads
+        own.num_query_groups = sizes.attention.num_query_groups
+        own.ffn_hidden_size = sizes.mlp.ffn_hidden_size
         super().__init__(own, *args, **kwargs)
 
 

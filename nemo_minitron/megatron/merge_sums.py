@@ -84,7 +84,7 @@ class MergeCollector:
         return pipeline_rank == self._runtime.pp_rank
 
     def _zeros(self, gap: Gap, shards: int) -> tuple[Tensor, Tensor]:
-        neurons = self._spec.layers[gap.layer].ffn_hidden_size
+        neurons = self._spec.layers[gap.layer].mlp.ffn_hidden_size
         options: dict[str, Any] = {"dtype": torch.float64, "device": self._runtime.device}
         rows = neurons // shards
         return torch.zeros(rows, neurons, **options), torch.zeros(rows, self._spec.hidden_size, **options)

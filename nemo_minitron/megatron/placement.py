@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.axes import Axis, Packing
+from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig
@@ -18,16 +18,12 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
     """
     problems: list[str] = []
     for index, layer in enumerate(spec.layers):
-        sizes = {
-            "num_query_groups": layer.num_query_groups,
-            "num_attention_heads": layer.num_attention_heads,
-            "ffn_hidden_size": layer.ffn_hidden_size,
-        }
         where = "" if spec.is_uniform else f" of layer {index}"
         problems += [
-            f"{name} = {size}{where} is not a multiple of parallel.tensor = {parallel.tensor}"
-            for name, size in sizes.items()
-            if size % parallel.tensor
+            f"{row.size} = {layer.size(row)}{where} is not a multiple of "
+            f"parallel.{row.divided_by} = {getattr(parallel, row.divided_by)}"
+            for row in LAYER_AXES
+            if row.divided_by and layer.size(row) % getattr(parallel, row.divided_by)
         ]
         if spec.is_uniform:
             break

@@ -63,8 +63,13 @@ class BlockReplacer(LayerSkipper):
         layer: Any = part.model.decoder.layers[replacement.layer - part.layers.start]
         sizes = self._spec.layers[replacement.layer]
         cuts = (
-            (layer.mlp.linear_fc2, replacement.ffn, sizes.ffn_hidden_size, 1),
-            (layer.self_attention.linear_proj, replacement.heads, sizes.num_attention_heads, self._spec.head_dim),
+            (layer.mlp.linear_fc2, replacement.ffn, sizes.mlp.ffn_hidden_size, 1),
+            (
+                layer.self_attention.linear_proj,
+                replacement.heads,
+                sizes.attention.num_attention_heads,
+                self._spec.head_dim,
+            ),
         )
         with ExitStack() as stack:
             for module, kept, size, width in cuts:

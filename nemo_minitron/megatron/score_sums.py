@@ -12,17 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_minitron.arch.axes import SITES
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.importance import SiteSums
-from nemo_minitron.pruning.scores import HIDDEN_SITES, site_names
+from nemo_minitron.pruning.scores import HIDDEN_SITES, site_channels, site_names
 
 Site = tuple[int, str]
 """Global layer number from 0, and site."""
 
-SITES = ("hidden.attention", "head", "hidden.mlp", "ffn")
-"""Of a layer, in the order in which they are passed."""
+PASSED = ("hidden.attention", "head", "hidden.mlp", "ffn")
+"""Sites of a layer in the order in which a forward pass meets them."""
 
 
 @dataclass(slots=True)
@@ -39,11 +40,8 @@ class RankSums:
 
 def rank_channels(site: str, layer: int, spec: ModelSpec, runtime: Runtime) -> int:
     """How many channels of a site this rank sees."""
-    sizes = spec.layers[layer]
-    if site in HIDDEN_SITES:
-        return spec.hidden_size
-    whole = sizes.ffn_hidden_size if site == "ffn" else sizes.num_attention_heads * spec.head_dim
-    return whole // runtime.parallel.tensor
+    row = next(row for row in SITES if row.name == site)
+    return site_channels(spec, row, layer) // (runtime.parallel.tensor if row.is_split else 1)
 
 
 def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tensor]:
@@ -79,7 +77,7 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
     device, first = runtime.device, runtime.dp_rank == 0
     sites, influence = {}, {}
     for number in layers:
-        for site in SITES:
+        for site in PASSED:
             rows = torch.stack([whole[f"layers.{number}.{site}.{row}"] for row in SiteSums.ROWS])
             width = rank_channels(site, number, spec, runtime)
             start = 0 if site in HIDDEN_SITES else runtime.tp_rank * width

@@ -3,24 +3,36 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol
 
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.arch.nemo_config import nemo_config
-from nemo_minitron.checkpoints.nemo1 import NemoSource, pack_nemo, write_folder_files
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.checkpoints.nemo1 import pack_nemo, write_folder_files
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.from_source import fill_from
+from nemo_minitron.megatron.model import MinitronGPT
+from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.sharded_io import load_weights, save_weights
 from nemo_minitron.models import nemo_settings
 
-if TYPE_CHECKING:
-    from nemo_minitron.models.gpt import MegatronGPTModel
 
-ModelT = TypeVar("ModelT", bound="MegatronGPTModel")
+class SavedModel(Protocol):
+    """What is saved of a model: the attributes of `MegatronGPTModel` of these names."""
+
+    spec: ModelSpec
+    family: str
+    tokenizer_files: dict[str, bytes]
+    lineage: dict[str, Any]
+    chunks: list[MinitronGPT]
+
+    @property
+    def runtime(self) -> Runtime: ...  # noqa: D102
 
 
 class MegatronConnector(SaveRestoreConnector):
@@ -37,7 +49,7 @@ class MegatronConnector(SaveRestoreConnector):
         super().__init__()
         self._settings = settings
 
-    def save_to(self, model: "MegatronGPTModel", save_path: str) -> None:
+    def save_to(self, model: SavedModel, save_path: str) -> None:
         """Write configuration, tokenizer and weights. Every rank calls it; the path must be on a shared file system."""
         target = Path(save_path)
         partial = target.with_name(f".{target.name}.saving")
@@ -47,6 +59,7 @@ class MegatronConnector(SaveRestoreConnector):
             write_folder_files(
                 partial,
                 spec=model.spec,
+                family=model.family,
                 dtype=model.chunks[0].config.params_dtype,
                 tokenizer_files=model.tokenizer_files,
                 lineage=model.lineage,
@@ -60,7 +73,7 @@ class MegatronConnector(SaveRestoreConnector):
 
     def restore_from(  # noqa: PLR0917 - NeMo's signature
         self,
-        calling_cls: "type[MegatronGPTModel]",
+        calling_cls: Any,
         restore_path: str,
         override_config_path: DictConfig | str | Mapping[str, Any] | None = None,
         map_location: Any = None,
@@ -76,7 +89,7 @@ class MegatronConnector(SaveRestoreConnector):
             ConfigError: `override_config_path` changes keys that nobody knows, or to values that cannot be.
         """
         source = open_checkpoint(Path(self.model_extracted_dir or restore_path))
-        stored = source.config if isinstance(source, NemoSource) else nemo_config(source.spec)
+        stored = source.config or nemo_config(source.spec, family=source.family)
         config = _configuration(stored, override_config_path)
         if return_config:
             return config
@@ -86,10 +99,11 @@ class MegatronConnector(SaveRestoreConnector):
             model = calling_cls.from_config_dict(config, trainer=trainer, settings=settings)
             model.tokenizer_files = source.tokenizer_files()
             model.lineage = dict(source.lineage)
+            model.family = source.family
             model.restored_from = Path(self.model_extracted_dir or restore_path)
             model.configure_model()
-            if isinstance(source, NemoSource) and source.is_native:
-                load_weights(model.chunks, source.path)
+            if source.native is not None:
+                load_weights(model.chunks, source.native)
             else:
                 fill_from(model.chunks, source, model.runtime)
         finally:
@@ -97,7 +111,7 @@ class MegatronConnector(SaveRestoreConnector):
         return model
 
 
-def model_of(kind: "type[ModelT]", source: TensorSource, *, settings: ModelSettings, trainer: Any = None) -> "ModelT":
+def model_of(kind: Any, source: TensorSource, *, settings: ModelSettings, trainer: Any = None) -> Any:
     """A model with the weights of any source, a pruned view of a checkpoint as well; nothing goes over the disk.
 
     Args:
@@ -108,7 +122,9 @@ def model_of(kind: "type[ModelT]", source: TensorSource, *, settings: ModelSetti
     """
     kind._set_model_restore_state(is_being_restored=True)
     try:
-        model = kind.from_config_dict(OmegaConf.create(nemo_config(source.spec)), trainer=trainer, settings=settings)
+        config = OmegaConf.create(nemo_config(source.spec, family=source.family))
+        model = kind.from_config_dict(config, trainer=trainer, settings=settings)
+        model.family = source.family
         model.tokenizer_files = source.tokenizer_files()
         model.lineage = dict(source.lineage)
         model.configure_model()

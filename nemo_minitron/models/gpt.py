@@ -13,6 +13,7 @@ from nemo.utils import AppState
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.nemo_config import spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.model_settings import ModelSettings
@@ -47,6 +48,7 @@ class MegatronGPTModel(ModelPT):
 
     Attributes:
         spec: The architecture.
+        family: Key of `arch.families`; saved with the model.
         settings: The rest.
         chunks: This rank's part of the model, one a virtual pipeline stage.
         tokenizer_files: Hugging Face tokenizer files by name; saved with the model.
@@ -76,6 +78,7 @@ class MegatronGPTModel(ModelPT):
         self._save_restore_connector = MegatronConnector()
         self.automatic_optimization = False
         self.spec: ModelSpec = spec_from_nemo_config(OmegaConf.to_container(self._cfg, resolve=True))
+        self.family = recorded_family(OmegaConf.to_container(self._cfg).get("minitron") or {}, self.spec)
         self.tokenizer_files: dict[str, bytes] = {}
         self.lineage: dict[str, Any] = {}
         self.restored_from: Path | None = None

@@ -13,25 +13,18 @@ Shapes: S sequence, B samples of a micro-batch, C channels of a site, H query he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemo_minitron.config.sites import Aggregation
+
 # Elements of a site that are summed up at once. A call costs more than a cache miss, so blocks are large.
 _BLOCK_ELEMENTS = 1 << 20
 # Positions of a block at most: single-precision sums of more would show in the sixth digit.
 _BLOCK_ROWS = 1024
-
-
-class Aggregation(StrEnum):
-    """How a statistic of single samples becomes one number: mean, root of the sum of squares, or variance."""
-
-    MEAN = "mean"
-    L2 = "l2"
-    VAR = "var"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,9 @@ def qkv_rows(heads: Tensor, groups: Tensor, *, num_heads: int, num_groups: int, 
     return head_channels(packed, head_dim=head_dim)
 
 
-def gate_up_rows(neurons: Tensor, *, ffn_hidden_size: int) -> Tensor:
-    """Rows of a gated MLP's first weight that belong to the kept `neurons`: their gate rows, then their up rows."""
-    return torch.cat([neurons, neurons + ffn_hidden_size])
+def gate_up_rows(kept: Tensor, *, neurons: int) -> Tensor:
+    """Rows of a gated MLP's first weight that belong to the `kept` ones of its `neurons`: gate rows, then up rows."""
+    return torch.cat([kept, kept + neurons])
 
 
 def _by_group(rows: Tensor, num_groups: int, head_dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.axes import Axis, Packing
+from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing, Scope, is_prunable, outer_axis, row_of
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, names_of
@@ -49,6 +49,11 @@ class PrunedSource:
         return self._student
 
     @property
+    def family(self) -> str:
+        """The teacher's."""
+        return self.teacher.family
+
+    @property
     def dtype(self) -> torch.dtype:
         """The teacher's."""
         return self.teacher.dtype
@@ -71,7 +76,7 @@ class PrunedSource:
         cuts = {dim: kept for dim, kept in keep.items() if kept is not None}
         whole = self.teacher.get(teacher_name)
         tensor = slice_dims(whole, cuts)
-        if layer is not None and weight.row.packing is Packing.QKV and (layer.merged_heads or layer.merged_groups):
+        if layer is not None and weight.row.packing is Packing.QKV and layer.mixes:
             columns = torch.tensor(self.plan.hidden) if whole.dim() > 1 else None
             slots = _slot_mixes(layer, self.plan.spec.layers[layer.source])
             return mix_slots(tensor, whole, slots, head_dim=self.plan.spec.head_dim, columns=columns)
@@ -112,25 +117,24 @@ class PrunedSource:
 
     def _kept(self, axis: Axis, weight: Weight, layer: LayerPlan | None) -> Tensor | None:
         """Indices that stay along a dimension of the teacher's tensor; None when all do."""
-        if axis is Axis.HIDDEN:
-            return torch.tensor(self.plan.hidden)
-        if layer is None or axis not in (Axis.FFN, Axis.HEAD):
+        if not is_prunable(axis):
             return None
-        sizes = self.plan.spec.layers[layer.source]
-        if axis is Axis.FFN:
-            neurons = torch.tensor(layer.ffn)
-            gated = weight.row.packing is Packing.GATE_UP
-            return gate_up_rows(neurons, ffn_hidden_size=sizes.ffn_hidden_size) if gated else neurons
-        heads = torch.tensor(layer.heads)
-        if weight.row.packing is not Packing.QKV:
-            return head_channels(heads, head_dim=self.plan.spec.head_dim)
-        return qkv_rows(
-            heads,
-            torch.tensor(layer.kv_groups),
-            num_heads=sizes.num_attention_heads,
-            num_groups=sizes.num_query_groups,
-            head_dim=self.plan.spec.head_dim,
-        )
+        row = row_of(axis)
+        if layer is None or row.scope is Scope.MODEL:
+            return torch.tensor(self.plan.kept(row))
+        teacher, units = self.plan.spec.layers[layer.source], torch.tensor(layer.kept[axis])
+        outer = outer_axis(row)
+        if weight.row.packing is Packing.QKV and outer is not None:
+            return qkv_rows(
+                units,
+                torch.tensor(layer.kept[outer.axis]),
+                num_heads=teacher.size(row),
+                num_groups=teacher.size(outer),
+                head_dim=self.plan.spec.head_dim,
+            )
+        if weight.row.packing is Packing.GATE_UP:
+            return gate_up_rows(units, neurons=teacher.size(row))
+        return head_channels(units, head_dim=self.plan.spec.head_dim) if row.is_head else units
 
 
 def _is_norm_scale(weight: Weight) -> bool:
@@ -138,23 +142,27 @@ def _is_norm_scale(weight: Weight) -> bool:
     return weight.row.axes == (Axis.HIDDEN,) and weight.name.endswith(("layer_norm_weight", "layernorm.weight"))
 
 
-def _slot_mixes(layer: LayerPlan, sizes: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+def _slot_mixes(layer: LayerPlan, teacher: LayerSpec) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """A layer's merged heads and groups as slots of the student's QKV weight and sums of slots of the teacher's.
 
     Each KV group lies as its query heads, its key, its value.
     """
-    before = sizes.num_attention_heads // sizes.num_query_groups
-    after = len(layer.heads) // len(layer.kv_groups)
+    row = next(row for row in LAYER_AXES if row.within is not None and row.axis in layer.kept)
+    outer = outer_axis(row)
+    assert outer is not None
+    heads, groups = layer.kept[row.axis], layer.kept[outer.axis]
+    before = teacher.size(row) // teacher.size(outer)
+    after = len(heads) // len(groups)
 
     def query(head: int, per_group: int) -> int:
         return head // per_group * (per_group + 2) + head % per_group
 
-    for head, terms in layer.merged_heads:
-        slot = query(layer.heads.index(head), after)
+    for head, terms in layer.mixes.get(row.axis, ()):
+        slot = query(heads.index(head), after)
         yield slot, [(query(origin, before), coefficient) for origin, coefficient in terms]
-    for group, terms in layer.merged_groups:
+    for group, terms in layer.mixes.get(outer.axis, ()):
         for part in (0, 1):  # key, value
-            slot = layer.kv_groups.index(group) * (after + 2) + after + part
+            slot = groups.index(group) * (after + 2) + after + part
             yield slot, [(origin * (before + 2) + before + part, coefficient) for origin, coefficient in terms]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nemo_minitron.arch.axes import Axis, outer_axis
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import ScoresError
@@ -14,7 +15,7 @@ from nemo_minitron.ops.ranking import ranked, top_heads, top_indices
 from nemo_minitron.pruning.chance import RandomImportance
 from nemo_minitron.pruning.depth import kept_layers
 from nemo_minitron.pruning.mixes import Mixes, residual_mixes
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import LayerPlan, PruningPlan, axes_of
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.sizes import hidden_size, named_layers, num_layers, student_layer, student_spec
 
@@ -67,14 +68,7 @@ def build_plan_by_layer(
     how = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
     plans = []
     for number in sorted(layers):
-        sizes = layers[number]
-        exact = target.model_copy(
-            update={
-                "ffn_hidden_size": sizes.ffn_hidden_size,
-                "num_attention_heads": sizes.num_attention_heads,
-                "num_query_groups": sizes.num_query_groups,
-            }
-        )
+        exact = target.model_copy(update=layers[number].sizes)
         plans.append(_layer_plan(scores, number, exact, how))
     return PruningPlan(
         spec=scores.spec,
@@ -96,7 +90,7 @@ def random_plan(target: TargetConfig, spec: ModelSpec, *, seed: int) -> PruningP
     """
     student_spec(target, spec)
     lots = RandomImportance(spec, seed)
-    layers = named_layers(target, spec) or _indices(lots.layers(), num_layers(target, spec))
+    layers = named_layers(target, spec) or _indices(lots.importance(Axis.LAYER), num_layers(target, spec))
     return _plan(lots, layers, target, {"target": target.model_dump(mode="json"), "random_seed": seed})
 
 
@@ -105,65 +99,65 @@ class _Importance(Protocol):
 
     spec: ModelSpec
 
-    def hidden(self, *, batch: str, sequence: str) -> Tensor: ...
-
-    def ffn(self, layer: int, *, batch: str, sequence: str) -> Tensor: ...
-
-    def heads(self, layer: int, *, batch: str, sequence: str) -> Tensor: ...
-
-    def kv_groups(self, layer: int, *, batch: str, sequence: str) -> Tensor: ...
+    def importance(self, axis: Axis, layer: int | None = None, *, batch: str, sequence: str) -> Tensor: ...
 
 
 def _plan(
     importance: _Importance, layers: tuple[int, ...], target: TargetConfig, provenance: dict[str, Any]
 ) -> PruningPlan:
     spec = importance.spec
-    how = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
+    how: dict[str, Any] = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
     return PruningPlan(
         spec=spec,
-        hidden=_indices(importance.hidden(**how), hidden_size(target, spec)),
+        hidden=_indices(importance.importance(Axis.HIDDEN, **how), hidden_size(target, spec)),
         layers=tuple(_layer_plan(importance, layer, target, how) for layer in layers),
         rescale_norms=target.rescale_norms,
         provenance=provenance,
     )
 
 
-def _layer_plan(importance: _Importance, layer: int, target: TargetConfig, how: dict[str, str]) -> LayerPlan:
+def _layer_plan(importance: _Importance, layer: int, target: TargetConfig, how: dict[str, Any]) -> LayerPlan:
     teacher = importance.spec.layers[layer]
-    sizes = student_layer(target, teacher)
-    group_scores, head_scores = importance.kv_groups(layer, **how), importance.heads(layer, **how)
-    groups = top_indices(group_scores, keep=sizes.num_query_groups)
-    heads = top_heads(
-        head_scores,
-        groups=groups,
-        num_groups=teacher.num_query_groups,
-        heads_per_group=sizes.num_attention_heads // sizes.num_query_groups,
-    )
-    plan = LayerPlan(
-        source=layer,
-        kv_groups=_plain(groups),
-        heads=_plain(heads),
-        ffn=_indices(importance.ffn(layer, **how), sizes.ffn_hidden_size),
-    )
-    return _merging(plan, teacher, group_scores, head_scores) if target.merge_head_residuals else plan
+    student = student_layer(target, teacher)
+    scores = {row.axis: importance.importance(row.axis, layer, **how) for row in axes_of(teacher)}
+    kept: dict[Axis, Tensor] = {}
+    for row in axes_of(teacher):
+        keep, outer = student.size(row), outer_axis(row)
+        kept[row.axis] = (
+            top_indices(scores[row.axis], keep=keep)
+            if outer is None
+            else top_heads(
+                scores[row.axis],
+                groups=kept[outer.axis],
+                num_groups=teacher.size(outer),
+                heads_per_group=keep // student.size(outer),
+            )
+        )
+    plan = LayerPlan(source=layer, kept={axis: _plain(indices) for axis, indices in kept.items()})
+    return replace(plan, mixes=_mixes(plan, teacher, scores)) if target.merge_head_residuals else plan
 
 
-def _merging(plan: LayerPlan, teacher: LayerSpec, group_scores: Tensor, head_scores: Tensor) -> LayerPlan:
+def _mixes(plan: LayerPlan, teacher: LayerSpec, scores: Mapping[Axis, Tensor]) -> dict[Axis, Mixes]:
     """Fold the residuals of a layer's dropped heads into kept ones (arXiv:2407.14679, section 2.3).
 
     Heads that share a key and value are merged with those they share it with, in their query weights. Heads with a key
     and value of their own are merged over the whole layer, in query, key and value weights. Output weights stay.
     """
-    if teacher.num_attention_heads == teacher.num_query_groups:
-        merged = residual_mixes(_plain(ranked(group_scores)), keep=len(plan.kv_groups))
-        return replace(plan, merged_heads=merged, merged_groups=merged)
-    size = teacher.num_attention_heads // teacher.num_query_groups
-    keep = len(plan.heads) // len(plan.kv_groups)
-    mixes: Mixes = ()
-    for group in plan.kv_groups:
-        order = ranked(head_scores[group * size : (group + 1) * size]) + group * size
-        mixes += residual_mixes(_plain(order), keep=keep)
-    return replace(plan, merged_heads=mixes)
+    found: dict[Axis, Mixes] = {}
+    for row in axes_of(teacher):
+        if (outer := outer_axis(row)) is None:
+            continue
+        size = teacher.size(row) // teacher.size(outer)
+        groups = plan.kept[outer.axis]
+        if size == 1:
+            found[row.axis] = found[outer.axis] = residual_mixes(_plain(ranked(scores[outer.axis])), keep=len(groups))
+            continue
+        mixes: Mixes = ()
+        for group in groups:
+            order = ranked(scores[row.axis][group * size : (group + 1) * size]) + group * size
+            mixes += residual_mixes(_plain(order), keep=len(plan.kept[row.axis]) // len(groups))
+        found[row.axis] = mixes
+    return {axis: mixes for axis, mixes in found.items() if mixes}
 
 
 def _indices(score: Tensor, keep: int) -> tuple[int, ...]:

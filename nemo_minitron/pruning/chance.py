@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from nemo_minitron.arch.axes import Axis, row_of
 from nemo_minitron.arch.spec import ModelSpec
 
 
@@ -23,25 +24,10 @@ class RandomImportance:
         self.spec = spec
         self.seed = seed
 
-    def hidden(self, *, batch: str = "", sequence: str = "") -> Tensor:
-        """For each channel of the residual stream `[hidden]`."""
-        return self._lots("hidden", self.spec.hidden_size)
-
-    def ffn(self, layer: int, *, batch: str = "", sequence: str = "") -> Tensor:
-        """For each MLP neuron of a layer `[ffn]`."""
-        return self._lots(f"ffn.{layer}", self.spec.layers[layer].ffn_hidden_size)
-
-    def heads(self, layer: int, *, batch: str = "", sequence: str = "") -> Tensor:
-        """For each query head of a layer `[heads]`."""
-        return self._lots(f"heads.{layer}", self.spec.layers[layer].num_attention_heads)
-
-    def kv_groups(self, layer: int, *, batch: str = "", sequence: str = "") -> Tensor:
-        """For each KV group of a layer `[groups]`."""
-        return self._lots(f"kv_groups.{layer}", self.spec.layers[layer].num_query_groups)
-
-    def layers(self) -> Tensor:
-        """For each layer `[layers]`."""
-        return self._lots("layers", self.spec.num_layers)
+    def importance(self, axis: Axis, layer: int | None = None, *, batch: str = "", sequence: str = "") -> Tensor:
+        """For each unit of an axis of the model, or of one of its layers, `[units]`."""
+        row = row_of(axis)
+        return self._lots(row.plan if layer is None else f"{row.plan}.{layer}", self.spec.size(row, layer))
 
     def _lots(self, axis: str, count: int) -> Tensor:
         drawn = hashlib.shake_256(f"nemo_minitron/{self.seed}/{axis}".encode()).digest(8 * count)

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PRUNABLE
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from nemo_minitron.pruning.ranges import to_ranges
-
-AXES = ("kv_groups", "heads", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +59,11 @@ class PlanDiff:
         if self.same:
             return "the same decision"
         rows = [("axis", "first keeps", "second keeps", "differing", "of")]
-        for name in ("layers", "hidden", *AXES):
-            found = [axis for axis in self.axes if axis.axis == name]
+        for row in PRUNABLE:
+            found = [axis for axis in self.axes if axis.axis == row.plan]
             first, second = (sum(axis.kept[side] for axis in found) for side in (0, 1))
             differing = sum(axis.differing for axis in found)
-            rows.append((name, f"{first:,}", f"{second:,}", f"{differing:,}", f"{first + second:,}"))
+            rows.append((row.plan, f"{first:,}", f"{second:,}", f"{differing:,}", f"{first + second:,}"))
         lines = _aligned(rows)
         for axis in self.axes:
             if axis.differing:
@@ -86,10 +85,13 @@ def diff_plans(first: PruningPlan, second: PruningPlan) -> PlanDiff:
     second.check_fits(first.spec, where="second plan")
     layers = [{layer.source: layer for layer in plan.layers} for plan in (first, second)]
     shared = [(layers[0][source], layers[1][source]) for source in layers[0] if source in layers[1]]
-    axes = [_axis("layers", None, tuple(layers[0]), tuple(layers[1]))]
-    axes.append(_axis("hidden", None, first.hidden, second.hidden))
+    axes = [_axis(row.plan, None, first.kept(row), second.kept(row)) for row in MODEL_AXES]
     for one, other in shared:
-        axes += [_axis(name, one.source, getattr(one, name), getattr(other, name)) for name in AXES]
+        axes += [
+            _axis(row.plan, one.source, one.kept[row.axis], other.kept[row.axis])
+            for row in LAYER_AXES
+            if row.axis in one.kept
+        ]
     return PlanDiff(axes=tuple(axes), settings=tuple(_settings(first, second, shared)))
 
 
@@ -107,11 +109,7 @@ def _settings(first: PruningPlan, second: PruningPlan, shared: list[tuple[LayerP
     if first.norm_ratio != second.norm_ratio:
         ratios = " and ".join(f"{float(plan.norm_ratio):.4g}" for plan in (first, second))
         yield f"norms are scaled for {ratios} times fewer channels"
-    differing = [
-        one.source
-        for one, other in shared
-        if (one.merged_heads, one.merged_groups) != (other.merged_heads, other.merged_groups)
-    ]
+    differing = [one.source for one, other in shared if one.mixes != other.mixes]
     if differing:
         yield f"merged heads differ in layers {to_ranges(differing)}"
 

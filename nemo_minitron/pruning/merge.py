@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import LAYER_PREFIX
+from nemo_minitron.arch.weights import LAYER_PREFIX, weight_named
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
+from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.errors import CheckpointError, PlanError, ScoresError
 from nemo_minitron.ops.refit import refit_change
 from nemo_minitron.pruning.apply import PrunedSource
@@ -57,7 +58,7 @@ def check_mergeable(spec: ModelSpec) -> None:
     """
     if spec.post_norms:
         raise PlanError(
-            f"target.merge_layers for a {spec.family} model, whose MLPs have a norm at their end",
+            "target.merge_layers for a model whose MLPs have a norm at their end",
             rule="what the second MLP matrix returns is added to the residual stream",
             remedy="set target.merge_layers=false",
         )
@@ -86,7 +87,7 @@ class MergeSums:
             )
         shapes: dict[str, tuple[int, int]] = {}
         for gap in gaps_of(plan):
-            neurons = plan.spec.layers[gap.layer].ffn_hidden_size
+            neurons = plan.spec.layers[gap.layer].on_rank(1).neurons
             shapes[f"layers.{gap.layer}.moment"] = neurons, neurons
             shapes[f"layers.{gap.layer}.cross"] = neurons, plan.spec.hidden_size
         if differing := sorted(set(shapes) ^ set(self.tensors)):
@@ -136,8 +137,10 @@ class MergeSums:
             raise ScoresError(f"{path}: {error}", remedy="the file is damaged; score again") from error
 
 
-class MergedSource:
-    """A pruned checkpoint whose layers before gaps have taken on what is missing; a `TensorSource`.
+def merge_gaps(source: PrunedSource, sums: MergeSums, *, ridge: float) -> Checkpoint:
+    """A pruned checkpoint whose layers before gaps have taken on what is missing, tensor by tensor.
+
+    The gaps stand in the last pruning of its lineage, under `merged`.
 
     Args:
         source: The pruned checkpoint.
@@ -148,57 +151,35 @@ class MergedSource:
         PlanError: The model's MLPs end with a norm.
         ScoresError: The sums do not fit.
     """
+    plan, gaps = source.plan, gaps_of(source.plan)
+    check_mergeable(plan.spec)
+    sums.check_fits(plan)
+    before = {gap.layer for gap in gaps}
+    refitted = {_SECOND.format(i=index): layer for index, layer in enumerate(plan.layers) if layer.source in before}
 
-    def __init__(self, source: PrunedSource, sums: MergeSums, *, ridge: float) -> None:
-        check_mergeable(source.plan.spec)
-        sums.check_fits(source.plan)
-        self._source = source
-        self._sums = sums
-        self._ridge = ridge
-        before = {gap.layer for gap in gaps_of(source.plan)}
-        self._refitted = {
-            _SECOND.format(i=index): layer for index, layer in enumerate(source.plan.layers) if layer.source in before
-        }
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The student's architecture."""
-        return self._source.spec
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The teacher's."""
-        return self._source.dtype
-
-    @property
-    def lineage(self) -> dict[str, Any]:
-        """The pruned checkpoint's, with the gaps in the last step under `merged`."""
-        lineage = self._source.lineage
-        if not self._refitted:
-            return lineage
-        *steps, last = lineage["pruned"]
-        merged = {"gaps": [list(gap) for gap in gaps_of(self._source.plan)], "ridge": self._ridge}
-        return {**lineage, "pruned": [*steps, {**last, "merged": merged}]}
-
-    def names(self) -> tuple[str, ...]:
-        """Canonical names of the student in table order."""
-        return self._source.names()
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """The pruned checkpoint's."""
-        return self._source.tokenizer_files()
-
-    def get(self, name: str) -> Tensor:
-        """One of the student's tensors, refitted where a gap follows."""
-        tensor = self._source.get(name)
-        if name not in self._refitted:
+    def get(name: str) -> Tensor:
+        tensor = source.get(name)
+        if (layer := refitted.get(name)) is None:
             return tensor
-        layer = self._refitted[name]
         change_HK = refit_change(
-            self._source.teacher.get(_SECOND.format(i=layer.source)),
-            torch.tensor(layer.ffn),
-            self._sums.tensors[f"layers.{layer.source}.moment"],
-            self._sums.tensors[f"layers.{layer.source}.cross"],
-            ridge=self._ridge,
+            source.teacher.get(_SECOND.format(i=layer.source)),
+            torch.tensor(layer.kept[weight_named(source.spec, name).row.axes[1]]),
+            sums.tensors[f"layers.{layer.source}.moment"],
+            sums.tensors[f"layers.{layer.source}.cross"],
+            ridge=ridge,
         )
-        return (tensor.double() + change_HK[torch.tensor(self._source.plan.hidden)]).to(tensor.dtype)
+        return (tensor.double() + change_HK[torch.tensor(plan.hidden)]).to(tensor.dtype)
+
+    lineage = source.lineage
+    if gaps:
+        *steps, last = lineage["pruned"]
+        done = {"gaps": [list(gap) for gap in gaps], "ridge": ridge}
+        lineage = {**lineage, "pruned": [*steps, {**last, "merged": done}]}
+    return Checkpoint(
+        spec=source.spec,
+        family=source.family,
+        dtype=source.dtype,
+        lineage=lineage,
+        files=source.tokenizer_files,
+        get=get,
+    )

@@ -3,20 +3,23 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, row_of
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
-from nemo_minitron.checkpoints.source import PLAN_FILE, open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import PLAN_FILE
 from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.pruning import mixes
+from nemo_minitron.pruning.mixes import Mixes
 from nemo_minitron.pruning.ranges import from_ranges, to_ranges
 from nemo_minitron.pruning.table import size_table
-from nemo_minitron.pruning.validate import problems_of
+from nemo_minitron.pruning.validate import index_problem, layer_problems
 
 FORMAT = "nemo_minitron.plan"
 VERSIONS = (1, 2)
@@ -30,14 +33,26 @@ class LayerPlan:
 
     source: int
     """Which layer of the teacher it is."""
-    kv_groups: tuple[int, ...]
-    heads: tuple[int, ...]
-    """Query heads over all groups of the layer; every kept group keeps equally many."""
-    ffn: tuple[int, ...]
-    merged_heads: mixes.Mixes = ()
-    """Query heads whose query weights become sums over the teacher's query heads (head-residual merging)."""
-    merged_groups: mixes.Mixes = ()
-    """The same for key and value weights, over KV groups: only where every head has a key and value of its own."""
+    kept: Mapping[Axis, tuple[int, ...]]
+    """Indices by axis, for every axis of `arch.axes.LAYER_AXES` that the layer has. Of units that lie within others,
+    heads within KV groups, the indices count over the layer, and each of the others keeps equally many."""
+    mixes: Mapping[Axis, Mixes] = field(default_factory=dict)
+    """By axis, units whose weights become sums over the teacher's units (head-residual merging): query weights of query
+    heads; key and value weights of KV groups, only where every head has a key and value of its own."""
+
+    @classmethod
+    def keep_all(cls, source: int, layer: LayerSpec) -> Self:
+        """All of a layer."""
+        return cls(source=source, kept={row.axis: tuple(range(layer.size(row))) for row in axes_of(layer)})
+
+    def cut(self, teacher: LayerSpec) -> LayerSpec:
+        """Sizes of what stays of the teacher's layer."""
+        return teacher.with_sizes(**{row.size: len(self.kept[row.axis]) for row in axes_of(teacher)})
+
+
+def axes_of(layer: LayerSpec) -> tuple[PrunableAxis, ...]:
+    """The prunable axes that a layer has, in the order of a plan."""
+    return tuple(row for row in LAYER_AXES if layer.size(row))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,36 +80,39 @@ class PruningPlan:
     """Where the decision comes from (JSON data). Not part of the digest."""
 
     def __post_init__(self) -> None:
-        if problems := list(problems_of(self)):
+        if problems := list(self._problems()):
             raise PlanError("pruning plan: " + "; ".join(problems), rule="every axis keeps some units of the teacher")
+
+    def _problems(self) -> Iterator[str]:
+        if not self.layers:
+            yield "zero layers; at least 1 must stay"
+        elif problem := index_problem(self.kept(row_of(Axis.LAYER)), self.spec.num_layers):
+            yield f"layers: {problem}"
+            return
+        for row in MODEL_AXES:
+            if row.axis is not Axis.LAYER and (problem := index_problem(self.kept(row), self.spec.size(row))):
+                yield f"{row.plan}: {problem}"
+        if self.norm_scale is not None and min(self.norm_scale) < 1:
+            yield f"norm_scale: {self.norm_scale} is no ratio of channels"
+        for layer in self.layers:
+            problems = layer_problems(layer.kept, layer.mixes, self.spec.layers[layer.source])
+            yield from (f"layer {layer.source}: {problem}" for problem in problems)
 
     @classmethod
     def keep_all(cls, spec: ModelSpec) -> Self:
         """The plan that changes nothing."""
-        layers = tuple(
-            LayerPlan(
-                source=index,
-                kv_groups=tuple(range(layer.num_query_groups)),
-                heads=tuple(range(layer.num_attention_heads)),
-                ffn=tuple(range(layer.ffn_hidden_size)),
-            )
-            for index, layer in enumerate(spec.layers)
-        )
+        layers = tuple(LayerPlan.keep_all(index, layer) for index, layer in enumerate(spec.layers))
         return cls(spec=spec, hidden=tuple(range(spec.hidden_size)), layers=layers)
 
     @property
     def student(self) -> ModelSpec:
         """The architecture that comes out."""
-        layers = tuple(
-            replace(
-                self.spec.layers[layer.source],
-                num_attention_heads=len(layer.heads),
-                num_query_groups=len(layer.kv_groups),
-                ffn_hidden_size=len(layer.ffn),
-            )
-            for layer in self.layers
-        )
+        layers = tuple(layer.cut(self.spec.layers[layer.source]) for layer in self.layers)
         return narrowed(self.spec, len(self.hidden), layers, norm_ratio=self.norm_ratio)
+
+    def kept(self, row: PrunableAxis) -> tuple[int, ...]:
+        """Indices that stay of an axis of the model."""
+        return tuple(layer.source for layer in self.layers) if row.axis is Axis.LAYER else self.hidden
 
     @property
     def norm_ratio(self) -> Fraction:
@@ -106,7 +124,7 @@ class PruningPlan:
     @property
     def merges(self) -> bool:
         """Whether any kept head takes on residuals of dropped ones."""
-        return any(layer.merged_heads or layer.merged_groups for layer in self.layers)
+        return any(mixes for layer in self.layers for mixes in layer.mixes.values())
 
     @property
     def is_identity(self) -> bool:
@@ -138,14 +156,13 @@ class PruningPlan:
     def followed_by(self, then: "PruningPlan") -> "PruningPlan":
         """`compose` for a student that was on disk in between.
 
-        Its family and the last digits of its norms' epsilon may have become others: some pruned Llamas are exported as
-        Mistral.
+        The last digits of its norms' epsilon may have become others.
 
         Raises:
             PlanError: `then` is for a model of other sizes.
         """
         student = self.student
-        aligned = replace(then.spec, family=student.family, norm_eps=student.norm_eps)
+        aligned = replace(then.spec, norm_eps=student.norm_eps)
         return self.compose(replace(then, spec=aligned))
 
     def check_fits(self, spec: ModelSpec, *, where: str = "plan") -> None:
@@ -304,8 +321,7 @@ def rescaling(teacher: ModelSpec, hidden_size: int) -> Fraction:
 
 
 _PLAN_KEYS = ("format", "version", "spec", "hidden", "rescale_norms", "layers", "provenance")
-_LAYER_KEYS = ("source", "kv_groups", "heads", "ffn")
-_ADDED = ("norm_scale", "merged_heads", "merged_groups")
+_ADDED = ("norm_scale", *(row.mixes for row in LAYER_AXES if row.mixes))
 
 
 def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], *, version: int, where: str) -> None:
@@ -315,27 +331,26 @@ def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], *, version:
 
 
 def _layer_data(layer: LayerPlan) -> dict[str, Any]:
-    data: dict[str, Any] = {"source": layer.source}
-    data |= {name: to_ranges(getattr(layer, name)) for name in ("kv_groups", "heads", "ffn")}
-    merged = {name: mixes.to_json(getattr(layer, name)) for name in ("merged_heads", "merged_groups")}
-    return data | {name: found for name, found in merged.items() if found}
+    rows = [row for row in LAYER_AXES if row.axis in layer.kept]
+    kept = {row.plan: to_ranges(layer.kept[row.axis]) for row in rows}
+    mixed = {row.mixes: mixes.to_json(found) for row in reversed(rows) if (found := layer.mixes.get(row.axis))}
+    return {"source": layer.source, **kept, **mixed}
 
 
 def _layer_from(item: Mapping[str, Any], spec: ModelSpec, version: int) -> LayerPlan:
     source = item["source"]
     if type(source) is not int or not 0 <= source < spec.num_layers:
         raise PlanError(f"layer {source!r} is not one of the teacher's {spec.num_layers}")
-    _refuse_unknown(item, _LAYER_KEYS, version=version, where=f"layer {source}")
-    sizes = spec.layers[source]
-    counts = {"kv_groups": sizes.num_query_groups, "heads": sizes.num_attention_heads, "ffn": sizes.ffn_hidden_size}
-    kept = {name: from_ranges(item[name], size=size, what=f"layer {source}: {name}") for name, size in counts.items()}
+    where, teacher = f"layer {source}", spec.layers[source]
+    rows = axes_of(teacher)
+    _refuse_unknown(item, ("source", *(row.plan for row in rows)), version=version, where=where)
+    mixed = {
+        row.axis: mixes.from_json(item[row.mixes], what=f"{where}: {row.mixes}") for row in rows if row.mixes in item
+    }
     return LayerPlan(
         source=source,
-        kv_groups=kept["kv_groups"],
-        heads=kept["heads"],
-        ffn=kept["ffn"],
-        merged_heads=mixes.from_json(item.get("merged_heads", {}), what=f"layer {source}: merged_heads"),
-        merged_groups=mixes.from_json(item.get("merged_groups", {}), what=f"layer {source}: merged_groups"),
+        kept={r.axis: from_ranges(item[r.plan], size=teacher.size(r), what=f"{where}: {r.plan}") for r in rows},
+        mixes={axis: found for axis, found in mixed.items() if found},
     )
 
 
@@ -349,13 +364,15 @@ def _norm_scale(value: Any) -> tuple[int, int] | None:
 
 
 def _composed_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:
+    none: Mixes = ()
+    mixed = {
+        axis: mixes.composed(first.mixes.get(axis, none), first.kept[axis], second.mixes.get(axis, none), kept)
+        for axis, kept in second.kept.items()
+    }
     return LayerPlan(
         source=first.source,
-        kv_groups=tuple(first.kv_groups[index] for index in second.kv_groups),
-        heads=tuple(first.heads[index] for index in second.heads),
-        ffn=tuple(first.ffn[index] for index in second.ffn),
-        merged_heads=mixes.composed(first.merged_heads, first.heads, second.merged_heads, second.heads),
-        merged_groups=mixes.composed(first.merged_groups, first.kv_groups, second.merged_groups, second.kv_groups),
+        kept={axis: tuple(first.kept[axis][index] for index in kept) for axis, kept in second.kept.items()},
+        mixes={axis: found for axis, found in mixed.items() if found},
     )
 
 

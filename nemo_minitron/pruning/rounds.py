@@ -8,6 +8,7 @@ every round is a model one could have asked for, and the last one is the target 
 from fractions import Fraction
 from math import ceil, gcd
 
+from nemo_minitron.arch.axes import PRUNABLE, outer_axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -64,14 +65,7 @@ Sizes = dict[str, int]
 
 
 def _whole(spec: ModelSpec) -> Sizes:
-    layer = spec.layers[0]
-    return {
-        "num_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "ffn_hidden_size": layer.ffn_hidden_size,
-        "num_query_groups": layer.num_query_groups,
-        "num_attention_heads": layer.num_attention_heads,
-    }
+    return {row.size: spec.size(row, 0) for row in PRUNABLE if spec.size(row, 0)}
 
 
 def _uniform(*specs: ModelSpec) -> bool:
@@ -82,13 +76,17 @@ def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: i
     first, last = _whole(teacher), _whole(final)
     if number == steps:
         return last
-    sizes = {
-        name: between(first[name], last[name], number, steps, multiple_of=getattr(target.multiple_of, name))
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups")
-    }
-    many, few = (whole["num_attention_heads"] // whole["num_query_groups"] for whole in (first, last))
-    groups = sizes["num_query_groups"]
-    return sizes | {"num_attention_heads": groups * between(many, few, number, steps, unit=1)}
+    sizes: Sizes = {}
+    for row in PRUNABLE:
+        if row.size not in first:
+            continue
+        if (outer := outer_axis(row)) is None:
+            step = getattr(target.multiple_of, row.size)
+            sizes[row.size] = between(first[row.size], last[row.size], number, steps, multiple_of=step)
+        else:
+            many, few = (whole[row.size] // whole[outer.size] for whole in (first, last))
+            sizes[row.size] = sizes[outer.size] * between(many, few, number, steps, unit=1)
+    return sizes
 
 
 def between(first: int, last: int, number: int, steps: int, *, multiple_of: int = 1, unit: int | None = None) -> int:

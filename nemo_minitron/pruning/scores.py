@@ -25,12 +25,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nemo_minitron.arch.axes import SITES, Axis, Site, row_of
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
-from nemo_minitron.config.sites import FfnSite
+from nemo_minitron.config.sites import Aggregation, FfnSite
 from nemo_minitron.errors import CheckpointError, MinitronError, ScoresError
-from nemo_minitron.ops.importance import Aggregation, SiteSums, aggregate, head_importance, kv_group_importance
+from nemo_minitron.ops.importance import SiteSums, aggregate, head_importance, kv_group_importance
 from nemo_minitron.pruning.coverage import Coverage, read_coverage, united
 from nemo_minitron.pruning.depth import PREFIX as DEPTH_PREFIX
 from nemo_minitron.pruning.depth import DepthScores
@@ -40,13 +41,15 @@ VERSION = "2"
 READABLE = ("1", VERSION)
 """Version 1 knew one FFN site, the one after the activation, and not which samples it rests on."""
 
-HIDDEN_SITES = ("hidden.attention", "hidden.mlp")
-"""Both are the residual stream after a norm; their importance is added up."""
+HIDDEN_SITES = tuple(site.name for site in SITES if not site.is_split)
+"""Sites of which every tensor-parallel rank holds all channels."""
 
-_FFN_SITES = {
-    FfnSite.AFTER_ACTIVATION: "input of mlp.linear_fc2",
-    FfnSite.BEFORE_ACTIVATION: "output of mlp.linear_fc1 before the activation (the gate's, where there is one)",
+_OTHER_SITES = {
+    FfnSite.BEFORE_ACTIVATION: {
+        "ffn": "output of mlp.linear_fc1 before the activation (the gate's, where there is one)"
+    },
 }
+"""Sites that lie elsewhere than `arch.axes.SITES` says."""
 
 
 class Scores:
@@ -85,10 +88,8 @@ class Scores:
     def sites(self) -> dict[str, str]:
         """Where in a layer each site lies."""
         return {
-            "hidden.attention": "output of the norm before attention",
-            "hidden.mlp": "output of the norm before the MLP",
-            "ffn": _FFN_SITES[self.ffn_site],
-            "head": "input of self_attention.linear_proj",
+            **{site.name: site.where for site in SITES},
+            **_OTHER_SITES.get(self.ffn_site, {}),
             "block_influence": "1 - cos(input, output) of the layer, summed over tokens",
         }
 
@@ -107,23 +108,36 @@ class Scores:
         """Calibration tokens that were kept."""
         return int(self.tensors["tokens"])
 
-    def hidden(self, *, batch: Aggregation | str = "l2", sequence: Aggregation | str = "mean") -> Tensor:
-        """Importance of each channel of the residual stream `[hidden]`: summed over layers and both norms."""
-        sites = [(layer, site) for layer in range(self.spec.num_layers) for site in HIDDEN_SITES]
-        return torch.stack([self._channels(layer, site, batch, sequence) for layer, site in sites]).sum(0)
+    def importance(
+        self,
+        axis: Axis,
+        layer: int | None = None,
+        *,
+        batch: Aggregation | str = "l2",
+        sequence: Aggregation | str = "mean",
+    ) -> Tensor:
+        """Importance of each unit of an axis, `[units]`; higher is more important.
 
-    def ffn(self, layer: int, *, batch: Aggregation | str = "l2", sequence: Aggregation | str = "mean") -> Tensor:
-        """Importance of each MLP neuron of a layer `[ffn]`."""
-        return self._channels(layer, "ffn", batch, sequence)
+        Units of the model's own axes add up what all sites of all layers show, those of a layer's axes what its sites
+        do. A head is the L2 norm over its channels, a unit that holds heads their sum; a layer is its block influence,
+        on which aggregations have no say.
 
-    def heads(self, layer: int, *, batch: Aggregation | str = "l2", sequence: Aggregation | str = "mean") -> Tensor:
-        """Importance of each query head of a layer `[heads]`: L2 over its channels."""
-        return head_importance(self._channels(layer, "head", batch, sequence), head_dim=self.spec.head_dim)
-
-    def kv_groups(self, layer: int, *, batch: Aggregation | str = "l2", sequence: Aggregation | str = "mean") -> Tensor:
-        """Importance of each KV group of a layer `[groups]`: the sum over its query heads."""
-        heads = self.heads(layer, batch=batch, sequence=sequence)
-        return kv_group_importance(heads, num_groups=self.spec.layers[layer].num_query_groups)
+        Args:
+            axis: An axis of `arch.axes.PRUNABLE`.
+            layer: For an axis of layers, which layer.
+            batch: Aggregation over samples.
+            sequence: Aggregation over the positions of a sample.
+        """
+        row = row_of(axis)
+        if axis is Axis.LAYER:
+            return self.block_influence()
+        if row.sums is not None:
+            inside = self.importance(row.sums, layer, batch=batch, sequence=sequence)
+            return kv_group_importance(inside, num_groups=self.spec.size(row, layer))
+        layers = range(self.spec.num_layers) if layer is None else (layer,)
+        sites = [(index, site) for index in layers for site in row.sites if has_site(self.spec, site, index)]
+        total = torch.stack([self._channels(index, site.name, batch, sequence) for index, site in sites]).sum(0)
+        return head_importance(total, head_dim=self.spec.head_dim) if row.is_head else total
 
     def block_influence(self) -> Tensor:
         """Mean over tokens of 1 - cos(input, output) of each layer `[layers]`; higher is more important.
@@ -231,13 +245,23 @@ class Scores:
         return aggregate(self.tensors[f"{prefix}.sum"], self.tensors[f"{prefix}.sumsq"], self.samples, batch)
 
 
+def has_site(spec: ModelSpec, site: Site, layer: int) -> bool:
+    """Whether a layer has the part that a site lies in."""
+    return getattr(spec.layers[layer], site.part) is not None
+
+
+def site_channels(spec: ModelSpec, site: Site, layer: int) -> int:
+    """Number of channels of a site."""
+    row = row_of(site.axis)
+    return spec.size(row, layer) * (spec.head_dim if row.is_head else 1)
+
+
 def site_names(spec: ModelSpec) -> Iterator[tuple[int, str, int]]:
     """Layer, name and number of channels of every site, in order."""
-    for index, layer in enumerate(spec.layers):
-        for site in HIDDEN_SITES:
-            yield index, site, spec.hidden_size
-        yield index, "ffn", layer.ffn_hidden_size
-        yield index, "head", layer.num_attention_heads * spec.head_dim
+    for index in range(spec.num_layers):
+        for site in SITES:
+            if has_site(spec, site, index):
+                yield index, site.name, site_channels(spec, site, index)
 
 
 def _expected(spec: ModelSpec) -> dict[str, tuple[tuple[int, ...], str]]:

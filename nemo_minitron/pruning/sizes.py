@@ -1,10 +1,10 @@
 """What sizes a target asks for: explicit ones and shares of the teacher's, resolved and checked all at once."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from math import lcm
 
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, outer_axis
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -54,16 +54,19 @@ def hidden_size(target: TargetConfig, teacher: ModelSpec) -> int:
 
 def student_layer(target: TargetConfig, layer: LayerSpec) -> LayerSpec:
     """Sizes of what stays of one layer of the teacher."""
-    groups = _resolved(target, "num_query_groups", layer.num_query_groups)
-    heads = groups * (layer.num_attention_heads // layer.num_query_groups)
-    if target.num_attention_heads is not None:
-        heads = _resolved(target, "num_attention_heads", layer.num_attention_heads, unit=groups, most=heads)
-    return replace(
-        layer,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        ffn_hidden_size=_resolved(target, "ffn_hidden_size", layer.ffn_hidden_size),
-    )
+    sizes: dict[str, int] = {}
+    for row in LAYER_AXES:
+        if not (size := layer.size(row)):
+            continue
+        outer = outer_axis(row)
+        if outer is None:
+            sizes[row.size] = _resolved(target, row.size, size)
+            continue
+        units = sizes[outer.size]
+        most = units * (size // layer.size(outer))
+        asked = getattr(target, row.size) is not None
+        sizes[row.size] = _resolved(target, row.size, size, unit=units, most=most) if asked else most
+    return layer.with_sizes(**sizes)
 
 
 def named_layers(target: TargetConfig, teacher: ModelSpec) -> tuple[int, ...] | None:
@@ -87,8 +90,8 @@ def _resolved(target: TargetConfig, name: str, size: int, *, unit: int = 1, most
 
 
 def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
-    yield from _size_problems(target, "num_layers", teacher.num_layers)
-    yield from _size_problems(target, "hidden_size", teacher.hidden_size)
+    for row in MODEL_AXES:
+        yield from _size_problems(target, row.size, teacher.size(row))
     if target.drop_layers is not None:
         yield from _drop_problems(target, teacher, list(target.drop_layers))
     for sizes in dict.fromkeys(teacher.layers):
@@ -120,27 +123,35 @@ def _drop_problems(target: TargetConfig, teacher: ModelSpec, dropped: list[int])
         yield f"num_layers = {target.num_layers}, but drop_layers leaves {left}"
 
 
-def _layer_problems(target: TargetConfig, sizes: LayerSpec) -> Iterator[str]:
-    yield from _size_problems(target, "ffn_hidden_size", sizes.ffn_hidden_size)
-    group_problems = list(_size_problems(target, "num_query_groups", sizes.num_query_groups))
-    yield from group_problems
-    if target.num_attention_heads is not None and not group_problems:
-        yield from _head_problems(target, sizes)
+def _layer_problems(target: TargetConfig, layer: LayerSpec) -> Iterator[str]:
+    found: dict[Axis, list[str]] = {}
+    for row in LAYER_AXES:
+        outer = outer_axis(row)
+        if not layer.size(row):
+            problems = [] if getattr(target, row.size) is None else [f"{row.size}: a layer of the teacher has none"]
+        elif outer is None:
+            problems = list(_size_problems(target, row.size, layer.size(row)))
+        elif getattr(target, row.size) is None or found[outer.axis]:
+            problems = []
+        else:
+            problems = list(_nesting_problems(target, layer, row, outer))
+        found[row.axis] = problems
+        yield from problems
 
 
-def _head_problems(target: TargetConfig, sizes: LayerSpec) -> Iterator[str]:
-    wanted = target.num_attention_heads
-    layer = student_layer(target, sizes)
-    groups, heads = layer.num_query_groups, layer.num_attention_heads
-    most = groups * (sizes.num_attention_heads // sizes.num_query_groups)
-    shown = f"num_attention_heads = {wanted}"
+def _nesting_problems(target: TargetConfig, layer: LayerSpec, row: PrunableAxis, outer: PrunableAxis) -> Iterator[str]:
+    """What is wrong with a number of units that lie within others."""
+    wanted, student = getattr(target, row.size), student_layer(target, layer)
+    units, size = student.size(outer), student.size(row)
+    most = units * (layer.size(row) // layer.size(outer))
+    shown, there = f"{row.size} = {wanted}", f"{units} {outer.units} have {most} {row.units}"
     if not isinstance(wanted, int):
-        if heads > most:
-            yield f"{shown} is {heads} as a multiple of {heads}, but {groups} KV groups have {most} heads"
+        if size > most:
+            yield f"{shown} is {size} as a multiple of {size}, but {there}"
         return
-    problems = list(_size_problems(target, "num_attention_heads", sizes.num_attention_heads))
+    problems = list(_size_problems(target, row.size, layer.size(row)))
     yield from problems
-    if heads % groups:
-        yield f"{shown} is not a multiple of num_query_groups = {groups}"
-    elif heads > most and not problems:
-        yield f"{shown}, but {groups} KV groups have {most} heads"
+    if size % units:
+        yield f"{shown} is not a multiple of {outer.size} = {units}"
+    elif size > most and not problems:
+        yield f"{shown}, but {there}"

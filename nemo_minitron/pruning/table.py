@@ -3,18 +3,17 @@
 from collections.abc import Iterator
 from statistics import fmean
 
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
-
-_LAYER_SIZES = {"FFN size": "ffn_hidden_size", "query heads": "num_attention_heads", "KV groups": "num_query_groups"}
 
 
 def size_rows(before: ModelSpec, after: ModelSpec) -> Iterator[tuple[str, list[int], list[int]]]:
     """Name of a size and its values in both models: one value, or one a layer."""
-    yield "layers", [before.num_layers], [after.num_layers]
-    yield "hidden size", [before.hidden_size], [after.hidden_size]
-    for label, name in _LAYER_SIZES.items():
-        yield label, [getattr(layer, name) for layer in before.layers], [getattr(layer, name) for layer in after.layers]
+    for row in MODEL_AXES:
+        yield row.label, [before.size(row)], [after.size(row)]
+    for row in LAYER_AXES:
+        yield row.label, [layer.size(row) for layer in before.layers], [layer.size(row) for layer in after.layers]
     yield "parameters", [parameter_count(before)], [parameter_count(after)]
     without = [parameter_count(spec, embeddings=False) for spec in (before, after)]
     yield "without embeddings", without[:1], without[1:]

@@ -1,49 +1,15 @@
-"""What is wrong with a plan's indices, all of it."""
+"""What is wrong with the indices of a plan, all of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from nemo_minitron.arch.axes import LAYER_AXES, Axis, PrunableAxis, outer_axis
 from nemo_minitron.arch.spec import LayerSpec
-from nemo_minitron.pruning import mixes
-
-if TYPE_CHECKING:
-    from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.mixes import Mixes, problems_of
 
 
-def problems_of(plan: "PruningPlan") -> Iterator[str]:
-    """One sentence a problem; none for a sound plan."""
-    spec = plan.spec
-    if not plan.layers:
-        yield "zero layers; at least 1 must stay"
-    sources = tuple(layer.source for layer in plan.layers)
-    if plan.layers and (problem := _index_problem(sources, spec.num_layers)):
-        yield f"layers: {problem}"
-        return
-    if problem := _index_problem(plan.hidden, spec.hidden_size):
-        yield f"hidden: {problem}"
-    if plan.norm_scale is not None and min(plan.norm_scale) < 1:
-        yield f"norm_scale: {plan.norm_scale} is no ratio of channels"
-    for layer in plan.layers:
-        yield from (f"layer {layer.source}: {problem}" for problem in _layer_problems(layer, spec.layers[layer.source]))
-
-
-def _layer_problems(layer: "LayerPlan", sizes: LayerSpec) -> list[str]:
-    axes = {
-        "kv_groups": (layer.kv_groups, sizes.num_query_groups),
-        "heads": (layer.heads, sizes.num_attention_heads),
-        "ffn": (layer.ffn, sizes.ffn_hidden_size),
-    }
-    problems = [f"{name}: {found}" for name, axis in axes.items() if (found := _index_problem(*axis))]
-    if problems:
-        return problems
-    for axis, merged in (("kv_groups", layer.merged_groups), ("heads", layer.merged_heads)):
-        kept, size = axes[axis]
-        problems += [f"merged {axis}: {problem}" for problem in mixes.problems_of(merged, kept=kept, size=size)]
-    return problems or _head_problems(layer, sizes)
-
-
-def _index_problem(indices: tuple[int, ...], size: int) -> str:
+def index_problem(indices: Sequence[int], size: int) -> str:
+    """What is wrong with the kept indices of an axis; "" for nothing."""
     if not indices:
         return "none are kept"
     if any(a >= b for a, b in pairwise(indices)):
@@ -53,15 +19,44 @@ def _index_problem(indices: tuple[int, ...], size: int) -> str:
     return ""
 
 
-def _head_problems(layer: "LayerPlan", sizes: LayerSpec) -> list[str]:
-    per_group = sizes.num_attention_heads // sizes.num_query_groups
-    counts = dict.fromkeys(layer.kv_groups, 0)
-    for head in layer.heads:
-        if head // per_group not in counts:
-            return [f"head {head} stays, but its KV group {head // per_group} does not"]
-        counts[head // per_group] += 1
-    if empty := [group for group, count in counts.items() if not count]:
-        return [f"KV group {empty[0]} stays without any of its heads"]
-    if len(set(counts.values())) > 1:
-        return [f"KV groups keep unequal numbers of heads: {counts}"]
-    return []
+def layer_problems(
+    kept: Mapping[Axis, Sequence[int]], mixes: Mapping[Axis, Mixes], teacher: LayerSpec
+) -> Iterator[str]:
+    """What is wrong with what stays of one layer: one sentence a problem, none where all is sound.
+
+    Args:
+        kept: Indices by axis.
+        mixes: Units that take on others, by axis.
+        teacher: The layer.
+    """
+    rows = [row for row in LAYER_AXES if teacher.size(row)]
+    if strange := sorted({*kept, *mixes} - {row.axis for row in rows}):
+        yield f"the layer has no axis {', '.join(strange)}"
+        return
+    problems = [f"{r.plan}: {found}" for r in rows if (found := index_problem(kept.get(r.axis, ()), teacher.size(r)))]
+    if not problems:
+        for row in rows:
+            merged = problems_of(mixes.get(row.axis, ()), kept=kept[row.axis], size=teacher.size(row))
+            problems += [f"merged {row.plan}: {problem}" for problem in merged]
+    if not problems:
+        for row in rows:
+            if (outer := outer_axis(row)) is not None:
+                problems += _nesting_problems(row, outer, kept, teacher)
+    yield from problems
+
+
+def _nesting_problems(
+    row: PrunableAxis, outer: PrunableAxis, kept: Mapping[Axis, Sequence[int]], teacher: LayerSpec
+) -> Iterator[str]:
+    """What is wrong with units that lie within others: of each of those that stay, equally many stay."""
+    inside = teacher.size(row) // teacher.size(outer)
+    counts = dict.fromkeys(kept[outer.axis], 0)
+    for unit in kept[row.axis]:
+        if unit // inside not in counts:
+            yield f"{row.unit} {unit} stays, but its {outer.unit} {unit // inside} does not"
+            return
+        counts[unit // inside] += 1
+    if empty := [unit for unit, count in counts.items() if not count]:
+        yield f"{outer.unit} {empty[0]} stays without any of its {row.units}"
+    elif len(set(counts.values())) > 1:
+        yield f"{outer.units} keep unequal numbers of {row.units}: {counts}"

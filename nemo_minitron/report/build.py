@@ -1,30 +1,18 @@
 """Put a run's content into `report.html`, `summary.json` and `README.md`."""
 
 import base64
-from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis
+from nemo_minitron.arch.sizes import PARAMETERS, cut_sizes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.report import figures
 from nemo_minitron.report.content import MODELS, Importance, ReportContent, Row
 from nemo_minitron.report.pareto import pareto
-
-_ARCHITECTURE: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
-    ("parameters", parameter_count),
-    ("without embeddings", lambda spec: parameter_count(spec, embeddings=False)),
-    ("layers", lambda spec: spec.num_layers),
-    ("hidden size", lambda spec: spec.hidden_size),
-    ("FFN size", lambda spec: spec.layers[0].ffn_hidden_size),
-    ("query heads", lambda spec: spec.layers[0].num_attention_heads),
-    ("KV groups", lambda spec: spec.layers[0].num_query_groups),
-    ("head size", lambda spec: spec.head_dim),
-    ("vocabulary", lambda spec: spec.vocab_size),
-)
 
 
 def html(content: ReportContent) -> str:
@@ -88,11 +76,12 @@ def _where(content: ReportContent) -> str:
 
 def _architecture(content: ReportContent) -> list[Row]:
     rows = []
-    for label, size in _ARCHITECTURE:
-        before, after = size(content.teacher), size(content.student)
-        style = "strong" if label == "parameters" else ("same" if before == after else "")
-        values = {"teacher": f"{before:,}", "student": f"{after:,}", "kept": f"{after / before:.1%}"}
-        rows.append({"label": label, "style": style, **values})
+    student = named_sizes(content.student)
+    for label, before in named_sizes(content.teacher).items():
+        after = student[label]
+        style = "strong" if label == PARAMETERS else ("same" if before == after else "")
+        kept = f"{after / before:.1%}" if before else ""
+        rows.append({"label": label, "style": style, "teacher": f"{before:,}", "student": f"{after:,}", "kept": kept})
     return rows
 
 
@@ -201,14 +190,12 @@ def _data(sources: Row) -> Row:
 
 
 def _rounds(content: ReportContent) -> Row:
-    headings = ("after round", "parameters", "layers", "hidden", "FFN", "heads", "KL pruned", "KL distilled")
+    specs = [ModelSpec.from_dict(row["spec"]) for row in content.rounds]
+    headings = ("after round", "parameters", *cut_sizes(specs[0]), "KL pruned", "KL distilled")
     rows = []
-    for number, row in enumerate(content.rounds, start=1):
-        spec = ModelSpec.from_dict(row["spec"])
-        layer = spec.layers[0]
-        sizes = (spec.num_layers, spec.hidden_size, layer.ffn_hidden_size, layer.num_attention_heads)
+    for number, (row, spec) in enumerate(zip(content.rounds, specs, strict=True), start=1):
         kl = ("" if value is None else f"{value:.3f}" for value in row["kl"].values())
-        rows.append((str(number), compact(row["parameters"]), *map(str, sizes), *kl))
+        rows.append((str(number), compact(row["parameters"]), *map(str, cut_sizes(spec).values()), *kl))
     return {"headings": headings, "rows": rows}
 
 
@@ -224,18 +211,22 @@ def _importance(content: ReportContent) -> list[Row]:
             figures.layer_importance(found),
         ),
         *_depth(found),
-        _figure(
-            "FFN neurons",
-            "A row is a layer, its neurons sorted. Left of the red mark they stayed; pale rows are dropped layers.",
-            figures.ffn_importance(found),
-        ),
         _figure("Hidden channels", "Summed over both norms of all layers.", figures.hidden_importance(found)),
-        _figure(
-            "Query heads",
-            "L2 norm of a head's output against its layer's mean. Crosses were cut; pale columns are dropped layers.",
-            figures.head_importance(found),
-        ),
+        *(_unit_figure(found, row) for row in LAYER_AXES if row.axis in found.units),
     ]
+
+
+def _unit_figure(found: Importance, row: PrunableAxis) -> Row:
+    """What one axis of the layers shows: units that lie within others one by one, others sorted."""
+    if row.within is None:
+        caption = (
+            f"A row is a layer, its {row.units} sorted. Left of the red mark they stayed; pale rows are dropped layers."
+        )
+        return _figure(row.units.capitalize(), caption, figures.sorted_importance(found, row))
+    caption = (
+        f"Importance of each {row.unit} against its layer's mean. Crosses were cut; pale columns are dropped layers."
+    )
+    return _figure(row.units.capitalize(), caption, figures.unit_importance(found, row))
 
 
 def _depth(found: Importance) -> list[Row]:

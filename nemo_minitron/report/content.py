@@ -1,11 +1,13 @@
 """What a report is made from: the stages' results as plain data. Whatever is missing is left out of the report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 
@@ -34,21 +36,18 @@ class Importance:
     """`[layers]`; mean of 1 - cos(input, output) over calibration tokens."""
     hidden: Vector
     """`[hidden_size]`."""
-    ffn: tuple[Vector, ...]
-    """One `[ffn_hidden_size]` a layer."""
-    heads: tuple[Vector, ...]
-    """One `[num_attention_heads]` a layer."""
+    units: dict[Axis, tuple[Vector, ...]]
+    """By axis of layers that is measured itself: for each layer one vector `[units]`."""
     kept_hidden: tuple[int, ...]
-    kept_ffn: dict[int, tuple[int, ...]]
-    """By layer; a dropped layer has no entry."""
-    kept_heads: dict[int, tuple[int, ...]]
+    kept: dict[int, Mapping[Axis, tuple[int, ...]]]
+    """Indices that stay, by layer and axis; a dropped layer has no entry."""
     depth: Depth | None = None
     """If it was measured."""
 
     @property
     def dropped_layers(self) -> list[int]:
         """Layers that are gone."""
-        return [layer for layer in range(len(self.block_influence)) if layer not in self.kept_ffn]
+        return [layer for layer in range(len(self.block_influence)) if layer not in self.kept]
 
 
 @dataclass(frozen=True, kw_only=True)

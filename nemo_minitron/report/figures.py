@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from nemo_minitron.arch.axes import PrunableAxis
 from nemo_minitron.callbacks.reporter import compact
 from nemo_minitron.report.content import Importance, Row, Vector
 
@@ -109,22 +110,23 @@ def block_curve(importance: Importance, metric: str) -> str:
     return svg(draw, height=3.3)
 
 
-def ffn_importance(importance: Importance) -> str:
-    """Importance of each layer's neurons, sorted, against the layer's mean; and where it was cut."""
+def sorted_importance(importance: Importance, row: PrunableAxis) -> str:
+    """Importance of each layer's units, sorted, against the layer's mean; and where it was cut."""
+    layers = importance.units[row.axis]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        width = max(len(layer) for layer in importance.ffn)
-        picture = np.full((len(importance.ffn), width), np.nan)
-        for row, neurons in enumerate(importance.ffn):
-            ordered = np.sort(neurons)[::-1] / max(float(neurons.mean()), np.finfo(float).tiny)
-            picture[row, : len(ordered)] = np.log10(np.maximum(ordered, 1e-3))
+        width = max(map(len, layers))
+        picture = np.full((len(layers), width), np.nan)
+        for layer, units in enumerate(layers):
+            ordered = np.sort(units)[::-1] / max(float(units.mean()), np.finfo(float).tiny)
+            picture[layer, : len(ordered)] = np.log10(np.maximum(ordered, 1e-3))
         image = axes.imshow(picture, aspect="auto", cmap=_HEAT, vmin=-1, vmax=1, interpolation="nearest")
-        for layer, kept in importance.kept_ffn.items():
-            axes.plot([len(kept) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
+        for layer, kept in importance.kept.items():
+            axes.plot([len(kept[row.axis]) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
         for layer in importance.dropped_layers:
             axes.axhspan(layer - 0.5, layer + 0.5, facecolor="white", alpha=0.72, edgecolor="none")
-        axes.set(xlabel="neurons of the layer, most important first", ylabel="layer")
+        axes.set(xlabel=f"{row.units} of the layer, most important first", ylabel="layer")
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[-1, 0, 1])
         bar.ax.set_yticklabels(["x 0.1", "mean", "x 10"])
@@ -146,22 +148,23 @@ def hidden_importance(importance: Importance) -> str:
     return svg(draw, height=2.4)
 
 
-def head_importance(importance: Importance) -> str:
-    """Importance of each query head against its layer's mean; crosses are heads that went, pale columns layers."""
+def unit_importance(importance: Importance, row: PrunableAxis) -> str:
+    """Importance of each unit against its layer's mean; crosses are units that went, pale columns layers."""
+    layers = importance.units[row.axis]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        width = max(len(layer) for layer in importance.heads)
-        picture = np.full((width, len(importance.heads)), np.nan)
-        for layer, heads in enumerate(importance.heads):
-            picture[: len(heads), layer] = heads / max(float(heads.mean()), np.finfo(float).tiny)
+        width = max(map(len, layers))
+        picture = np.full((width, len(layers)), np.nan)
+        for layer, units in enumerate(layers):
+            picture[: len(units), layer] = units / max(float(units.mean()), np.finfo(float).tiny)
         image = axes.imshow(picture, aspect="auto", cmap=_HEAT, vmin=0, vmax=2, interpolation="nearest")
-        for layer, kept in importance.kept_heads.items():
-            gone = [head for head in range(len(importance.heads[layer])) if head not in kept]
+        for layer, kept in importance.kept.items():
+            gone = [unit for unit in range(len(layers[layer])) if unit not in kept[row.axis]]
             axes.plot([layer] * len(gone), gone, linestyle="none", marker="x", color=CUT, markersize=4)
         for layer in importance.dropped_layers:
             axes.axvspan(layer - 0.5, layer + 0.5, facecolor="white", alpha=0.72, edgecolor="none")
-        axes.set(xlabel="layer", ylabel="query head")
+        axes.set(xlabel="layer", ylabel=row.unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.grid(visible=False)
@@ -169,7 +172,7 @@ def head_importance(importance: Importance) -> str:
         bar.ax.set_yticklabels(["0", "mean", "x 2"])
         bar.outline.set_visible(False)
 
-    return svg(draw, height=1.2 + 0.13 * max(len(layer) for layer in importance.heads))
+    return svg(draw, height=1.2 + 0.13 * max(map(len, layers)))
 
 
 def distillation(rows: list[Row]) -> str:

@@ -81,7 +81,7 @@ def _front_matter(source: TensorSource, library: str, making: Making, plan: Prun
     elif licence:
         found |= {"license": "other", "license_name": _line(licence)}
     found |= {"library_name": library, "pipeline_tag": "text-generation"}
-    tags = ["nemo_minitron", source.spec.family]
+    tags = ["nemo_minitron", source.family]
     tags += ["pruning"] if plan is not None and not plan.is_identity else []
     tags += ["distillation"] if making.tokens else []
     found["tags"] = tags

@@ -5,7 +5,6 @@ taken to add up, as Puzzle does (arXiv:2411.19146, section 4); the choice is the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from math import ceil, lcm
 from typing import Any
@@ -34,13 +33,14 @@ def layer_variants(
     Sizes are rounded to what divides by the tensor-parallel sizes and by `target.multiple_of`.
     """
     shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
-    heads = layer.num_attention_heads // layer.num_query_groups
-    ffn = _sizes(layerwise.ffn_hidden_size, layer.ffn_hidden_size, lcm(shared, target.multiple_of.ffn_hidden_size))
+    attention, mlp = layer.attention, layer.mlp
+    heads = attention.num_attention_heads // attention.num_query_groups
+    ffn = _sizes(layerwise.ffn_hidden_size, mlp.ffn_hidden_size, lcm(shared, target.multiple_of.ffn_hidden_size))
     multiple = lcm(shared, target.multiple_of.num_query_groups)
-    groups = _sizes(layerwise.num_query_groups, layer.num_query_groups, multiple)
+    groups = _sizes(layerwise.num_query_groups, attention.num_query_groups, multiple)
     found: dict[Variant, None] = {layer: None}
     for neurons, group in product(ffn, groups):
-        form = replace(layer, ffn_hidden_size=neurons, num_query_groups=group, num_attention_heads=group * heads)
+        form = layer.with_sizes(ffn_hidden_size=neurons, num_query_groups=group, num_attention_heads=group * heads)
         found[form] = None
     if layerwise.drop:
         found[None] = None
@@ -80,13 +80,7 @@ def layer_costs(
 
 
 def _shape(layers: int, hidden: int, form: LayerSpec) -> tuple[int, ...]:
-    sizes = {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": form.ffn_hidden_size,
-        "num_attention_heads": form.num_attention_heads,
-        "num_query_groups": form.num_query_groups,
-    }
+    sizes = {"num_layers": layers, "hidden_size": hidden, **form.sizes}
     return tuple(sizes[name] for name in NAMES)
 
 

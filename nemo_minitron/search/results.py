@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_minitron.arch.axes import LAYER_AXES
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.search.axes import named
@@ -49,9 +50,7 @@ def layerwise_row(name: str, spec: ModelSpec | None, race: RaceResult, record: R
         row |= {
             "num_layers": count,
             "hidden_size": spec.hidden_size,
-            "ffn_hidden_size": sum(layer.ffn_hidden_size for layer in spec.layers) / count,
-            "num_attention_heads": sum(layer.num_attention_heads for layer in spec.layers) / count,
-            "num_query_groups": sum(layer.num_query_groups for layer in spec.layers) / count,
+            **{row.size: sum(layer.size(row) for layer in spec.layers) / count for row in LAYER_AXES},
             "params": parameter_count(spec),
             "non_embedding_params": parameter_count(spec, embeddings=False),
         }

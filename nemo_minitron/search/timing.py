@@ -40,9 +40,9 @@ def grid_of(space: Space, points: int = 4) -> dict[str, list[int]]:
     ends = dict(zip(("layers", "hidden", "ffn", "heads", "groups"), ((v[0], v[-1]) for v in space.values), strict=True))
     largest = {
         "hidden": space.teacher.hidden_size,
-        "ffn": layer.ffn_hidden_size,
-        "groups": layer.num_query_groups,
-        "ratio": layer.num_attention_heads // layer.num_query_groups,
+        "ffn": layer.mlp.ffn_hidden_size,
+        "groups": layer.attention.num_query_groups,
+        "ratio": layer.attention.num_attention_heads // layer.attention.num_query_groups,
     }
     least = {**{name: ends[name][0] for name in ("hidden", "ffn", "groups")}}
     least["ratio"] = max(1, min(ends["heads"][0] // ends["groups"][1], largest["ratio"]))

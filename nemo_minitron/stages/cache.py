@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.cache.folder import CacheManifest, CacheWriter, TargetCache
 from nemo_minitron.checkpoints.digest import weights_digest
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.data import read_info, training_dataset
 from nemo_minitron.megatron.target_writer import TargetWriter

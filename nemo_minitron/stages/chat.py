@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.data.assets import resolve
 from nemo_minitron.data.chat import Example, encode_each, held_out
 from nemo_minitron.data.chat_lines import MOST_PROBLEMS, check_bad, read_lines

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from nemo_minitron.callbacks.reporter import Progress, compact
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.data.account import account, table
 from nemo_minitron.data.assets import resolve

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.checkpoints.hf import write_hf
-from nemo_minitron.checkpoints.nemo1 import pack_nemo
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.formats import FORMATS
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import ExportFormat
@@ -25,8 +24,6 @@ from nemo_minitron.stages.session import make_trainer, restore
 
 CHECK_TOKENS = 128
 """Held-out tokens whose logits are compared."""
-
-_LIBRARIES = {ExportFormat.HF: "transformers", ExportFormat.NEMO: "nemo"}
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -52,19 +49,15 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _path(context: StageContext, kind: ExportFormat) -> Path:
-    name = context.config.name
-    return context.out / (f"{name}.nemo" if kind is ExportFormat.NEMO else f"{name}_hf")
+    return context.out / (context.config.name + FORMATS[kind].suffix)
 
 
 def _write(context: StageContext, student: Path) -> None:
     source = open_checkpoint(student)
     making = _making(context)
     for kind in context.config.export.formats:
-        text = model_card(source, name=context.config.name, library=_LIBRARIES[kind], making=making)
-        if kind is ExportFormat.NEMO:
-            pack_nemo(student, _path(context, kind), extra_files={CARD: text.encode()})
-        else:
-            write_hf(source, _path(context, kind), extra_files={CARD: text.encode()})
+        text = model_card(source, name=context.config.name, library=FORMATS[kind].library, making=making)
+        FORMATS[kind].write(source, _path(context, kind), extra_files={CARD: text.encode()})
 
 
 def _making(context: StageContext) -> Making:

@@ -1,10 +1,10 @@
 """The layer-wise part of a search: the loss of replacing each layer alone, and the choice that it leads to."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.search import LayerwiseConfig
 from nemo_minitron.megatron import runtime as megatron_runtime
@@ -12,7 +12,7 @@ from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.megatron.replace import BlockLossCollector, Replacement
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.pruning.build import build_plan_by_layer
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import PruningPlan, axes_of
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.search.layerwise import Variant, choose_layers, layer_costs, layer_variants
 from nemo_minitron.search.problem import SearchProblem
@@ -47,7 +47,7 @@ def layerwise_plan(context: StageContext, problem: SearchProblem, scores: Scores
     layers: dict[int, LayerSpec] = {}
     for number, form in enumerate(chosen):
         if (sizes := forms[form]) is not None:
-            layers[number] = replace(sizes, local=teacher.layers[number].local)
+            layers[number] = sizes.looking_back(local=teacher.layers[number].local)
     provenance = {"search": "layerwise", "expected_rise": float(losses[np.arange(len(chosen)), chosen].sum())}
     return build_plan_by_layer(scores, target, layers, provenance=provenance)
 
@@ -80,13 +80,9 @@ def _replacement(context: StageContext, scores: Scores, layer: int, sizes: Varia
     if sizes is None:
         return Replacement(layer=layer, dropped=True)
     plan = build_plan_by_layer(scores, context.config.target, {layer: sizes}, provenance={})
-    kept: LayerPlan = plan.layers[0]
-    before = scores.spec.layers[layer]
-    return Replacement(
-        layer=layer,
-        ffn=kept.ffn if len(kept.ffn) < before.ffn_hidden_size else None,
-        heads=kept.heads if len(kept.heads) < before.num_attention_heads else None,
-    )
+    kept, before = plan.layers[0].kept, scores.spec.layers[layer]
+    cut = {row.axis: kept[row.axis] for row in axes_of(before) if len(kept[row.axis]) < before.size(row)}
+    return Replacement(layer=layer, ffn=cut.get(Axis.FFN), heads=cut.get(Axis.HEAD))
 
 
 def _measure(
@@ -119,4 +115,4 @@ def _measure(
 def _told(form: Variant) -> dict[str, Any]:
     if form is None:
         return {"dropped": True}
-    return {"ffn_hidden_size": form.ffn_hidden_size, "num_query_groups": form.num_query_groups}
+    return form.sizes

@@ -2,16 +2,17 @@
 
 from typing import Any
 
-from nemo_minitron.arch.families import family_named
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.nemo1 import write_folder
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
-from nemo_minitron.config.run import ExportFormat, RunConfig, TargetConfig
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
+from nemo_minitron.config.run import RunConfig, TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
-from nemo_minitron.pruning.merge import MergedSource, MergeSums, gaps_of
+from nemo_minitron.pruning.merge import MergeSums, gaps_of, merge_gaps
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.rounds import round_specs, round_targets
 from nemo_minitron.pruning.scores import Scores
@@ -28,9 +29,9 @@ def run(context: StageContext) -> dict[str, Any]:
     target = context.config.target
     if "plan" in context.stage.inputs:
         plan = PruningPlan.load(context.input("plan"))
-        check_export(context.config, plan.student)
+        check_export(context.config, plan.student, teacher.family)
     else:
-        check_export(context.config, round_specs(target, original, context.config.steps)[-1])
+        check_export(context.config, round_specs(target, original, context.config.steps)[-1], teacher.family)
         scores = Scores.load(context.input("scores"))
         scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
         plan = build_plan(scores, target_of(context, original), teacher.spec)
@@ -65,14 +66,14 @@ def _student(context: StageContext, pruned: PrunedSource) -> TensorSource:
     if not target.merge_layers:
         return pruned
     sums = MergeSums.load(context.input("scores").with_name(MERGE_FILE))
-    return MergedSource(pruned, sums, ridge=target.merge_ridge)
+    return merge_gaps(pruned, sums, ridge=target.merge_ridge)
 
 
-def check_export(config: RunConfig, student: ModelSpec) -> None:
+def check_export(config: RunConfig, student: ModelSpec, family: str) -> None:
     """Find out before a model is distilled whether it can be exported as the recipe asks.
 
     Raises:
-        SpecError: The family's `config.json` cannot say the student's sizes, or its class refuses them.
+        SpecError: A format cannot hold the student's sizes, or a class of its library refuses them.
     """
-    if ExportFormat.HF in config.export.formats:
-        family_named(student.family).write_config(student)
+    for kind in config.export.formats:
+        FORMATS[kind].check(student, family)

@@ -5,6 +5,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.arch.axes import LAYER_AXES, Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.callbacks.metrics_file import read_rows
 from nemo_minitron.callbacks.reporter import duration
@@ -82,12 +83,14 @@ def importance(scores_path: Path, plan_paths: Sequence[Path], target: TargetConf
     layers = range(scores.spec.num_layers)
     return Importance(
         block_influence=scores.block_influence().double().numpy(),
-        hidden=scores.hidden(**how).double().numpy(),
-        ffn=tuple(scores.ffn(layer, **how).double().numpy() for layer in layers),
-        heads=tuple(scores.heads(layer, **how).double().numpy() for layer in layers),
+        hidden=scores.importance(Axis.HIDDEN, **how).double().numpy(),
+        units={
+            row.axis: tuple(scores.importance(row.axis, layer, **how).double().numpy() for layer in layers)
+            for row in LAYER_AXES
+            if row.sites and all(layer.size(row) for layer in scores.spec.layers)
+        },
         kept_hidden=plan.hidden,
-        kept_ffn={layer.source: layer.ffn for layer in plan.layers},
-        kept_heads={layer.source: layer.heads for layer in plan.layers},
+        kept={layer.source: layer.kept for layer in plan.layers},
         depth=None if scores.depth is None else depth_curves(scores.depth),
     )
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
 from nemo_minitron.callbacks.progress import ProgressDisplay
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.megatron.data import WindowDataset

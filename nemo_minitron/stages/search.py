@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.search import SearchConfig
@@ -105,7 +106,7 @@ class _Search:
         context, config = self._context, self._context.config
         plan = self.plan(name)
         check_layout(plan.student, config.parallel)
-        check_export(config, plan.student)
+        check_export(config, plan.student, self._teacher.family)
         source = PrunedSource(self._teacher, plan)
         if rung == 0:
             loss = loss_of(source, config, context.input("data"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import cpu, optim, runtime, sharded_io
@@ -20,11 +20,10 @@ pytestmark = [
 ]
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=256,
     hidden_size=64,
     head_dim=32,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128),) * 2,
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128),) * 2,
     max_position_embeddings=128,
     tied_embeddings=True,
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration import test_run as one_round
-from tests.integration.test_run import environment, start, wait_for, weights
+from tests.support import runs as one_round
+from tests.support.runs import environment, start, wait_for, weights
 
 pytestmark = pytest.mark.slow
 

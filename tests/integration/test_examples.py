@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
 from tests import jobs
@@ -96,7 +96,7 @@ def test_pruning_needs_only_the_callbacks_and_a_nemo_config(artefacts, tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]
     plan = PruningPlan.load(tmp_path / "out" / "plan.json")
     assert plan.table() in ended.stdout
-    assert (plan.student.num_layers, plan.student.layer.ffn_hidden_size) == (3, 48)
+    assert (plan.student.num_layers, plan.student.layer.mlp.ffn_hidden_size) == (3, 48)
     scores = Scores.load(tmp_path / "out" / "scores.safetensors")
     assert scores.samples == 8
     assert scores.provenance["tokenizer_digest"]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.checkpoints.source import open_checkpoint
-from tests.integration import test_run as one_round
-from tests.integration.test_run import environment, start, training_rows, wait_for, weights
+from nemo_minitron.checkpoints.open import open_checkpoint
+from tests.support import runs as one_round
+from tests.support.runs import environment, start, training_rows, wait_for, weights
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,8 @@ def test_every_round_is_smaller_and_the_last_one_is_the_target(undisturbed):
     # From 4 layers, hidden 64, 8 heads, FFN 96: (4 - i / 3, 64 - 16 i / 3, 8 - 4 i / 3, 96 - 32 i / 3), rounded.
     assert [found.num_layers for found in specs] == [4, 3, 3]
     assert [found.hidden_size for found in specs] == [60, 52, 48]
-    assert [found.layers[0].ffn_hidden_size for found in specs] == [88, 72, 64]
-    assert [found.layers[0].num_attention_heads for found in specs] == [8, 4, 4]
+    assert [found.layers[0].mlp.ffn_hidden_size for found in specs] == [88, 72, 64]
+    assert [found.layers[0].attention.num_attention_heads for found in specs] == [8, 4, 4]
 
 
 def test_each_round_scores_the_model_it_finds_and_learns_from_the_teacher(undisturbed):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from tests.tiny import write_corpus, write_llama
 
 ROOT = Path(__file__).parents[2]

@@ -1,20 +1,17 @@
 """SmolLM2-135M-Instruct as we import it, against `transformers`' own reading of the same file."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoTokenizer
 
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.data.assets import resolve
 from tests import jobs
 from tests.ranks import run_on_ranks
+from tests.support.real_model import DEMO, theirs
 
-DEMO = Path(__file__).parents[2] / "recipes/smollm2/demo.yaml"
 TEXT = "The history of the city begins with a small settlement on the bank of the river, founded in 1204 by traders."
 
 
@@ -32,13 +29,3 @@ def test_imported_teacher_has_the_logits_of_transformers_alone_and_over_stages(t
         config = jobs.config_for(tmp_path, tmp_path, parallel=parallel)
         found = run_on_ranks(world_size, jobs.logits, tmp_path / "teacher", config, tokens)[0]
         np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def theirs(gguf: Path) -> LlamaForCausalLM:
-    """The model as `transformers` dequantises and names it."""
-    model = LlamaForCausalLM(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)).float()
-    tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return model.eval()

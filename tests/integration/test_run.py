@@ -1,11 +1,8 @@
 """The whole job from the command line on a tiny model: once undisturbed, once killed in every stage."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nemo_minitron.checkpoints.source import open_checkpoint, stream
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.stages.chain import chain_for
-from tests.tiny import write_corpus, write_llama
+from tests.support import runs
+from tests.support.runs import RECIPE, command, environment, start, training_rows, wait_for, weights
 
-RECIPE = Path(__file__).parents[2] / "recipes/tiny/tiny_cpu.yaml"
 NAMES = tuple(stage.name for stage in chain_for(load_recipe(RECIPE, ["model.source=m", "data.sources=[t]"])))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> list[str]:
-    """Overrides that name a model and a corpus."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_llama(folder / "hf", trained_steps=100)
-    write_corpus(folder / "corpus")
-    return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
+inputs = runs.inputs
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +26,6 @@ def undisturbed(inputs, tmp_path_factory) -> Path:
     finished = subprocess.run(command(run, inputs), capture_output=True, text=True, env=environment(), check=False)
     assert finished.returncode == 0, finished.stderr
     return run
-
-
-def command(run: Path, inputs: list[str], recipe: Path = RECIPE) -> list[str]:
-    return [sys.executable, "-m", "nemo_minitron", "run", str(recipe), *inputs, "--run-dir", str(run)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return dict(stream(open_checkpoint(run / "stages/distill/student")))
 
 
 def test_summary_has_what_is_promised(undisturbed):
@@ -118,25 +95,3 @@ def kill_in(stage: str, run: Path, inputs: list[str]) -> None:
     wait_for(lambda: len(training_rows(run)) >= 8 if stage == "distill" else partial.is_dir(), process)
     process.kill()
     process.communicate()
-
-
-def start(run: Path, inputs: list[str], recipe: Path = RECIPE) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(run, inputs, recipe), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-
-
-def wait_for(happened, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "nothing happened for two minutes"
-        time.sleep(0.02)
-
-
-def training_rows(run: Path) -> list[dict[str, float]]:
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [row for row in rows if "train/loss" in row]

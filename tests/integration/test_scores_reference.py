@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.data.assets import resolve
 from nemo_minitron.ops.importance import aggregate
-from tests.integration.test_real_model import DEMO, theirs
 from tests.oracles import importance as oracle
 from tests.parallel.hooks_jobs import score_tokens
 from tests.ranks import run_on_ranks
+from tests.support.real_model import DEMO, theirs
 from tests.tiny import write_qwen2
 
 # Our site, the site of the reference, and at which choice of FFN site it is there.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_minitron.arch.weights import parameter_count
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.pruning.plan import PruningPlan
 from tests.chain_jobs import weights

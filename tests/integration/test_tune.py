@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.checkpoints.hf import write_hf
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.megatron.chat_files import ConversationDataset
 from tests import chain_jobs
 from tests.ranks import RankError, run_on_ranks

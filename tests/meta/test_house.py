@@ -110,7 +110,7 @@ def test_nothing_is_left_undone_or_ties_us_to_one_machine():
     for path in tracked():
         if (
             path.suffix in (".py", ".md", ".cfg", ".toml", ".yaml", ".j2", ".css", ".txt", "")
-            and path.name != "LICENSE"
+            and path.name not in ("LICENSE", ".metadata")  # the index of a checkpoint is binary
         ):
             lines = path.read_text(encoding="utf-8").splitlines()
             problems += [f"{path}:{number}: {line}" for number, line in enumerate(lines, 1) if pattern.search(line)]
@@ -130,3 +130,58 @@ def test_imports_point_down():
         [Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def imports_of(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the package that a file imports, wherever in it, for types only or not."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & modules.keys() or {node.module}
+    return found & modules.keys()
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules each of which reaches all the others."""
+    reached: dict[str, set[str]] = {}
+    for start, first in graph.items():
+        todo, seen = list(first), set()
+        while todo:
+            if (name := todo.pop()) not in seen:
+                seen.add(name)
+                todo += graph[name]
+        reached[start] = seen
+    rings = [frozenset(other for other in reached[name] if name in reached[other]) for name in graph]
+    return [set(ring) for ring in sorted(set(rings) - {frozenset()}, key=sorted)]
+
+
+def test_no_file_imports_itself_in_a_circle(capsys):
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in tracked("nemo_minitron/*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {name: imports_of(path, modules) - {name} for name, path in modules.items()}
+    found = circles(graph)
+    with capsys.disabled():
+        print(f"\nimport circles between {len(graph)} files: {len(found)}")
+    assert not found
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+
+
+def test_no_test_module_imports_another(capsys):
+    """What several of them need lies in tests/support."""
+    names = re.compile(r"^tests(\.\w+)*\.test_\w+$")
+    found = []
+    for path in tracked("tests/*.py", "benchmarks/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                continue
+            found += [f"{path.relative_to(ROOT)}: {name}" for name in modules if names.match(name)]
+    with capsys.disabled():
+        print(f"\nimports of one test module by another: {len(found)}")
+    assert not found, found

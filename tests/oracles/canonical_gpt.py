@@ -29,7 +29,7 @@ def logits(get: Callable[[str], Tensor], spec: ModelSpec, tokens: Tensor) -> Ten
         x = x + _attention(qkv, spec, layer) @ w(attention + "linear_proj.weight").T
         h = _rms(x, w(mlp + "linear_fc1.layer_norm_weight"), spec.norm_eps)
         both = h @ w(mlp + "linear_fc1.weight").T
-        gate, up = both[:, : layer.ffn_hidden_size], both[:, layer.ffn_hidden_size :]
+        gate, up = both[:, : layer.mlp.ffn_hidden_size], both[:, layer.mlp.ffn_hidden_size :]
         x = x + (gate * torch.sigmoid(gate) * up) @ w(mlp + "linear_fc2.weight").T
     x = _rms(x, w("decoder.final_layernorm.weight"), spec.norm_eps)
     head = "embedding.word_embeddings.weight" if spec.tied_embeddings else "output_layer.weight"
@@ -38,12 +38,12 @@ def logits(get: Callable[[str], Tensor], spec: ModelSpec, tokens: Tensor) -> Ten
 
 def _attention(qkv: Tensor, spec: ModelSpec, layer: object) -> Tensor:
     """Rows of `qkv` are groups of [q ... q, k, v]; the output is the heads side by side in global order."""
-    per_group = layer.num_attention_heads // layer.num_query_groups
+    per_group = layer.attention.num_attention_heads // layer.attention.num_query_groups
     size = spec.head_dim
     length = qkv.shape[0]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     outputs = []
-    for group in range(layer.num_query_groups):
+    for group in range(layer.attention.num_query_groups):
         first = group * (per_group + 2) * size
         slots = [qkv[:, first + slot * size : first + (slot + 1) * size] for slot in range(per_group + 2)]
         key, value = _rotate(slots[-2], spec), slots[-1]

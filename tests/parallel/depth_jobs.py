@@ -153,7 +153,7 @@ class CutOffError(Exception):
 def stage_files(folder: Path) -> None:
     """`hf/` and `corpus/` to `teacher/` and `data/`."""
     from nemo_minitron.checkpoints.nemo1 import write_folder
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
     from nemo_minitron.data.documents import read_documents
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.megatron.data import write_token_files

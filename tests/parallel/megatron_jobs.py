@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 
@@ -19,33 +19,31 @@ STARTS = ((0, 5), (0,), (0, 1, 7), (0, 3, 4, 11), (0, 6), (0, 2, 4, 6, 8, 10), (
 
 # 94 tokens: padded at TP 2 and TP 3. 9 heads in 3 groups, wider than the hidden size, as after pruning.
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=94,
     hidden_size=24,
     head_dim=8,
-    layers=(LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=36),) * 4,
+    layers=(transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=36),) * 4,
     max_position_embeddings=64,
     tied_embeddings=True,
 )
 EVEN = SPEC.with_sizes(num_attention_heads=8, num_query_groups=4)
 SPECS = {
     "tied": EVEN,
-    "untied": replace(EVEN, tied_embeddings=False, qkv_bias=True, family="qwen2"),
+    "untied": replace(EVEN, tied_embeddings=False, qkv_bias=True),
     "three groups": SPEC,
     "uneven": replace(
         EVEN,
         layers=(
-            LayerSpec(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=36),
-            LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),
-            LayerSpec(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=44),
+            transformer_layer(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=36),
+            transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),
+            transformer_layer(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=44),
         ),
     ),
 }
 FAMILY_SPECS = {
-    "qwen3": replace(EVEN, family="qwen3", qk_norm=True),
+    "qwen3": replace(EVEN, qk_norm=True),
     "nemotron": replace(
         EVEN,
-        family="nemotron",
         tied_embeddings=False,
         activation=Activation.SQUARED_RELU,
         norm=Norm.LAYERNORM1P,
@@ -53,8 +51,7 @@ FAMILY_SPECS = {
     ),
     "gemma3": replace(
         EVEN,
-        family="gemma3",
-        layers=tuple(replace(EVEN.layer, local=local) for local in (True, True, False, True)),
+        layers=tuple(EVEN.layer.looking_back(local=local) for local in (True, True, False, True)),
         activation=Activation.GEGLU_TANH,
         norm=Norm.RMSNORM1P,
         qk_norm=True,

@@ -2,16 +2,15 @@ import pytest
 import torch
 
 from benchmarks import kd_step
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import optim, runtime
 
 TEACHER = ModelSpec(
-    family="llama",
     vocab_size=96,
     hidden_size=32,
     head_dim=8,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48),) * 3,
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48),) * 3,
     max_position_embeddings=64,
     rotary_base=100000.0,
     tied_embeddings=True,

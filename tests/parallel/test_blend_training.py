@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.cache import CacheConfig, TargetKind
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import DataConfig

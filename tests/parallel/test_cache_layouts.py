@@ -8,7 +8,7 @@ import pytest
 
 from nemo_minitron.cache.entries import SampleTargets
 from nemo_minitron.cache.folder import TargetCache
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.cache import CacheConfig, TargetKind
 from nemo_minitron.config.parallel import ParallelConfig
 from tests import jobs

@@ -109,7 +109,7 @@ def test_metrics_are_those_of_transformers_without_the_layers(tiny):
 
 
 def read_spec(folder):
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
 
     return open_checkpoint(folder).spec
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, transformer_layer
 from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.config.training import OptimizerConfig
@@ -17,11 +17,10 @@ from nemo_minitron.estimate.memory import RankMemory, Training, rank_parameters,
 from tests.ranks import run_on_ranks
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=1024,
     hidden_size=256,
     head_dim=32,
-    layers=(LayerSpec(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=640),) * 8,
+    layers=(transformer_layer(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=640),) * 8,
     max_position_embeddings=512,
 )
 TEACHER = replace(SPEC, hidden_size=384)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.estimate.activations import Pass
 from nemo_minitron.estimate.communication import Collective, Split, Traffic, checkpoint_bytes, step_traffic
@@ -15,11 +15,10 @@ from tests.parallel.traffic_jobs import LENGTH, MICRO_BATCHES, SAMPLES, distill_
 from tests.ranks import run_on_ranks
 
 STUDENT = ModelSpec(
-    family="llama",
     vocab_size=512,
     hidden_size=96,
     head_dim=16,
-    layers=(LayerSpec(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=128),) * 5,
+    layers=(transformer_layer(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=128),) * 5,
     max_position_embeddings=256,
 )
 TEACHER = replace(STUDENT, hidden_size=128).with_sizes(ffn_hidden_size=256)

@@ -30,7 +30,7 @@ LAYOUTS = {
 def teacher(tmp_path_factory) -> dict[str, Any]:
     """A random model on disk, and what transformers says of it."""
     from nemo_minitron.checkpoints.nemo1 import write_folder
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
 
     folder = tmp_path_factory.mktemp("model")
     model = write_llama(folder / "hf", vocab_size=VOCABULARY, max_position_embeddings=32)
@@ -43,7 +43,7 @@ def teacher(tmp_path_factory) -> dict[str, Any]:
 
 
 def evaluate(folder: Path, parallel: ParallelConfig, end: int) -> dict[str, Any]:
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
     from nemo_minitron.config.parallel import Precision
     from nemo_minitron.evaluation.generate import greedy
     from nemo_minitron.evaluation.logits import gather_logits

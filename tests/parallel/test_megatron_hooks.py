@@ -76,10 +76,10 @@ def transformers_activations(weights):
     config = LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        intermediate_size=layer.ffn_hidden_size,
+        intermediate_size=layer.mlp.ffn_hidden_size,
         num_hidden_layers=spec.num_layers,
-        num_attention_heads=layer.num_attention_heads,
-        num_key_value_heads=layer.num_query_groups,
+        num_attention_heads=layer.attention.num_attention_heads,
+        num_key_value_heads=layer.attention.num_query_groups,
         head_dim=hd,
         rms_norm_eps=spec.norm_eps,
         rope_theta=spec.rotary_base,
@@ -89,10 +89,13 @@ def transformers_activations(weights):
     model = LlamaForCausalLM(config).double().eval()
     state = {"model.embed_tokens.weight": weights["embedding.word_embeddings.weight"]}
     state["model.norm.weight"] = weights["decoder.final_layernorm.weight"]
-    per_group = layer.num_attention_heads // layer.num_query_groups
+    groups = layer.attention.num_query_groups
+    per_group = layer.attention.num_attention_heads // groups
     for index in range(spec.num_layers):
         ours, theirs = f"decoder.layers.{index}.", f"model.layers.{index}."
-        rows = weights[ours + "self_attention.linear_qkv.weight"].view(layer.num_query_groups, per_group + 2, hd, -1)
+        rows = weights[ours + "self_attention.linear_qkv.weight"].view(
+            layer.attention.num_query_groups, per_group + 2, hd, -1
+        )
         gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
         state |= {
             theirs + "self_attn.q_proj.weight": rows[:, :-2].flatten(0, 2),

@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import distributed, nn
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron.hooks import ImportanceCollector, fused_norm
 from nemo_minitron.megatron.model import MinitronGPT
@@ -20,11 +20,10 @@ from tests.ranks import RankError, run_on_ranks
 from tests.tolerances import TOL
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=8,
     hidden_size=6,
     head_dim=2,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8),),
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=8),),
     max_position_embeddings=16,
 )
 S, B = 16, 3

@@ -5,7 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from nemo_minitron.checkpoints.source import open_checkpoint, stream
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import stream
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.pruning.merge import Gap, MergeSums
 from nemo_minitron.pruning.plan import PruningPlan
@@ -116,7 +118,7 @@ def test_the_matrix_before_the_gap_changes_and_nothing_else_does(pruned):
     assert plan.digest() == PruningPlan.load(pruned / "plain/stages/prune/plan.json").digest()
     sums = MergeSums.load(pruned / "merged/stages/score/merge.safetensors")
     sums.check_fits(plan)
-    kept = torch.tensor(plan.layers[0].ffn)
+    kept = torch.tensor(plan.layers[0].kept[Axis.FFN])
     teacher = open_checkpoint(pruned / "merged/stages/import/teacher").get("decoder.layers.0.mlp.linear_fc2.weight")
     moment, cross = sums.tensors["layers.0.moment"], sums.tensors["layers.0.cross"]
     # A reference written another way: normal equations of the new matrix itself, with the penalty as a diagonal.

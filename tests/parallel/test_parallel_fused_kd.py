@@ -15,8 +15,8 @@ from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
 from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
 from nemo_minitron.parallel.sparse_targets import top_k_targets
-from nemo_minitron.parallel.vocab import mask_padding, vocab_divergence, vocab_sparse_divergence
 from tests.oracles import divergence as oracle
+from tests.oracles.vocab import mask_padding, vocab_divergence, vocab_sparse_divergence
 from tests.ranks import run_on_ranks
 from tests.tolerances import TOL
 

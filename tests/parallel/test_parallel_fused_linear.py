@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import distributed
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
-from nemo_minitron.parallel.vocab import (
+from tests.oracles import divergence as oracle
+from tests.oracles.vocab import (
     mask_padding,
     top1_agreement,
     vocab_cross_entropy,
     vocab_divergence,
 )
-from tests.oracles import divergence as oracle
 from tests.ranks import run_on_ranks
+from tests.support.largest_tensor import LargestTensor
 from tests.tolerances import TOL
 
 TOKENS, HIDDEN, TEACHER_HIDDEN = 13, 6, 9
@@ -370,24 +370,6 @@ def test_bfloat16_stays_near_the_float64_reference():
         got, want = data[f"student_{name}"].grad.double(), expected[f"d_{name}"]
         # Logits of magnitude 10 are rounded to 8 bits, so the gradient is judged as a whole, not entry by entry.
         assert (got - want).norm() < 3e-2 * want.norm()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the most elements of any result."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrices = 0
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(value, torch.Tensor):
-                self.most = max(self.most, value.numel())
-        products = (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.mkldnn._linear_pointwise)
-        self.matrices += func.overloadpacket in products
-        return result
 
 
 def test_no_tokens_by_vocabulary_tensor_exists_and_validation_skips_the_gradient():

@@ -120,7 +120,7 @@ def test_gradients_from_sampled_targets_average_to_the_full_gradient():
 
 
 def test_no_tokens_by_vocabulary_tensor_is_made():
-    from tests.parallel.test_parallel_fused_linear import LargestTensor
+    from tests.support.largest_tensor import LargestTensor
 
     hidden, weight = torch.randn(96, 4), torch.randn(64, 4)
     student, weight_s = torch.randn(96, 4, requires_grad=True), torch.randn(64, 4, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_minitron.checkpoints.files import FolderFiles
 from nemo_minitron.checkpoints.hf import write_hf
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
@@ -53,7 +53,7 @@ def test_plans_are_the_same_at_every_layout(results: dict[str, dict], folder: Pa
     plan = PruningPlan.load(folder / "one" / "plan.json")
     assert plan.digest() == digests["one"]
     assert plan.merges
-    assert plan.student.layer.ffn_hidden_size == 48
+    assert plan.student.layer.mlp.ffn_hidden_size == 48
     assert Scores.load(folder / "tp2" / "scores.safetensors").samples == 16
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.pruning.scores import Scores
 from tests import jobs
@@ -90,7 +91,7 @@ def test_the_other_ffn_site_measures_the_gate(made):
     folder, _ = made
     first, before = (Scores.load(folder / name / FILE) for name in ("first", "before"))
     assert before.ffn_site == "before_activation"
-    assert torch.equal(before.heads(0), first.heads(0))
-    assert not torch.allclose(before.ffn(0), first.ffn(0))
+    assert torch.equal(before.importance(Axis.HEAD, 0), first.importance(Axis.HEAD, 0))
+    assert not torch.allclose(before.importance(Axis.FFN, 0), first.importance(Axis.FFN, 0))
     with pytest.raises(ScoresError, match="FFN sites: after_activation and before_activation"):
         first.merge(before)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_minitron.checkpoints.megatron_dist import write_megatron
 from nemo_minitron.checkpoints.nemo1 import pack_nemo, write_folder
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from tests import tiny
 from tests.parallel.strict_load_job import load_strictly
 from tests.ranks import run_on_ranks

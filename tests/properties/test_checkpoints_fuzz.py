@@ -23,12 +23,13 @@ from nemo_minitron.checkpoints.hf import write_hf
 from nemo_minitron.checkpoints.megatron_dist import write_megatron
 from nemo_minitron.checkpoints.nemo1 import pack_nemo, write_folder
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.errors import MinitronError
 from tests import tiny
-from tests.unit.test_checkpoints_gguf import make_gguf
-from tests.unit.test_checkpoints_layouts import FOUR_LAYERS, pack, write_config, write_ranks, write_zarr
-from tests.unit.test_checkpoints_nemo1 import UNIFORM, RandomSource
+from tests.support.checkpoints import UNIFORM, RandomSource
+from tests.support.gguf_files import make_gguf
+from tests.support.layouts import FOUR_LAYERS, pack, write_config, write_ranks, write_zarr
 
 INPUTS_EACH = 110
 FEWER = {"gguf": 60}

@@ -19,14 +19,14 @@ from nemo_minitron.arch.megatron_config import transformer_fields as fields_of
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
 from nemo_minitron.arch.spec import (
     Activation,
-    LayerSpec,
     LinearScaling,
     ModelSpec,
     Norm,
     RopeScaling,
     YarnScaling,
+    transformer_layer,
 )
-from nemo_minitron.checkpoints.gguf import GgufSource
+from nemo_minitron.checkpoints.gguf import open_gguf
 from nemo_minitron.checkpoints.gguf_file import GgufFile
 from nemo_minitron.errors import MinitronError
 
@@ -48,11 +48,10 @@ METADATA: dict[str, Any] = {
     "vocab_size": ROWS,
 }
 GGUF_SPEC = ModelSpec(
-    family="llama",
     vocab_size=ROWS,
     hidden_size=HIDDEN,
     head_dim=HIDDEN // HEADS,
-    layers=(LayerSpec(num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN),) * LAYERS,
+    layers=(transformer_layer(num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN),) * LAYERS,
     max_position_embeddings=512,
     norm_eps=1e-4,
     rotary_base=5000.0,
@@ -130,7 +129,7 @@ def gguf_tensors() -> dict[str, np.ndarray]:
 
 
 def test_keys_of_gguf_files(tmp_path: Path) -> None:
-    assert GgufSource(write_gguf(tmp_path / "whole.gguf", METADATA)).spec == GGUF_SPEC
+    assert open_gguf(write_gguf(tmp_path / "whole.gguf", METADATA)).spec == GGUF_SPEC
     counts: Counter[str] = Counter()
     for key, value in METADATA.items():
         changes: dict[str, dict[str, Any]] = {"delete": {name: v for name, v in METADATA.items() if name != key}}
@@ -139,7 +138,7 @@ def test_keys_of_gguf_files(tmp_path: Path) -> None:
         changes["other type"] = METADATA | {key: "twelve" if not isinstance(value, str) else "some"}
         for kind, metadata in changes.items():
             path = write_gguf(tmp_path / "m.gguf", metadata)
-            found = attempt(lambda path=path: GgufSource(path).spec)
+            found = attempt(lambda path=path: open_gguf(path).spec)
             if isinstance(found, MinitronError):
                 assert key.rpartition(".")[2] in str(found), f"{kind} {key}: {found}"
                 assert kind != "delete" or LLAMA_CPP[key] is None, f"{key}: {found}"
@@ -182,18 +181,18 @@ def test_keys_of_gguf_files(tmp_path: Path) -> None:
 )
 def test_what_a_gguf_file_may_not_say(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(MinitronError, match=words.replace(".", r"\.")):
-        GgufSource(write_gguf(tmp_path / "m.gguf", METADATA | change))
+        open_gguf(write_gguf(tmp_path / "m.gguf", METADATA | change))
 
 
 def test_a_list_of_equal_sizes_and_an_old_key_are_read(tmp_path: Path) -> None:
     old = {key: value for key, value in METADATA.items() if not key.startswith("rope.scaling")}
     change = {"attention.head_count_kv": [2, 2], "rope.scale_linear": 2.0}
-    assert GgufSource(write_gguf(tmp_path / "m.gguf", old | change)).spec == GGUF_SPEC
+    assert open_gguf(write_gguf(tmp_path / "m.gguf", old | change)).spec == GGUF_SPEC
 
 
 def test_yarn_of_a_gguf_file(tmp_path: Path) -> None:
     change = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}
-    spec = GgufSource(write_gguf(tmp_path / "m.gguf", METADATA | change)).spec
+    spec = open_gguf(write_gguf(tmp_path / "m.gguf", METADATA | change)).spec
     assert spec.rope_scaling == YarnScaling(factor=4.0, original_max_position_embeddings=128)
 
 
@@ -201,7 +200,7 @@ def test_a_key_twice_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", METADATA | {"attention.key_lengtX": 16})
     path.write_bytes(path.read_bytes().replace(b"attention.key_lengtX", b"attention.key_length"))
     with pytest.raises(MinitronError, match=r"llama\.attention\.key_length is there twice"):
-        GgufSource(path)
+        open_gguf(path)
 
 
 def test_split_files_are_read_whole(tmp_path: Path) -> None:
@@ -213,16 +212,16 @@ def test_split_files_are_read_whole(tmp_path: Path) -> None:
     split = {"split.count": 2, "split.tensors.count": len(tensors)}
     write_gguf(tmp_path / "m-00001-of-00002.gguf", METADATA | split | {"split.no": 0}, first)
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1, **split}, second)
-    whole = GgufSource(write_gguf(tmp_path / "whole.gguf", METADATA))
-    parts = GgufSource(tmp_path / "m-00001-of-00002.gguf")
+    whole = open_gguf(write_gguf(tmp_path / "whole.gguf", METADATA))
+    parts = open_gguf(tmp_path / "m-00001-of-00002.gguf")
     assert parts.spec == whole.spec
     for name in whole.names():
         assert torch.equal(parts.get(name), whole.get(name))
     with pytest.raises(MinitronError, match=r"part 2 of 2.*\n.*\n.*m-00001-of-00002\.gguf"):
-        GgufSource(tmp_path / "m-00002-of-00002.gguf")
+        open_gguf(tmp_path / "m-00002-of-00002.gguf")
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1, **split}, {**second, names[0]: tensors[names[0]]})
     with pytest.raises(MinitronError, match="lies in another part too"):
-        GgufSource(tmp_path / "m-00001-of-00002.gguf")
+        open_gguf(tmp_path / "m-00001-of-00002.gguf")
 
 
 def test_rope_factors_of_llama_3(tmp_path: Path) -> None:
@@ -266,12 +265,12 @@ def test_rope_factors_of_llama_3(tmp_path: Path) -> None:
         "rope.freq_base": base,
     }
     stored = {"rope_freqs.weight": np.array(divisors, dtype=np.float32)}
-    spec = GgufSource(write_gguf(tmp_path / "m.gguf", metadata, tensors | stored)).spec
+    spec = open_gguf(write_gguf(tmp_path / "m.gguf", metadata, tensors | stored)).spec
     assert spec.rope_scaling == RopeScaling(factor=32.0, original_max_position_embeddings=8192)
     assert spec.tied_embeddings
     stored = {"rope_freqs.weight": np.linspace(1, 3, 32, dtype=np.float32)}
     with pytest.raises(MinitronError, match=r"rope_freqs\.weight"):
-        GgufSource(write_gguf(tmp_path / "m.gguf", metadata, tensors | stored))
+        open_gguf(write_gguf(tmp_path / "m.gguf", metadata, tensors | stored))
 
 
 def test_k_quants_are_expanded(tmp_path: Path) -> None:
@@ -328,11 +327,10 @@ def q6_k(block: np.ndarray) -> list[float]:
 # -- Megatron and NeMo -----------------------------------------------------------------------------------------------
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=250,
     hidden_size=64,
     head_dim=16,
-    layers=(LayerSpec(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=96),) * 3,
+    layers=(transformer_layer(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=96),) * 3,
     max_position_embeddings=256,
     norm_eps=1e-6,
     rotary_base=500.0,
@@ -353,8 +351,8 @@ MEGATRON: dict[str, dict[str, Any] | None] = {
     "add_qkv_bias": {},
     "qk_layernorm": {},
     "untie_embeddings_and_output_weights": {"tied_embeddings": True},
-    "group_query_attention": {"layers": (replace(LAYER, num_query_groups=8),) * 3},
-    "num_query_groups": {"layers": (replace(LAYER, num_query_groups=1),) * 3},
+    "group_query_attention": {"layers": (LAYER.with_sizes(num_query_groups=8),) * 3},
+    "num_query_groups": {"layers": (LAYER.with_sizes(num_query_groups=1),) * 3},
     "use_rope_scaling": {"rope_scaling": None},
     "rope_scaling_factor": {"rope_scaling": RopeScaling(factor=8.0)},
     "vocab_size": {"vocab_size": 256},  # rows of the embedding
@@ -364,12 +362,12 @@ MEGATRON: dict[str, dict[str, Any] | None] = {
 def test_arguments_of_megatron() -> None:
     args = megatron_args(SPEC, dtype="float32")
     read = lambda given: spec_from_args(given, vocab_rows=256, where="common.pt")  # noqa: E731
-    assert replace(read(args), family="llama") == SPEC
+    assert read(args) == SPEC
     counts: Counter[str] = Counter()
     for name in args:
         given = {key: value for key, value in args.items() if key != name}
         default = MEGATRON.get(name, {})
-        found = attempt(lambda given=given: replace(read(given), family="llama"))
+        found = attempt(lambda given=given: read(given))
         if isinstance(found, MinitronError):
             assert default is None, f"{name}: {found}"
             assert name in str(found), found
@@ -423,7 +421,7 @@ NEMO_1: dict[str, dict[str, Any] | None] = {
     **dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),
     "position_embedding_type": None,  # learned positions, which are not supported
     "kv_channels": {"head_dim": 8},
-    "num_query_groups": {"layers": (replace(LAYER, num_query_groups=8),) * 3},
+    "num_query_groups": {"layers": (LAYER.with_sizes(num_query_groups=8),) * 3},
     "normalization": {"norm": Norm.LAYERNORM},
     "layernorm_epsilon": {"norm_eps": 1e-5},
     "activation": {"activation": Activation.GELU},
@@ -439,7 +437,7 @@ NEMO_1: dict[str, dict[str, Any] | None] = {
 def test_keys_of_nemo_1() -> None:
     spec = replace(SPEC, rope_scaling=LinearScaling(factor=4.0))
     config = {key: value for key, value in nemo_config(spec).items() if key != "minitron"}
-    read = lambda given: replace(spec_from_nemo_config(given, vocab_size=256), family="llama")  # noqa: E731
+    read = lambda given: spec_from_nemo_config(given, vocab_size=256)  # noqa: E731
     assert read(config) == spec
     counts: Counter[str] = Counter()
     for name in config:

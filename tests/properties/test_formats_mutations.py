@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_minitron.arch.families.keys import OTHER_NAMES, SPECIAL_IDS
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.errors import MinitronError
 from tests import tiny
 
@@ -138,7 +138,7 @@ def outcome(mutation: Mutation, folder: Path, scratch: Path, original: torch.Ten
     (changed / "config.json").write_text(mutated(data, mutation))
     key = mutation.path[-1]
     try:
-        write_hf(HfSource(changed), scratch / "out")
+        write_hf(open_hf(changed), scratch / "out")
     except MinitronError as error:
         names = {key, RENAMED.get(key, key), *mutation.path}
         return "refused by name" if any(name in str(error) for name in names) else f"SILENT about the key: {error}"

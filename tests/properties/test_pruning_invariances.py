@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.checkpoints.files import FolderFiles
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.apply import PrunedSource
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.ranges import from_ranges, to_ranges
 from tests import tiny
+from tests.support.plans import layer_plan
 
 TOKENS = torch.tensor([[3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 4, 62]])
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, SIZE = 4, 64, 96, 8, 4, 8
@@ -36,7 +39,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_plan(
-    source: HfSource, seed: int, *, hidden: int, ffn: int, groups: int, per_group: int, layers: int
+    source: Checkpoint, seed: int, *, hidden: int, ffn: int, groups: int, per_group: int, layers: int
 ) -> PruningPlan:
     """Any units at all, the same for whoever asks with the same seed."""
     rng = random.Random(seed)
@@ -48,11 +51,11 @@ def random_plan(
     kept_layers = []
     for index in some(spec.num_layers, layers):
         layer = spec.layers[index]
-        size = layer.num_attention_heads // layer.num_query_groups
-        kv_groups = some(layer.num_query_groups, groups)
+        size = layer.attention.num_attention_heads // layer.attention.num_query_groups
+        kv_groups = some(layer.attention.num_query_groups, groups)
         heads = tuple(group * size + head for group in kv_groups for head in some(size, per_group))
-        neurons = some(layer.ffn_hidden_size, ffn)
-        kept_layers.append(LayerPlan(source=index, kv_groups=kv_groups, heads=heads, ffn=neurons))
+        neurons = some(layer.mlp.ffn_hidden_size, ffn)
+        kept_layers.append(layer_plan(source=index, kv_groups=kv_groups, heads=heads, ffn=neurons))
     return PruningPlan(spec=spec, hidden=some(spec.hidden_size, hidden), layers=tuple(kept_layers))
 
 
@@ -70,13 +73,13 @@ def _kill_hidden(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 def _kill_ffn(model: PreTrainedModel, plan: PruningPlan) -> None:
     for layer in plan.layers:
-        model.model.layers[layer.source].mlp.down_proj.weight[:, _others(layer.ffn, FFN)] = 0
+        model.model.layers[layer.source].mlp.down_proj.weight[:, _others(layer.kept[Axis.FFN], FFN)] = 0
 
 
 def _kill_heads(model: PreTrainedModel, plan: PruningPlan) -> None:
     for layer in plan.layers:
         output = model.model.layers[layer.source].self_attn.o_proj.weight
-        for head in _others(layer.heads, HEADS):
+        for head in _others(layer.kept[Axis.HEAD], HEADS):
             output[:, head * SIZE : (head + 1) * SIZE] = 0
 
 
@@ -108,7 +111,7 @@ AXES: dict[str, tuple[dict[str, int], list[Callable[[PreTrainedModel, PruningPla
 @pytest.mark.parametrize("family", ["tied", "untied", "qwen2"])
 def test_cutting_dead_units_changes_no_logit(teachers: Path, tmp_path: Path, family: str, axis: str) -> None:
     sizes, kills = AXES[axis]
-    plan = random_plan(HfSource(teachers / family), 7, **(ALL | sizes))
+    plan = random_plan(open_hf(teachers / family), 7, **(ALL | sizes))
     model = AutoModelForCausalLM.from_pretrained(teachers / family, dtype=torch.float32).eval()
     with torch.no_grad():
         # The toy's logits are of order five, where fp32 sums in another order differ by more than 1e-6.
@@ -118,7 +121,7 @@ def test_cutting_dead_units_changes_no_logit(teachers: Path, tmp_path: Path, fam
             kill(model, plan)
     expected = _logits(model)
     model.save_pretrained(tmp_path / "dead")
-    write_hf(PrunedSource(HfSource(tmp_path / "dead"), plan), tmp_path / "pruned")
+    write_hf(PrunedSource(open_hf(tmp_path / "dead"), plan), tmp_path / "pruned")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32).eval()
     assert pruned.num_parameters() < model.num_parameters()
     assert (expected - alive).abs().max() > 0.01  # the units were not dead before
@@ -150,7 +153,7 @@ def test_keeping_all_is_byte_identical(teachers: Path, tmp_path: Path, family: s
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pruning_twice_is_pruning_once(teachers: Path, tmp_path: Path, seed: int) -> None:
-    source = HfSource(teachers / "qwen2")
+    source = open_hf(teachers / "qwen2")
     first = random_plan(source, seed, hidden=48, ffn=70, groups=3, per_group=2, layers=3)
     once = PrunedSource(source, first)
     second = random_plan(once, seed + 100, hidden=30, ffn=33, groups=2, per_group=1, layers=2)
@@ -170,7 +173,7 @@ def test_pruning_twice_is_pruning_once(teachers: Path, tmp_path: Path, seed: int
 
 
 def test_composition_is_associative_and_has_an_identity(teachers: Path) -> None:
-    source = HfSource(teachers / "tied")
+    source = open_hf(teachers / "tied")
     a = random_plan(source, 1, hidden=50, ffn=80, groups=4, per_group=2, layers=4)
     b = random_plan(PrunedSource(source, a), 2, hidden=40, ffn=60, groups=3, per_group=1, layers=3)
     c = random_plan(PrunedSource(source, a.compose(b)), 3, hidden=20, ffn=10, groups=1, per_group=1, layers=1)
@@ -180,7 +183,7 @@ def test_composition_is_associative_and_has_an_identity(teachers: Path) -> None:
 
 
 def test_a_plan_for_another_model_is_refused(teachers: Path) -> None:
-    source = HfSource(teachers / "tied")
+    source = open_hf(teachers / "tied")
     plan = PruningPlan.keep_all(replace(source.spec, hidden_size=128))
     with pytest.raises(PlanError, match="hidden_size: plan 128, model 64"):
         PrunedSource(source, plan)
@@ -194,7 +197,7 @@ def test_a_plan_for_another_model_is_refused(teachers: Path) -> None:
 @pytest.mark.parametrize("family", ["tied", "qwen2"])
 def test_cuts_are_those_of_the_separate_matrices(teachers: Path, tmp_path: Path, family: str) -> None:
     """q, k, v, gate and up cut one by one from the Hugging Face weights, by Python lists."""
-    source = HfSource(teachers / family)
+    source = open_hf(teachers / family)
     plan = random_plan(source, 11, hidden=33, ffn=17, groups=3, per_group=1, layers=2)
     write_hf(PrunedSource(source, replace(plan, rescale_norms=False)), tmp_path / "out")
     before = AutoModelForCausalLM.from_pretrained(teachers / family).state_dict()
@@ -204,8 +207,8 @@ def test_cuts_are_those_of_the_separate_matrices(teachers: Path, tmp_path: Path,
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"][hidden])
     for index, layer in enumerate(plan.layers):
         old, new = f"model.layers.{layer.source}.", f"model.layers.{index}."
-        queries = [head * SIZE + channel for head in layer.heads for channel in range(SIZE)]
-        keys = [group * SIZE + channel for group in layer.kv_groups for channel in range(SIZE)]
+        queries = [head * SIZE + channel for head in layer.kept[Axis.HEAD] for channel in range(SIZE)]
+        keys = [group * SIZE + channel for group in layer.kept[Axis.KV_GROUP] for channel in range(SIZE)]
         rows = {"q": queries, "k": keys, "v": keys}
         for part, kept in rows.items():
             name = f"self_attn.{part}_proj."
@@ -214,7 +217,7 @@ def test_cuts_are_those_of_the_separate_matrices(teachers: Path, tmp_path: Path,
                 assert torch.equal(after[f"{new}{name}bias"], before[f"{old}{name}bias"][kept])
         output = "self_attn.o_proj.weight"
         assert torch.equal(after[new + output], before[old + output][hidden][:, queries])
-        neurons = list(layer.ffn)
+        neurons = list(layer.kept[Axis.FFN])
         for part in ("gate", "up"):
             name = f"mlp.{part}_proj.weight"
             assert torch.equal(after[new + name], before[old + name][neurons][:, hidden])

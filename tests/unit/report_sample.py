@@ -4,15 +4,15 @@ import math
 
 import numpy as np
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.report.content import Importance, ReportContent
 
 TEACHER = ModelSpec(
-    family="llama",
     vocab_size=49152,
     hidden_size=576,
     head_dim=64,
-    layers=(LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
+    layers=(transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),) * 30,
     max_position_embeddings=8192,
     tied_embeddings=True,
 )
@@ -31,12 +31,14 @@ def importance() -> Importance:
     return Importance(
         block_influence=influence,
         hidden=draw.lognormal(0, 0.7, 576),
-        ffn=ffn,
-        heads=heads,
+        units={Axis.HEAD: heads, Axis.FFN: ffn},
         kept_hidden=tuple(range(576)),
-        kept_ffn={layer: tuple(sorted(np.argsort(ffn[layer])[::-1][:1152].tolist())) for layer in kept},
-        kept_heads={layer: tuple(sorted(np.argsort(heads[layer])[::-1][:6].tolist())) for layer in kept},
+        kept={layer: {Axis.HEAD: _best(heads[layer], 6), Axis.FFN: _best(ffn[layer], 1152)} for layer in kept},
     )
+
+
+def _best(units: np.ndarray, count: int) -> tuple[int, ...]:
+    return tuple(sorted(np.argsort(units)[::-1][:count].tolist()))
 
 
 def metrics() -> list[dict]:

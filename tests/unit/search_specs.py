@@ -1,11 +1,11 @@
 """Architectures that tests of the search share."""
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 
 
 def smollm2() -> ModelSpec:
     """SmolLM2-135M."""
-    layer = LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536)
+    layer = transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536)
     return ModelSpec(
         family="llama",
         vocab_size=49152,

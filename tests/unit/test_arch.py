@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from nemo_minitron.arch.families import FAMILIES, family_named, family_of_hf_config
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm, RopeScaling
-from nemo_minitron.arch.weights import parameter_count, weight_named, weights
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, RopeScaling, transformer_layer
+from nemo_minitron.arch.weights import parameter_count, part_shapes, weight_named, weights
 from nemo_minitron.checkpoints.hf import hf_names
-from nemo_minitron.checkpoints.parts import part_shapes
 from nemo_minitron.errors import SpecError
 
 LLAMA_31 = LlamaConfig(
@@ -72,7 +71,9 @@ def test_names_and_shapes_are_those_of_transformers(config: PreTrainedConfig) ->
         model = AutoModelForCausalLM.from_config(config)
     ours = {}
     for weight in weights(spec):
-        ours |= dict(zip(hf_names(family_named(spec.family), weight), part_shapes(weight, spec), strict=True))
+        ours |= dict(
+            zip(hf_names(family_of_hf_config(config.to_dict()), weight), part_shapes(weight, spec), strict=True)
+        )
     assert ours == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert parameter_count(spec) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -98,7 +99,7 @@ def test_head_dim_stays_when_the_hidden_size_shrinks() -> None:
 @CONFIGS
 def test_config_json_round_trip(config: PreTrainedConfig) -> None:
     spec = spec_of(config)
-    written = family_named(spec.family).write_config(spec)
+    written = family_of_hf_config(config.to_dict()).write_config(spec)
     assert family_of_hf_config(written).read_config(written) == spec
     again = type(config)(**written)
     assert again.rope_parameters == config.rope_parameters
@@ -111,17 +112,16 @@ def test_a_llama_that_transformers_refuses_is_written_as_a_mistral() -> None:
     assert (config["model_type"], config["sliding_window"]) == ("mistral", None)
     again = MistralConfig(**config)
     assert (again.head_dim, again.rope_parameters) == (128, LLAMA_31.rope_parameters)
-    assert replace(family_of_hf_config(config).read_config(config), family="llama") == small
+    assert family_of_hf_config(config).read_config(config) == small
 
 
 UNEVEN = ModelSpec(
-    family="llama",
     vocab_size=49152,
     hidden_size=432,
     head_dim=64,
     layers=(
-        LayerSpec(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),
-        LayerSpec(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=1000),
+        transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),
+        transformer_layer(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=1000),
     ),
     max_position_embeddings=8192,
     norm_eps=1.3333e-5,
@@ -207,8 +207,8 @@ def test_sizes_edited_by_hand_are_refused() -> None:
     [
         {"hidden_size": 0},
         {"layers": ()},
-        {"layers": (LayerSpec(num_attention_heads=9, num_query_groups=2, ffn_hidden_size=8),)},
-        {"layers": (LayerSpec(num_attention_heads=0, num_query_groups=1, ffn_hidden_size=8),)},
+        {"layers": (transformer_layer(num_attention_heads=9, num_query_groups=2, ffn_hidden_size=8),)},
+        {"layers": (transformer_layer(num_attention_heads=0, num_query_groups=1, ffn_hidden_size=8),)},
     ],
 )
 def test_impossible_architectures_are_refused(change: dict[str, object]) -> None:

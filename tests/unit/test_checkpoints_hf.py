@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.checkpoints import hf
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.errors import CheckpointError, MinitronError, SpecError
 from tests import tiny
 from tests.oracles import canonical_gpt
@@ -54,7 +55,7 @@ def test_writing_what_was_read_gives_the_same_weight_file(folders: dict[str, Pat
 
 
 def test_names_and_shapes_are_those_of_the_table(folders: dict[str, Path]) -> None:
-    source = HfSource(folders["qwen2"])
+    source = open_hf(folders["qwen2"])
     assert source.names() == tuple(weight.name for weight in weights(source.spec))
     for weight in weights(source.spec):
         tensor = source.get(weight.name)
@@ -81,7 +82,7 @@ def test_shards_of_transformers_are_read(folders: dict[str, Path], tmp_path: Pat
     model = AutoModelForCausalLM.from_pretrained(folders["untied"])
     model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    source, other = HfSource(folders["untied"]), HfSource(tmp_path / "sharded")
+    source, other = open_hf(folders["untied"]), open_hf(tmp_path / "sharded")
     assert all(torch.equal(source.get(name), other.get(name)) for name in source.names())
 
 
@@ -93,14 +94,14 @@ def test_config_tokenizer_and_generation_defaults_travel(folders: dict[str, Path
     theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (folders["untied"], tmp_path / "out"))
     text = "the river of the city was a war in the peace. 1066!"
     assert theirs(text).input_ids == ours(text).input_ids
-    assert HfSource(tmp_path / "out").lineage["base_model"] == "untied"
+    assert open_hf(tmp_path / "out").lineage["base_model"] == "untied"
 
 
 def test_licence_of_the_model_card_is_kept(broken: Path, tmp_path: Path) -> None:
     (broken / "README.md").write_text("---\nlanguage: en\nlicense: llama3.1\n---\n# A model\n")
     (broken / "LICENSE").write_text("terms")
     write_hf(open_checkpoint(broken), tmp_path / "out")
-    assert HfSource(tmp_path / "out").lineage["license"] == "llama3.1"
+    assert open_hf(tmp_path / "out").lineage["license"] == "llama3.1"
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
 
 
@@ -109,12 +110,10 @@ def test_a_folder_of_the_hubs_cache_is_known_by_its_hub_name(folders: dict[str, 
     snapshot.mkdir(parents=True)
     for file in folders["tied"].iterdir():
         (snapshot / file.name).symlink_to(file)
-    assert HfSource(snapshot).lineage["base_model"] == "org/some-model"
+    assert open_hf(snapshot).lineage["base_model"] == "org/some-model"
 
 
-def test_a_failed_write_leaves_the_previous_folder_whole(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_previous_folder_whole(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_hf(open_checkpoint(folders["tied"]), out)
     before = {file.name: _hash(file) for file in out.iterdir()}
@@ -126,9 +125,8 @@ def test_a_failed_write_leaves_the_previous_folder_whole(
             raise OSError(28, "No space left on device")
         return real(name)
 
-    monkeypatch.setattr(source, "get", failing)
     with pytest.raises(OSError, match="No space"):
-        write_hf(source, out)
+        write_hf(replace(source, get=failing), out)
     assert {file.name: _hash(file) for file in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -139,7 +137,7 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_write(folders: dic
     out.rename(tmp_path / ".out.old")
     with pytest.raises(RuntimeError), hf.staged_folder(out):
         raise RuntimeError
-    assert HfSource(out).spec.num_layers == 4
+    assert open_hf(out).spec.num_layers == 4
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, 50_000, -4])

@@ -10,11 +10,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from nemo_minitron.checkpoints.convert import Format, convert
+from nemo_minitron.checkpoints.convert import convert
 from nemo_minitron.checkpoints.files import FolderFiles
-from nemo_minitron.checkpoints.hf import HfSource
-from nemo_minitron.checkpoints.nemo1 import NemoSource, write_folder
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.hf import open_hf
+from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.summary import lines, summary
 from nemo_minitron.errors import CheckpointError, MinitronError
 from tests import tiny
@@ -69,23 +69,23 @@ def in_shards(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_single_file_beside_the_index_of_others_is_refused(folder: Path) -> None:
     tensors = in_shards(folder)
-    HfSource(folder)
+    open_hf(folder)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     said = refusal(folder)
     assert "model.safetensors and model.safetensors.index.json" in said
     assert "remedy: remove the one that is old" in said
     whole = dict.fromkeys(tensors, "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": whole}))
-    HfSource(folder)  # an index of that very file
+    open_hf(folder)  # an index of that very file
 
 
 def test_safetensors_go_before_files_of_torch_as_in_transformers(folder: Path, untied: Path) -> None:
     state = load_file(untied / "model.safetensors")
     torch.save(state, folder / "pytorch_model.bin")
-    source = HfSource(folder)
+    source = open_hf(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(source.get("embedding.word_embeddings.weight"), theirs.model.embed_tokens.weight)
-    assert "not read, beside the safetensors: pytorch_model.bin" in source.notes
+    assert "not read, beside the safetensors: pytorch_model.bin" in source.notes()
 
 
 def test_one_weight_in_two_shards(folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_one_weight_in_two_shards(folder: Path) -> None:
     second = load_file(folder / "model-2.safetensors")
     name = sorted(tensors)[0]
     save_file(second | {name: tensors[name]}, folder / "model-2.safetensors", {"format": "pt"})
-    HfSource(folder)  # the same values twice
+    open_hf(folder)  # the same values twice
     save_file(second | {name: tensors[name] + 1}, folder / "model-2.safetensors", {"format": "pt"})
     said = refusal(folder)
     for words in (name, "model-1.safetensors", "model-2.safetensors", "different values"):
@@ -113,9 +113,9 @@ def test_a_tied_model_and_its_matrices(folder: Path, untied: Path, form: str) ->
 
     shared = tensors[TABLE] if form == "bin" else tensors[TABLE].clone()
     save(tensors | {HEAD: shared})
-    assert HfSource(folder).spec.tied_embeddings
+    assert open_hf(folder).spec.tied_embeddings
     save({HEAD if name == TABLE else name: tensor for name, tensor in tensors.items()})
-    source = HfSource(folder)  # the shared matrix under the name of the output layer alone
+    source = open_hf(folder)  # the shared matrix under the name of the output layer alone
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     found = source.get("embedding.word_embeddings.weight")
     assert torch.equal(found, tensors[TABLE])
@@ -138,9 +138,9 @@ def test_weights_of_several_types_are_told(folder: Path) -> None:
     tensors = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    source = HfSource(folder)
+    source = open_hf(folder)
     assert source.dtype is torch.float32
-    assert any("bfloat16, 1 float32" in note for note in source.notes)
+    assert any("bfloat16, 1 float32" in note for note in source.notes())
 
 
 @pytest.mark.parametrize(
@@ -162,18 +162,18 @@ def test_what_contradicts_the_bytes_is_named(folder: Path, change: dict[str, obj
 
 def test_no_quantisation_and_a_key_twice(folder: Path) -> None:
     edit(folder, quantization_config=None)
-    HfSource(folder)
+    open_hf(folder)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.1}')
     assert "'rms_norm_eps' occurs twice" in refusal(folder)
 
 
 def test_weights_behind_a_linked_folder_are_found(folder: Path, tmp_path: Path) -> None:
-    write_folder(HfSource(folder), tmp_path / "nemo")
+    write_folder(open_hf(folder), tmp_path / "nemo")
     (tmp_path / "nemo" / "model_weights").rename(tmp_path / "elsewhere")
     (tmp_path / "nemo" / "model_weights").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "nemo", target_is_directory=True)  # a link back up ends
-    assert NemoSource(tmp_path / "nemo").spec == HfSource(folder).spec
+    assert open_nemo(tmp_path / "nemo").spec == open_hf(folder).spec
     names = FolderFiles(tmp_path / "nemo").names()
     assert len(names) == len(set(names))
 
@@ -181,14 +181,14 @@ def test_weights_behind_a_linked_folder_are_found(folder: Path, tmp_path: Path) 
 # -- ids and files ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", [Format.HF, Format.NEMO, Format.NEMO2, Format.MEGATRON])
-def test_ids_of_config_and_generation_travel_apart(folder: Path, tmp_path: Path, to: Format) -> None:
+@pytest.mark.parametrize("to", ["hf", "nemo", "nemo2", "megatron"])
+def test_ids_of_config_and_generation_travel_apart(folder: Path, tmp_path: Path, to: str) -> None:
     """Lists, null, and ids that the two files name differently; through every format and back."""
     edit(folder, eos_token_id=[7, 8, 9], bos_token_id=5, pad_token_id=None)
     for generation in ({"temperature": 0.6, "do_sample": True}, {"eos_token_id": [9, 10], "bos_token_id": 5}):
         (folder / "generation_config.json").write_text(json.dumps(generation))
         convert(folder, tmp_path / "there", to=to, replace=True)
-        convert(tmp_path / "there", tmp_path / "back", to=Format.HF, replace=True)
+        convert(tmp_path / "there", tmp_path / "back", to="hf", replace=True)
         config = AutoConfig.from_pretrained(tmp_path / "back")
         assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == ([7, 8, 9], 5, None)
         found = GenerationConfig.from_pretrained(tmp_path / "back")
@@ -200,17 +200,17 @@ def test_no_token_stays_no_token(folder: Path, tmp_path: Path) -> None:
     """`bos_token_id: null` is not Llama's default of 1; an absent key is."""
     (folder / "generation_config.json").unlink()
     edit(folder, bos_token_id=None)
-    convert(folder, tmp_path / "null", to=Format.HF)
+    convert(folder, tmp_path / "null", to="hf")
     assert AutoConfig.from_pretrained(tmp_path / "null").bos_token_id is None
     edit(folder, bos_token_id=...)
-    convert(folder, tmp_path / "absent", to=Format.HF)
+    convert(folder, tmp_path / "absent", to="hf")
     assert AutoConfig.from_pretrained(tmp_path / "absent").bos_token_id == 1
 
 
 def test_a_phi3_with_its_pad_in_config_json_alone(tmp_path: Path) -> None:
     tiny.write_family(tmp_path / "phi3", "phi3", num_hidden_layers=1)
     edit(tmp_path / "phi3", "generation_config.json", pad_token_id=...)
-    convert(tmp_path / "phi3", tmp_path / "out", to=Format.HF)
+    convert(tmp_path / "phi3", tmp_path / "out", to="hf")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pad_token_id == 0
 
 
@@ -220,11 +220,11 @@ def test_templates_travel_and_the_rest_is_told(folder: Path, tmp_path: Path) -> 
     (folder / "chat_template.json").write_text('{"chat_template": "x"}')
     (folder / "preprocessor_config.json").write_text("{}")
     edit(folder, auto_map={"AutoConfig": "code.Config"})
-    notes = "\n".join(HfSource(folder).notes)
+    notes = "\n".join(open_hf(folder).notes())
     assert "files that are not carried on: preprocessor_config.json" in notes
     assert "keys of config.json that are not carried on: auto_map" in notes
     convert(folder, tmp_path / "m.nemo")
-    for to in (Format.NEMO2, Format.MEGATRON, Format.HF):
+    for to in ("nemo2", "megatron", "hf"):
         convert(tmp_path / "m.nemo", tmp_path / "out", to=to, replace=True)
         found = open_checkpoint(tmp_path / "out").tokenizer_files()
         assert found["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
@@ -262,7 +262,7 @@ def test_added_tokens_without_a_row_get_their_own_remedy(folder: Path) -> None:
 
 def nemo(folder: Path, out: Path, section: dict[str, object], artifacts: dict[str, bytes]) -> Path:
     """An unpacked `.nemo` of somebody else's: no record of ours, artifacts of any name."""
-    write_folder(HfSource(folder), out)
+    write_folder(open_hf(folder), out)
     for path in list(out.iterdir()):
         if path.is_file() and path.name != "model_config.yaml":
             path.unlink()
@@ -277,19 +277,19 @@ def nemo(folder: Path, out: Path, section: dict[str, object], artifacts: dict[st
 def test_artifacts_of_any_name_are_followed(folder: Path, tmp_path: Path) -> None:
     section = {"library": "sentencepiece", "model": "nemo:abc_nemotron_2_256k.model", "type": None}
     out = nemo(folder, tmp_path / "a", section, {"abc_nemotron_2_256k.model": b"pieces"})
-    assert NemoSource(out).tokenizer_files()["tokenizer.model"] == b"pieces"
+    assert open_nemo(out).tokenizer_files()["tokenizer.model"] == b"pieces"
     out = nemo(folder, tmp_path / "b", section, {})
     said = refusal(out)
     assert "tokenizer.model = 'nemo:abc_nemotron_2_256k.model', which is not there" in said
     out = nemo(folder, tmp_path / "c", {"library": "huggingface", "type": "org/name"}, {})
-    assert "'org/name' (library huggingface) is named, not carried" in NemoSource(out).notes[0]
+    assert "'org/name' (library huggingface) is named, not carried" in open_nemo(out).notes()[0]
     both = {f"{'0' * 31}{n}_tokenizer.model": f"pieces {n}".encode() for n in (1, 2)}
     assert "are both a tokenizer.model, and differ" in refusal(nemo(folder, tmp_path / "d", {}, both))
 
 
 def test_a_nemo_file_of_ours_names_the_model_it_carries(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"pieces")
-    write_folder(HfSource(folder), tmp_path / "nemo")
+    write_folder(open_hf(folder), tmp_path / "nemo")
     section = yaml.safe_load((tmp_path / "nemo" / "model_config.yaml").read_text())["tokenizer"]
     assert section["library"] == "sentencepiece"
     assert (tmp_path / "nemo" / section["model"].removeprefix("nemo:")).read_bytes() == b"pieces"
@@ -297,11 +297,11 @@ def test_a_nemo_file_of_ours_names_the_model_it_carries(folder: Path, tmp_path: 
 
 def test_an_edited_configuration_beside_our_record_is_refused(folder: Path, tmp_path: Path) -> None:
     for to, file, old, new in (
-        (Format.NEMO, "model_config.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
-        (Format.NEMO2, "context/model.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
-        (Format.MEGATRON, "iter_0000001/run_config.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
+        ("nemo", "model_config.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
+        ("nemo2", "context/model.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
+        ("megatron", "iter_0000001/run_config.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
     ):
-        out = tmp_path / to.value
+        out = tmp_path / to
         convert(folder, out, to=to)
         text = (out / file).read_text()
         assert old in text

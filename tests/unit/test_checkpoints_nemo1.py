@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,67 +17,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.arch.weights import weights
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints import read_ahead
 from nemo_minitron.checkpoints.files import FolderFiles
 from nemo_minitron.checkpoints.hf import write_hf
-from nemo_minitron.checkpoints.nemo1 import NemoSource, pack_nemo, write_folder
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.checkpoints.nemo1 import open_nemo, pack_nemo, write_folder
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.errors import CheckpointError, SpecError
 from tests import tiny
-
-
-class RandomSource:
-    """Weights drawn on demand; counts how many of its tensors are alive at a time."""
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> None:
-        self.spec, self.dtype = spec, dtype
-        self.lineage: dict[str, Any] = {"base_model": "a/b", "license": "mit"}
-        self.alive = self.most_alive = 0
-        self._lock = threading.RLock()
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(weight.name for weight in weights(self.spec))
-
-    def get(self, name: str) -> torch.Tensor:
-        shape = {weight.name: weight.shape for weight in weights(self.spec)}[name]
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
-        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-        with self._lock:
-            self.alive += 1
-            self.most_alive = max(self.most_alive, self.alive)
-        weakref.finalize(tensor, self._gone)
-        return tensor
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": b'{"model": {"vocab": {"a": 0}}}', "generation_config.json": b"{}"}
-
-    def _gone(self) -> None:
-        with self._lock:
-            self.alive -= 1
-
-
-UNIFORM = ModelSpec(
-    family="llama",
-    vocab_size=40,
-    hidden_size=24,
-    head_dim=8,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),) * 3,
-    max_position_embeddings=64,
-)
-UNEVEN = replace(
-    UNIFORM,
-    layers=(
-        LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),
-        LayerSpec(num_attention_heads=2, num_query_groups=1, ffn_hidden_size=12),
-    ),
-    tied_embeddings=True,
-    qkv_bias=True,
-    family="qwen2",
-)
+from tests.support.checkpoints import UNEVEN, UNIFORM, RandomSource, _foreign, _foreign_state, equal
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +41,6 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     write_folder(RandomSource(UNIFORM), tmp_path / "model")
     return tmp_path / "model"
-
-
-def equal(one: TensorSource, other: TensorSource) -> bool:
-    return one.names() == other.names() and all(torch.equal(one.get(n), other.get(n)) for n in one.names())
 
 
 @pytest.mark.parametrize("spec", [UNIFORM, UNEVEN], ids=["uniform", "uneven"])
@@ -153,55 +97,10 @@ def test_torch_reads_what_we_write(folder: Path) -> None:
     assert torch.equal(state["model.output_layer.weight"], source.get("output_layer.weight"))
 
 
-def _foreign(path: Path, state: dict[str, torch.Tensor], **config: Any) -> Path:
-    """A NeMo-1 folder by torch's own writer: whole stacked tensors, none of our keys."""
-    path.mkdir()
-    keys = {
-        "num_layers": 3,
-        "hidden_size": 24,
-        "ffn_hidden_size": 20,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 8,
-        "max_position_embeddings": 64,
-        "normalization": "rmsnorm",
-        "activation": "fast-swiglu",
-        "position_embedding_type": "rope",
-        "share_embeddings_and_output_weights": False,
-        "bias": False,
-        "layernorm_epsilon": 1e-5,
-        "rotary_base": 10000.0,
-        **config,
-    }
-    (path / "model_config.yaml").write_text(yaml.safe_dump(keys))
-    (path / "0123456789abcdef0123456789abcdef_tokenizer.model").write_bytes(b"pieces")
-    dcp.save(
-        state,
-        storage_writer=dcp.FileSystemWriter(path / "model_weights"),
-        planner=DefaultSavePlanner(flatten_state_dict=False),
-        no_dist=True,
-    )
-    (path / "model_weights" / "metadata.json").write_text(
-        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-    )
-    return path
-
-
-def _foreign_state(source: RandomSource, prefix: str = "model.") -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for weight in weights(source.spec):
-        if weight.layer is None:
-            state[prefix + weight.name] = source.get(weight.name)
-        elif weight.layer == 0:
-            same = [source.get(weight.row.name.format(i=i)) for i in range(source.spec.num_layers)]
-            state[prefix + weight.row.name.replace(".{i}", "")] = torch.stack(same)
-    return state
-
-
 @pytest.mark.parametrize("prefix", ["model.", "module.", ""])
 def test_a_folder_by_independent_code_is_read(tmp_path: Path, prefix: str) -> None:
     source = RandomSource(UNIFORM)
-    read = NemoSource(_foreign(tmp_path / "foreign", _foreign_state(source, prefix)))
+    read = open_nemo(_foreign(tmp_path / "foreign", _foreign_state(source, prefix)))
     assert read.spec == UNIFORM
     assert equal(read, source)
     assert read.tokenizer_files() == {"tokenizer.model": b"pieces"}
@@ -212,7 +111,7 @@ def test_an_archive_by_independent_code_is_read(tmp_path: Path) -> None:
     _foreign(tmp_path / "foreign", _foreign_state(source))
     with tarfile.open(tmp_path / "x.nemo", "w:") as archive:
         archive.add(tmp_path / "foreign", arcname=".")
-    assert equal(NemoSource(tmp_path / "x.nemo"), source)
+    assert equal(open_nemo(tmp_path / "x.nemo"), source)
 
 
 def test_tensors_split_over_ranks_are_put_together(tmp_path: Path) -> None:
@@ -246,7 +145,7 @@ def test_rows_that_pad_the_vocabulary_are_left_out(tmp_path: Path) -> None:
     for name in ("model.embedding.word_embeddings.weight", "model.output_layer.weight"):
         state[name] = torch.cat([state[name], torch.full((24, 24), torch.nan)])
     minitron = {"spec": UNIFORM.to_dict()}
-    assert equal(NemoSource(_foreign(tmp_path / "padded", state, minitron=minitron)), RandomSource(UNIFORM))
+    assert equal(open_nemo(_foreign(tmp_path / "padded", state, minitron=minitron)), RandomSource(UNIFORM))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "uneven"])
@@ -271,7 +170,7 @@ def test_megatron_loads_strictly_what_we_write_and_we_read_what_it_saves(hf: Pat
     shutil.copy(tmp_path / "ours" / "model_config.yaml", tmp_path / "theirs")
     for file in (tmp_path / "ours").glob("*.json*"):
         shutil.copy(file, tmp_path / "theirs")
-    assert equal(NemoSource(tmp_path / "theirs"), source)
+    assert equal(open_nemo(tmp_path / "theirs"), source)
 
 
 def _rewrite_with_a_key_a_layer(source: TensorSource, folder: Path) -> None:
@@ -279,7 +178,7 @@ def _rewrite_with_a_key_a_layer(source: TensorSource, folder: Path) -> None:
     from nemo_minitron.checkpoints.torch_dist import TorchDistWriter
 
     first, *others = source.spec.layers
-    uneven = replace(source.spec, layers=(replace(first, ffn_hidden_size=1), *others))
+    uneven = replace(source.spec, layers=(first.with_sizes(ffn_hidden_size=1), *others))
     shutil.rmtree(folder / "model_weights")
     (folder / "model_weights").mkdir()
     with TorchDistWriter(folder / "model_weights") as writer:
@@ -296,7 +195,7 @@ def test_old_nemo_and_ours_describe_the_model_alike(folder: Path) -> None:
     assert all(value.startswith("nemo:") for value in config["minitron"]["tokenizer_files"].values())
     del config["minitron"]
     (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
-    read = NemoSource(folder)
+    read = open_nemo(folder)
     assert read.spec == UNIFORM
     assert set(read.tokenizer_files()) == {"tokenizer.json", "generation_config.json"}
 
@@ -358,7 +257,7 @@ def test_missing_extra_and_misshapen_weights_are_named(tmp_path: Path) -> None:
     }
     for number, (words, state) in enumerate(cases.items()):
         with pytest.raises(CheckpointError) as caught:
-            NemoSource(_foreign(tmp_path / str(number), state))
+            open_nemo(_foreign(tmp_path / str(number), state))
         assert words in str(caught.value)
 
 
@@ -395,7 +294,7 @@ def test_code_in_a_tensor_is_not_run(tmp_path: Path) -> None:
     # A zip archive may have anything in front of it.
     content[place.offset : place.offset + place.length] = record.getvalue().rjust(place.length, b"\0")
     data.write_bytes(content)
-    source = NemoSource(path)
+    source = open_nemo(path)
     with pytest.raises(CheckpointError, match="refused"):
         source.get("output_layer.weight")
     assert not proof.exists()

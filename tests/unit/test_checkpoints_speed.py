@@ -13,8 +13,8 @@ import torch
 
 from nemo_minitron.checkpoints import large_files, read_ahead
 from nemo_minitron.checkpoints.files import staged_file, staged_folder
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
-from nemo_minitron.checkpoints.nemo1 import NemoSource, pack_nemo, write_folder
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.nemo1 import open_nemo, pack_nemo, write_folder
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.ops import memory
 from nemo_minitron.pruning.apply import PrunedSource
@@ -38,12 +38,12 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(teacher: Path, out: Path) -> dict[str, str]:
     """Digests of everything that is written from a teacher, converted both ways and pruned."""
-    source = HfSource(teacher)
+    source = open_hf(teacher)
     target = TargetConfig(hidden_size=40, ffn_hidden_size=56, num_attention_heads=4, num_layers=3, drop_layers=(1,))
     plan = random_plan(target, source.spec, seed=3)
     write_folder(source, out / "folder")
     pack_nemo(out / "folder", out / "packed.nemo")
-    packed = NemoSource(out / "packed.nemo")
+    packed = open_nemo(out / "packed.nemo")
     write_hf(packed, out / "back")
     write_hf(PrunedSource(packed, plan), out / "pruned", shard_bytes=40_000)
     write_folder(PrunedSource(source, plan), out / "pruned_folder", dtype=torch.bfloat16)

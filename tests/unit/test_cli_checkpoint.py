@@ -9,14 +9,14 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from nemo_minitron.checkpoints import nemo1
-from nemo_minitron.checkpoints.convert import Format
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.formats import FORMATS
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.pruning.apply import PrunedSource
 from tests import tiny
-from tests.unit.test_checkpoints_nemo1 import equal
-from tests.unit.test_families import plan_for
+from tests.support.checkpoints import equal
+from tests.support.family_plans import plan_for
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("convert")
     tiny.write_family(root / "hf", "llama")
     (root / "hf" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
-    source = HfSource(root / "hf")
+    source = open_hf(root / "hf")
     write_hf(PrunedSource(source, plan_for(source)), root / "pruned")
     return root
 
@@ -38,7 +38,7 @@ def invoke(*arguments: object) -> tuple[int, str]:
 def test_a_model_goes_into_each_format_and_back(root: Path, tmp_path: Path, name: str) -> None:
     target, *options = name.split()
     assert invoke("convert", root / "hf", tmp_path / target, *options)[0] == 0
-    assert equal(open_checkpoint(tmp_path / target), HfSource(root / "hf"))
+    assert equal(open_checkpoint(tmp_path / target), open_hf(root / "hf"))
     assert invoke("convert", tmp_path / target, tmp_path / "back")[0] == 0
     for file in ("model.safetensors", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (root / "hf" / file).read_bytes()
@@ -53,7 +53,7 @@ def test_nemo_restores_what_was_converted(root: Path, tmp_path: Path) -> None:
     from nemo_minitron.megatron import runtime
 
     assert invoke("convert", root / "pruned", tmp_path / "x.nemo")[0] == 0
-    source = HfSource(root / "pruned")
+    source = open_hf(root / "pruned")
     try:
         assert MegatronGPTModel.__mro__.index(ModelPT) > 0
         model = MegatronGPTModel.restore_from(tmp_path / "x.nemo")
@@ -68,23 +68,23 @@ def test_nemo_restores_what_was_converted(root: Path, tmp_path: Path) -> None:
 
 def test_types_are_converted(root: Path, tmp_path: Path) -> None:
     assert invoke("convert", root / "hf", tmp_path / "half", "--dtype", "bfloat16")[0] == 0
-    source, half = HfSource(root / "hf"), HfSource(tmp_path / "half")
+    source, half = open_hf(root / "hf"), open_hf(tmp_path / "half")
     name = "decoder.final_layernorm.weight"
     assert half.get(name).equal(source.get(name).bfloat16())
     status, said = invoke("convert", root / "hf", tmp_path / "x", "--dtype", "int4")
     assert (status, "fp32, bf16 or fp16" in said) == (2, True)
     status, said = invoke("convert", root / "hf", tmp_path / "x", "--to", "onnx")
-    assert (status, f"one of {', '.join(Format)}" in said) == (2, True)
+    assert (status, f"one of {', '.join(FORMATS)}" in said) == (2, True)
 
 
 def test_what_is_there_stays_unless_forced(root: Path, tmp_path: Path) -> None:
     assert invoke("convert", root / "pruned", tmp_path / "x")[0] == 0
-    before = HfSource(tmp_path / "x")
+    before = open_hf(tmp_path / "x")
     status, said = invoke("convert", root / "hf", tmp_path / "x")
     assert (status, "--force" in said) == (2, True)
-    assert equal(HfSource(tmp_path / "x"), before)
+    assert equal(open_hf(tmp_path / "x"), before)
     assert invoke("convert", root / "hf", tmp_path / "x", "--force")[0] == 0
-    assert equal(HfSource(tmp_path / "x"), HfSource(root / "hf"))
+    assert equal(open_hf(tmp_path / "x"), open_hf(root / "hf"))
 
 
 def test_force_does_not_delete_what_is_no_checkpoint(root: Path, tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_inspect_says_what_it_is(root: Path) -> None:
         assert words in said, words
     status, said = invoke("inspect", root / "pruned", "--json", "--weights")
     data = json.loads(said)
-    spec = HfSource(root / "pruned").spec
+    spec = open_hf(root / "pruned").spec
     assert data["architecture"] == spec.to_dict()
-    assert data["lineage"]["pruned"][0]["from"] == HfSource(root / "hf").spec.digest()
+    assert data["lineage"]["pruned"][0]["from"] == open_hf(root / "hf").spec.digest()
     assert [len(digest) for digest in data["digests"].values()] == [64, 64, 64]
     assert data["tokenizer"] == {"kind": "BPE", "size": len(AutoTokenizer.from_pretrained(root / "pruned"))}
     # Counted independently: every element of the file.

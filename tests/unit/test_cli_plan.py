@@ -8,13 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.checkpoints.files import FolderFiles
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
+from tests.support.scores import sums
 from tests.tiny import write_llama
-from tests.unit.test_pruning_scores import sums
 
 runner = CliRunner()
 
@@ -82,7 +83,7 @@ def test_apply_takes_what_it_wrote(folder: Path, tmp_path: Path) -> None:
     teacher, student = open_checkpoint(folder / "teacher"), open_checkpoint(tmp_path / "second")
     name = "decoder.layers.{}.mlp.linear_fc2.weight"
     for index, layer in enumerate(found.layers):
-        expected = teacher.get(name.format(layer.source))[:, list(layer.ffn)]
+        expected = teacher.get(name.format(layer.source))[:, list(layer.kept[Axis.FFN])]
         assert torch.equal(student.get(name.format(index)), expected)
 
 

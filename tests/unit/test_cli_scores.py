@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from nemo_minitron.cli.main import app
 from nemo_minitron.pruning.coverage import Coverage
 from nemo_minitron.pruning.scores import Scores
-from tests.unit.test_pruning_scores import SPEC, sums
+from tests.support.scores import SPEC, sums
 
 runner = CliRunner()
 

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.config.dtypes import DTYPE_WORDS, dtype_name
 from nemo_minitron.config.model_settings import ModelSettings

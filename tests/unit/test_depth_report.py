@@ -8,8 +8,8 @@ import torch
 from nemo_minitron.pruning.depth import DepthScores
 from nemo_minitron.report import build, figures
 from nemo_minitron.stages.report import depth_curves
+from tests.support.depth_scores import SPEC, tensors
 from tests.unit.report_sample import DROPPED, content, importance
-from tests.unit.test_depth_scores import SPEC, tensors
 
 
 def measured(*, blocks: bool = True, low: float = 0.01):

@@ -2,45 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import RunConfig, TargetConfig
 from nemo_minitron.errors import ConfigError, ScoresError
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.depth import DepthScores, candidate_blocks, kept_layers
 from nemo_minitron.pruning.scores import Scores
-from tests.unit.test_pruning_scores import sums
-
-SPEC = ModelSpec(
-    family="llama",
-    vocab_size=16,
-    hidden_size=6,
-    head_dim=2,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=5),) * 4,
-    max_position_embeddings=8,
-)
-BLOCKS = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1)]
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def tensors(**changes: Tensor) -> dict[str, Tensor]:
-    """One layer costs 5, 1, 2, 3 nats in all; blocks cost most where the single layers cost least."""
-    found = {
-        "depth.blocks": torch.tensor(BLOCKS, dtype=torch.float64),
-        "depth.samples": number(2),
-        "depth.lm_loss.sum": torch.tensor([35, 36, 37, 31, 39, 38, 32, 34, 33], dtype=torch.float64),
-        "depth.lm_loss.base": number(30),
-        "depth.lm_loss.count": number(10),
-        "depth.logit_mse.sum": torch.tensor([4, 9, 9, 8, 9, 9, 2, 9, 1], dtype=torch.float64),
-        "depth.logit_mse.base": number(16),
-        "depth.logit_mse.count": number(10),
-    }
-    return found | {name.replace("__", "."): value for name, value in changes.items()}
+from tests.support.depth_scores import BLOCKS, SPEC, number, tensors
+from tests.support.scores import sums
 
 
 def test_candidates_are_every_block_that_leaves_a_layer():

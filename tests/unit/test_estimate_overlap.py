@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import dry_run_tables, recipes
 from nemo_minitron.config.load import load_recipe
@@ -18,11 +18,10 @@ from nemo_minitron.pruning.rounds import round_specs
 
 # 2 layers of 1024 channels: qkv 3 x 1024^2, projection 1024^2, gated MLP 3 x 1024 x 4096; five norms in all.
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=32768,
     hidden_size=1024,
     head_dim=128,
-    layers=(LayerSpec(num_attention_heads=8, num_query_groups=8, ffn_hidden_size=4096),) * 2,
+    layers=(transformer_layer(num_attention_heads=8, num_query_groups=8, ffn_hidden_size=4096),) * 2,
     max_position_embeddings=4096,
 )
 LAYER, VOCABULARY = 16 * 2**20, 32 * 2**20

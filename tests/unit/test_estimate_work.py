@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import recipes
 from nemo_minitron.config.load import load_recipe
@@ -16,11 +16,10 @@ NEMOTRON = read_architecture(
     recipes.find("nemotron/nemotron4_15b_to_8b_width_128gpu_a100").parent / "nemotron4_15b.json"
 )
 SMALL = ModelSpec(
-    family="llama",
     vocab_size=1000,
     hidden_size=64,
     head_dim=16,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128),) * 3,
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128),) * 3,
     max_position_embeddings=64,
 )
 

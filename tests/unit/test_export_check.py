@@ -1,7 +1,8 @@
 """The check of exports: states layer by layer, where two checkpoints begin to differ, and the model card."""
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
-from nemo_minitron.checkpoints.nemo1 import NemoSource, write_folder
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.formats import FORMATS
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError
@@ -29,8 +31,8 @@ from nemo_minitron.report.model_card import CARD, Making, model_card
 from nemo_minitron.stages import export
 from tests import tiny
 from tests.jobs import config_for
-from tests.unit.test_checkpoints_nemo1 import UNIFORM, RandomSource
-from tests.unit.test_families import plan_for
+from tests.support.checkpoints import UNIFORM, RandomSource
+from tests.support.family_plans import plan_for
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -52,9 +54,9 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_states_are_those_of_transformers(case: str, tmp_path: Path, here: Runtime) -> None:
     """One layer in memory at a time, on both sides, gives what the whole model gives."""
     tiny.write_family(tmp_path / "hf", case)
-    write_folder(HfSource(tmp_path / "hf"), tmp_path / "nemo")
+    write_folder(open_hf(tmp_path / "hf"), tmp_path / "nemo")
     ours, theirs = (
-        megatron_states(NemoSource(tmp_path / "nemo"), TOKENS, here),
+        megatron_states(open_nemo(tmp_path / "nemo"), TOKENS, here),
         transformers_states(tmp_path / "hf", TOKENS),
     )
     assert list(ours) == ["embedding", "layer 0", "layer 1", "layer 2", "layer 3", "logits"] == list(theirs)
@@ -92,7 +94,7 @@ def test_weights_come_and_go_with_the_call(hf: Path, monkeypatch: pytest.MonkeyP
 
 def damaged(hf: Path, target: Path, name: str, **edits: Any) -> Path:
     """A copy of a folder with one value of one weight changed."""
-    write_hf(HfSource(hf), target, **edits)
+    write_hf(open_hf(hf), target, **edits)
     state = load_file(target / "model.safetensors")
     state[name].view(-1)[7] += 0.5
     save_file(state, target / "model.safetensors", {"format": "pt"})
@@ -100,10 +102,10 @@ def damaged(hf: Path, target: Path, name: str, **edits: Any) -> Path:
 
 
 def test_the_first_difference_is_found_weight_by_weight(hf: Path, tmp_path: Path) -> None:
-    source = HfSource(hf)
-    assert first_weight_difference(source, HfSource(hf)) == ""
+    source = open_hf(hf)
+    assert first_weight_difference(source, open_hf(hf)) == ""
     other = damaged(hf, tmp_path / "one", "model.layers.2.mlp.down_proj.weight")
-    told = first_weight_difference(source, HfSource(other))
+    told = first_weight_difference(source, open_hf(other))
     assert told.startswith("weight decoder.layers.2.mlp.linear_fc2.weight: 1 of 6144 values, by 5.00e-01")
     assert "(0, 7) first" in told
     pruned = PrunedSource(source, plan_for(source))
@@ -111,9 +113,9 @@ def test_the_first_difference_is_found_weight_by_weight(hf: Path, tmp_path: Path
 
 
 def test_the_first_difference_is_found_layer_by_layer(hf: Path, tmp_path: Path, here: Runtime) -> None:
-    expected = megatron_states(HfSource(hf), TOKENS, here)
+    expected = megatron_states(open_hf(hf), TOKENS, here)
     other = damaged(hf, tmp_path / "one", "model.layers.2.mlp.down_proj.weight")
-    told = first_state_difference(expected, megatron_states(HfSource(other), TOKENS, here), tolerance=1e-4)
+    told = first_state_difference(expected, megatron_states(open_hf(other), TOKENS, here), tolerance=1e-4)
     assert told.startswith("layer 2: differs by")
     assert first_state_difference(expected, {"embedding": expected["embedding"]}, tolerance=1).endswith("is missing")
     nan = expected | {"layer 1": expected["layer 1"] * torch.nan}
@@ -124,7 +126,7 @@ class Export:
     """The stage on its own, for a student that is a folder."""
 
     def __init__(self, hf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write_folder(HfSource(hf), folder / "student")
+        write_folder(open_hf(hf), folder / "student")
         config = config_for(hf, hf, export={"formats": ["hf"]})
         run = SimpleNamespace(result=lambda name: {})
         student = folder / "student"
@@ -145,11 +147,16 @@ def test_an_export_that_gives_the_model_back_passes(
     assert "seed: 1234" in (tmp_path / "tiny_hf" / CARD).read_text()
 
 
+def writing(monkeypatch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
+    """Hugging Face folders are written by another function."""
+    monkeypatch.setitem(FORMATS, "hf", replace(FORMATS["hf"], write=write))
+
+
 def test_an_export_that_loses_a_value_says_which(
     hf: Path, tmp_path: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
-    monkeypatch.setattr(export, "write_hf", lambda source, folder, **_: damaged(hf, folder, name))
+    writing(monkeypatch, lambda source, folder, **_: damaged(hf, folder, name))
     words = "weight decoder.layers.1.self_attention.linear_qkv.weight: 1 of"
     assert f"first difference: {words}" in Export(hf, tmp_path, monkeypatch).error()
 
@@ -162,7 +169,7 @@ def test_an_export_with_another_setting_says_which(
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace("10000.0", "300.0"))
 
-    monkeypatch.setattr(export, "write_hf", write)
+    writing(monkeypatch, write)
     words = "the architecture: rotary_base = 300.0, was 10000.0"
     assert f"first difference: {words}" in Export(hf, tmp_path, monkeypatch).error()
 
@@ -190,7 +197,7 @@ def test_what_rounding_may_do_grows_with_the_logits(
         return found | {"logits": 1e4 * found["logits"]}
 
     def off(folder: Path, tokens: torch.Tensor) -> Any:
-        logits = larger(HfSource(hf), tokens, here)["logits"]
+        logits = larger(open_hf(hf), tokens, here)["logits"]
         return {"logits": logits + units * 1e-4 * logits.double().pow(2).mean().sqrt().float()}
 
     monkeypatch.setattr(export, "megatron_states", larger)
@@ -211,7 +218,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_the_card_says_what_is_known(hf: Path) -> None:
-    source = HfSource(hf)
+    source = open_hf(hf)
     pruned = PrunedSource(source, plan_for(source))
     pruned._lineage.update(base_model="org/base", license="apache-2.0")
     making = Making(
@@ -271,4 +278,4 @@ def test_cards_lie_beside_the_weights(hf: Path, tmp_path: Path) -> None:
         member = archive.extractfile(f"./{CARD}")
         assert member is not None
         assert b"library_name: nemo" in member.read()
-    assert open_checkpoint(tmp_path / "x.nemo").spec == HfSource(hf).spec
+    assert open_checkpoint(tmp_path / "x.nemo").spec == open_hf(hf).spec

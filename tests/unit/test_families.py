@@ -1,7 +1,6 @@
 """Every family against transformers: logits before and after pruning, bytes there and back, what is exact in a cut."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder
-from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
 from nemo_minitron.megatron import optim, runtime
@@ -24,12 +25,12 @@ from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.models.losses import DistillationLoss
 from nemo_minitron.pruning.apply import PrunedSource
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import PruningPlan
 from tests import tiny
+from tests.support.family_plans import FFN, HEADS, HIDDEN, SIZE, plan_for
 
 CASES = pytest.mark.parametrize("case", tiny.FAMILY_CONFIGS)
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
-HIDDEN, FFN, HEADS, SIZE = 64, 96, 8, 16
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +49,6 @@ def _written(root: Path, case: str) -> tuple[Path, PreTrainedModel]:
 def here() -> Iterator[Runtime]:
     yield runtime.start(ParallelConfig(), seed=0)
     runtime.stop()
-
-
-def plan_for(source: TensorSource) -> PruningPlan:
-    """Hidden 48, 3 groups of 2 heads, other ones in each layer, FFN 50, and all layers but the second."""
-    layers = []
-    for index in (0, 2, 3):
-        groups = ((0, 1, 3), (), (1, 2, 3), (0, 2, 3))[index]
-        heads = tuple(head for group in groups for head in (2 * group, 2 * group + 1))
-        layers.append(LayerPlan(source=index, kv_groups=groups, heads=heads, ffn=tuple(range(index, 50 + index))))
-    hidden = tuple(channel for channel in range(HIDDEN) if channel % 4 != 1)
-    return PruningPlan(spec=source.spec, hidden=hidden, layers=tuple(layers))
 
 
 def megatron_model(source: TensorSource, here: Runtime, *, trainable: bool = False) -> MinitronGPT:
@@ -90,14 +80,14 @@ def test_logits_are_those_of_transformers_before_and_after_pruning(
     case: str, folders: Path, tmp_path: Path, here: Runtime
 ) -> None:
     folder, _ = _written(folders, case)
-    source = HfSource(folder)
+    source = open_hf(folder)
     torch.testing.assert_close(megatron_logits(source, here), hf_logits(loaded(folder)), rtol=1e-4, atol=1e-4)
     pruned = PrunedSource(source, plan_for(source))
     write_hf(pruned, tmp_path / "pruned")
-    again = HfSource(tmp_path / "pruned")
+    again = open_hf(tmp_path / "pruned")
     sizes = again.spec.layer
-    assert again.spec.head_dim == SIZE != again.spec.hidden_size / sizes.num_attention_heads == 48 / 6
-    assert replace(again.spec, family="") == replace(pruned.spec, family="")
+    assert again.spec.head_dim == SIZE != again.spec.hidden_size / sizes.attention.num_attention_heads == 48 / 6
+    assert again.spec == pruned.spec
     expected = hf_logits(loaded(tmp_path / "pruned"))
     torch.testing.assert_close(megatron_logits(pruned, here), expected, rtol=1e-4, atol=1e-4)
 
@@ -107,10 +97,10 @@ def test_bytes_there_and_back(case: str, folders: Path, tmp_path: Path) -> None:
     """bf16: Hugging Face, our folder, Hugging Face; as it is and pruned."""
     folder, _ = _written(folders, case)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "first")
-    source = HfSource(tmp_path / "first")
+    source = open_hf(tmp_path / "first")
     write_hf(PrunedSource(source, plan_for(source)), tmp_path / "pruned")
     for name in ("first", "pruned"):
-        write_folder(HfSource(tmp_path / name), tmp_path / f"{name}.folder")
+        write_folder(open_hf(tmp_path / name), tmp_path / f"{name}.folder")
         write_hf(open_checkpoint(tmp_path / f"{name}.folder"), tmp_path / f"{name}.again")
         before, after = (load_file(tmp_path / f"{name}{end}" / "model.safetensors") for end in ("", ".again"))
         assert before.keys() == after.keys()
@@ -138,8 +128,8 @@ def kill(model: PreTrainedModel, plan: PruningPlan) -> None:
             weight[dead] = 0.0
     for layer in plan.layers:
         block = model.model.layers[layer.source]
-        block.mlp.down_proj.weight[:, [unit for unit in range(FFN) if unit not in layer.ffn]] = 0.0
-        for head in set(range(HEADS)) - set(layer.heads):
+        block.mlp.down_proj.weight[:, [unit for unit in range(FFN) if unit not in layer.kept[Axis.FFN]]] = 0.0
+        for head in set(range(HEADS)) - set(layer.kept[Axis.HEAD]):
             block.self_attn.o_proj.weight[:, head * SIZE : (head + 1) * SIZE] = 0.0
     for index in set(range(4)) - {layer.source for layer in plan.layers}:
         block = model.model.layers[index]
@@ -155,11 +145,11 @@ def test_cutting_what_carries_nothing_changes_no_logit(case: str, folders: Path,
     (c - 1) eps / 2 mean(q^2), which is below fp32's resolution at the usual 1e-6.
     """
     folder, alive = _written(folders, case)
-    plan = plan_for(HfSource(folder))
+    plan = plan_for(open_hf(folder))
     model = loaded(folder)
     kill(model, plan)
     model.save_pretrained(tmp_path / "dead")
-    write_hf(PrunedSource(HfSource(tmp_path / "dead"), plan), tmp_path / "pruned")
+    write_hf(PrunedSource(open_hf(tmp_path / "dead"), plan), tmp_path / "pruned")
     expected = hf_logits(model)
     assert (expected - hf_logits(alive)).abs().max() > 0.1  # nothing was dead before
     torch.testing.assert_close(hf_logits(loaded(tmp_path / "pruned")), expected, rtol=2e-5, atol=2e-5)
@@ -168,7 +158,7 @@ def test_cutting_what_carries_nothing_changes_no_logit(case: str, folders: Path,
 def test_layernorm_channels_that_are_zero_are_not_free(folders: Path, tmp_path: Path) -> None:
     """They pull the mean, and carry its negative themselves: what holds for RMSNorm does not for LayerNorm."""
     folder, _ = _written(folders, "nemotron")
-    plan = plan_for(HfSource(folder))
+    plan = plan_for(open_hf(folder))
     model = loaded(folder)
     kill(model, plan)
     dead = [channel for channel in range(HIDDEN) if channel not in plan.hidden]
@@ -179,7 +169,7 @@ def test_layernorm_channels_that_are_zero_are_not_free(folders: Path, tmp_path: 
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight[dead] = 0.0
     model.save_pretrained(tmp_path / "zero")
-    write_hf(PrunedSource(HfSource(tmp_path / "zero"), plan), tmp_path / "pruned")
+    write_hf(PrunedSource(open_hf(tmp_path / "zero"), plan), tmp_path / "pruned")
     assert (hf_logits(loaded(tmp_path / "pruned")) - hf_logits(model)).abs().max() > 1e-2
 
 
@@ -210,7 +200,7 @@ def test_importance_is_read_where_transformers_has_it(case: str, folders: Path, 
     hf_logits(model)
     for handle in handles:
         handle.remove()
-    source = HfSource(folder)
+    source = open_hf(folder)
     chunk = megatron_model(source, here)
     micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
     with ImportanceCollector([chunk], here, source.spec) as collector:
@@ -225,9 +215,9 @@ def test_importance_is_read_where_transformers_has_it(case: str, folders: Path, 
 def test_a_pruned_student_learns_from_its_teacher(case: str, folders: Path, tmp_path: Path, here: Runtime) -> None:
     """The first step's loss is the KL between the two models' logits in transformers; then it falls."""
     folder, model = _written(folders, case)
-    source = HfSource(folder)
+    source = open_hf(folder)
     write_hf(PrunedSource(source, plan_for(source)), tmp_path / "student")
-    student = megatron_model(HfSource(tmp_path / "student"), here, trainable=True)
+    student = megatron_model(open_hf(tmp_path / "student"), here, trainable=True)
     teacher = megatron_model(source, here)
     student.output = teacher.output = "hidden"
     micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))

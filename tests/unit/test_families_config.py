@@ -22,9 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from nemo_minitron.arch.families import FAMILIES, family_named, family_of_hf_config
+from nemo_minitron.arch.families import FAMILIES, Family, family_named, family_of_hf_config, nearest_family
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec, Norm, YarnScaling
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, YarnScaling, transformer_layer
 from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.checkpoints.hf import hf_names
 from nemo_minitron.checkpoints.parts import stored_shapes
@@ -80,6 +80,10 @@ PUBLISHED = {
 EACH = pytest.mark.parametrize("name", PUBLISHED)
 
 
+def family_of(config: PreTrainedConfig) -> Family:
+    return family_of_hf_config(config.to_dict())
+
+
 def read(config: dict[str, Any]) -> ModelSpec:
     return family_of_hf_config(config).read_config(config)
 
@@ -92,7 +96,7 @@ def test_names_shapes_and_counts_are_those_of_transformers(name: str) -> None:
         model = AutoModelForCausalLM.from_config(config)
     ours = {}
     for weight in weights(spec):
-        names = hf_names(family_named(spec.family), weight)
+        names = hf_names(family_of(config), weight)
         ours |= dict(zip(names, stored_shapes(weight, spec, tensors=len(names)), strict=True))
     assert ours == {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     assert parameter_count(spec) == count == model.num_parameters()
@@ -103,7 +107,7 @@ def test_config_json_round_trip(name: str) -> None:
     """What is written is read back the same, by us and, in what it computes with, by transformers."""
     config, _ = PUBLISHED[name]
     spec = read(config.to_dict())
-    written = family_named(spec.family).write_config(spec)
+    written = family_of(config).write_config(spec)
     assert read(written) == spec
     theirs, again = config.to_dict(), type(config)(**written).to_dict()
     ignored = {"architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range", "sliding_window"}
@@ -274,11 +278,10 @@ def test_two_spellings_that_agree_are_one() -> None:
 )
 def test_no_config_json_says_what_its_class_does_not_compute(family: str, change: dict[str, Any], words: str) -> None:
     spec = ModelSpec(
-        family=family,
         vocab_size=64,
         hidden_size=32,
         head_dim=8,
-        layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48),) * 2,
+        layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48),) * 2,
         max_position_embeddings=128,
     )
     with pytest.raises(SpecError, match=words):
@@ -297,8 +300,8 @@ def test_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     spec = replace(read(GEMMA3_1B.to_dict()), hidden_size=1150)
     config = config_for(tmp_path, tmp_path)
     with pytest.raises(SpecError, match="hidden_size = 1150 and 4 heads"):
-        check_export(config, spec)
-    check_export(config_for(tmp_path, tmp_path, export={"formats": ["nemo"]}), spec)
+        check_export(config, spec, "gemma3")
+    check_export(config_for(tmp_path, tmp_path, export={"formats": ["nemo"]}), spec, "gemma3")
 
 
 # -- NeMo -------------------------------------------------------------------------------------------------------------
@@ -308,7 +311,8 @@ def test_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
 def test_nemo_keys_alone_say_what_they_can(case: str) -> None:
     """Without our section the same computation is read back; where NeMo-1 cannot say it, no reader may guess."""
     kind, extra = tiny.FAMILY_CONFIGS[case]
-    spec = read(kind(num_hidden_layers=4, **extra).to_dict())
+    data = kind(num_hidden_layers=4, **extra).to_dict()
+    spec, family = read(data), family_of_hf_config(data).name
     config = yaml.safe_load(yaml.safe_dump(nemo_config(spec)))
     assert spec_from_nemo_config(config) == spec
     del config["minitron"]
@@ -318,11 +322,10 @@ def test_nemo_keys_alone_say_what_they_can(case: str) -> None:
             spec_from_nemo_config(config)
         return
     found = spec_from_nemo_config(config)
-    assert replace(found, family=spec.family) == spec
+    assert found == spec
     # Mistral without a window, and Phi-3 without one and with whole heads turned, compute what Llama does.
     twin = {"mistral": "llama", "phi3": "llama"}
-    assert found.family == twin.get(case, spec.family)
-    assert found.family in FAMILIES
+    assert nearest_family(found) == twin.get(case, family)
 
 
 def test_nemo_keys_of_minitron() -> None:
@@ -363,15 +366,14 @@ def test_nemo_settings_that_nothing_computes_are_refused(change: dict[str, Any],
 def test_digests_of_models_without_new_traits_stay() -> None:
     """A run folder of an earlier version is still the same run."""
     spec = ModelSpec(
-        family="llama",
         vocab_size=64,
         hidden_size=32,
         head_dim=8,
-        layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48),) * 2,
+        layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48),) * 2,
         max_position_embeddings=128,
     )
     assert set(spec.to_dict()) == {
-        *("family", "vocab_size", "hidden_size", "head_dim", "layers", "max_position_embeddings", "activation", "norm"),
+        *("vocab_size", "hidden_size", "head_dim", "layers", "max_position_embeddings", "activation", "norm"),
         *("norm_eps", "rotary_base", "rotary_percent", "rope_scaling", "tied_embeddings", "qkv_bias", "qk_norm"),
         "linear_bias",
     }

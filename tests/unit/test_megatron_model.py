@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from nemo_minitron.arch.families import family_of_hf_config
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec, RopeScaling
+from nemo_minitron.arch.spec import ModelSpec, RopeScaling, transformer_layer
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
@@ -86,11 +86,10 @@ MODELS = {
     ),
 }
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=64,
     hidden_size=24,
     head_dim=8,
-    layers=(LayerSpec(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=36),) * 2,
+    layers=(transformer_layer(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=36),) * 2,
     max_position_embeddings=128,
 )
 
@@ -133,8 +132,9 @@ def cross_entropy(logits: torch.Tensor, micro: MicroBatch, index: int) -> LossRe
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_those_of_transformers(name: str, here: Runtime) -> None:
     theirs, spec = random_model(name)
+    family = family_of_hf_config(theirs.config.to_dict())
     ours = build_chunks(spec, here, Precision.FP32)[0]
-    packed = canonical_weights(theirs.state_dict(), spec)
+    packed = canonical_weights(theirs.state_dict(), spec, family)
     fill(ours, packed)
     assert sum(parameter.numel() for parameter in ours.parameters()) == parameter_count(spec)
     micro = batch(length=50)  # beyond the scaled rotary's original 32 positions
@@ -149,7 +149,7 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, here: Runtime
         gradients["lm_head.weight"] = gradients["model.embed_tokens.weight"]
     for (weight, parameter), wanted in zip(
         ours.named_weights(),
-        [canonical_weights(gradients, spec)[weight.name] for weight, _ in ours.named_weights()],
+        [canonical_weights(gradients, spec, family)[weight.name] for weight, _ in ours.named_weights()],
         strict=True,
     ):
         # Gradients are sums over 100 positions of either sign; the largest are of order ten.
@@ -183,7 +183,7 @@ def test_rotary_frequencies_at_the_edges() -> None:
 
 def test_layers_of_different_sizes(here: Runtime, tmp_path: Path) -> None:
     layers = tuple(
-        LayerSpec(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
+        transformer_layer(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
         for heads, groups, ffn in ((6, 2, 36), (2, 1, 12), (3, 3, 20))
     )
     spec = replace(SPEC, layers=layers)

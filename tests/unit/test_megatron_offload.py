@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.build import build_chunks
@@ -11,11 +11,10 @@ from nemo_minitron.megatron.forward import MicroBatch, collect_hidden
 from nemo_minitron.megatron.offload import OffloadedLayers
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=64,
     hidden_size=24,
     head_dim=8,
-    layers=(LayerSpec(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=36),) * 2,
+    layers=(transformer_layer(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=36),) * 2,
     max_position_embeddings=128,
 )
 

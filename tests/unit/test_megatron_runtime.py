@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError
@@ -15,11 +15,10 @@ from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.placement import check_layout, chunk_layers, local_shard, padded_vocab
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=128256,
     hidden_size=64,
     head_dim=16,
-    layers=(LayerSpec(num_attention_heads=12, num_query_groups=4, ffn_hidden_size=96),) * 8,
+    layers=(transformer_layer(num_attention_heads=12, num_query_groups=4, ffn_hidden_size=96),) * 8,
     max_position_embeddings=128,
 )
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -145,7 +144,7 @@ def test_every_size_that_does_not_fit_is_named() -> None:
     assert "num_attention_heads = 12" in text
     assert "ffn_hidden_size" not in text
     assert "8 layer(s) cannot fill 9 pipeline stages" in text
-    uneven = replace(SPEC, layers=(*SPEC.layers[:3], replace(SPEC.layers[0], ffn_hidden_size=95)))
+    uneven = replace(SPEC, layers=(*SPEC.layers[:3], SPEC.layers[0].with_sizes(ffn_hidden_size=95)))
     with pytest.raises(LayoutError, match="ffn_hidden_size = 95 of layer 3"):
         check_layout(uneven, ParallelConfig(tensor=2))
     with pytest.raises(LayoutError, match="vocab_size = 5 is too small"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import runtime, sharded_io
@@ -22,11 +22,10 @@ from nemo_minitron.megatron.sharded_io import load_weights, save_weights, stored
 from tests.ranks import run_on_ranks
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=62,
     hidden_size=16,
     head_dim=8,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),) * 3,
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),) * 3,
     max_position_embeddings=64,
 )
 

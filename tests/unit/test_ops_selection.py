@@ -110,5 +110,5 @@ def test_gate_up_packing():
     gate, up = split_gate_up(fc1)
     assert torch.equal(merge_gate_up(gate, up), fc1)
     neurons = torch.tensor([1, 4])
-    kept = fc1[gate_up_rows(neurons, ffn_hidden_size=6)]
+    kept = fc1[gate_up_rows(neurons, neurons=6)]
     assert torch.equal(kept, merge_gate_up(gate[neurons], up[neurons]))

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.checkpoints.files import FolderFiles
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
-from nemo_minitron.checkpoints.nemo1 import NemoSource, write_folder
-from nemo_minitron.checkpoints.source import PLAN_FILE, open_checkpoint
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import PLAN_FILE
 from nemo_minitron.config.run import ExportFormat, TargetConfig
 from nemo_minitron.errors import CheckpointError, PlanError
 from nemo_minitron.pruning.apply import PrunedSource
@@ -18,6 +20,7 @@ from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.write import write_checkpoint
 from tests import tiny
+from tests.support.plans import changed
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +41,23 @@ def test_three_prunings_through_both_formats_are_traced_in_one_step(teacher: Pat
         ("b", ExportFormat.HF, {"hidden_size": 45, "rescale_norms": False, "ffn_hidden_size": 0.7}),
         ("c", ExportFormat.HF, {"hidden_size": 35, "num_query_groups": 3, "num_layers": 2}),
     ]
-    path, sources = teacher, PrunedSource(HfSource(teacher), PruningPlan.keep_all(HfSource(teacher).spec))
+    path, sources = teacher, PrunedSource(open_hf(teacher), PruningPlan.keep_all(open_hf(teacher).spec))
     for seed, (name, kind, target) in enumerate(steps):
         plan = plan_for(path, seed, **target)
         sources = PrunedSource(sources, replace(plan, spec=sources.spec))
         write_checkpoint(PrunedSource(open_checkpoint(path), plan), tmp_path / name, (kind,))
         path = tmp_path / name
     student = open_checkpoint(path)
-    assert student.spec.family == "mistral"
+    assert student.family == "mistral"
     found = PruningPlan.of_checkpoint(path)
-    assert found.spec == HfSource(teacher).spec
+    assert found.spec == open_hf(teacher).spec
     assert found.digest() == sources.plan.digest()
     assert len(found.provenance["composed"]) == 3
     # A unit's weights are its teacher unit's; the norms in between are the only numbers that change.
-    whole = HfSource(teacher)
+    whole = open_hf(teacher)
     for index, layer in enumerate(found.layers):
         name = "decoder.layers.{}.mlp.linear_fc2.weight"
-        expected = whole.get(name.format(layer.source))[list(found.hidden)][:, list(layer.ffn)]
+        expected = whole.get(name.format(layer.source))[list(found.hidden)][:, list(layer.kept[Axis.FFN])]
         assert torch.equal(student.get(name.format(index)), expected)
     name = "decoder.final_layernorm.weight"
     factor = (64 / 60 * 45 / 35) ** 0.5
@@ -64,7 +67,7 @@ def test_three_prunings_through_both_formats_are_traced_in_one_step(teacher: Pat
 
 def test_mixed_settings_compose_exactly(teacher: Path) -> None:
     """Rescaled once and left alone once, in either order; written as version 2 and read back."""
-    source = HfSource(teacher)
+    source = open_hf(teacher)
     for first_rescales in (True, False):
         first = plan_for(teacher, 1, hidden_size=48, rescale_norms=first_rescales)
         once = PrunedSource(source, first)
@@ -80,7 +83,7 @@ def test_mixed_settings_compose_exactly(teacher: Path) -> None:
 
 
 def test_an_unpruned_model_is_its_own_teacher(teacher: Path, tmp_path: Path) -> None:
-    source = HfSource(teacher)
+    source = open_hf(teacher)
     assert PruningPlan.of_checkpoint(teacher) == PruningPlan.keep_all(source.spec)
     kept = PrunedSource(source, PruningPlan.keep_all(source.spec))
     assert kept.tokenizer_files() == source.tokenizer_files()
@@ -90,7 +93,7 @@ def test_an_unpruned_model_is_its_own_teacher(teacher: Path, tmp_path: Path) -> 
 
 def test_what_is_carried_may_not_be_lost_or_another_models(teacher: Path, tmp_path: Path) -> None:
     plan = plan_for(teacher, 1, ffn_hidden_size=50)
-    write_hf(PrunedSource(HfSource(teacher), plan), tmp_path / "student")
+    write_hf(PrunedSource(open_hf(teacher), plan), tmp_path / "student")
     carried = tmp_path / "student" / PLAN_FILE
     whole = carried.read_bytes()
     carried.write_bytes(plan_for(teacher, 1, ffn_hidden_size=40).to_bytes())
@@ -99,7 +102,7 @@ def test_what_is_carried_may_not_be_lost_or_another_models(teacher: Path, tmp_pa
     carried.write_bytes(whole[:-40])
     for act in (
         lambda: PruningPlan.of_checkpoint(tmp_path / "student"),
-        lambda: PrunedSource(HfSource(tmp_path / "student"), plan_for(tmp_path / "student", 2, num_layers=2)),
+        lambda: PrunedSource(open_hf(tmp_path / "student"), plan_for(tmp_path / "student", 2, num_layers=2)),
     ):
         with pytest.raises(PlanError, match=f"{PLAN_FILE}: cannot be read"):
             act()
@@ -131,10 +134,10 @@ def test_an_interrupted_write_leaves_what_was_there(
 ) -> None:
     plan, other = plan_for(teacher, 1, ffn_hidden_size=50), plan_for(teacher, 2, ffn_hidden_size=50)
     target = tmp_path / ("student.nemo" if formats == (ExportFormat.NEMO,) else "student")
-    places = write_checkpoint(PrunedSource(HfSource(teacher), plan), target, formats)
+    places = write_checkpoint(PrunedSource(open_hf(teacher), plan), target, formats)
     before = _bytes(tmp_path)
     with pytest.raises(OSError, match="disk is gone"):
-        write_checkpoint(Breaking(HfSource(teacher), other), target, formats)
+        write_checkpoint(Breaking(open_hf(teacher), other), target, formats)
     assert _bytes(tmp_path) == before
     for path in places.values():
         assert PruningPlan.of_checkpoint(path).digest() == plan.digest()
@@ -160,9 +163,9 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_both_formats_hold_the_same_numbers(teacher: Path, tmp_path: Path) -> None:
-    source = PrunedSource(HfSource(teacher), plan_for(teacher, 3, hidden_size=40, num_layers=2))
+    source = PrunedSource(open_hf(teacher), plan_for(teacher, 3, hidden_size=40, num_layers=2))
     places = write_checkpoint(source, tmp_path / "student", tuple(ExportFormat))
-    nemo, hf = NemoSource(places[ExportFormat.NEMO]), HfSource(places[ExportFormat.HF])
+    nemo, hf = open_nemo(places[ExportFormat.NEMO]), open_hf(places[ExportFormat.HF])
     for name in source.names():
         expected = source.get(name)
         assert torch.equal(nemo.get(name), expected)
@@ -170,8 +173,8 @@ def test_both_formats_hold_the_same_numbers(teacher: Path, tmp_path: Path) -> No
 
 
 def test_layers_of_different_sizes_are_refused_before_anything_is_written(teacher: Path, tmp_path: Path) -> None:
-    plan = PruningPlan.keep_all(HfSource(teacher).spec)
-    uneven = replace(plan, layers=(replace(plan.layers[0], ffn=tuple(range(10))), *plan.layers[1:]))
+    plan = PruningPlan.keep_all(open_hf(teacher).spec)
+    uneven = replace(plan, layers=(changed(plan.layers[0], ffn=tuple(range(10))), *plan.layers[1:]))
     with pytest.raises(Exception, match="differ in size"):
-        write_checkpoint(PrunedSource(HfSource(teacher), uneven), tmp_path / "student", tuple(ExportFormat))
+        write_checkpoint(PrunedSource(open_hf(teacher), uneven), tmp_path / "student", tuple(ExportFormat))
     assert list(tmp_path.iterdir()) == []

@@ -8,23 +8,24 @@ from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.diff import AxisDiff, diff_plans
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
-from tests.unit.test_pruning_plan import SPEC
+from nemo_minitron.pruning.plan import PruningPlan
+from tests.support.plans import changed, layer_plan
+from tests.support.small_spec import SPEC
 
 FIRST = PruningPlan(
     spec=SPEC,
     hidden=(0, 1, 2, 5),
     layers=(
-        LayerPlan(source=0, kv_groups=(0, 1), heads=(0, 2), ffn=(0, 1, 2)),
-        LayerPlan(source=2, kv_groups=(0, 1), heads=(0, 2), ffn=(0, 1, 2)),
+        layer_plan(source=0, kv_groups=(0, 1), heads=(0, 2), ffn=(0, 1, 2)),
+        layer_plan(source=2, kv_groups=(0, 1), heads=(0, 2), ffn=(0, 1, 2)),
     ),
 )
 SECOND = PruningPlan(
     spec=SPEC,
     hidden=(0, 1, 3, 5),
     layers=(
-        LayerPlan(source=1, kv_groups=(0, 1), heads=(0, 2), ffn=(0, 1)),
-        LayerPlan(source=2, kv_groups=(1, 2), heads=(2, 5), ffn=(1, 4)),
+        layer_plan(source=1, kv_groups=(0, 1), heads=(0, 2), ffn=(0, 1)),
+        layer_plan(source=2, kv_groups=(1, 2), heads=(2, 5), ffn=(1, 4)),
     ),
     provenance={"who": "someone else"},
 )
@@ -77,7 +78,7 @@ def test_a_plan_differs_from_itself_in_nothing() -> None:
 
 
 def test_settings_count() -> None:
-    merging = replace(FIRST.layers[1], merged_heads=((0, ((0, 2), (1, -1))),))
+    merging = changed(FIRST.layers[1], merged_heads=((0, ((0, 2), (1, -1))),))
     found = diff_plans(FIRST, replace(FIRST, rescale_norms=False, layers=(FIRST.layers[0], merging)))
     assert not found.same
     assert found.settings == ("norms are scaled for 1.5 and 1 times fewer channels", "merged heads differ in layers 2")

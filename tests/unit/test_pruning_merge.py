@@ -5,20 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.apply import PrunedSource
-from nemo_minitron.pruning.merge import Gap, MergedSource, MergeSums, check_mergeable, gaps_of
+from nemo_minitron.pruning.merge import Gap, MergeSums, check_mergeable, gaps_of, merge_gaps
 from nemo_minitron.pruning.plan import PruningPlan
 from tests.tiny import write_llama
 
 SPEC = ModelSpec(
-    family="llama",
     vocab_size=64,
     hidden_size=16,
     head_dim=4,
-    layers=(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=24),) * 6,
+    layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=24),) * 6,
     max_position_embeddings=64,
     tied_embeddings=True,
 )
@@ -32,7 +31,7 @@ def without(spec, *dropped):
 def zeros(plan):
     tensors = {}
     for gap in gaps_of(plan):
-        neurons = plan.spec.layers[gap.layer].ffn_hidden_size
+        neurons = plan.spec.layers[gap.layer].mlp.ffn_hidden_size
         tensors[f"layers.{gap.layer}.moment"] = torch.eye(neurons, dtype=torch.float64)
         tensors[f"layers.{gap.layer}.cross"] = torch.zeros(neurons, plan.spec.hidden_size, dtype=torch.float64)
     return MergeSums(plan.digest(), tensors, {"data_digest": "d"})
@@ -75,7 +74,7 @@ def test_sums_of_another_plan_or_not_finite_are_refused():
 def test_models_whose_mlps_end_with_a_norm_are_refused():
     check_mergeable(SPEC)
     with pytest.raises(PlanError, match="norm at their end"):
-        check_mergeable(replace(SPEC, family="gemma3", post_norms=True))
+        check_mergeable(replace(SPEC, post_norms=True))
 
 
 def test_layers_that_do_nothing_go_without_a_trace(tmp_path):
@@ -84,13 +83,13 @@ def test_layers_that_do_nothing_go_without_a_trace(tmp_path):
     teacher = open_checkpoint(tmp_path)
     plan = without(teacher.spec, 1, 2)
     pruned = PrunedSource(teacher, plan)
-    merged = MergedSource(pruned, zeros(plan), ridge=0.3)
+    merged = merge_gaps(pruned, zeros(plan), ridge=0.3)
     assert merged.spec == pruned.spec
     assert merged.names() == pruned.names()
     assert all(torch.equal(merged.get(name), pruned.get(name)) for name in merged.names())
     sums = zeros(plan)
     sums.tensors["layers.0.cross"][5, 7] = 1
-    merged = MergedSource(pruned, sums, ridge=0.25)
+    merged = merge_gaps(pruned, sums, ridge=0.25)
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     change = merged.get(name).double() - pruned.get(name).double()
     # Moment 1, penalty 0.25: neuron 5 says 1 / 1.25 more on channel 7.
@@ -98,5 +97,5 @@ def test_layers_that_do_nothing_go_without_a_trace(tmp_path):
     change[7, 5] = 0
     assert change.abs().max() == 0
     assert merged.lineage["pruned"][-1]["merged"] == {"gaps": [[0, 3]], "ridge": 0.25}
-    kept = MergedSource(PrunedSource(teacher, without(teacher.spec)), zeros(without(teacher.spec)), ridge=0.3)
+    kept = merge_gaps(PrunedSource(teacher, without(teacher.spec)), zeros(without(teacher.spec)), ridge=0.3)
     assert kept.lineage == PrunedSource(teacher, without(teacher.spec)).lineage

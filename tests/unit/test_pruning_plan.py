@@ -10,23 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.spec import transformer_layer
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.build import build_plan
-from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.sizes import student_spec
-from tests.unit.test_pruning_scores import sums
-
-SPEC = ModelSpec(
-    family="llama",
-    vocab_size=16,
-    hidden_size=6,
-    head_dim=2,
-    layers=(LayerSpec(num_attention_heads=6, num_query_groups=3, ffn_hidden_size=5),) * 4,
-    max_position_embeddings=8,
-)
+from tests.support.plans import changed, layer_plan
+from tests.support.scores import sums
+from tests.support.small_spec import SPEC
 
 
 def scores_with(**values: list[float]) -> Scores:
@@ -70,8 +64,8 @@ def test_the_highest_stay() -> None:
     plan = plan_for(scores, target)
     assert plan.hidden == (1, 3, 5)
     assert [layer.source for layer in plan.layers] == [1, 3]
-    assert plan.layers[0] == LayerPlan(source=1, kv_groups=(1, 2), heads=(2, 4), ffn=(0, 2))
-    assert plan.student.layers == (LayerSpec(num_attention_heads=2, num_query_groups=2, ffn_hidden_size=2),) * 2
+    assert plan.layers[0] == layer_plan(source=1, kv_groups=(1, 2), heads=(2, 4), ffn=(0, 2))
+    assert plan.student.layers == (transformer_layer(num_attention_heads=2, num_query_groups=2, ffn_hidden_size=2),) * 2
     assert plan.student.hidden_size == 3
     assert plan.student.head_dim == 2
 
@@ -80,12 +74,12 @@ def test_ties_go_to_the_lower_index() -> None:
     plan = plan_for(scores_with(), {"num_layers": 3, "hidden_size": 4, "ffn_hidden_size": 2, "num_attention_heads": 3})
     assert plan.hidden == (0, 1, 2, 3)
     assert [layer.source for layer in plan.layers] == [0, 1, 2]
-    assert plan.layers[0] == LayerPlan(source=0, kv_groups=(0, 1, 2), heads=(0, 2, 4), ffn=(0, 1))
+    assert plan.layers[0] == layer_plan(source=0, kv_groups=(0, 1, 2), heads=(0, 2, 4), ffn=(0, 1))
 
 
 def test_groups_without_a_number_of_heads_keep_theirs() -> None:
     plan = plan_for(scores_with(head=[1, 1, 3, 3, 2, 2]), {"num_query_groups": 2})
-    assert (plan.layers[0].kv_groups, plan.layers[0].heads) == ((1, 2), (2, 3, 4, 5))
+    assert (plan.layers[0].kept[Axis.KV_GROUP], plan.layers[0].kept[Axis.HEAD]) == ((1, 2), (2, 3, 4, 5))
 
 
 def test_named_layers_go_whatever_they_score() -> None:
@@ -107,7 +101,7 @@ def test_aggregations_of_the_target_are_used() -> None:
         for sequence in ("mean", "l2", "var"):
             aggregations = {"batch_aggregation": batch, "sequence_aggregation": sequence}
             plan = plan_for(scores, {"hidden_size": 3, **aggregations})
-            values = scores.hidden(batch=batch, sequence=sequence).tolist()
+            values = scores.importance(Axis.HIDDEN, batch=batch, sequence=sequence).tolist()
             assert plan.hidden == tuple(sorted(sorted(range(6), key=lambda index: -values[index])[:3]))
 
 
@@ -163,7 +157,7 @@ LARGE = replace(
     SPEC,
     hidden_size=96,
     head_dim=4,
-    layers=(LayerSpec(num_attention_heads=12, num_query_groups=4, ffn_hidden_size=150),) * 10,
+    layers=(transformer_layer(num_attention_heads=12, num_query_groups=4, ffn_hidden_size=150),) * 10,
 )
 
 
@@ -198,9 +192,11 @@ def test_shares_of_the_teacher(target: dict[str, Any], changed: dict[str, int]) 
 
 
 def test_a_share_is_taken_of_each_layer() -> None:
-    layers = tuple(LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=size) for size in (10, 20))
+    layers = tuple(
+        transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=size) for size in (10, 20)
+    )
     student = student_spec(TargetConfig(ffn_hidden_size=0.7), replace(SPEC, layers=layers))
-    assert [layer.ffn_hidden_size for layer in student.layers] == [7, 14]
+    assert [layer.mlp.ffn_hidden_size for layer in student.layers] == [7, 14]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +324,7 @@ def test_files_that_are_no_plans_are_refused(tmp_path: Path, text: str) -> None:
 def test_layers_that_cannot_be_are_refused(change: dict[str, Any], words: str) -> None:
     plan = PruningPlan.keep_all(SPEC)
     with pytest.raises(PlanError, match=words):
-        replace(plan, layers=(*plan.layers[:2], replace(plan.layers[2], **change)))
+        replace(plan, layers=(*plan.layers[:2], changed(plan.layers[2], **change)))
 
 
 def test_layers_named_twice_or_out_of_order_are_refused() -> None:

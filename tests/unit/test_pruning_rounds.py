@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -16,9 +16,8 @@ from nemo_minitron.pruning.sizes import student_spec
 
 
 def spec(*, layers=30, hidden=576, ffn=1536, heads=9, groups=3, head_dim=64) -> ModelSpec:
-    layer = LayerSpec(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
+    layer = transformer_layer(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
     return ModelSpec(
-        family="llama",
         vocab_size=1000,
         hidden_size=hidden,
         head_dim=head_dim,
@@ -39,7 +38,7 @@ def test_one_step_is_the_target_itself():
 def test_sizes_lie_evenly_between_teacher_and_target():
     specs = round_specs(target(num_layers=24, ffn_hidden_size=1248, hidden_size=480), spec(), 3)
     assert [found.num_layers for found in specs] == [28, 26, 24]
-    assert [found.layers[0].ffn_hidden_size for found in specs] == [1440, 1344, 1248]
+    assert [found.layers[0].mlp.ffn_hidden_size for found in specs] == [1440, 1344, 1248]
     assert [found.hidden_size for found in specs] == [544, 512, 480]
 
 
@@ -48,13 +47,15 @@ def test_what_divides_both_ends_divides_the_sizes_between():
     teacher = spec(layers=32, hidden=4096, ffn=14336, heads=32, groups=8, head_dim=128)
     specs = round_specs(target(hidden_size=3072, ffn_hidden_size=9216), teacher, 3)
     assert [found.hidden_size % 256 for found in specs] == [0, 0, 0]
-    assert [found.layers[0].ffn_hidden_size % 1024 for found in specs] == [0, 0, 0]
+    assert [found.layers[0].mlp.ffn_hidden_size % 1024 for found in specs] == [0, 0, 0]
 
 
 def test_heads_stay_equal_in_their_groups():
     teacher = spec(heads=32, groups=8)
     specs = round_specs(target(num_attention_heads=12, num_query_groups=4, num_layers=24), teacher, 3)
-    shapes = [(found.layers[0].num_query_groups, found.layers[0].num_attention_heads) for found in specs]
+    shapes = [
+        (found.layers[0].attention.num_query_groups, found.layers[0].attention.num_attention_heads) for found in specs
+    ]
     assert shapes[-1] == (4, 12)
     assert all(heads % groups == 0 for groups, heads in shapes)
     assert shapes == sorted(shapes, reverse=True)
@@ -81,7 +82,7 @@ def test_layers_of_different_sizes_go_in_one_step_only():
 
 def test_sizes_obey_multiple_of():
     specs = round_specs(target(ffn_hidden_size=0.5, multiple_of={"ffn_hidden_size": 128}), spec(), 4)
-    assert [found.layers[0].ffn_hidden_size for found in specs] == [1280, 1152, 896, 768]
+    assert [found.layers[0].mlp.ffn_hidden_size for found in specs] == [1280, 1152, 896, 768]
 
 
 @given(st.integers(1, 4000), st.integers(0, 3000), st.integers(1, 12))

@@ -8,38 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.errors import ScoresError
-from nemo_minitron.pruning.scores import Scores, site_names
-
-SPEC = ModelSpec(
-    family="llama",
-    vocab_size=16,
-    hidden_size=6,
-    head_dim=2,
-    layers=(
-        LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=5),
-        LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=3),
-    ),
-    max_position_embeddings=8,
-)
-
-
-def sums(spec: ModelSpec = SPEC, *, samples: int = 3, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums as a score file holds them, and the statistics of single samples `[samples, channels]` they come from."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {"samples": torch.tensor(float(samples)).double(), "tokens": torch.tensor(10.0 * samples).double()}
-    single = {}
-    for layer, site, channels in site_names(spec):
-        for kind in ("mean", "l2", "var"):
-            values = torch.rand(samples, channels, generator=generator, dtype=torch.float64)
-            single[f"layers.{layer}.{site}.{kind}"] = values
-            found[f"layers.{layer}.{site}.{kind}.sum"] = values.sum(0)
-            found[f"layers.{layer}.{site}.{kind}.sumsq"] = values.square().sum(0)
-    for layer in range(spec.num_layers):
-        found[f"layers.{layer}.block_influence.sum"] = torch.rand((), generator=generator, dtype=torch.float64)
-    return found, single
-
+from nemo_minitron.pruning.scores import Scores
+from tests.support.scores import SPEC, sums
 
 # The paper's three functions over a list of numbers, written with Python's own arithmetic.
 AGGREGATIONS: dict[str, Callable[[list[float]], float]] = {
@@ -61,12 +33,14 @@ def test_all_nine_aggregations_on_every_axis(batch: str, sequence: str) -> None:
 
     how = {"batch": batch, "sequence": sequence}
     hidden = [sum(channel(i, s, c) for i in (0, 1) for s in ("hidden.attention", "hidden.mlp")) for c in range(6)]
-    assert scores.hidden(**how).tolist() == pytest.approx(hidden, rel=1e-12)
-    assert scores.ffn(1, **how).tolist() == pytest.approx([channel(1, "ffn", c) for c in range(3)], rel=1e-9)
+    assert scores.importance(Axis.HIDDEN, **how).tolist() == pytest.approx(hidden, rel=1e-12)
+    assert scores.importance(Axis.FFN, 1, **how).tolist() == pytest.approx(
+        [channel(1, "ffn", c) for c in range(3)], rel=1e-9
+    )
     heads = [math.hypot(channel(1, "head", 2 * h), channel(1, "head", 2 * h + 1)) for h in range(4)]
-    assert scores.heads(1, **how).tolist() == pytest.approx(heads, rel=1e-9)
+    assert scores.importance(Axis.HEAD, 1, **how).tolist() == pytest.approx(heads, rel=1e-9)
     groups = [heads[0] + heads[1], heads[2] + heads[3]]
-    assert scores.kv_groups(1, **how).tolist() == pytest.approx(groups, rel=1e-9)
+    assert scores.importance(Axis.KV_GROUP, 1, **how).tolist() == pytest.approx(groups, rel=1e-9)
 
 
 def test_block_influence_is_a_mean_over_tokens() -> None:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.report import build, figures
 from nemo_minitron.report.content import summary
 from tests.unit import report_sample
@@ -135,11 +136,10 @@ def test_dead_units_and_a_model_that_is_kept_whole_can_be_drawn():
     layers = range(30)
     values = {
         **vars(whole),
-        "ffn": tuple(np.zeros(1536) for _ in layers),
+        "units": {**whole.units, Axis.FFN: tuple(np.zeros(1536) for _ in layers)},
         "hidden": np.zeros(576),
         "block_influence": np.zeros(30),
-        "kept_ffn": {layer: tuple(range(1536)) for layer in layers},
-        "kept_heads": {layer: tuple(range(9)) for layer in layers},
+        "kept": {layer: {Axis.FFN: tuple(range(1536)), Axis.HEAD: tuple(range(9))} for layer in layers},
     }
     content = report_sample.content(importance=type(whole)(**values))
     assert Page(build.html(content)).open == []

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.pruning.coverage import Coverage, united
 from nemo_minitron.pruning.depth import DepthScores
 from nemo_minitron.pruning.scores import Scores
-from tests.unit.test_pruning_scores import SPEC, sums
+from tests.support.scores import SPEC, sums
 
 
 def part(
@@ -63,7 +64,7 @@ def test_importance_of_the_whole_follows_from_the_merged_file() -> None:
     first, second = sums(samples=3, seed=0), sums(samples=3, seed=3)
     merged = part(0).merge(part(3))
     single = torch.cat([first[1]["layers.1.ffn.l2"], second[1]["layers.1.ffn.l2"]])
-    torch.testing.assert_close(merged.ffn(1, batch="var", sequence="l2"), single.var(0, correction=0))
+    torch.testing.assert_close(merged.importance(Axis.FFN, 1, batch="var", sequence="l2"), single.var(0, correction=0))
 
 
 def test_other_texts_merge_too_and_what_differs_is_forgotten() -> None:

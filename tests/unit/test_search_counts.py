@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, NemotronConfig, Qwen3Config
 
 from nemo_minitron.arch.families import family_named
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.estimate.compute import forward_flops
@@ -19,7 +19,7 @@ NAMES = ("params", "non_embedding_params", "weight_memory", "kv_cache", "flops_p
 
 
 def spec_of(*, family="llama", layers=32, hidden=4096, ffn=14336, heads=32, groups=8, vocab=128256, **traits):
-    layer = LayerSpec(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
+    layer = transformer_layer(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
     traits = {"head_dim": 128, "max_position_embeddings": 8192, **traits}
     return ModelSpec(family=family, vocab_size=vocab, hidden_size=hidden, layers=(layer,) * layers, **traits)
 
@@ -95,7 +95,7 @@ def test_operations_are_those_of_the_estimates():
 def test_local_layers_hold_their_window():
     """Four global layers stay first: what is cached is the most it can be."""
     layers = tuple(
-        LayerSpec(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, local=index % 3 > 0)
+        transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, local=index % 3 > 0)
         for index in range(12)
     )
     spec = ModelSpec(

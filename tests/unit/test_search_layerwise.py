@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from nemo_minitron.arch.spec import LayerSpec
+from nemo_minitron.arch.spec import transformer_layer
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -60,7 +60,7 @@ def test_costs_of_layers_add_up_to_those_of_the_model():
     target = TargetConfig(params="1M", kv_cache="1GB")
     space = make_space(SearchConfig(), target, teacher, ParallelConfig())
     measured = measures(teacher, DeploymentConfig(sequence_length=100), ["params", "kv_cache"])
-    small = LayerSpec(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=700)
+    small = transformer_layer(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=700)
     costs, fixed = layer_costs(space, [teacher.layer, small, None], measured, {"params": 1, "kv_cache": 1})
     mixed = teacher.__class__(
         **{

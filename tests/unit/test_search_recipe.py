@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_minitron.arch.weights import parameter_count
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import RunConfig, TargetConfig

@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
+from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
 from nemo_minitron.config import nemo_keys
 from nemo_minitron.config.distillation import DistillationConfig, Objective, RampTo
@@ -285,7 +286,8 @@ def model_config() -> dict[str, Any]:
 
 
 def resolved(cfg: Mapping[str, Any]) -> Any:
-    return spec_from_nemo_config(cfg), nemo_settings.model_settings(cfg)
+    spec = spec_from_nemo_config(cfg)
+    return spec, recorded_family(cfg.get("minitron") or {}, spec), nemo_settings.model_settings(cfg)
 
 
 def attempt(read_it: Callable[[], Any]) -> Any:
@@ -332,7 +334,7 @@ def test_every_key_of_a_model_changes_something_or_is_refused(capsys):
     base = model_config()
     before = resolved(base)
     defaults = with_value(
-        nemo_settings.model_keys(before[1]), "minitron.parallel", before[1].parallel.model_dump(mode="json")
+        nemo_settings.model_keys(before[2]), "minitron.parallel", before[2].parallel.model_dump(mode="json")
     )
     counts: Counter[str] = Counter()
     silent = []

@@ -4,18 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.outlook import EFFICIENCY, Outlook
 from nemo_minitron.stages.run_folder import RunFolder
 from tests.jobs import config_for
 
 TEACHER = ModelSpec(
-    family="llama",
     vocab_size=256,
     hidden_size=64,
     head_dim=8,
-    layers=(LayerSpec(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=96),) * 4,
+    layers=(transformer_layer(num_attention_heads=8, num_query_groups=4, ffn_hidden_size=96),) * 4,
     max_position_embeddings=512,
 )
 # Of one token: q and output projection 2 x 64 x 64, k and v 2 x 64 x 32, three FFN matrices 64 x 96, four layers;

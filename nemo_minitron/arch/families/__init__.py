@@ -1,6 +1,7 @@
 """Model families: how each one names its weights and writes its config on the Hugging Face side."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 from nemo_minitron.arch.families.base import Family
 from nemo_minitron.arch.families.gemma import GEMMA, GEMMA3
@@ -52,14 +53,28 @@ def family_of_hf_config(config: dict[str, object]) -> Family:
     raise SpecError(f"config.json: model_type = {kind!r} is not supported{why}", rule=f"one of {known}")
 
 
-def with_family(spec: ModelSpec) -> ModelSpec:
-    """A model that some format describes without naming its family, as the first family that computes it.
+def nearest_family(spec: ModelSpec) -> str:
+    """The name of the first family that computes a model, for formats that do not name one.
 
-    Where none does, as the nearest: it can be pruned, trained and saved, and export to Hugging Face says what stands in
-    the way.
+    Where none does, the nearest: the model can be pruned, trained and saved, and export to Hugging Face says what
+    stands in the way.
     """
-    nearest = min(FAMILIES.values(), key=lambda family: len(family.objections(spec)))
-    return replace(spec, family=nearest.name)
+    return min(FAMILIES.values(), key=lambda family: len(family.objections(spec))).name
 
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of_hf_config", "with_family"]
+def recorded_family(ours: Mapping[str, Any], spec: ModelSpec) -> str:
+    """The family that our own section of a checkpoint names, as older ones did inside `spec`; else the nearest.
+
+    Args:
+        ours: The section: `minitron` of a NeMo-1 configuration, or `minitron.json`.
+        spec: The architecture.
+
+    Raises:
+        SpecError: There is no family of that name.
+    """
+    older = ours.get("spec")
+    found = ours.get("family") or (older.get("family") if isinstance(older, Mapping) else None)
+    return family_named(str(found)).name if found else nearest_family(spec)
+
+
+__all__ = ["FAMILIES", "Family", "family_named", "family_of_hf_config", "nearest_family", "recorded_family"]

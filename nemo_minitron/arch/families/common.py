@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.arch.families.rope import read_rope, scaling_data
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.errors import SpecError
 
 
@@ -22,7 +22,7 @@ def read_common(
 
     Args:
         config: The data, complete with the defaults of the class.
-        family: Name of the family.
+        family: Name of the family, for messages.
         activation_name: The one value of `activation_key` that the spec's activation goes by.
         activation_key: Where the activation stands.
         eps_key: Where the norms' epsilon stands.
@@ -37,7 +37,7 @@ def read_common(
         if (found := config[activation_key]) != activation_name:
             raise SpecError(f"config.json: {activation_key} = {found!r} is not supported", rule=activation_name)
         groups, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
-        layer = LayerSpec(
+        layer = transformer_layer(
             num_attention_heads=heads,
             num_query_groups=heads if groups is None else groups,
             ffn_hidden_size=config["intermediate_size"],
@@ -54,7 +54,7 @@ def read_common(
         if "rotary_base" not in traits:
             rope = read_rope(config, percent=rotary_percent)
             known |= {"rotary_base": rope.base, "rotary_percent": rope.percent, "rope_scaling": rope.scaling}
-        return ModelSpec(family=family, **(known | traits))
+        return ModelSpec(**(known | traits))
     except KeyError as error:
         raise SpecError(f"config.json: key {error} is missing", rule=f"a {family} config has it") from error
     except TypeError as error:
@@ -78,10 +78,10 @@ def write_common(
         "model_type": model_type,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": layer.ffn_hidden_size,
+        "intermediate_size": layer.mlp.ffn_hidden_size,
         "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": layer.num_attention_heads,
-        "num_key_value_heads": layer.num_query_groups,
+        "num_attention_heads": layer.attention.num_attention_heads,
+        "num_key_value_heads": layer.attention.num_query_groups,
         "head_dim": spec.head_dim,
         "hidden_act": activation,
         "max_position_embeddings": spec.max_position_embeddings,
@@ -119,7 +119,7 @@ def refuse_indivisible(spec: ModelSpec, architecture: str) -> None:
     Raises:
         SpecError: They do not.
     """
-    heads = spec.layer.num_attention_heads
+    heads = spec.layer.attention.num_attention_heads
     if spec.hidden_size % heads:
         raise SpecError(
             f"transformers refuses a {architecture} with hidden_size = {spec.hidden_size} and {heads} heads",

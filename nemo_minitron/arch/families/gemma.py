@@ -107,7 +107,8 @@ def _read_3(config: Mapping[str, Any]) -> ModelSpec:
     if scalar <= 0:
         raise SpecError(f"config.json: query_pre_attn_scalar = {scalar}", rule="a positive number")
     layers = tuple(
-        replace(layer, local=local) for layer, local in zip(spec.layers, _locals(config, spec.num_layers), strict=True)
+        layer.looking_back(local=local)
+        for layer, local in zip(spec.layers, _locals(config, spec.num_layers), strict=True)
     )
     query_scalar = None if scalar == spec.head_dim else scalar
     return replace(spec, layers=layers, sliding_window=config["sliding_window"], query_scalar=query_scalar)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.errors import SpecError
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -28,6 +29,18 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """What other formats and classes call a key. transformers reads none of them for our families, so each of them is
 refused where the key itself is missing and its default is another value."""
+
+_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
+    Axis.VOCAB: ("vocab_size",),
+    Axis.HIDDEN: ("hidden_size",),
+    Axis.FFN: ("intermediate_size",),
+    Axis.HEAD: _HEAD_KEYS,
+    Axis.KV_GROUP: _HEAD_KEYS,
+    Axis.HEAD_CHANNEL: ("head_dim",),
+    Axis.LAYER: ("num_hidden_layers",),
+}
+"""Keys of `config.json` that decide the size of an axis."""
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

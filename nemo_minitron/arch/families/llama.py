@@ -32,7 +32,7 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
-    if spec.hidden_size % spec.layer.num_attention_heads:
+    if spec.hidden_size % spec.layer.attention.num_attention_heads:
         # transformers refuses such a LlamaConfig, explicit head_dim or not. Its Mistral class computes the same.
         return write_mistral(spec)
     extra = {"attention_bias": False, "mlp_bias": False}

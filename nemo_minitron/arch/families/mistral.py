@@ -32,7 +32,7 @@ def with_window(spec: ModelSpec, window: int | None) -> ModelSpec:
     """The same model with every layer local."""
     if window is None:
         return spec
-    layers = tuple(replace(layer, local=True) for layer in spec.layers)
+    layers = tuple(layer.looking_back(local=True) for layer in spec.layers)
     return replace(spec, sliding_window=window, layers=layers)
 
 

@@ -5,32 +5,31 @@ from itertools import chain
 from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.cli.job import Job
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import EvaluateConfig, RunConfig, ScoreConfig
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.errors import ConfigError, DataError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
-from nemo_minitron.stages.chain import chain_for
-from nemo_minitron.stages.plan import select
 from nemo_minitron.stages.run_folder import RunFolder
 
 
-def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None = None) -> None:
-    """Refuse what the recipe's later stages would refuse, as far as the teacher's sizes are known already.
+def check(
+    stages: Iterable[Stage], config: RunConfig, folder: RunFolder, *, recipe: str, ranks: int | None = None
+) -> None:
+    """Refuse what later stages would refuse, as far as the teacher's sizes are known already.
 
     Args:
-        job: What the user typed.
-        config: Its checked recipe.
+        stages: Those that were asked for.
+        config: The recipe.
         folder: Where the run goes.
+        recipe: What the user calls the recipe, for messages.
         ranks: Processes of the run; None for as many as the recipe is meant for.
 
     Raises:
         MinitronError: The recipe cannot run as it is.
     """
-    selected = select(chain_for(config), first=job.redo_from, last=job.last, only=job.only)
-    ahead = [stage for stage in selected if not folder.is_whole(stage.name)]
-    _check_sources(job.recipe, ahead, config)
+    ahead = [stage for stage in stages if not folder.is_whole(stage.name)]
+    _check_sources(recipe, ahead, config)
     if any(stage.name in ("data", "chat") for stage in ahead) and (problem := tokenizer_problem(config)):
         raise DataError(
             f"model.source = {config.model.source}: its tokenizer cannot be used: {problem}",
@@ -40,40 +39,46 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all
-    teacher = teacher_spec(config, folder)
+    teacher = teacher_model(config, folder)
     if teacher is not None:
-        check_models((teacher, *students(config, teacher, folder)), config)
+        spec, family = teacher
+        check_models((spec, *students(config, spec, folder)), config, family)
 
 
-def teacher_spec(config: RunConfig, folder: RunFolder) -> ModelSpec | None:
-    """The teacher's sizes, from stage import, its own files, or `model.architecture`; None when it is to be fetched.
+def teacher_model(config: RunConfig, folder: RunFolder) -> tuple[ModelSpec, str] | None:
+    """The teacher's architecture and family, from stage import, its own files, or `model.architecture`.
+
+    None when it is still to be fetched.
 
     Raises:
         SpecError: `model.architecture` describes another model than `model.source` is.
         MinitronError: Neither can be read.
     """
     if folder.is_whole("import"):
-        return ModelSpec.from_dict(folder.result("import")["spec"])
-    from nemo_minitron.checkpoints.hf import read_architecture
-    from nemo_minitron.checkpoints.source import open_checkpoint
+        result = folder.result("import")
+        return ModelSpec.from_dict(result["spec"]), result["family"]
+    from nemo_minitron.checkpoints.hf import read_architecture, read_family
+    from nemo_minitron.checkpoints.open import open_checkpoint
 
     architecture = config.model.architecture
-    described = None if architecture is None else read_architecture(Path(architecture))
+    described = (
+        None if architecture is None else (read_architecture(Path(architecture)), read_family(Path(architecture)))
+    )
     if not source_is_here(config) and (described is not None or config.model.source.startswith("package:")):
         return described
     from nemo_minitron.data.assets import location
 
-    found = open_checkpoint(location(config.model.source)).spec
+    found = open_checkpoint(location(config.model.source))
     if described is not None:
-        _check_described(described, found, config)
-    return found
+        _check_described(described[0], found.spec, config)
+    return found.spec, found.family
 
 
 def tokenizer_problem(config: RunConfig) -> str:
     """Why the teacher's tokenizer cannot be used; "" if it can, or if its files are not here yet."""
     if not source_is_here(config):
         return ""
-    from nemo_minitron.checkpoints.source import open_checkpoint
+    from nemo_minitron.checkpoints.open import open_checkpoint
     from nemo_minitron.checkpoints.summary import tokenizer_of
     from nemo_minitron.data.assets import location
 
@@ -105,12 +110,13 @@ def students(config: RunConfig, teacher: ModelSpec, folder: RunFolder | None = N
     return students_of(config, teacher, folder)
 
 
-def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:
+def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) -> None:
     """Whether every model fits the layout, the layers to be compared exist, and the last model fits the export.
 
     Args:
         models: The teacher, and the student of each round.
         config: The recipe.
+        family: Theirs.
 
     Raises:
         ConfigError: A pair of layers in `distill.hidden` does not exist.
@@ -127,7 +133,7 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:
         problems = [hidden.states(specs[0].num_layers, spec.num_layers)[1] for spec in specs[1:]]
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
-    check_export(config, specs[-1])
+    check_export(config, specs[-1], family)
 
 
 def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> None:
@@ -226,10 +232,10 @@ def _missing_prefixes(config: RunConfig) -> list[str]:
 
 def _check_described(described: ModelSpec, found: ModelSpec, config: RunConfig) -> None:
     said, real = described.to_dict(), found.to_dict()
-    # Families that compute the same are one to some formats, and revisions of one model differ in how far it reaches.
+    # Revisions of one model differ in how far it reaches.
     differing = [
         f"{key} is {said.get(key)} in the one and {real.get(key)} in the other"
-        for key in sorted((said.keys() | real.keys()) - {"family", "max_position_embeddings"})
+        for key in sorted((said.keys() | real.keys()) - {"max_position_embeddings"})
         if said.get(key) != real.get(key)
     ]
     if differing:

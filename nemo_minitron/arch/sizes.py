@@ -1,0 +1,23 @@
+"""The sizes of a model by the names that tables give them."""
+
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count
+
+PARAMETERS = "parameters"
+
+
+def named_sizes(spec: ModelSpec) -> dict[str, int]:
+    """Sizes by label; those of layers are the first layer's."""
+    return {
+        PARAMETERS: parameter_count(spec),
+        "without embeddings": parameter_count(spec, embeddings=False),
+        **cut_sizes(spec),
+        "head size": spec.head_dim,
+        "vocabulary": spec.vocab_size,
+    }
+
+
+def cut_sizes(spec: ModelSpec) -> dict[str, int]:
+    """Sizes by label of the axes that can be cut; those of layers are the first layer's."""
+    return {row.label: spec.size(row, 0) for row in (*MODEL_AXES, *LAYER_AXES)}

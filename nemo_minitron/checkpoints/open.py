@@ -1,0 +1,54 @@
+"""Opening a checkpoint of whatever format, found out by looking at it."""
+
+from pathlib import Path
+
+from nemo_minitron.checkpoints.gguf import open_gguf
+from nemo_minitron.checkpoints.hf import open_hf
+from nemo_minitron.checkpoints.megatron_dist import is_megatron_folder, open_megatron
+from nemo_minitron.checkpoints.nemo1 import open_nemo
+from nemo_minitron.checkpoints.nemo2 import is_nemo2_folder, open_nemo2
+from nemo_minitron.checkpoints.source import Checkpoint
+from nemo_minitron.errors import CheckpointError
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint of any readable format, found out by looking at it.
+
+    Args:
+        path: A Hugging Face folder, a `.gguf` file, a `.nemo` file or its unpacked folder, a NeMo-2 folder, or a
+            checkpoint folder of Megatron-LM or Megatron-Bridge.
+
+    Raises:
+        CheckpointError: The path does not exist, is of no known format, or is damaged.
+        SpecError: It holds an architecture that is not supported.
+    """
+    if path.is_dir():
+        if (path / "model_config.yaml").is_file():
+            return open_nemo(path)
+        if (path / "config.json").is_file():
+            return open_hf(path)
+        if is_nemo2_folder(path):
+            return open_nemo2(path)
+        if is_megatron_folder(path):
+            return open_megatron(path)
+        raise CheckpointError(
+            f"{path}: not a checkpoint folder",
+            rule="config.json (Hugging Face), model_config.yaml (unpacked .nemo), context/ and weights/ (NeMo 2), or "
+            "iterations of Megatron lie in it",
+            remedy="name the folder that holds the weights themselves",
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder", remedy="check model.source")
+    if _starts_with(path, b"GGUF"):
+        return open_gguf(path)
+    if path.suffix == ".nemo" or _starts_with(path, b"ustar", offset=257):
+        return open_nemo(path)
+    raise CheckpointError(
+        f"{path}: not a checkpoint file", rule="a .gguf or .nemo file; for Hugging Face models name the folder"
+    )
+
+
+def _starts_with(path: Path, magic: bytes, *, offset: int = 0) -> bool:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(len(magic)) == magic
