@@ -42,7 +42,7 @@ def _fault(path: Path) -> str:
     plan = runtime.broadcast_object(_files(path) if here.rank == 0 else None, patient=True)
     if isinstance(plan, str):
         return plan
-    own = dict(plan[here.rank :: here.world_size])
+    own = {name: digest for name, digest in plan[here.rank :: here.world_size]}
     return next(filter(None, runtime.gather_objects(digests.fault(path, own))), "")
 
 
