@@ -88,10 +88,10 @@ def transformers_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=SPEC.vocab_size,
         hidden_size=SPEC.hidden_size,
-        intermediate_size=layer.ffn_hidden_size,
+        intermediate_size=layer.mlp.ffn_hidden_size,
         num_hidden_layers=SPEC.num_layers,
-        num_attention_heads=layer.num_attention_heads,
-        num_key_value_heads=layer.num_query_groups,
+        num_attention_heads=layer.attention.num_attention_heads,
+        num_key_value_heads=layer.attention.num_query_groups,
         head_dim=SPEC.head_dim,
         max_position_embeddings=SPEC.max_position_embeddings,
         tie_word_embeddings=True,

@@ -14,10 +14,10 @@ def first_weight_difference(expected: TensorSource, found: TensorSource) -> str:
     One tensor of each is in memory at a time.
     """
     if expected.spec != found.spec:
-        mine, other = expected.spec.to_dict(), found.spec.to_dict()
-        keys = [key for key in mine if mine[key] != other.get(key)]
+        mine, theirs = expected.spec.to_dict(), found.spec.to_dict()
+        keys = [key for key in mine if mine[key] != theirs.get(key)]
         if keys:
-            return f"the architecture: {keys[0]} = {other.get(keys[0])}, was {mine[keys[0]]}"
+            return f"the architecture: {keys[0]} = {theirs.get(keys[0])}, was {mine[keys[0]]}"
     for name, other in zip_longest(expected.names(), found.names()):
         if name is None or name != other:
             return f"the list of weights: {other or 'an end'} where {name or 'an end'} was"

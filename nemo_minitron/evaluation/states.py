@@ -66,14 +66,15 @@ def megatron_states(source: TensorSource, tokens_BS: Tensor, runtime: Runtime) -
 
 def _product(x: Tensor, weight: Tensor, rows: int = 16384) -> Tensor:
     """`x @ weight.T` in fp32, some rows of the weight widened at a time."""
-    return torch.cat([x @ part.to(x.device).float().T for part in weight.split(rows)], dim=-1)
+    return torch.cat([x @ part.to(x.device).float().T for part in torch.split(weight, rows)], dim=-1)
 
 
 def _one_layer(source: TensorSource, layer: LayerSpec, runtime: Runtime) -> MinitronGPT:
     """A model of one layer, the final norm and hardly any vocabulary, in evaluation mode."""
     small = replace(source.spec, layers=(layer,), vocab_size=1)
     (model,) = build_chunks(small, runtime, Precision.FP32, trainable=False)
-    return model.eval()
+    evaluated: MinitronGPT = model.eval()
+    return evaluated
 
 
 def _fill(model: MinitronGPT, source: TensorSource, index: int) -> None:
@@ -96,7 +97,7 @@ def transformers_states(folder: Path, tokens_BS: Tensor) -> States:
 
     with _parameters_without_memory():
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     _read_when_called(model, _reader(folder, model))
     layers = model.get_decoder().layers
     found: States = {}
@@ -128,7 +129,7 @@ def _parameters_without_memory() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -53,4 +53,4 @@ def _one(context: StageContext, name: str, folder: Path) -> tuple[Perplexity, st
     tokenizer = load_tokenizer(model.tokenizer_files)
     prompt = tokenizer.encode(settings.prompt)
     tokens = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens, end=tokenizer.eos_token_id)
-    return measured, tokenizer.decode(tokens, skip_special_tokens=True)
+    return measured, str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -67,7 +67,8 @@ class Outlook:
         sharing = [other for other in ahead if self._training(other) is section or other.name == stage.name]
         spent = sum(self._run.result(other.name).get("seconds", 0.0) for other in self._chain if other not in ahead)
         others = sum(self._expected(other) for other in ahead if other not in sharing)
-        return (section.minutes - (spent + others) / 60) / len(sharing)
+        left: float = (section.minutes - (spent + others) / 60) / len(sharing)
+        return left
 
     def _is_timed(self, stage: Stage) -> bool:
         section = self._training(stage)

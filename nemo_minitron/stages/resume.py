@@ -43,7 +43,7 @@ def _fault(path: Path) -> str:
     plan = runtime.broadcast_object(found, patient=True, doing=f"lists the files of {path.name}")
     if isinstance(plan, str):
         return plan
-    own = dict(plan[here.rank :: here.world_size])
+    own = {name: digest for name, digest in plan[here.rank :: here.world_size]}
     return next(filter(None, runtime.gather_objects(digests.fault(path, own))), "")
 
 

@@ -68,10 +68,11 @@ def run(context: StageContext) -> dict[str, Any]:
         began = time.perf_counter()
         validate(model, left, micro_batch_size=settings.micro_batch_size, trainer=trainer)
         rate = len(left) * settings.sequence_length / (time.perf_counter() - began)
-        scores, losses = importance.scores, importance.losses
+        assert importance.scores is not None  # a validation leaves them
+        scores, losses = importance.scores, dict(importance.losses)
     else:
         scores = Scores(model.spec, before.sums, ffn_site=importance.ffn_site, provenance=importance.provenance)
-        losses = before.losses
+        losses = dict(before.losses)
     if settings.depth.metrics:
         scores.depth = _depth(context, trainer, model)
     if config.target.merge_layers:

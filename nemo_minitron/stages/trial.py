@@ -3,12 +3,13 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
 from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.megatron import runtime
+from nemo_minitron.models.strategy import MegatronStrategy
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.budget import Costs
@@ -57,7 +58,7 @@ class Trial(Throughput):
             started = time.perf_counter()
             if self._checkpoint is not None:
                 trainer.save_checkpoint(self._checkpoint)
-                trainer.strategy.finish_saving(wait=True)
+                cast(MegatronStrategy, trainer.strategy).finish_saving(wait=True)
             self.checkpoint_seconds = time.perf_counter() - started
 
 
