@@ -14,6 +14,7 @@ from nemo_minitron.config.depth import LM_LOSS
 from nemo_minitron.megatron.depth import LayerSkipper, Part
 from nemo_minitron.megatron.depth_metrics import DepthCollector
 from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.search.axes import layer_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +62,10 @@ class BlockReplacer(LayerSkipper):
     @contextmanager
     def _silenced(self, part: Part, replacement: Replacement) -> Iterator[None]:
         layer: Any = part.model.decoder.layers[replacement.layer - part.layers.start]
-        sizes = self._spec.layers[replacement.layer]
+        sizes = layer_sizes(self._spec.layers[replacement.layer])
         cuts = (
-            (layer.mlp.linear_fc2, replacement.ffn, sizes.ffn_hidden_size, 1),
-            (layer.self_attention.linear_proj, replacement.heads, sizes.num_attention_heads, self._spec.head_dim),
+            (layer.mlp.linear_fc2, replacement.ffn, sizes["ffn_hidden_size"], 1),
+            (layer.self_attention.linear_proj, replacement.heads, sizes["num_attention_heads"], self._spec.head_dim),
         )
         with ExitStack() as stack:
             for module, kept, size, width in cuts:

@@ -1,9 +1,10 @@
 """The axes that a search may choose sizes on: one row each. Everything in this room iterates over `AXES`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,21 @@ class SearchAxis:
     step: Callable[[int], int]
     default: bool
     split: bool
+
+
+LAYER_NAMES = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
+"""The sizes that layers have of their own."""
+
+
+def layer_sizes(layer: LayerSpec) -> dict[str, int]:
+    """A layer's own sizes."""
+    return {name: getattr(layer, name) for name in LAYER_NAMES}
+
+
+def resized_layer(layer: LayerSpec, **sizes: int) -> LayerSpec:
+    """A layer with other sizes."""
+    changes: dict[str, Any] = dict(sizes)
+    return replace(layer, **changes)
 
 
 def _fraction_of(parts: int, least: int) -> Callable[[int], int]:
@@ -68,7 +84,7 @@ AXES: tuple[SearchAxis, ...] = (
         name="ffn_hidden_size",
         symbol="F",
         label="FFN",
-        size=lambda spec: spec.layer.ffn_hidden_size,
+        size=lambda spec: layer_sizes(spec.layer)["ffn_hidden_size"],
         step=_fraction_of(64, 64),
         default=True,
         split=True,
@@ -77,7 +93,7 @@ AXES: tuple[SearchAxis, ...] = (
         name="num_attention_heads",
         symbol="A",
         label="heads",
-        size=lambda spec: spec.layer.num_attention_heads,
+        size=lambda spec: layer_sizes(spec.layer)["num_attention_heads"],
         step=_one,
         default=False,
         split=True,
@@ -86,7 +102,7 @@ AXES: tuple[SearchAxis, ...] = (
         name="num_query_groups",
         symbol="G",
         label="KV groups",
-        size=lambda spec: spec.layer.num_query_groups,
+        size=lambda spec: layer_sizes(spec.layer)["num_query_groups"],
         step=_one,
         default=False,
         split=True,

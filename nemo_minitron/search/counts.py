@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count, weights
-from nemo_minitron.search.axes import AXES, HEADS, Sizes, resized
+from nemo_minitron.search.axes import AXES, HEADS, Sizes, layer_sizes, resized
 
 IntArray = NDArray[np.int64]
 Count = Callable[[ModelSpec], int]
@@ -74,7 +74,7 @@ def non_embedding_parameters(spec: ModelSpec) -> int:
 
 def query_channels(spec: ModelSpec) -> int:
     """Channels of all query heads of all layers."""
-    return sum(layer.num_attention_heads for layer in spec.layers) * spec.head_dim
+    return sum(layer_sizes(layer)["num_attention_heads"] for layer in spec.layers) * spec.head_dim
 
 
 def cached_positions(layers: Any, spec: ModelSpec, length: int) -> tuple[Any, Any]:

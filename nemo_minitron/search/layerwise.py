@@ -5,7 +5,6 @@ taken to add up, as Puzzle does (arXiv:2411.19146, section 4); the choice is the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from math import ceil, lcm
 from typing import Any
@@ -18,7 +17,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.config.search import LayerwiseConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import NAMES, sizes_of
+from nemo_minitron.search.axes import NAMES, layer_sizes, resized_layer, sizes_of
 from nemo_minitron.search.measures import Measure, describe
 from nemo_minitron.search.space import Space
 
@@ -34,13 +33,15 @@ def layer_variants(
     Sizes are rounded to what divides by the tensor-parallel sizes and by `target.multiple_of`.
     """
     shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
-    heads = layer.num_attention_heads // layer.num_query_groups
-    ffn = _sizes(layerwise.ffn_hidden_size, layer.ffn_hidden_size, lcm(shared, target.multiple_of.ffn_hidden_size))
+    sizes = layer_sizes(layer)
+    heads = sizes["num_attention_heads"] // sizes["num_query_groups"]
+    multiple = lcm(shared, target.multiple_of.ffn_hidden_size)
+    ffn = _sizes(layerwise.ffn_hidden_size, sizes["ffn_hidden_size"], multiple)
     multiple = lcm(shared, target.multiple_of.num_query_groups)
-    groups = _sizes(layerwise.num_query_groups, layer.num_query_groups, multiple)
+    groups = _sizes(layerwise.num_query_groups, sizes["num_query_groups"], multiple)
     found: dict[Variant, None] = {layer: None}
     for neurons, group in product(ffn, groups):
-        form = replace(layer, ffn_hidden_size=neurons, num_query_groups=group, num_attention_heads=group * heads)
+        form = resized_layer(layer, ffn_hidden_size=neurons, num_query_groups=group, num_attention_heads=group * heads)
         found[form] = None
     if layerwise.drop:
         found[None] = None
@@ -80,13 +81,7 @@ def layer_costs(
 
 
 def _shape(layers: int, hidden: int, form: LayerSpec) -> tuple[int, ...]:
-    sizes = {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": form.ffn_hidden_size,
-        "num_attention_heads": form.num_attention_heads,
-        "num_query_groups": form.num_query_groups,
-    }
+    sizes = {"num_layers": layers, "hidden_size": hidden, **layer_sizes(form)}
     return tuple(sizes[name] for name in NAMES)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
-from nemo_minitron.search.axes import named
+from nemo_minitron.search.axes import LAYER_NAMES, layer_sizes, named
 from nemo_minitron.search.measures import table_row
 from nemo_minitron.search.problem import SearchProblem
 from nemo_minitron.search.race import RaceResult, Record
@@ -49,9 +49,7 @@ def layerwise_row(name: str, spec: ModelSpec | None, race: RaceResult, record: R
         row |= {
             "num_layers": count,
             "hidden_size": spec.hidden_size,
-            "ffn_hidden_size": sum(layer.ffn_hidden_size for layer in spec.layers) / count,
-            "num_attention_heads": sum(layer.num_attention_heads for layer in spec.layers) / count,
-            "num_query_groups": sum(layer.num_query_groups for layer in spec.layers) / count,
+            **{name: sum(layer_sizes(layer)[name] for layer in spec.layers) / count for name in LAYER_NAMES},
             "params": parameter_count(spec),
             "non_embedding_params": parameter_count(spec, embeddings=False),
         }

@@ -52,7 +52,8 @@ class Space:
     def allowed(self, sizes: Sequence[IntArray]) -> NDArray[np.bool_]:
         """Which query heads can be cut out of the teacher's groups: a multiple of the groups, no more to each."""
         heads, groups = sizes[HEADS], sizes[GROUPS]
-        most = self.teacher.layer.num_attention_heads // self.teacher.layer.num_query_groups
+        teacher = sizes_of(self.teacher)
+        most = teacher[HEADS] // teacher[GROUPS]
         result: NDArray[np.bool_] = (heads % groups == 0) & (heads // groups <= most)
         return result
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from nemo_minitron.search.axes import NAMES, sizes_of
 from nemo_minitron.search.latency import PARTS, PHASES, Conditions, LatencyTable
 from nemo_minitron.search.space import Space
 
@@ -36,16 +37,13 @@ def device_name() -> str:
 
 def grid_of(space: Space, points: int = 4) -> dict[str, list[int]]:
     """Points that a space is timed at: evenly many from the smallest to the teacher's size."""
-    layer = space.teacher.layer
-    ends = dict(zip(("layers", "hidden", "ffn", "heads", "groups"), ((v[0], v[-1]) for v in space.values), strict=True))
-    largest = {
-        "hidden": space.teacher.hidden_size,
-        "ffn": layer.ffn_hidden_size,
-        "groups": layer.num_query_groups,
-        "ratio": layer.num_attention_heads // layer.num_query_groups,
-    }
-    least = {**{name: ends[name][0] for name in ("hidden", "ffn", "groups")}}
-    least["ratio"] = max(1, min(ends["heads"][0] // ends["groups"][1], largest["ratio"]))
+    ends = dict(zip(NAMES, sizes_of(space.teacher), strict=True))
+    low, high = (dict(zip(NAMES, (v[end] for v in space.values), strict=True)) for end in (0, -1))
+    names = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "groups": "num_query_groups"}
+    largest = {axis: ends[name] for axis, name in names.items()}
+    least = {axis: low[name] for axis, name in names.items()}
+    largest["ratio"] = ends["num_attention_heads"] // ends["num_query_groups"]
+    least["ratio"] = max(1, min(low["num_attention_heads"] // high["num_query_groups"], largest["ratio"]))
     return {name: _between(least[name], largest[name], points) for name in largest}
 
 

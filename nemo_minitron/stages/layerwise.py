@@ -14,6 +14,7 @@ from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.pruning.build import build_plan_by_layer
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.search.axes import layer_sizes
 from nemo_minitron.search.layerwise import Variant, choose_layers, layer_costs, layer_variants
 from nemo_minitron.search.problem import SearchProblem
 from nemo_minitron.stages.base import StageContext
@@ -81,11 +82,11 @@ def _replacement(context: StageContext, scores: Scores, layer: int, sizes: Varia
         return Replacement(layer=layer, dropped=True)
     plan = build_plan_by_layer(scores, context.config.target, {layer: sizes}, provenance={})
     kept: LayerPlan = plan.layers[0]
-    before = scores.spec.layers[layer]
+    before = layer_sizes(scores.spec.layers[layer])
     return Replacement(
         layer=layer,
-        ffn=kept.ffn if len(kept.ffn) < before.ffn_hidden_size else None,
-        heads=kept.heads if len(kept.heads) < before.num_attention_heads else None,
+        ffn=kept.ffn if len(kept.ffn) < before["ffn_hidden_size"] else None,
+        heads=kept.heads if len(kept.heads) < before["num_attention_heads"] else None,
     )
 
 
@@ -119,4 +120,4 @@ def _measure(
 def _told(form: Variant) -> dict[str, Any]:
     if form is None:
         return {"dropped": True}
-    return {"ffn_hidden_size": form.ffn_hidden_size, "num_query_groups": form.num_query_groups}
+    return layer_sizes(form)
