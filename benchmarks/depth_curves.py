@@ -16,7 +16,7 @@ from torch import nn
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.config.load import load_recipe
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.evaluation.perplexity import Perplexity, perplexity
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.megatron.model import MinitronGPT

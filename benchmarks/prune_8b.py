@@ -24,7 +24,7 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import random_plan
 

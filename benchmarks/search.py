@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.synthetic_llama import llama_8b
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.search.layerwise import choose_layers
 from nemo_minitron.search.measures import limits, measures
 from nemo_minitron.search.space import find_shapes, make_space

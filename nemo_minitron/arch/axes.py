@@ -105,6 +105,10 @@ class PrunableAxis:
         is_head: Whether a unit is `head_dim` channels, whose L2 norm is the unit's score.
         mixes: Key, in a plan, of units that take on what dropped ones differ by (`pruning.mixes`); "" where that
             cannot be.
+        symbol: A letter for it in names of candidates.
+        coarse: A search steps through it by the power of two that makes at most `coarse` steps of the largest size; 0:
+            by ones.
+        is_searched: Whether a search chooses its size if the recipe says nothing.
     """
 
     axis: Axis
@@ -118,6 +122,9 @@ class PrunableAxis:
     sums: Axis | None = None
     is_head: bool = False
     mixes: str = ""
+    symbol: str
+    coarse: int = 0
+    is_searched: bool = False
 
     @property
     def units(self) -> str:
@@ -133,6 +140,8 @@ class PrunableAxis:
 PRUNABLE: tuple[PrunableAxis, ...] = (
     PrunableAxis(
         axis=Axis.LAYER,
+        symbol="L",
+        is_searched=True,
         scope=Scope.MODEL,
         size="num_layers",
         plan="layers",
@@ -141,10 +150,19 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         divided_by="pipeline",
     ),
     PrunableAxis(
-        axis=Axis.HIDDEN, scope=Scope.MODEL, size="hidden_size", plan="hidden", label="hidden size", unit="channel"
+        axis=Axis.HIDDEN,
+        symbol="H",
+        coarse=32,
+        is_searched=True,
+        scope=Scope.MODEL,
+        size="hidden_size",
+        plan="hidden",
+        label="hidden size",
+        unit="channel",
     ),
     PrunableAxis(
         axis=Axis.KV_GROUP,
+        symbol="G",
         scope=Scope.LAYER,
         size="num_query_groups",
         plan="kv_groups",
@@ -156,6 +174,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
     ),
     PrunableAxis(
         axis=Axis.HEAD,
+        symbol="A",
         scope=Scope.LAYER,
         size="num_attention_heads",
         plan="heads",
@@ -168,6 +187,9 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
     ),
     PrunableAxis(
         axis=Axis.FFN,
+        symbol="F",
+        coarse=64,
+        is_searched=True,
         scope=Scope.LAYER,
         size="ffn_hidden_size",
         plan="ffn",
@@ -182,6 +204,9 @@ MODEL_AXES: tuple[PrunableAxis, ...] = tuple(row for row in PRUNABLE if row.scop
 """Axes of which the model has one index set."""
 LAYER_AXES: tuple[PrunableAxis, ...] = tuple(row for row in PRUNABLE if row.scope is Scope.LAYER)
 """Axes of which every layer has its own index set."""
+
+SEARCH_ORDER = (Axis.LAYER, Axis.HIDDEN, Axis.FFN, Axis.HEAD, Axis.KV_GROUP)
+"""The axes of a search, in the order in which candidates are named."""
 
 _BY_AXIS = {row.axis: row for row in PRUNABLE}
 

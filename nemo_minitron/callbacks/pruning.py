@@ -13,7 +13,8 @@ from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.depth import BLOCK_INFLUENCE
 from nemo_minitron.config.load import check
-from nemo_minitron.config.run import ExportFormat, TargetConfig
+from nemo_minitron.config.run import ExportFormat
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.megatron import runtime as megatron_runtime

@@ -29,7 +29,7 @@ def _space(problem: SearchProblem) -> RenderableType:
     found = new_table("axis", "teacher", "sizes", "number", title="search space")
     teacher = sizes_of(problem.space.teacher)
     for axis, size, values in zip(AXES, teacher, problem.space.values, strict=True):
-        found.add_row(axis.label, f"{size:,}", ranges(problem.space)[axis.name], f"{len(values):,}")
+        found.add_row(axis.label, f"{size:,}", ranges(problem.space)[axis.size], f"{len(values):,}")
     return found
 
 

@@ -9,7 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ConfigError
 
 _TRAININGS = ("correct", "distill", "tune")

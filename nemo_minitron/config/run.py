@@ -3,17 +3,17 @@
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_minitron.config.base import DEFAULT_SEED, Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.blend import Blend
-from nemo_minitron.config.budget import BudgetConfig
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
-from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
+from nemo_minitron.config.depth import DepthConfig, target_problems
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.search import SearchConfig, search_problems
-from nemo_minitron.config.sites import Aggregation, FfnSite
+from nemo_minitron.config.sites import FfnSite
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
 from nemo_minitron.config.tuning import TuneConfig
 
@@ -108,72 +108,6 @@ class ScoreConfig(Section):
     depth: DepthConfig = DepthConfig()
     merge_samples: Count = 16
     """Calibration samples, from the first on, that `target.merge_layers` rests on."""
-
-
-def _size(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not (whole or (isinstance(value, float) and 0 < value < 1)):
-        raise ValueError("an integer of at least 1, or a share of the teacher's between 0 and 1, such as 0.75")
-    return value
-
-
-Size = Annotated[int | float, BeforeValidator(_size)]
-"""An integer: so many units. A number between 0 and 1: that share of the teacher's, rounded to `target.multiple_of`."""
-
-
-class MultipleOf(Section):
-    """What sizes are multiples of: shares are rounded to it (to the nearest, halves up), explicit sizes must be it."""
-
-    num_layers: Count = 1
-    hidden_size: Count = 1
-    ffn_hidden_size: Count = 1
-    num_attention_heads: Count = 1
-    num_query_groups: Count = 1
-
-
-class TargetConfig(BudgetConfig):
-    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's.
-
-    With a budget (`params: 100M`, `ratio: 0.75`) instead, None leaves the size to stage `search`.
-    """
-
-    num_layers: Size | None = None
-    """Layers to keep; those that are worth least by `depth_metric` go."""
-    drop_layers: tuple[int, ...] | None = None
-    """Exactly these layers go, counted from 0, instead of a choice by scores."""
-    depth_metric: str = BLOCK_INFLUENCE
-    """What layers are chosen by: `block_influence`, or one that `score.depth.metrics` measures."""
-    depth_contiguous: bool = False
-    """Drop the best block of consecutive layers instead of the layers that are worth least one by one."""
-    hidden_size: Size | None = None
-    ffn_hidden_size: Size | None = None
-    num_attention_heads: Size | None = None
-    """Query heads of a layer; a multiple of its KV groups."""
-    num_query_groups: Size | None = None
-    multiple_of: MultipleOf = MultipleOf()
-    """A divisor for each axis, as `{hidden_size: 64, ffn_hidden_size: 128}`; an integer stands for these two axes."""
-    rescale_norms: bool = True
-    """When hidden channels go, scale RMSNorm's weight and epsilon so that channels that were zero could go without a
-    trace. Left alone, the norm of fewer channels is another one."""
-    merge_head_residuals: bool = False
-    """Fold what a dropped query head differs by from a kept one into that one's weights: `2 kept - dropped`, the
-    paper's residual merging (section 2.3). With grouped queries, in query weights and inside a group only."""
-    merge_layers: bool = False
-    """Refit the second MLP matrix of the layer before dropped ones, so that it adds to the residual stream what they
-    added, as far as a linear map can (ReplaceMe, arXiv:2505.02819). Stage `score` then passes over
-    `score.merge_samples` once more, and depends on `target`."""
-    merge_ridge: Positive = 0.3
-    """Ridge penalty of that fit, relative to each neuron's second moment: more holds the weights where they are."""
-    random_seed: NonNegative | None = None
-    """Draw what stays by lot, whatever the scores are: the baseline."""
-    batch_aggregation: Aggregation = Aggregation.L2
-    sequence_aggregation: Aggregation = Aggregation.MEAN
-
-    @field_validator("multiple_of", mode="before")
-    @classmethod
-    def _for_both_widths(cls, value: Any) -> Any:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return {"hidden_size": value, "ffn_hidden_size": value} if whole else value
 
 
 class EvaluateConfig(Section):

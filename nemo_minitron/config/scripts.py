@@ -3,8 +3,9 @@
 from pydantic import Field
 
 from nemo_minitron.config.base import Count, Section
-from nemo_minitron.config.run import ExportConfig, ExportFormat, ScoreConfig, TargetConfig
+from nemo_minitron.config.run import ExportConfig, ExportFormat, ScoreConfig
 from nemo_minitron.config.sites import FfnSite
+from nemo_minitron.config.sizes import TargetConfig
 
 _SCORE, _EXPORT = ScoreConfig(), ExportConfig()
 

@@ -1,70 +1,18 @@
 """Settings of the search for the best architecture within a budget."""
 
 import re
-from typing import Annotated, Any, Self
+from typing import Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 
 from nemo_minitron.config.base import Count, Fraction, Section, Steps, in_steps
 from nemo_minitron.config.budget import BudgetConfig
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.distillation import RampTo
+from nemo_minitron.config.sizes import LayerwiseConfig, SpaceConfig
 from nemo_minitron.config.training import DistillConfig
 
 _MIN_SHARE = 0.5
-
-
-def _limit(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not (whole or (isinstance(value, float) and 0 < value <= 1)):
-        raise ValueError("an integer of at least 1, or a fraction of the teacher's size up to 1.0, such as 0.5")
-    return value
-
-
-Limit = Annotated[int | float, BeforeValidator(_limit)]
-"""An integer: a size. A number up to 1.0: that fraction of the teacher's size."""
-
-
-class AxisConfig(Section):
-    """The sizes of one axis that the search may choose: a list, or every step from `min` to `max`."""
-
-    values: tuple[Count, ...] | None = None
-    min: Limit | None = None
-    """Smallest size; None for half the teacher's."""
-    max: Limit | None = None
-    """Largest size; None for the teacher's, which belongs to the space even if it is no multiple of `step`."""
-    step: Count | None = None
-    """Sizes are multiples of it, and of `target.multiple_of`; None for the axis's own step (docs/search.md)."""
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        if self.values is not None and any(x is not None for x in (self.min, self.max, self.step)):
-            raise ValueError("values, or min, max and step; not both")
-        if self.values is not None and not self.values:
-            raise ValueError("values is empty")
-        return self
-
-
-def _axis(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return {"values": [value]}
-    return {"values": value} if isinstance(value, list | tuple) else value
-
-
-AxisSpace = Annotated[AxisConfig, BeforeValidator(_axis)]
-"""Also a list of sizes, or one size."""
-
-
-class SpaceConfig(Section):
-    """What the search may choose from. A size that `target` names is fixed; an axis that neither names has defaults."""
-
-    num_layers: AxisSpace | None = None
-    hidden_size: AxisSpace | None = None
-    ffn_hidden_size: AxisSpace | None = None
-    num_attention_heads: AxisSpace | None = None
-    """None keeps the teacher's heads, as the papers recommend (arXiv:2408.11796)."""
-    num_query_groups: AxisSpace | None = None
-    """None keeps the teacher's KV groups."""
 
 
 class RungConfig(Section):
@@ -74,22 +22,6 @@ class RungConfig(Section):
     """The best ones of the round before."""
     tokens: Steps
     """Of each candidate's distillation, from the pruned weights; below 1, a fraction of `distill.tokens`."""
-
-
-class LayerwiseConfig(Section):
-    """Sizes that differ from layer to layer, chosen by the loss of replacing each layer alone.
-
-    Source: Puzzle, arXiv:2411.19146.
-    """
-
-    ffn_hidden_size: tuple[Limit, ...] = (1.0, 0.75, 0.5, 0.25)
-    """FFN sizes that a layer may have."""
-    num_query_groups: tuple[Limit, ...] = (1.0,)
-    """KV groups that a layer may have; each keeps its query heads."""
-    drop: bool = True
-    """Whether a layer may go altogether."""
-    samples: Count = 2
-    """Calibration samples that each replacement is measured on."""
 
 
 class SearchConfig(Section):

@@ -1,14 +1,15 @@
 """What a model loses when one of its layers alone takes a smaller form, for many layers and forms at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.depth import LM_LOSS
 from nemo_minitron.megatron.depth import LayerSkipper, Part
@@ -22,14 +23,12 @@ class Replacement:
 
     Attributes:
         layer: Which layer, from 0.
-        ffn: Neurons that stay; None for all.
-        heads: Query heads that stay; None for all.
+        kept: Units that stay, by axis; of an axis that is not named, all.
         dropped: Whether the layer goes altogether.
     """
 
     layer: int
-    ffn: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
+    kept: Mapping[Axis, tuple[int, ...]] = field(default_factory=dict)
     dropped: bool = False
 
 
@@ -62,14 +61,10 @@ class BlockReplacer(LayerSkipper):
     def _silenced(self, part: Part, replacement: Replacement) -> Iterator[None]:
         layer: Any = part.model.decoder.layers[replacement.layer - part.layers.start]
         sizes = self._spec.layers[replacement.layer]
+        heads = sizes.attention.num_attention_heads
         cuts = (
-            (layer.mlp.linear_fc2, replacement.ffn, sizes.mlp.ffn_hidden_size, 1),
-            (
-                layer.self_attention.linear_proj,
-                replacement.heads,
-                sizes.attention.num_attention_heads,
-                self._spec.head_dim,
-            ),
+            (layer.mlp.linear_fc2, replacement.kept.get(Axis.FFN), sizes.mlp.ffn_hidden_size, 1),
+            (layer.self_attention.linear_proj, replacement.kept.get(Axis.HEAD), heads, self._spec.head_dim),
         )
         with ExitStack() as stack:
             for module, kept, size, width in cuts:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis, outer_axis
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.ops.ranking import ranked, top_heads, top_indices
 from nemo_minitron.pruning.chance import RandomImportance

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, LOGIT_MSE
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.ops.ranking import top_indices
 from nemo_minitron.pruning.ranges import to_ranges

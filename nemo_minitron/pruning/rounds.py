@@ -10,7 +10,7 @@ from math import ceil, gcd
 
 from nemo_minitron.arch.axes import PRUNABLE, outer_axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.sizes import student_spec
 

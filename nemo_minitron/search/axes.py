@@ -1,100 +1,13 @@
-"""The axes that a search may choose sizes on: one row each. Everything in this room iterates over `AXES`."""
+"""The axes that a search may choose sizes on: those of the table, in the order in which candidates are named."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+from nemo_minitron.arch.axes import SEARCH_ORDER, PrunableAxis, row_of
 from nemo_minitron.arch.spec import ModelSpec
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchAxis:
-    """One size of a model whose layers are all the same.
-
-    Attributes:
-        name: Key of the size in a recipe's `target` and `search.space`, and argument of `ModelSpec.with_sizes`.
-        symbol: Letter in a candidate's name.
-        label: For people.
-        size: The size that a model has.
-        step: What sizes are multiples of, if the recipe says nothing.
-        default: Whether the axis is searched if the recipe says nothing; otherwise it keeps the teacher's size.
-        split: Whether tensor parallelism divides it.
-    """
-
-    name: str
-    symbol: str
-    label: str
-    size: Callable[[ModelSpec], int]
-    step: Callable[[int], int]
-    default: bool
-    split: bool
-
-
-def _fraction_of(parts: int, least: int) -> Callable[[int], int]:
-    """The power of two, at least `least`, that cuts a size into `parts` or fewer steps."""
-
-    def step(size: int) -> int:
-        width = least
-        while size // width > parts:
-            width *= 2
-        return width
-
-    return step
-
-
-def _one(size: int) -> int:
-    return 1
-
-
-AXES: tuple[SearchAxis, ...] = (
-    SearchAxis(
-        name="num_layers",
-        symbol="L",
-        label="layers",
-        size=lambda spec: spec.num_layers,
-        step=_one,
-        default=True,
-        split=False,
-    ),
-    SearchAxis(
-        name="hidden_size",
-        symbol="H",
-        label="hidden",
-        size=lambda spec: spec.hidden_size,
-        step=_fraction_of(32, 32),
-        default=True,
-        split=False,
-    ),
-    SearchAxis(
-        name="ffn_hidden_size",
-        symbol="F",
-        label="FFN",
-        size=lambda spec: spec.layer.mlp.ffn_hidden_size,
-        step=_fraction_of(64, 64),
-        default=True,
-        split=True,
-    ),
-    SearchAxis(
-        name="num_attention_heads",
-        symbol="A",
-        label="heads",
-        size=lambda spec: spec.layer.attention.num_attention_heads,
-        step=_one,
-        default=False,
-        split=True,
-    ),
-    SearchAxis(
-        name="num_query_groups",
-        symbol="G",
-        label="KV groups",
-        size=lambda spec: spec.layer.attention.num_query_groups,
-        step=_one,
-        default=False,
-        split=True,
-    ),
-)
-NAMES: tuple[str, ...] = tuple(axis.name for axis in AXES)
-HEADS, GROUPS = NAMES.index("num_attention_heads"), NAMES.index("num_query_groups")
-LAYERS = NAMES.index("num_layers")
+AXES: tuple[PrunableAxis, ...] = tuple(row_of(axis) for axis in SEARCH_ORDER)
+NAMES: tuple[str, ...] = tuple(row.size for row in AXES)
+"""Keys of the sizes in a recipe's `target` and `search.space`, and arguments of `ModelSpec.with_sizes`."""
+LAYERS, HIDDEN, FFN, HEADS, GROUPS = range(len(AXES))
+"""Places of the axes."""
 
 Sizes = tuple[int, ...]
 """A size for each axis, in the order of `AXES`."""
@@ -106,7 +19,7 @@ def sizes_of(spec: ModelSpec) -> Sizes:
     Raises:
         SpecError: Its layers differ.
     """
-    return tuple(axis.size(spec) for axis in AXES)
+    return tuple(spec.size(row, 0) for row in AXES)
 
 
 def resized(spec: ModelSpec, sizes: Sizes) -> ModelSpec:
@@ -121,4 +34,12 @@ def named(sizes: Sizes) -> dict[str, int]:
 
 def short_name(sizes: Sizes) -> str:
     """As `L24-H512-F1408-A9-G3`."""
-    return "-".join(f"{axis.symbol}{size}" for axis, size in zip(AXES, sizes, strict=True))
+    return "-".join(f"{row.symbol}{size}" for row, size in zip(AXES, sizes, strict=True))
+
+
+def step_of(row: PrunableAxis, size: int) -> int:
+    """What sizes of an axis are multiples of, if the recipe says nothing; `size` is the teacher's."""
+    width = row.coarse or 1
+    while row.coarse and size // width > row.coarse:
+        width *= 2
+    return width

@@ -74,7 +74,7 @@ def non_embedding_parameters(spec: ModelSpec) -> int:
 
 def query_channels(spec: ModelSpec) -> int:
     """Channels of all query heads of all layers."""
-    return sum(layer.attention.num_attention_heads for layer in spec.layers) * spec.head_dim
+    return sum(layer.size(AXES[HEADS]) for layer in spec.layers) * spec.head_dim
 
 
 def cached_positions(layers: Any, spec: ModelSpec, length: int) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import NAMES
+from nemo_minitron.search.axes import FFN, GROUPS, HEADS, HIDDEN, LAYERS
 
 FORMAT = "nemo_minitron.latency"
 VERSION = 1
@@ -106,10 +106,7 @@ class LatencyTable:
         return interpolate(np.array(self.milliseconds[phase][part], dtype=float), grids, point)
 
     def _model(self, phase: str, sizes: Sequence[Any]) -> Any:
-        layers, hidden, ffn, heads, groups = (
-            sizes[NAMES.index(name)]
-            for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        )
+        layers, hidden, ffn, heads, groups = (sizes[place] for place in (LAYERS, HIDDEN, FFN, HEADS, GROUPS))
         # Combinations that no model can have are ruled out elsewhere; here they only must not leave the table.
         ratio = np.clip(np.divide(heads, groups), self.grid["ratio"][0], self.grid["ratio"][-1])
         layer = self.part_ms(phase, "attention", (hidden, groups, ratio)) + self.part_ms(phase, "mlp", (hidden, ffn))

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, outer_axis
 from nemo_minitron.arch.spec import LayerSpec
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import TargetConfig
-from nemo_minitron.config.search import LayerwiseConfig
+from nemo_minitron.config.sizes import LayerwiseConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.axes import NAMES, sizes_of
 from nemo_minitron.search.measures import Measure, describe
@@ -33,14 +33,19 @@ def layer_variants(
     Sizes are rounded to what divides by the tensor-parallel sizes and by `target.multiple_of`.
     """
     shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
-    attention, mlp = layer.attention, layer.mlp
-    heads = attention.num_attention_heads // attention.num_query_groups
-    ffn = _sizes(layerwise.ffn_hidden_size, mlp.ffn_hidden_size, lcm(shared, target.multiple_of.ffn_hidden_size))
-    multiple = lcm(shared, target.multiple_of.num_query_groups)
-    groups = _sizes(layerwise.num_query_groups, attention.num_query_groups, multiple)
+    chosen = [row for row in reversed(LAYER_AXES) if hasattr(layerwise, row.size)]
+
+    def wanted(row: PrunableAxis) -> list[int]:
+        multiple = lcm(shared, getattr(target.multiple_of, row.size))
+        return _sizes(getattr(layerwise, row.size), layer.size(row), multiple)
+
     found: dict[Variant, None] = {layer: None}
-    for neurons, group in product(ffn, groups):
-        form = layer.with_sizes(ffn_hidden_size=neurons, num_query_groups=group, num_attention_heads=group * heads)
+    for counts in product(*map(wanted, chosen)):
+        sizes = {row.size: count for row, count in zip(chosen, counts, strict=True)}
+        for row in LAYER_AXES:
+            if (outer := outer_axis(row)) is not None and outer.size in sizes:  # as many in each as before
+                sizes[row.size] = sizes[outer.size] * (layer.size(row) // layer.size(outer))
+        form = layer.with_sizes(**sizes)
         found[form] = None
     if layerwise.drop:
         found[None] = None

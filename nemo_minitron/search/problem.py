@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.search.axes import Sizes, named, resized
 from nemo_minitron.search.choose import Candidate, choose_candidates

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.arch.axes import PrunableAxis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import TargetConfig
-from nemo_minitron.config.search import AxisConfig, SearchConfig
+from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sizes import AxisConfig, TargetConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import AXES, GROUPS, HEADS, LAYERS, NAMES, SearchAxis, Sizes, named, short_name, sizes_of
+from nemo_minitron.search.axes import AXES, GROUPS, HEADS, LAYERS, NAMES, Sizes, named, short_name, sizes_of, step_of
 from nemo_minitron.search.counts import IntArray
 from nemo_minitron.search.measures import Measure, describe
 
@@ -52,7 +53,8 @@ class Space:
     def allowed(self, sizes: Sequence[IntArray]) -> NDArray[np.bool_]:
         """Which query heads can be cut out of the teacher's groups: a multiple of the groups, no more to each."""
         heads, groups = sizes[HEADS], sizes[GROUPS]
-        most = self.teacher.layer.attention.num_attention_heads // self.teacher.layer.attention.num_query_groups
+        teacher = sizes_of(self.teacher)
+        most = teacher[HEADS] // teacher[GROUPS]
         result: NDArray[np.bool_] = (heads % groups == 0) & (heads // groups <= most)
         return result
 
@@ -86,16 +88,16 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
     shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
     values = []
     for axis, size in zip(AXES, sizes_of(teacher), strict=True):
-        wanted: AxisConfig | None = getattr(search.space, axis.name)
-        exact: int | float | None = getattr(target, axis.name)
-        multiple = lcm(getattr(target.multiple_of, axis.name), shared if axis.split else 1)
+        wanted: AxisConfig | None = getattr(search.space, axis.size)
+        exact: int | float | None = getattr(target, axis.size)
+        multiple = lcm(getattr(target.multiple_of, axis.size), shared if axis.divided_by == "tensor" else 1)
         if exact is not None and wanted is not None:
-            problems.append(f"target.{axis.name} = {exact} and search.space.{axis.name}: one of them")
+            problems.append(f"target.{axis.size} = {exact} and search.space.{axis.size}: one of them")
             continue
         if exact is not None:
             share = round(exact * size / multiple) * multiple if isinstance(exact, float) else exact
             wanted = AxisConfig(values=(share,))
-        elif wanted is None and not axis.default:
+        elif wanted is None and not axis.is_searched:
             wanted = AxisConfig(values=(size,))
         found, wrong = _sizes(axis, wanted or AxisConfig(), size, multiple)
         problems += wrong
@@ -121,20 +123,20 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             f"search space: no number of heads in {list(space.values[HEADS])} goes with KV groups in "
             f"{list(space.values[GROUPS])}",
             rule="heads are a multiple of KV groups, and a group has no more heads than the teacher's",
-            remedy="change search.space.num_attention_heads or search.space.num_query_groups",
+            remedy="change search.space.{NAMES[HEADS]} or search.space.{NAMES[GROUPS]}",
         )
     return space
 
 
-def _sizes(axis: SearchAxis, wanted: AxisConfig, size: int, multiple: int) -> tuple[tuple[int, ...], list[str]]:
+def _sizes(axis: PrunableAxis, wanted: AxisConfig, size: int, multiple: int) -> tuple[tuple[int, ...], list[str]]:
     """The sizes of one axis, and what is wrong with them."""
-    where = f"search.space.{axis.name}"
+    where = f"search.space.{axis.size}"
     if wanted.values is not None:
         found = tuple(sorted(set(wanted.values)))
         wrong = [f"{where}: {value} is above the teacher's {size}" for value in found if value > size]
         wrong += [f"{where}: {value} is not a multiple of {multiple}" for value in found if value % multiple]
         return found, wrong
-    step = lcm(wanted.step or lcm(axis.step(size), multiple), multiple)
+    step = lcm(wanted.step or lcm(step_of(axis, size), multiple), multiple)
     least, most = (
         ceil(value * size) if isinstance(value, float) else value
         for value in (0.5 if wanted.min is None else wanted.min, size if wanted.max is None else wanted.max)

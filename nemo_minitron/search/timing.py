@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from nemo_minitron.search.axes import FFN, GROUPS, HEADS, HIDDEN, sizes_of
 from nemo_minitron.search.latency import PARTS, PHASES, Conditions, LatencyTable
 from nemo_minitron.search.space import Space
 
@@ -36,16 +37,13 @@ def device_name() -> str:
 
 def grid_of(space: Space, points: int = 4) -> dict[str, list[int]]:
     """Points that a space is timed at: evenly many from the smallest to the teacher's size."""
-    layer = space.teacher.layer
-    ends = dict(zip(("layers", "hidden", "ffn", "heads", "groups"), ((v[0], v[-1]) for v in space.values), strict=True))
-    largest = {
-        "hidden": space.teacher.hidden_size,
-        "ffn": layer.mlp.ffn_hidden_size,
-        "groups": layer.attention.num_query_groups,
-        "ratio": layer.attention.num_attention_heads // layer.attention.num_query_groups,
-    }
-    least = {**{name: ends[name][0] for name in ("hidden", "ffn", "groups")}}
-    least["ratio"] = max(1, min(ends["heads"][0] // ends["groups"][1], largest["ratio"]))
+    ends = sizes_of(space.teacher)
+    low, high = ([values[end] for values in space.values] for end in (0, -1))
+    places = {"hidden": HIDDEN, "ffn": FFN, "groups": GROUPS}
+    largest = {axis: ends[place] for axis, place in places.items()}
+    least = {axis: low[place] for axis, place in places.items()}
+    largest["ratio"] = ends[HEADS] // ends[GROUPS]
+    least["ratio"] = max(1, min(low[HEADS] // high[GROUPS], largest["ratio"]))
     return {name: _between(least[name], largest[name], points) for name in largest}
 
 

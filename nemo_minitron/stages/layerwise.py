@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import LayerSpec, ModelSpec
-from nemo_minitron.config.search import LayerwiseConfig
+from nemo_minitron.config.sizes import LayerwiseConfig
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.megatron.replace import BlockLossCollector, Replacement
@@ -82,7 +81,7 @@ def _replacement(context: StageContext, scores: Scores, layer: int, sizes: Varia
     plan = build_plan_by_layer(scores, context.config.target, {layer: sizes}, provenance={})
     kept, before = plan.layers[0].kept, scores.spec.layers[layer]
     cut = {row.axis: kept[row.axis] for row in axes_of(before) if len(kept[row.axis]) < before.size(row)}
-    return Replacement(layer=layer, ffn=cut.get(Axis.FFN), heads=cut.get(Axis.HEAD))
+    return Replacement(layer=layer, kept=cut)
 
 
 def _measure(

@@ -8,7 +8,8 @@ from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.source import TensorSource
-from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan

@@ -56,7 +56,7 @@ class CandidateData(TokenDataModule):
         super().__init__(text.folder, settings, seed=text.order_seed)
         self._text, self._order = text, order
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches of all steps."""
         length = self.settings.batch.sequence_length
         stored = training_dataset(self.folder, length, self._text.samples, seed=self.seed)

@@ -4,7 +4,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
 
@@ -21,6 +21,7 @@ from nemo_minitron.megatron import runtime
 from nemo_minitron.models import resume
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.models.strategy import MegatronStrategy
 from nemo_minitron.stages import budget, signals, speed, trial
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.files import read_json
@@ -70,7 +71,7 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         "steps": trainer.global_step,
         "tokens": trainer.global_step * settings.batch.tokens_per_step,
         "skipped_steps": model.guard.skipped,
-        "changes": trainer.strategy.changes,
+        "changes": cast(MegatronStrategy, trainer.strategy).changes,
         "ended_early": best.ended,
         "best": {"step": best.step, job.metric: best.value},
         "finished_with": best.step if best.path is not None else trainer.global_step,

@@ -7,7 +7,6 @@ def smollm2() -> ModelSpec:
     """SmolLM2-135M."""
     layer = transformer_layer(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536)
     return ModelSpec(
-        family="llama",
         vocab_size=49152,
         hidden_size=576,
         head_dim=64,

@@ -13,7 +13,7 @@ from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PRUNABLE, Axis, oute
 from nemo_minitron.arch.spec import Attention, LayerSpec, Mlp, ModelSpec, transformer_layer
 from nemo_minitron.arch.weights import ROWS, parameter_count, weights
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import MultipleOf, TargetConfig
+from nemo_minitron.config.sizes import MultipleOf, TargetConfig
 from nemo_minitron.errors import PlanError, SpecError
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan, random_plan

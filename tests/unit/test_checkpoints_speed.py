@@ -15,7 +15,7 @@ from nemo_minitron.checkpoints import large_files, read_ahead
 from nemo_minitron.checkpoints.files import staged_file, staged_folder
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import open_nemo, pack_nemo, write_folder
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.ops import memory
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import random_plan

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nemo_minitron.config.load import check
-from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ConfigError, ScoresError
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.depth import DepthScores, candidate_blocks, kept_layers

@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.plan import PruningPlan

@@ -13,7 +13,8 @@ from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.source import PLAN_FILE
-from nemo_minitron.config.run import ExportFormat, TargetConfig
+from nemo_minitron.config.run import ExportFormat
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import CheckpointError, PlanError
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import random_plan

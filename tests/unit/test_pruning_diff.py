@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.diff import AxisDiff, diff_plans

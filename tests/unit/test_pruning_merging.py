@@ -14,7 +14,7 @@ from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.source import Checkpoint
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan

@@ -12,7 +12,7 @@ import torch
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import transformer_layer
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.plan import PruningPlan

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.load import check
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.rounds import between, round_specs, round_targets
 from nemo_minitron.pruning.sizes import student_spec

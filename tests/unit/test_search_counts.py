@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Nemotr
 from nemo_minitron.arch.families import family_named
 from nemo_minitron.arch.spec import ModelSpec, transformer_layer
 from nemo_minitron.config.budget import DeploymentConfig
-from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.search.axes import sizes_of
 from nemo_minitron.search.measures import limits, measures
@@ -18,10 +18,10 @@ from nemo_minitron.search.measures import limits, measures
 NAMES = ("params", "non_embedding_params", "weight_memory", "kv_cache", "flops_per_token")
 
 
-def spec_of(*, family="llama", layers=32, hidden=4096, ffn=14336, heads=32, groups=8, vocab=128256, **traits):
+def spec_of(*, layers=32, hidden=4096, ffn=14336, heads=32, groups=8, vocab=128256, **traits):
     layer = transformer_layer(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=ffn)
     traits = {"head_dim": 128, "max_position_embeddings": 8192, **traits}
-    return ModelSpec(family=family, vocab_size=vocab, hidden_size=hidden, layers=(layer,) * layers, **traits)
+    return ModelSpec(vocab_size=vocab, hidden_size=hidden, layers=(layer,) * layers, **traits)
 
 
 def random_config(rng: random.Random, kind: type):
@@ -99,7 +99,6 @@ def test_local_layers_hold_their_window():
         for index in range(12)
     )
     spec = ModelSpec(
-        family="gemma3_text",
         vocab_size=64,
         hidden_size=32,
         head_dim=8,

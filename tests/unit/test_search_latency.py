@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import TargetConfig
 from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.latency import Conditions, LatencyTable, interpolate
 from nemo_minitron.search.space import make_space

@@ -9,8 +9,8 @@ from nemo_minitron.arch.spec import transformer_layer
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import TargetConfig
-from nemo_minitron.config.search import LayerwiseConfig, SearchConfig
+from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sizes import LayerwiseConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.layerwise import choose_layers, layer_costs, layer_variants
 from nemo_minitron.search.measures import measures

@@ -9,7 +9,8 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.config.load import check
-from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.pruning.sizes import student_spec
 from nemo_minitron.stages.chain import chain_for
@@ -110,7 +111,7 @@ def test_a_dry_run_shows_space_budgets_and_cost(tiny, tmp_path):
     assert done.exit_code == 0, done.output
     teacher = parameter_count(open_checkpoint(folder / "hf").spec)
     text = " ".join(done.output.split())
-    assert re.search(r"hidden 64 32, 64 2", text)
+    assert re.search(r"hidden size 64 32, 64 2", text)
     assert re.search(r"layers 4 2, 3, 4 3", text)
     assert f"params {teacher * 6 // 10 / 1e3:.4g} K" in text
     assert re.search(r"[\d,]+ pass, \d+ of them run", text)

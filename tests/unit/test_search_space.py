@@ -6,8 +6,8 @@ import pytest
 
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import TargetConfig
-from nemo_minitron.config.search import SearchConfig, SpaceConfig
+from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sizes import SpaceConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search import space as module
 from nemo_minitron.search.axes import AXES, NAMES, resized, sizes_of

@@ -1,0 +1,145 @@
+"""The keys of a recipe that are sizes: of the student, of a search's space, and of single layers."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, field_validator, model_validator
+
+from nemo_minitron.config.base import Count, NonNegative, Positive, Section
+from nemo_minitron.config.budget import BudgetConfig
+from nemo_minitron.config.depth import BLOCK_INFLUENCE
+from nemo_minitron.config.sites import Aggregation
+
+
+def _size(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not (whole or (isinstance(value, float) and 0 < value < 1)):
+        raise ValueError("an integer of at least 1, or a share of the teacher's between 0 and 1, such as 0.75")
+    return value
+
+
+Size = Annotated[int | float, BeforeValidator(_size)]
+"""An integer: so many units. A number between 0 and 1: that share of the teacher's, rounded to `target.multiple_of`."""
+
+
+class MultipleOf(Section):
+    """What sizes are multiples of: shares are rounded to it (to the nearest, halves up), explicit sizes must be it."""
+
+    num_layers: Count = 1
+    hidden_size: Count = 1
+    ffn_hidden_size: Count = 1
+    num_attention_heads: Count = 1
+    num_query_groups: Count = 1
+
+
+class TargetConfig(BudgetConfig):
+    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's.
+
+    With a budget (`params: 100M`, `ratio: 0.75`) instead, None leaves the size to stage `search`.
+    """
+
+    num_layers: Size | None = None
+    """Layers to keep; those that are worth least by `depth_metric` go."""
+    drop_layers: tuple[int, ...] | None = None
+    """Exactly these layers go, counted from 0, instead of a choice by scores."""
+    depth_metric: str = BLOCK_INFLUENCE
+    """What layers are chosen by: `block_influence`, or one that `score.depth.metrics` measures."""
+    depth_contiguous: bool = False
+    """Drop the best block of consecutive layers instead of the layers that are worth least one by one."""
+    hidden_size: Size | None = None
+    ffn_hidden_size: Size | None = None
+    num_attention_heads: Size | None = None
+    """Query heads of a layer; a multiple of its KV groups."""
+    num_query_groups: Size | None = None
+    multiple_of: MultipleOf = MultipleOf()
+    """A divisor for each axis, as `{hidden_size: 64, ffn_hidden_size: 128}`; an integer stands for these two axes."""
+    rescale_norms: bool = True
+    """When hidden channels go, scale RMSNorm's weight and epsilon so that channels that were zero could go without a
+    trace. Left alone, the norm of fewer channels is another one."""
+    merge_head_residuals: bool = False
+    """Fold what a dropped query head differs by from a kept one into that one's weights: `2 kept - dropped`, the
+    paper's residual merging (section 2.3). With grouped queries, in query weights and inside a group only."""
+    merge_layers: bool = False
+    """Refit the second MLP matrix of the layer before dropped ones, so that it adds to the residual stream what they
+    added, as far as a linear map can (ReplaceMe, arXiv:2505.02819). Stage `score` then passes over
+    `score.merge_samples` once more, and depends on `target`."""
+    merge_ridge: Positive = 0.3
+    """Ridge penalty of that fit, relative to each neuron's second moment: more holds the weights where they are."""
+    random_seed: NonNegative | None = None
+    """Draw what stays by lot, whatever the scores are: the baseline."""
+    batch_aggregation: Aggregation = Aggregation.L2
+    sequence_aggregation: Aggregation = Aggregation.MEAN
+
+    @field_validator("multiple_of", mode="before")
+    @classmethod
+    def _for_both_widths(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return {"hidden_size": value, "ffn_hidden_size": value} if whole else value
+
+
+def _limit(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not (whole or (isinstance(value, float) and 0 < value <= 1)):
+        raise ValueError("an integer of at least 1, or a fraction of the teacher's size up to 1.0, such as 0.5")
+    return value
+
+
+Limit = Annotated[int | float, BeforeValidator(_limit)]
+"""An integer: a size. A number up to 1.0: that fraction of the teacher's size."""
+
+
+class AxisConfig(Section):
+    """The sizes of one axis that the search may choose: a list, or every step from `min` to `max`."""
+
+    values: tuple[Count, ...] | None = None
+    min: Limit | None = None
+    """Smallest size; None for half the teacher's."""
+    max: Limit | None = None
+    """Largest size; None for the teacher's, which belongs to the space even if it is no multiple of `step`."""
+    step: Count | None = None
+    """Sizes are multiples of it, and of `target.multiple_of`; None for the axis's own step (docs/search.md)."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.values is not None and any(x is not None for x in (self.min, self.max, self.step)):
+            raise ValueError("values, or min, max and step; not both")
+        if self.values is not None and not self.values:
+            raise ValueError("values is empty")
+        return self
+
+
+def _axis(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"values": [value]}
+    return {"values": value} if isinstance(value, list | tuple) else value
+
+
+AxisSpace = Annotated[AxisConfig, BeforeValidator(_axis)]
+"""Also a list of sizes, or one size."""
+
+
+class SpaceConfig(Section):
+    """What the search may choose from. A size that `target` names is fixed; an axis that neither names has defaults."""
+
+    num_layers: AxisSpace | None = None
+    hidden_size: AxisSpace | None = None
+    ffn_hidden_size: AxisSpace | None = None
+    num_attention_heads: AxisSpace | None = None
+    """None keeps the teacher's heads, as the papers recommend (arXiv:2408.11796)."""
+    num_query_groups: AxisSpace | None = None
+    """None keeps the teacher's KV groups."""
+
+
+class LayerwiseConfig(Section):
+    """Sizes that differ from layer to layer, chosen by the loss of replacing each layer alone.
+
+    Source: Puzzle, arXiv:2411.19146.
+    """
+
+    ffn_hidden_size: tuple[Limit, ...] = (1.0, 0.75, 0.5, 0.25)
+    """FFN sizes that a layer may have."""
+    num_query_groups: tuple[Limit, ...] = (1.0,)
+    """KV groups that a layer may have; each keeps its query heads."""
+    drop: bool = True
+    """Whether a layer may go altogether."""
+    samples: Count = 2
+    """Calibration samples that each replacement is measured on."""
