@@ -6,8 +6,9 @@ from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli.job import Job
+from nemo_minitron.config.evaluation import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import EvaluateConfig, RunConfig, ScoreConfig
+from nemo_minitron.config.run import RunConfig, ScoreConfig
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.errors import ConfigError, DataError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
@@ -37,6 +38,10 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
             rule="texts are tokenized by the model's own tokenizer",
             remedy="load it with transformers.AutoTokenizer and save_pretrained() it beside the weights",
         )
+    if config.evaluate.tasks and any(stage.kind == "evaluate" for stage in ahead):
+        from nemo_minitron.evaluation.harness import check_tasks
+
+        check_tasks(config.evaluate.tasks, config.evaluate.include_path)
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all

@@ -10,6 +10,7 @@ from nemo_minitron.config.blend import Blend
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
+from nemo_minitron.config.evaluation import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
@@ -173,18 +174,6 @@ class TargetConfig(Section):
     def _for_both_widths(cls, value: Any) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool)
         return {"hidden_size": value, "ffn_hidden_size": value} if whole else value
-
-
-class EvaluateConfig(Section):
-    """Perplexity on the held-out documents, and one text sample of each model."""
-
-    sequence_length: Count = 512
-    micro_batch_size: Count = 4
-    max_tokens: Count = 20_000
-    """Held-out tokens to predict, in windows at even distances over all held-out documents."""
-    prompt: str = "The history of the city begins"
-    sample_tokens: Count = 40
-    """Tokens to generate after the prompt, greedily."""
 
 
 class ExportFormat(StrEnum):

@@ -7,7 +7,7 @@ and split, and modules keep Megatron's names, so hooks and checkpoints cannot te
 import copy
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -63,6 +63,16 @@ class LocalNorm(nn.Module):
         return layer_norm(x, weight, self.bias, self.eps)
 
 
+class AttentionCache(Protocol):
+    """What remembers a layer's keys and values while text is generated; see `kv_cache`."""
+
+    def attend(
+        self, qkv: Tensor, *, groups: int, head_dim: int, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
+        """`causal_attention` of new positions to those before them too."""
+        ...
+
+
 class LocalSelfAttention(SelfAttention):
     """Megatron's self-attention, with everything between its two linears in one function.
 
@@ -82,6 +92,7 @@ class LocalSelfAttention(SelfAttention):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.window, self.scale, self.rotary_base = window, scale, rotary_base
+        self.cache: AttentionCache | None = None
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Any = None, **kwargs: Any
@@ -90,18 +101,16 @@ class LocalSelfAttention(SelfAttention):
         qkv, _ = self.linear_qkv(hidden_states)
         if not isinstance(self.q_layernorm, IdentityOp | None):
             qkv = self._with_normed_heads(qkv)
-        angles = rotary_pos_emb
-        if self.rotary_base is not None:
-            angles = _angles(self.rotary_base, angles.shape[-1], angles.shape[0], angles.device)
-        context = causal_attention(
-            qkv,
-            rotary_tables(angles, qkv.dtype),
-            groups=self.num_query_groups_per_partition,
-            head_dim=self.hidden_size_per_attention_head,
-            scale=self.scale,
-            window=self.window,
-        )
-        return self.linear_proj(context)
+        how: dict[str, Any] = {
+            "groups": self.num_query_groups_per_partition,
+            "head_dim": self.hidden_size_per_attention_head,
+            "scale": self.scale,
+            "window": self.window,
+        }
+        if self.cache is not None:
+            return self.linear_proj(self.cache.attend(qkv, **how))
+        angles = layer_angles(self, rotary_pos_emb)
+        return self.linear_proj(causal_attention(qkv, rotary_tables(angles, qkv.dtype), **how))
 
     def _with_normed_heads(self, qkv: Tensor) -> Tensor:
         """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels."""
@@ -109,6 +118,13 @@ class LocalSelfAttention(SelfAttention):
         heads = qkv.view(length, batch, self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         query, key = self.q_layernorm(heads[..., :-2, :]), self.k_layernorm(heads[..., -2:-1, :])
         return torch.cat([query, key, heads[..., -1:, :]], dim=-2).flatten(2)
+
+
+def layer_angles(attention: LocalSelfAttention, angles: Tensor) -> Tensor:
+    """A layer's own rotary angles `[s, 1, 1, rotated]` in place of the model's, if it has a base of its own."""
+    if attention.rotary_base is None:
+        return angles
+    return _angles(attention.rotary_base, angles.shape[-1], angles.shape[0], angles.device)
 
 
 class LocalColumnLinear(ColumnParallelLinear):
