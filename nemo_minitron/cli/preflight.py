@@ -38,10 +38,7 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
             rule="texts are tokenized by the model's own tokenizer",
             remedy="load it with transformers.AutoTokenizer and save_pretrained() it beside the weights",
         )
-    if config.evaluate.tasks and any(stage.kind == "evaluate" for stage in ahead):
-        from nemo_minitron.evaluation.harness import check_tasks
-
-        check_tasks(config.evaluate.tasks, config.evaluate.include_path)
+    check_tasks(ahead, config)
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all
@@ -132,6 +129,19 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
     check_export(config, specs[-1])
+
+
+def check_tasks(stages: Iterable[Stage], config: RunConfig) -> None:
+    """Whether the tasks that stage evaluate will run are known here.
+
+    Raises:
+        MinitronError: The LM-Evaluation-Harness is not installed.
+        ConfigError: With every task and folder that is not there.
+    """
+    if config.evaluate.tasks and any(stage.kind == "evaluate" for stage in stages):
+        from nemo_minitron.evaluation import harness
+
+        harness.check_tasks(config.evaluate.tasks, config.evaluate.include_path)
 
 
 def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> None:

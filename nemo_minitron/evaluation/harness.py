@@ -78,7 +78,7 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     if samples_folder is not None:
-        _write_samples(found["samples"], samples_folder)
+        write_samples(found["samples"], samples_folder)
     return _compact(found)
 
 
@@ -213,7 +213,8 @@ def _metrics(found: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]:
     return metrics
 
 
-def _write_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+def write_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+    """One file a task, a line an item: `item`, `target`, `answers` and metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = []
