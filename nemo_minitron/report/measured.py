@@ -90,7 +90,7 @@ def speed_note(speed: Mapping[str, Any]) -> str:
 
 def _shots(row: Mapping[str, Any]) -> str:
     shots = row.get("num_fewshot")
-    return row["metric"] + (f", {shots}-shot" if shots is not None else "")
+    return str(row["metric"]) + (f", {shots}-shot" if shots is not None else "")
 
 
 def _score(metric: Mapping[str, Any], share: float | None, name: str) -> str:

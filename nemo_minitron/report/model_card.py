@@ -177,6 +177,12 @@ def _use(library: str) -> str:
             'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
             "tokenizer = AutoTokenizer.from_pretrained(folder)"
         )
+        serve = (
+            "vllm serve .                                                        # vLLM\n"
+            "python convert_hf_to_gguf.py . --outfile model.gguf --outtype bf16   # llama.cpp: in its source folder\n"
+            "llama-cli -m model.gguf -p 'The history of the city begins'"
+        )
+        return f"```python\n{code}\n```\n\n```console\n{serve}\n```"
     elif library == "nemo":
         code = 'from nemo_minitron import MegatronGPTModel\n\nmodel = MegatronGPTModel.restore_from("model.nemo")'
     else:

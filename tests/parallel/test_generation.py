@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.ranks import run_on_ranks
-from tests.tiny import FAMILY_CONFIGS, write_family
+from tests.tiny import write_family
 
 PROMPTS = [[5, 17, 200, 3, 90, 7, 8, 9, 41], [12], [30, 31, 32, 33]]
 COUNT = 10
@@ -67,17 +67,22 @@ def expected(folder: Path) -> list[list[int]]:
     return [model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_write_what_transformers_writes(family, tmp_path):
-    assert family in FAMILY_CONFIGS
-    write_family(tmp_path, family)
-    [found] = run_on_ranks(1, generate_at, tmp_path, ParallelConfig())
-    assert found["texts"] == found["plain"] == expected(tmp_path)
-    assert found["early"] == [text[: 2 + 3 * sample] for sample, text in enumerate(found["texts"])]
+def generate_each(folder: Path) -> dict[str, dict[str, Any]]:
+    """One process for all families: to start one takes longer than to write with it."""
+    return {family: generate_at(folder / family, ParallelConfig()) for family in FAMILIES}
+
+
+def test_families_write_what_transformers_writes(tmp_path):
+    models = {family: write_family(tmp_path / family, family) for family in FAMILIES}
+    [each] = run_on_ranks(1, generate_each, tmp_path)
     longest = len(PROMPTS[0])
-    assert found["cached"] == [longest] + [1] * (COUNT - 1), "each further token costs one position"
-    assert found["uncached"] == list(range(longest, longest + COUNT))
-    assert found["left"] == [], "no layer keeps a cache"
+    for family, found in each.items():
+        assert found["texts"] == found["plain"] == expected(tmp_path / family), family
+        assert found["early"] == [text[: 2 + 3 * sample] for sample, text in enumerate(found["texts"])]
+        assert found["cached"] == [longest] + [1] * (COUNT - 1), "each further token costs one position"
+        assert found["uncached"] == list(range(longest, longest + COUNT))
+        assert found["left"] == [], "no layer keeps a cache"
+    check_speed(each["qwen3"]["speed"], models["qwen3"].num_parameters())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,14 +93,12 @@ def test_layouts_write_what_transformers_writes(layout, tmp_path):
         assert found["texts"] == found["plain"] == expected(tmp_path)
 
 
-def test_speed_counts_what_was_done(tmp_path):
-    model = write_family(tmp_path, "qwen3")
-    [found] = run_on_ranks(1, generate_at, tmp_path, ParallelConfig())
-    speed = found["speed"]
+def check_speed(speed: dict[str, Any], parameters: int) -> None:
+    """What was counted, and that figures fit each other."""
     for row in speed["models"].values():
         assert row["prefill_tokens_per_second"] == pytest.approx(8 / row["time_to_first_token"], rel=0.5)
         assert row["decode_tokens_per_second"] > 0
-        assert row["weights_bytes"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+        assert row["weights_bytes"] == 4 * parameters
         # keys and values of 4 layers, 2 samples, 4 + 3 positions, 4 groups of 16 channels, in fp32
         assert row["cache_bytes"] == 2 * 4 * 2 * 7 * 4 * 16 * 4
     assert set(speed["ratio"]) == {"student"}

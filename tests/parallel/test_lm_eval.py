@@ -130,6 +130,9 @@ def test_what_was_answered_is_not_asked_again(model, tasks, tmp_path):
     kept = len(lines) // 2
     answers.write_text("".join(lines[:kept]) + lines[kept][:9])  # as a kill leaves it
     [second] = run_on_ranks(1, run_tasks_at, model, ParallelConfig(), TASKS, tasks, tmp_path)
-    assert second["results"] == first["results"]
+    for task, row in first["results"].items():
+        for metric, found in row["metrics"].items():  # in other batches, so rounded otherwise
+            assert second["results"][task]["metrics"][metric]["value"] == pytest.approx(found["value"], rel=1e-5)
     assert 0 < second["asked"] <= len(lines) - kept + 1 < first["asked"]
-    assert sorted(answers.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    keys = [json.loads(line)[0] for line in answers.read_text().splitlines()]
+    assert sorted(keys) == sorted(json.loads(line)[0] for line in lines)

@@ -59,7 +59,7 @@ def test_the_bytes_of_a_texts_tokens_add_up_to_the_text(kind, request):
     for text in TEXTS:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         assert sizes[tokens].sum() == len(text.encode()), text
-        assert len(tokens) < len(text.encode()), "longer tokens than bytes were met"
+    assert len(tokens) < len(text.encode()) / 2, "tokens of several bytes were met"
     assert sizes[tokenizer.eos_token_id] == 0
 
 
