@@ -45,6 +45,7 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
     teacher = teacher_spec(config, folder)
     if teacher is not None:
         check_models((teacher, *students(config, teacher)), config)
+        _check_speed(ahead, config, teacher)
 
 
 def teacher_spec(config: RunConfig, folder: RunFolder) -> ModelSpec | None:
@@ -142,6 +143,17 @@ def check_tasks(stages: Iterable[Stage], config: RunConfig) -> None:
         from nemo_minitron.evaluation import harness
 
         harness.check_tasks(config.evaluate.tasks, config.evaluate.include_path)
+
+
+def _check_speed(stages: Iterable[Stage], config: RunConfig, teacher: ModelSpec) -> None:
+    """Raises ConfigError if what is to be timed does not fit into the model's context."""
+    speed = config.evaluate.speed
+    if speed is None or all(stage.kind != "evaluate" for stage in stages):
+        return
+    length, limit = speed.prompt_tokens + speed.new_tokens, teacher.max_position_embeddings
+    if length > limit:
+        problem = f"evaluate.speed: prompt_tokens + new_tokens = {length} is above the model's context of {limit}"
+        raise ConfigError("recipe", [problem])
 
 
 def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> None:

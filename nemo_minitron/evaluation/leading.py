@@ -51,7 +51,8 @@ def led(scorer: TokenScorer, work: Callable[[Leader], T]) -> T:
     """
     runtime = scorer.runtime
     if runtime.rank > 0:
-        return _follow(scorer)
+        followed: T = _follow(scorer)
+        return followed
     leader = Leader(scorer)
     try:
         result = work(leader)
@@ -63,6 +64,7 @@ def led(scorer: TokenScorer, work: Callable[[Leader], T]) -> T:
 
 
 def _follow(scorer: TokenScorer) -> Any:
+    content: Any
     while True:
         verb, content = broadcast_object(("", None), patient=True)
         if verb == _DONE:

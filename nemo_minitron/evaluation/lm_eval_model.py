@@ -251,7 +251,7 @@ def _from_checkpoint(arguments: dict[str, Any], batch_size: Any) -> MinitronLM:
 
     told = dict(arguments)
     path = told.pop("pretrained", None)
-    sizes = {name: int(told.pop(name)) for name in ("tensor", "pipeline") if name in told}
+    parallel = ParallelConfig(tensor=int(told.pop("tensor", 1)), pipeline=int(told.pop("pipeline", 1)))
     precision = Precision(told.pop("precision", "fp32"))
     own = {name: told.pop(name) for name in ("max_length", "add_bos_token") if name in told}
     batch_size = told.pop("batch_size", batch_size)
@@ -260,7 +260,7 @@ def _from_checkpoint(arguments: dict[str, Any], batch_size: Any) -> MinitronLM:
             f"model_args {arguments}",
             rule="pretrained=FOLDER, and if wanted tensor, pipeline, precision, max_length, add_bos_token, batch_size",
         )
-    settings = ModelSettings(parallel=ParallelConfig(**sizes), precision=precision)
+    settings = ModelSettings(parallel=parallel, precision=precision)
     model = MegatronGPTModel.restore_from(path, settings=settings)
     tokenizer = load_tokenizer(model.tokenizer_files)
     scorer = TokenScorer(

@@ -6,7 +6,7 @@ work on as many batches at one time as there are stages. All ranks hold all resu
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class TokenScorer:
         runtime: Runtime,
         *,
         batch_size: int,
-        decode: Callable[[list[int]], str],
+        decode: Callable[[list[int]], Any],
         end: int | None,
     ) -> None:
         self.chunks, self.runtime, self.batch_size = chunks, runtime, batch_size
@@ -224,7 +224,7 @@ class TokenScorer:
 
     def _generate_batch(self, prompts: Sequence[Prompt]) -> list[str]:
         def text_of(index: int, tokens: list[int]) -> str:
-            text = self._decode(tokens)
+            text = str(self._decode(tokens))
             for stop in prompts[index].until:
                 text = text.split(stop, 1)[0] if stop else text
             return text
@@ -255,7 +255,9 @@ def _padded(inputs: Sequence[tuple[int, ...]], size: int, length: int) -> MicroB
 
 def _labels(batch: Rows, requests: Sequence[Continuation]) -> tuple[Tensor, Tensor, Tensor]:
     """Row, position and id of each token to be scored in a batch, requests in order, `[N]` each."""
-    rows, places, labels = [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    labels: list[int] = []
     for row, (inputs, indices) in enumerate(batch):
         for index in indices:
             tokens = requests[index].tokens

@@ -66,7 +66,7 @@ def measure(
     rounds: dict[str, list[Timing]] = {name: [] for name in models}
     for number in range(settings.rounds + 1):
         for name, chunks in models.items():
-            before = _allocated(reset=True)
+            before = _allocated()
             timing = _time(chunks, runtime, prompts, settings.new_tokens)
             peaks[name] = max(peaks[name], _peak() - before)
             if number:
@@ -136,13 +136,13 @@ def _memory(chunks: Sequence[nn.Module], samples: int, length: int, above: int) 
     return {"weights_bytes": weights, "cache_bytes": cache} | ({"peak_bytes": weights + above} if above else {})
 
 
-def _allocated(*, reset: bool) -> int:
-    if not torch.cuda.is_initialized():
+def _allocated() -> int:
+    """Bytes of tensors on this process's GPU; the peak counts from here on."""
+    if not torch.cuda.is_available():
         return 0
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats()
     return int(torch.cuda.memory_allocated())
 
 
 def _peak() -> int:
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_initialized() else 0
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0

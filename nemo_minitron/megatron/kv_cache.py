@@ -11,6 +11,7 @@ channels of a head.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -147,7 +148,7 @@ def cached(chunks: Sequence[nn.Module], *, samples: int, length: int) -> Iterato
             layer.self_attention.cache = None
 
 
-def _layers(chunks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+def _layers(chunks: Sequence[nn.Module]) -> Iterator[Any]:
     for chunk in chunks:
         yield from unwrap(chunk).decoder.layers
 

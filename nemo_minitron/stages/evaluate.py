@@ -162,8 +162,8 @@ def _tasks(
         raise error if context.rank == 0 else as_echo(error) from None
     for task, row in found.items():
         metric = row["metrics"][row["metric"]]
-        error = "" if metric["standard_error"] is None else f" ± {metric['standard_error']:.4f}"
-        context.reporter.line(f"          {name:<9} {task} {row['metric']} {metric['value']:.4f}{error}")
+        spread = "" if metric["standard_error"] is None else f" ± {metric['standard_error']:.4f}"
+        context.reporter.line(f"          {name:<9} {task} {row['metric']} {metric['value']:.4f}{spread}")
     return found
 
 

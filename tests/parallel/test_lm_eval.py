@@ -18,7 +18,6 @@ TASKS = ["toy_choice", "toy_letters", "toy_rolling", "toy_generate"]
 LAYOUTS = {
     "one": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tensor=2)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
     "pp2 vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
     "tp2 dp2": (4, ParallelConfig(tensor=2)),
 }

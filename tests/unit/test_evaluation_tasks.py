@@ -183,3 +183,18 @@ def test_page_card_and_summary_show_tasks_and_speed():
     lines = closing._aligned(*measured.task_table(TASKS))
     assert lines[0].split() == ["task", "items", "metric", "teacher", "pruned", "distilled"]
     assert len({line.index(word) + len(word) for line, word in zip(lines, ("items", "500", "500"), strict=True)}) == 1
+
+
+def test_a_text_to_time_that_does_not_fit_is_refused_before_work_begins(tmp_path):
+    from typer.testing import CliRunner
+
+    from nemo_minitron.cli.main import app
+    from tests.tiny import write_llama
+
+    write_llama(tmp_path / "hf")
+    (tmp_path / "text.txt").write_text("the history of the city " * 50)
+    given = [TINY, f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'text.txt'}]", "evaluate.speed={}"]
+    result = CliRunner().invoke(app, ["run", *given, "--run-dir", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "prompt_tokens + new_tokens = 544 is above the model's context of 256" in result.stderr
+    assert not (tmp_path / "run").exists()
