@@ -5,6 +5,7 @@ PYTHON ?= python3
 PYTHON311 ?= python3.11
 PYTHON3112 ?= /usr/bin/python3.11
 PYTHON312 ?= python3.12
+PYTHON313 ?= python3.13
 RUN ?= runs/demo
 TESTS ?= tests
 # Test files that run at a time; the ones that start ranks take about 1 GB a rank.
@@ -66,8 +67,9 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports
 
 .PHONY: compat
-compat:  ## run the tiny recipe with each pinned set; writes docs/compatibility.md (9 GB, half an hour)
-	python3 tests/compat/matrix.py --python 3.11=$(PYTHON311) --python 3.11.2=$(PYTHON3112) --python 3.12=$(PYTHON312)
+compat:  ## run the tiny recipe with each pinned set; writes docs/compatibility.md (16 GB, an hour)
+	python3 tests/compat/matrix.py --python 3.11=$(PYTHON311) --python 3.11.2=$(PYTHON3112) \
+	  --python 3.12=$(PYTHON312) --python 3.13=$(PYTHON313)
 
 .PHONY: constraints
 constraints: $(STAMP)  ## write constraints.txt from what is installed in .venv

@@ -14,6 +14,8 @@ for what nothing here does, ends the script at once with status 2 and the key to
 
 `exp_manager` writes TensorBoard logs and checkpoints (folders that any parallel layout can read) below
 `exp_manager.exp_dir`, resumes from them with `exp_manager.resume_if_exists=true`, and leaves `<name>.nemo` at the end.
+A resume is compared with the checkpoint: learning rate, schedule, number of steps and the like may change and hold from
+there on, while the batch size, the objective or the data may not, and end the script with status 2 and both values.
 """
 
 from lightning.pytorch import Trainer
@@ -24,7 +26,7 @@ from omegaconf import DictConfig
 from nemo_minitron import MegatronGPTDistillationModel, MegatronStrategy
 from nemo_minitron.callbacks.garbage import garbage_collection
 from nemo_minitron.models.data import TokenDataModule
-from nemo_minitron.models.scripts import distillation_script, reported_errors
+from nemo_minitron.models.scripts import distillation_script, reported_errors, resumed_settings
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_distillation")
@@ -40,8 +42,10 @@ def distill(cfg: DictConfig) -> None:
     callbacks = garbage_collection(settings.parallel, ranks=strategy.runtime.world_size)
     trainer = Trainer(strategy=strategy, callbacks=callbacks, **script.trainer)
     exp_manager(trainer, cfg.get("exp_manager"))
+    data = TokenDataModule(script.data, script.section, seed=settings.seed)
+    settings = resumed_settings(script, trainer, data)
     model = MegatronGPTDistillationModel.restore_from(script.checkpoint, trainer=trainer, settings=settings)
-    trainer.fit(model, datamodule=TokenDataModule(script.data, script.section, seed=settings.seed))
+    trainer.fit(model, datamodule=data)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,10 @@ class PlanError(MinitronError):
     """A pruning plan that cannot be made, or does not fit what it is applied to."""
 
 
+class SearchError(MinitronError):
+    """A search that cannot begin or end: no shape fits, rules contradict each other, no candidate is left."""
+
+
 class CacheError(MinitronError):
     """A teacher's cached targets that are missing, damaged, or of other data."""
 

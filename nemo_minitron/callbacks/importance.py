@@ -96,7 +96,7 @@ class ImportanceCallback(Callback):
         self, trainer: Trainer, pl_module: MegatronGPTModel, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Tell the hooks which tokens of the coming micro-batches count."""
-        micro_batches = batch.split(pl_module.settings.batch.micro_batch_size)
+        micro_batches = pl_module.micro_batches(batch)
         self._collector.expect([micro_batch.keep for micro_batch in micro_batches])
 
     def on_validation_batch_end(  # noqa: PLR0917 - Lightning's signature

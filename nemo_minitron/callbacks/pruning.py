@@ -201,7 +201,7 @@ def _on_first_rank(action: Callable[[], Any]) -> Any:
             # A stranger's error may not survive the way to the other ranks.
             stranger = not isinstance(failure, MinitronError)
             result = RuntimeError(f"rank 0: {type(error).__name__}: {error}") if stranger else failure
-    result = megatron_runtime.broadcast_object(result, patient=True)
+    result = megatron_runtime.broadcast_object(result, patient=True, doing="prunes")
     if isinstance(result, Exception):
         raise failure or result
     return result

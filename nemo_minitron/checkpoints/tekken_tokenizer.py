@@ -9,6 +9,7 @@ special_tokens[].rank, .token_str
 
 import base64
 import binascii
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.checkpoints.plain_data import read_json
@@ -71,6 +72,22 @@ def tekken_files(data: bytes, *, where: str) -> dict[str, bytes]:
 
 
 def _tokenizer(ranks: dict[bytes, int], pattern: str, special: list[str], where: str) -> Any:
+    ids = {name: index for index, name in enumerate(special)}
+    tokenizer = rank_tokenizer(ranks, pattern, ids, first=len(special))
+    bos = {"bos": (_BOS, ids[_BOS])} if _BOS in ids else {}
+    tokenizer.post_processor = around(bos, add_bos=_BOS in ids, add_eos=False, where=where)
+    return tokenizer
+
+
+def rank_tokenizer(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int], *, first: int) -> Any:
+    """A `tokenizers.Tokenizer` of byte strings with ranks; it puts nothing around a text.
+
+    Args:
+        ranks: From 0 on; two neighbours are joined where their union has the lowest one.
+        pattern: How a text is cut before.
+        special: Special tokens and their ids.
+        first: Id of rank 0.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = byte_letters()
@@ -78,8 +95,7 @@ def _tokenizer(ranks: dict[bytes, int], pattern: str, special: list[str], where:
     def spelled(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    vocabulary = {name: index for index, name in enumerate(special)}
-    vocabulary |= {spelled(token): rank + len(special) for token, rank in ranks.items()}
+    vocabulary = dict(special) | {spelled(token): rank + first for token, rank in ranks.items()}
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
@@ -94,6 +110,4 @@ def _tokenizer(ranks: dict[bytes, int], pattern: str, special: list[str], where:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
-    bos = {"bos": (_BOS, vocabulary[_BOS])} if _BOS in vocabulary else {}
-    tokenizer.post_processor = around(bos, add_bos=_BOS in vocabulary, add_eos=False, where=where)
     return tokenizer

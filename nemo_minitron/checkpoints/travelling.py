@@ -8,6 +8,7 @@ from nemo_minitron.checkpoints.sentencepiece_tokenizer import tokenizer_json
 from nemo_minitron.checkpoints.source import LICENCE_FILES, PLAN_FILE, TOKENIZER_FILES
 from nemo_minitron.checkpoints.special_ids import IDS_FILE
 from nemo_minitron.checkpoints.tekken_tokenizer import tekken_files
+from nemo_minitron.checkpoints.tiktoken_file import is_tiktoken, tiktoken_json
 from nemo_minitron.errors import CheckpointError
 
 _MORE_TEMPLATES = re.compile(r"^additional_chat_templates/[\w.-]+\.jinja$", re.ASCII)
@@ -74,6 +75,8 @@ def _made(files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
         return {}
     if "tekken.json" in files and "tokenizer.model" not in files:
         made = tekken_files(files["tekken.json"], where=f"{where}: tekken.json")
+    elif "tokenizer.model" in files and is_tiktoken(files["tokenizer.model"]):
+        made = tiktoken_json(files, where=f"{where}: tokenizer.model")
     elif "tokenizer.model" in files:
         made = tokenizer_json(files, where=f"{where}: tokenizer.model")
     else:

@@ -26,7 +26,7 @@ def convert(
         typer.Option("--to", metavar="FORMAT", help="hf, nemo, nemo2 or megatron. (default: by the name DST)"),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16. (default: as the source)")
+        str | None, typer.Option("--dtype", help="fp32, bf16 or fp16, or torch's names. (default: as the source)")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
     debug: Debug = False,
@@ -37,13 +37,15 @@ def convert(
         from nemo_minitron.checkpoints.convert import convert as write
         from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
         from nemo_minitron.checkpoints.summary import notes_of
+        from nemo_minitron.config.dtypes import dtype_name
         from nemo_minitron.errors import MinitronError
         from nemo_minitron.report.model_card import CARD, model_card
 
         if to is not None and to not in list(Format):
             raise MinitronError(f"--to {to}", rule=f"one of {', '.join(Format)}")
-        if dtype is not None and dtype not in DTYPES:
-            raise MinitronError(f"--dtype {dtype}", rule=f"one of {', '.join(DTYPES)}")
+        wanted = None if dtype is None else DTYPES.get(dtype_name(dtype) or "")
+        if dtype is not None and wanted is None:
+            raise MinitronError(f"--dtype {dtype}", rule="fp32, bf16 or fp16, also by torch's names")
         kind = Format(to) if to else format_for(destination)
 
         def card(opened: TensorSource, into: Format) -> dict[str, bytes]:
@@ -51,7 +53,7 @@ def convert(
             text = model_card(opened, name=destination.name.removesuffix(".nemo"), library=library)
             return {CARD: text.encode()}
 
-        write(source, destination, to=kind, dtype=DTYPES[dtype] if dtype else None, replace=force, card=card)
+        write(source, destination, to=kind, dtype=wanted, replace=force, card=card)
         for note in notes_of(open_checkpoint(source)):
             print(f"note: {note}", file=sys.stderr)
         print(destination)

@@ -73,12 +73,16 @@ def show(job: Job, *, console: Console) -> None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
         return
     ranks = job.ranks or preflight.planned_ranks(config)
+    if any(stage.kind == "search" for stage in chain):
+        from nemo_minitron.cli import dry_run_search
+
+        console.print(dry_run_search.tables(config, teacher, ranks=job.ranks or 1), highlight=False)
     planned = _Job(
         config=config,
         stages=chain,
         ranks=ranks,
         teacher=teacher,
-        students=preflight.students(config, teacher),
+        students=preflight.students(config, teacher, folder),
         described=not folder.is_whole("import") and not preflight.source_is_here(config),
     )
     on_meta, problem = _built(planned)

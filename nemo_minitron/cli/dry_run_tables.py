@@ -36,7 +36,7 @@ _ROWS: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
 
 def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
     """Sizes of every model, and what the last one keeps of the first."""
-    table = _table("", *models, "kept", title="sizes")
+    table = new_table("", *models, "kept", title="sizes")
     for label, size in _ROWS:
         found = [size(spec) for spec in models.values()]
         before, after = found[0], found[-1]
@@ -60,7 +60,7 @@ def layout(
     copies = ranks / parallel.model_parallel_size
     axes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {copies:g}"
     title = f"layout: {ranks} rank{'s' if ranks > 1 else ''} = {axes}"
-    table = _table("a rank holds", "divided by", *models, title=title)
+    table = new_table("a rank holds", "divided by", *models, title=title)
     for label, name in (
         ("query heads", "num_attention_heads"),
         ("KV groups", "num_query_groups"),
@@ -86,8 +86,8 @@ def layout(
 def memory(works: Mapping[str, Work], available: float | None) -> RenderableType:
     """Memory of the fullest rank of every training, and its activations under each kind of recomputation."""
     kinds = [field.name for field in fields(RankMemory)]
-    table = _table("GB a rank", *kinds, "total", title="")
-    again = _table("activations, total", *(f"recompute {kind}" for kind in Recompute), title="")
+    table = new_table("GB a rank", *kinds, "total", title="")
+    again = new_table("activations, total", *(f"recompute {kind}" for kind in Recompute), title="")
     for name, work in works.items():
         stage, most = fullest(work)
         label = name if len(work.memory()) == 1 else f"{name}, PP stage {stage}"
@@ -114,7 +114,7 @@ def communication(works: Mapping[str, Work], config: RunConfig) -> RenderableTyp
 
     Of the pipeline stage that waits longest.
     """
-    table = _table("communication, s a step", "TP", "PP", "DP", "hidden", "not\nhidden", "of the\nstep", title="")
+    table = new_table("communication, s a step", "TP", "PP", "DP", "hidden", "not\nhidden", "of the\nstep", title="")
     for name, work in works.items():
         stages = work.communication(config)
         stage = max(range(len(stages)), key=lambda index: _exposed(stages[index]))
@@ -146,7 +146,7 @@ def _seconds(value: float) -> str:
 def work(stages: Sequence[Stage], works: Mapping[str, Work], config: RunConfig) -> RenderableType:
     """Steps, tokens and time of every stage that computes."""
     hours = ("hours", "GPU\nhours") if config.cluster is not None else ("PFLOP",)
-    table = _table("work", "steps", "tokens\na step", "tokens", "micro-\nbatches", "bubble", *hours, title="")
+    table = new_table("work", "steps", "tokens\na step", "tokens", "micro-\nbatches", "bubble", *hours, title="")
     for stage in stages:
         if stage.kind == "evaluate":
             models = len(set(MODELS) & stage.inputs.keys())
@@ -174,7 +174,8 @@ def _work_cells(work: Work, config: RunConfig) -> list[str]:
     ]
 
 
-def _table(*headings: str, title: str) -> Table:
+def new_table(*headings: str, title: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
     table = Table(
         box=box.SIMPLE_HEAD,
         title=title or None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_minitron.cli import checkpoint, plan, scores
+from nemo_minitron.cli import checkpoint, latency, plan, scores
 from nemo_minitron.cli.failures import reported
 from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
@@ -176,8 +176,26 @@ for _name, _title in TITLES.items():
 
 app.command(rich_help_panel=AROUND)(checkpoint.convert)
 app.command(rich_help_panel=AROUND)(checkpoint.inspect)
+app.command(rich_help_panel=AROUND)(latency.latency)
 app.add_typer(plan.app, name="plan", rich_help_panel=AROUND)
 app.add_typer(scores.app, name="scores", rich_help_panel=AROUND)
+
+
+@app.command(rich_help_panel=AROUND)
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and return.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between looks.")] = 2.0,
+    debug: Debug = False,
+) -> None:
+    """Show a run while it goes on: its stages, the speed, the curves and the time left. Ends with the run."""
+    with reported(debug=debug):
+        from rich.console import Console
+
+        from nemo_minitron.cli import watch as view
+
+        view.watch(folder, once=once, every=every, console=Console())
 
 
 @app.command(name="ls", rich_help_panel=AROUND)

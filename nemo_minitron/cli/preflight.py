@@ -44,7 +44,7 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
         return  # nothing is pruned any more, or nothing at all
     teacher = teacher_spec(config, folder)
     if teacher is not None:
-        check_models((teacher, *students(config, teacher)), config)
+        check_models((teacher, *students(config, teacher, folder)), config)
         _check_speed(ahead, config, teacher)
 
 
@@ -96,15 +96,16 @@ def source_is_here(config: RunConfig) -> bool:
     return location(config.model.source).exists()
 
 
-def students(config: RunConfig, teacher: ModelSpec) -> tuple[ModelSpec, ...]:
-    """The model after each round.
+def students(config: RunConfig, teacher: ModelSpec, folder: RunFolder | None = None) -> tuple[ModelSpec, ...]:
+    """The model after each round; under a budget one that fits it, until the search in the folder has chosen.
 
     Raises:
         PlanError: The target or the rounds on the way to it cannot be.
+        SearchError: No shape fits the budgets.
     """
-    from nemo_minitron.pruning.rounds import round_specs
+    from nemo_minitron.stages.students import students_of
 
-    return round_specs(config.target, teacher, config.steps)
+    return students_of(config, teacher, folder)
 
 
 def check_models(models: Iterable[ModelSpec], config: RunConfig) -> None:

@@ -88,6 +88,7 @@ _RECOMPUTE = "activations_checkpoint_granularity: selective or full, the same in
 _FSDP = "optim.distributed splits optimizer states over data-parallel ranks"
 _MOE = "experts are not supported"
 _DATA = "data come with the data module, from a folder that the data stage wrote"
+_BORDERS = "the data stage's data.reset_attention_mask; it is noted in model.data and does all three; leave it out"
 _RUNTIME = "not part of training here; leave it out"
 _FIRST_WEIGHTS = "weights are read from a checkpoint; a model from scratch is drawn with deviation 0.02"
 
@@ -162,6 +163,7 @@ NEUTRAL: Mapping[str, Neutral] = {
     "nemo_path": Neutral((), "exp_manager.checkpoint_callback_params.save_nemo_on_train_end"),
     **dict.fromkeys(("reset_lr", "reset_lr_steps"), Neutral((False,), "optim.sched begins at the first step")),
     "data": Neutral((), _DATA),
+    **dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), Neutral((), _BORDERS)),
     **dict.fromkeys(("train_ds", "validation_ds", "test_ds"), Neutral((), _DATA)),
     "ub_tp_comm_overlap": Neutral((False,), _RUNTIME),
     "ub_tp_comm_overlap_cfg": Neutral((), _RUNTIME),

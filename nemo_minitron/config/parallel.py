@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import model_validator
 
 from nemo_minitron.config.base import Count, NonNegative, Section
+from nemo_minitron.config.dtypes import dtype_name
 
 
 class Precision(StrEnum):
@@ -16,6 +17,11 @@ class Precision(StrEnum):
     AUTO = "auto"
     """A recipe's word only: bf16 on a GPU and on processors that multiply it faster than fp32, else fp32. It is settled
     by a short measurement before work begins, and the run keeps what was chosen (`nemo_minitron.stages.precision`)."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Precision | None":
+        """Other words for the same dtype, such as `float32`."""
+        return {"float32": cls.FP32, "bfloat16": cls.BF16}.get(dtype_name(value) or "")
 
 
 class Recompute(StrEnum):

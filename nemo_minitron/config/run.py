@@ -7,11 +7,13 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import DEFAULT_SEED, Count, Fraction, NonNegative, Positive, Section
 from nemo_minitron.config.blend import Blend
+from nemo_minitron.config.budget import BudgetConfig
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE, DepthConfig, target_problems
 from nemo_minitron.config.evaluation import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.search import SearchConfig, search_problems
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.config.training import CorrectConfig, DistillConfig, correction_defaults
 from nemo_minitron.config.tuning import TuneConfig
@@ -57,6 +59,10 @@ class DataConfig(Section):
     parse_special_tokens: bool = False
     """Whether a text that spells a special token (`<|im_end|>`) becomes that token, in documents and in what messages
     say; as it is, it stays text. The markers that a chat template writes are always special."""
+    reset_attention_mask: bool = False
+    """Whether attention stops at the borders of the documents in a sample, and positions begin again there; the token
+    that ends a document then predicts nothing. As it is, a sample is one text, as in most pretraining. In every stage
+    that reads these documents; for conversations see `tune.reset_attention_mask`."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The stage stops when more documents than this fraction are no texts (null, half a surrogate pair, not JSON, not
     UTF-8); fewer are skipped and counted. For conversations too."""
@@ -134,8 +140,11 @@ class MultipleOf(Section):
     num_query_groups: Count = 1
 
 
-class TargetConfig(Section):
-    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's."""
+class TargetConfig(BudgetConfig):
+    """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's.
+
+    With a budget (`params: 100M`, `ratio: 0.75`) instead, None leaves the size to stage `search`.
+    """
 
     num_layers: Size | None = None
     """Layers to keep; those that are worth least by `depth_metric` go."""
@@ -209,6 +218,8 @@ class RunConfig(Section):
     """Fine-tune the teacher first; `{}` for the defaults, nothing to leave it as it is."""
     score: ScoreConfig = ScoreConfig()
     target: TargetConfig = TargetConfig()
+    search: SearchConfig = SearchConfig()
+    """How sizes are found that keep to the budgets of `target`, where it has any."""
     distill: DistillConfig = DistillConfig()
     cache: CacheConfig | None = None
     """Distil from stored targets instead of a teacher in memory; `{}` for the defaults, nothing for the teacher."""
@@ -229,6 +240,29 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _cache_has_what_is_asked_for(self) -> Self:
         if self.cache is not None and (problems := cache_problems(self.cache, self.distill, self.steps)):
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _documents_can_be_kept_apart(self) -> Self:
+        if self.parallel.context == 1:
+            return self
+        packed = self.tune is not None and self.tune.pack and self.tune.reset_attention_mask
+        asked = {"data.reset_attention_mask": self.data.reset_attention_mask, "tune.pack": packed}
+        if wanting := [name for name, wanted in asked.items() if wanted]:
+            raise ValueError(
+                f"parallel.context = {self.parallel.context} with {' and '.join(wanting)}: context parallelism splits "
+                "each sample over ranks, and attention that stops inside of it cannot be split; set parallel.context=1 "
+                f"or {'tune' if packed else 'data'}.reset_attention_mask=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _search_has_what_it_needs(self) -> Self:
+        problems = search_problems(self.search, self.target, self.distill, self.steps)
+        if self.target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
+            problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
+        if problems:
             raise ValueError("; ".join(problems))
         return self
 

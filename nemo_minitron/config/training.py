@@ -201,6 +201,10 @@ class DistillConfig(TrainingConfig, Objective, TeacherConfig):
         """What the student's model is told: the objective, and stored targets."""
         return DistillationConfig(cache=str(cache), **self._shared(Objective))
 
+    def without_targets(self) -> DistillationConfig:
+        """The objective alone, for a model that is given its targets later."""
+        return DistillationConfig(**self._shared(Objective))
+
     def _shared(self, *kinds: type[Section]) -> dict[str, Any]:
         return {name: getattr(self, name) for kind in kinds for name in kind.model_fields}
 

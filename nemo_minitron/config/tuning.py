@@ -34,8 +34,10 @@ class TuneConfig(TrainingConfig):
     """Share of conversations that are kept for validation; at least one."""
     too_long: TooLong = TooLong.CUT
     pack: bool = False
-    """Put several conversations into one sample, as many as fit, instead of filling up one. Faster; later ones can see
-    those before them, as documents do in pretraining."""
+    """Put several conversations into one sample, as many as fit, instead of filling up one. Faster."""
+    reset_attention_mask: bool = True
+    """With `pack`, whether attention stops at the borders of conversations, and positions begin again there, so that
+    each is read as if it stood alone. False lets later ones see those before them."""
     lm_weight: NonNegativeFloat = 1.0
     """Factor of the cross-entropy on the answers."""
     kd_weight: NonNegativeFloat = 0.0

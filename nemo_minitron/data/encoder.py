@@ -40,17 +40,24 @@ class TextEncoder:
         Raises:
             DataError: A token is outside the model's vocabulary.
         """
-        found = []
-        for text, encoding in zip(texts, self._tokenizer.encode_batch_fast(list(texts)), strict=True):
-            ids = encoding.ids
-            tokens = np.fromiter(ids, np.int64, len(ids))
-            if not self.parse_special_tokens and self._spells_special(tokens):
-                tokens = self._as_text(text, tokens)
-            if not len(tokens) or tokens[-1] != self.end:
-                tokens = np.append(tokens, self.end)
-            if (largest := int(tokens.max())) >= self.vocab_size:
-                raise self._outside(largest)
-            found.append(tokens)
+        if not texts:
+            return []
+        found: list[NDArray[np.int64]] = []
+        sizes: list[int] = []
+        for encoding in self._tokenizer.encode_batch_fast(list(texts)):
+            ids = encoding.ids  # a new list at each access
+            sizes.append(len(ids))
+            if not ids or ids[-1] != self.end:
+                ids.append(self.end)
+            found.append(np.fromiter(ids, np.int64, len(ids)))
+        everything = np.concatenate(found)
+        if not self.parse_special_tokens and (spelling := self._spelling(everything, found, sizes)):
+            for index in spelling:
+                tokens = self._as_text(texts[index], found[index][: sizes[index]])
+                found[index] = tokens if tokens[-1] == self.end else np.append(tokens, self.end)
+            everything = np.concatenate(found)
+        if (largest := int(everything.max())) >= self.vocab_size:
+            raise self._outside(largest)
         return found
 
     @cached_property
@@ -65,10 +72,13 @@ class TextEncoder:
 
     @cached_property
     def _special(self) -> NDArray[np.bool_]:
-        """`[ids]`: which are special tokens. That of unknown words is none: texts come to it without spelling it."""
+        """`[ids + 1]`: which are special tokens; the last place stands for all ids beyond.
+
+        The token of unknown words is none: texts come to it without spelling it.
+        """
         added = self._tokenizer.get_added_tokens_decoder()
         model = json.loads(self.definition)["model"]
-        flags = np.zeros(max([self.vocab_size, *(number + 1 for number in added)]), dtype=bool)
+        flags = np.zeros(max([self.vocab_size, *(number + 1 for number in added)]) + 1, dtype=bool)
         for number, token in added.items():
             flags[number] = token.special and token.content != model.get("unk_token")
         if model.get("unk_id") is not None:  # Unigram names it by number
@@ -84,10 +94,23 @@ class TextEncoder:
         before, behind = self._around
         return slice(before, len(tokens) - behind)
 
-    def _spells_special(self, tokens: NDArray[np.int64]) -> bool:
-        inner = tokens[self._inner(tokens)]
-        inner = inner[inner < len(self._special)]
-        return bool(self._special[inner].any())
+    def _spelling(
+        self, everything: NDArray[np.int64], rows: Sequence[NDArray[np.int64]], sizes: Sequence[int]
+    ) -> list[int]:
+        """Which rows hold a special token between those that the tokenizer puts around a text.
+
+        Args:
+            everything: All rows one behind the other.
+            rows: Tokens of each text, and one end.
+            sizes: Tokens of each without the end that is not the tokenizer's.
+        """
+        places = np.flatnonzero(self._special.take(everything, mode="clip"))
+        starts = np.cumsum([0, *map(len, rows)])
+        of = np.searchsorted(starts, places, side="right") - 1
+        before, behind = self._around
+        offset = places - starts[of]
+        inside = (offset >= before) & (offset < np.asarray(sizes)[of] - behind)
+        return [int(row) for row in np.unique(of[inside])]
 
     def _as_text(self, text: str, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Put pieces in the place of special ids that the model of the tokenizer itself has found (Unigram does)."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data.claims import Claims, clear_claims
 from nemo_minitron.data.shards import Shard, ShardJob, Unit, make_shard, shard_bytes, shard_path, units
 from nemo_minitron.errors import DataError
 
@@ -22,6 +24,10 @@ Counts = list[dict[str, Any]]
 Done = Callable[[Unit, Counts], None]
 
 _JOB = "job.json"
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 30.0
+_PATIENCE = 4
+"""Times what a shard takes here, that another node may take for one."""
 _FORMAT = 1
 
 
@@ -52,6 +58,7 @@ def prepare(job: ShardJob) -> int:
     job.folder.mkdir(parents=True, exist_ok=True)
     for leftover in job.folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+    clear_claims(job.folder)
     if not path.is_file():
         temporary = path.with_name(f".{_JOB}.{os.getpid()}.tmp")
         temporary.write_text(identity, encoding="utf-8")
@@ -64,8 +71,11 @@ def finished(job: ShardJob) -> list[Shard]:
     return [Shard(path) for path in sorted(job.folder.glob("[0-9]*.npz"))]
 
 
-def make_shards(job: ShardJob, workers: int, done: Done) -> list[Shard]:
+def make_shards(job: ShardJob, workers: int, done: Done, claims: Claims | None = None) -> list[Shard]:
     """Every shard of a job, in order; those that an earlier attempt has finished are taken as they are.
+
+    With `claims`, other nodes make shards of the same job at the same time (`help_with`). Those that they do not
+    finish are made here.
 
     Args:
         job: What to do; `prepare` has been called.
@@ -73,26 +83,105 @@ def make_shards(job: ShardJob, workers: int, done: Done) -> list[Shard]:
             library uses.
         done: Called for each new shard, in the order in which they come, with its counts. An exception of it ends the
             work.
+        claims: This node's; None where it works alone.
 
     Raises:
         DataError: A file is damaged, or a token is outside the vocabulary.
     """
-    numbers: list[int] = []
-    missing = _missing(job, numbers)
+    began, todo = time.monotonic(), _Todo(job, done, claims)
+    try:
+        made = _make(job, workers, todo.own(), done)
+        if todo.others:
+            todo.wait(_PATIENCE_SECONDS + _PATIENCE * workers * (time.monotonic() - began) / max(made, 1))
+    except BaseException:
+        if claims is not None:
+            claims.stop()
+        raise
+    return [Shard(shard_path(job.folder, number)) for number in todo.numbers]
+
+
+def help_with(job: ShardJob, workers: int, claims: Claims) -> int:
+    """Make shards of a job that another node looks after, until none is left to claim; returns how many.
+
+    Raises:
+        DataError: A file is damaged or not here, or a token is outside the vocabulary. What was claimed is given up:
+            the other node meets the same fault, or has what is missing here.
+    """
+    try:
+        return _make(job, workers, _Todo(job, _nothing, claims).own(), _nothing)
+    except BaseException:
+        claims.give_up()
+        raise
+
+
+def _nothing(unit: Unit, counts: Counts) -> None:
+    """Nobody counts on this node."""
+
+
+def _make(job: ShardJob, workers: int, missing: Iterator[Unit], done: Done) -> int:
+    """Make shards in this process or in several; returns how many."""
+    made = 0
+
+    def counted(unit: Unit, counts: Counts) -> None:
+        nonlocal made
+        made += 1
+        done(unit, counts)
+
     first = list(islice(missing, 2))
     if workers < 2 or len(first) < 2:
-        for unit in (*first, *missing):
-            done(unit, make_shard(job, unit))
+        for unit in chain(first, missing):
+            counted(unit, make_shard(job, unit))
     else:
-        _in_processes(job, workers, chain(first, missing), done)
-    return [Shard(shard_path(job.folder, number)) for number in numbers]
+        _in_processes(job, workers, chain(first, missing), counted)
+    return made
 
 
-def _missing(job: ShardJob, numbers: list[int]) -> Iterator[Unit]:
-    for unit in units(job.files, shard_bytes(job.files)):
-        numbers.append(unit.number)
-        if not shard_path(job.folder, unit.number).is_file():
-            yield unit
+class _Todo:
+    """The shards of a job in order: which this node makes, and which it waits for.
+
+    Attributes:
+        numbers: Of all shards, as far as `own` has come.
+        others: Shards that other nodes have claimed.
+    """
+
+    def __init__(self, job: ShardJob, done: Done, claims: Claims | None) -> None:
+        self._job, self._done, self._claims = job, done, claims
+        self._earlier = {shard.path for shard in finished(job)}
+        self.numbers: list[int] = []
+        self.others: list[Unit] = []
+
+    def own(self) -> Iterator[Unit]:
+        """What is missing and nobody else has claimed."""
+        for unit in units(self._job.files, shard_bytes(self._job.files)):
+            self.numbers.append(unit.number)
+            path = shard_path(self._job.folder, unit.number)
+            if path.is_file():
+                if path not in self._earlier:
+                    self._done(unit, Shard(path).parts())
+            elif self._claims is None or self._claims.take(unit.number):
+                yield unit
+            else:
+                self.others.append(unit)
+
+    def wait(self, patience: float) -> None:
+        """Wait for the other nodes' shards; make those that are given up, or have not come for `patience` seconds."""
+        assert self._claims is not None, "who works alone waits for nobody"
+        latest = time.monotonic()
+        while self.others:
+            come = [unit for unit in self.others if shard_path(self._job.folder, unit.number).is_file()]
+            for unit in come:
+                self.others.remove(unit)
+                self._done(unit, Shard(shard_path(self._job.folder, unit.number)).parts())
+            late = time.monotonic() - latest > patience
+            left = [unit for unit in self.others if late or not self._claims.is_taken(unit.number)]
+            if left:
+                self.others.remove(left[0])
+                self._done(left[0], make_shard(self._job, left[0]))
+            elif not come:
+                time.sleep(_POLL_SECONDS)
+                continue
+            if come:
+                latest = time.monotonic()
 
 
 def _identity(job: ShardJob) -> str:

@@ -8,6 +8,7 @@ of several attempts and of any number of processes together are the same bytes.
 import io
 import json
 import os
+import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from nemo_minitron.data.documents import PART_BYTES, Item, Part, PartReader, cut
 from nemo_minitron.data.encoder import TextEncoder
-from nemo_minitron.data.splits import position
+from nemo_minitron.data.splits import position_of_bytes
 from nemo_minitron.data.survey import SourceFile
 from nemo_minitron.data.tally import PLACES, Fault
 from nemo_minitron.errors import DataError
@@ -167,9 +168,10 @@ class ShardBuilder:
 
     def add(self, text: str) -> None:
         """Take a document."""
+        data = text.encode()
         self._texts.append(text)
-        self._sizes.append(len(text) if text.isascii() else len(text.encode()))
-        self._positions.append(position(text, self.seed))
+        self._sizes.append(len(data))
+        self._positions.append(position_of_bytes(data, self.seed))
         self._characters += len(text)
         if self._characters >= _BATCH_CHARACTERS:
             self.flush()
@@ -187,7 +189,8 @@ class ShardBuilder:
 
     def save(self, path: Path, parts: list[dict[str, Any]]) -> None:
         """Write the shard, bring it to the disk, then put it in place."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Two nodes may make one shard at a time, in processes of one number.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("wb") as file:
                 np.savez(

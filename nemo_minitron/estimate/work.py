@@ -20,6 +20,9 @@ from nemo_minitron.estimate.compute import (
 from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
 from nemo_minitron.estimate.overlap import Exchange, Machine, communication
 
+_BASELINES = 3
+"""Candidates that `search.baselines` adds to the last rung."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
@@ -96,11 +99,10 @@ def work_of(
     """
     before, student = list(pairwise((teacher, *students)))[number - 1]
     match kind:
-        case "score":
-            return _scoring(config, before)
-        case "cache":
-            tokens = config.distill.steps * config.distill.batch.tokens_per_step
-            return Work(tokens=tokens, flops=tokens * forward_flops(teacher, config.distill.batch.sequence_length))
+        case "score" | "cache":
+            return _scoring(config, before) if kind == "score" else _caching(config, teacher)
+        case "search":
+            return _search(config, teacher, student)
         case "correct":
             return _training(config.correct, config, teacher, None, ranks)
         case "distill":
@@ -109,6 +111,28 @@ def work_of(
             watched = teacher if config.tune is not None and config.tune.kd_weight > 0 else None
             return _training(config.tune, config, students[-1], watched, ranks)
     return None
+
+
+def _caching(config: RunConfig, teacher: ModelSpec) -> Work:
+    tokens = config.distill.steps * config.distill.batch.tokens_per_step
+    return Work(tokens=tokens, flops=tokens * forward_flops(teacher, config.distill.batch.sequence_length))
+
+
+def _search(config: RunConfig, teacher: ModelSpec, student: ModelSpec) -> Work:
+    """A race in which every candidate costs what `student` does, and all seeds, baselines and rungs take place."""
+    search, distill = config.search, config.distill
+    length = distill.batch.sequence_length
+    trainings = [search.race_training(distill, rung) for rung in range(len(search.rungs))]
+    measured, trained = search.candidates, 0
+    for rung, training in zip(search.rungs, trainings, strict=True):
+        last = rung is search.rungs[-1]
+        runs = (rung.candidates + _BASELINES * (search.baselines and last)) * (search.seeds if last else 1)
+        trained += runs * training.steps * training.batch.tokens_per_step
+        measured += runs
+    cached = max((training.steps * training.batch.tokens_per_step for training in trainings), default=0)
+    evaluated = measured * search.samples * length
+    flops = cached * forward_flops(teacher, length) + evaluated * forward_flops(student, length)
+    return Work(tokens=cached + evaluated + trained, flops=flops + trained * training_flops(student, length))
 
 
 def _scoring(config: RunConfig, model: ModelSpec) -> Work:

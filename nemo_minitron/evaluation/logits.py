@@ -5,13 +5,14 @@ For tests, checks of exports and text generation; training never gathers a vocab
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nemo_minitron.megatron import forward
-from nemo_minitron.megatron.forward import LossResult, MicroBatch
+from nemo_minitron.megatron.forward import LossResult, MicroBatch, context_places
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.parallel.collectives import gather, sum_over
@@ -24,6 +25,7 @@ def gather_logits(
     vocab_size: int,
     *,
     positions: Sequence[int] | None = None,
+    position_ids_BS: Tensor | None = None,
 ) -> Tensor:
     """Logits `[b, positions, vocab_size]` in fp32, the same on every rank.
 
@@ -34,20 +36,25 @@ def gather_logits(
         tokens_BS: Token ids `[b, s]`.
         runtime: The running layout.
         vocab_size: Without padding.
-        positions: Positions wanted; None for all. Only theirs are gathered.
+        positions: Places in the samples wanted; None for all. Only theirs are gathered.
+        position_ids_BS: Place of each token in its document; None for one document a sample.
     """
     samples, length = tokens_BS.shape
     wanted = torch.arange(length) if positions is None else torch.tensor(positions)
     filled = nn.functional.pad(tokens_BS, (0, -length % length_step(runtime)))  # causal: what follows is not seen
     batch = MicroBatch.of(filled, filled, torch.ones_like(filled, dtype=torch.bool))
+    if position_ids_BS is not None:
+        behind = position_ids_BS[:, -1:] + torch.arange(1, filled.shape[1] - length + 1)
+        batch = replace(batch, position_ids=torch.cat([position_ids_BS, behind], dim=1))
     # The interleaved schedule takes micro-batches by the pipeline size.
     copies = runtime.parallel.pipeline if runtime.parallel.virtual_pipeline is not None else 1
     with returning(chunks, "logits"):
         reports = forward.run(chunks, [batch] * copies, _keep, runtime=runtime, forward_only=True)
+    places = context_places(filled.shape[1], runtime.cp_rank, runtime.parallel.context)
     result = torch.zeros(samples, len(wanted), vocab_size, device=runtime.device)
     if reports:
         rows, columns = torch.nonzero(
-            reports[0]["position_ids"][:, None] == wanted.to(runtime.device), as_tuple=True
+            places[:, None].to(runtime.device) == wanted.to(runtime.device), as_tuple=True
         )  # this context-parallel rank's share of the positions
         shards = gather(reports[0]["logits"][:, rows].float(), runtime.groups.tp)
         result[:, columns] = torch.cat(list(shards), dim=-1)[..., :vocab_size]
@@ -57,7 +64,7 @@ def gather_logits(
 
 def _keep(output_BSV: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
     nothing = output_BSV.new_zeros(())
-    kept = {"logits": output_BSV, "position_ids": micro_batch.position_ids[0]} if index == 0 else {}
+    kept = {"logits": output_BSV} if index == 0 else {}
     return LossResult(total=nothing, tokens=torch.ones_like(nothing), report=kept)
 
 

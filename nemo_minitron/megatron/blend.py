@@ -64,18 +64,22 @@ def blend_info(config: DataConfig) -> BlendInfo:
     )
 
 
-def write_splits(config: DataConfig, info: BlendInfo, folder: Path, dtype: str, vocab_size: int) -> dict[str, Any]:
+def write_splits(
+    config: DataConfig, info: BlendInfo, folder: Path, *, dtype: str, vocab_size: int, end: int
+) -> dict[str, Any]:
     """Copy calibration and held-out documents; returns `documents`, `tokens`, `bytes` and `sha256` of every split.
 
     `bytes` is 0: what the tokens were made from is not here. The digest of the training split is that of its index
     files, which takes no reading of the tokens.
 
     Raises:
-        DataError: A prefix is not there or damaged, holds tokens outside the vocabulary, or a split has no documents.
+        DataError: A prefix is not there or damaged, holds tokens outside the vocabulary, a split has no documents, or
+            documents whose borders matter do not end with `end`, the end-of-document token.
     """
+    check = _Check(vocab_size, end if config.reset_attention_mask else None)
     ranges = _ranges(info["split"])
     assert config.blend is not None, "called for blends"
-    splits: dict[str, Any] = {"train": _train(_pieces(config.blend, ranges["train"]), vocab_size)}
+    splits: dict[str, Any] = {"train": _train(_pieces(config.blend, ranges["train"]), check)}
     wanted = {
         Split.CALIBRATION: (config.calibration_blend, config.calibration_fraction),
         Split.HELDOUT: (config.heldout_blend, config.heldout_fraction),
@@ -84,7 +88,7 @@ def write_splits(config: DataConfig, info: BlendInfo, folder: Path, dtype: str, 
         if own is None and not fraction:
             continue
         pieces = _pieces(config.blend, ranges[split]) if own is None else _pieces(own, (0.0, 1.0))
-        splits[str(split)] = _copy(pieces, folder / split, str(split), dtype, vocab_size)
+        splits[str(split)] = _copy(pieces, folder / split, str(split), dtype, check)
     return splits
 
 
@@ -141,7 +145,7 @@ def _bad(what: str) -> DataError:
     )
 
 
-def _train(pieces: Sequence[_Piece], vocab_size: int) -> dict[str, Any]:
+def _train(pieces: Sequence[_Piece], check: "_Check") -> dict[str, Any]:
     documents = tokens = 0
     digest = hashlib.sha256()
     for piece in pieces:
@@ -151,13 +155,13 @@ def _train(pieces: Sequence[_Piece], vocab_size: int) -> dict[str, Any]:
         documents += len(lengths)
         tokens += int(lengths.sum(dtype=np.int64))
         for index in (piece.first, piece.stop - 1):
-            _check(piece.data[index], piece.prefix, vocab_size)
+            check(piece.data[index], piece.prefix)
         with Path(f"{Path(piece.prefix).expanduser()}.idx").open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return {"documents": documents, "tokens": tokens, "bytes": 0, "sha256": digest.hexdigest()}
 
 
-def _copy(pieces: Sequence[_Piece], prefix: Path, name: str, dtype: str, vocab_size: int) -> dict[str, Any]:
+def _copy(pieces: Sequence[_Piece], prefix: Path, name: str, dtype: str, check: "_Check") -> dict[str, Any]:
     writer = SplitWriter(prefix, dtype)
     total = sum(piece.weight for piece in pieces)
     for piece in pieces:
@@ -167,7 +171,7 @@ def _copy(pieces: Sequence[_Piece], prefix: Path, name: str, dtype: str, vocab_s
             if writer.tokens - before >= most:
                 break
             tokens = piece.data[index]
-            _check(tokens, piece.prefix, vocab_size)
+            check(tokens, piece.prefix)
             writer.add(tokens, np.array([len(tokens)], dtype=np.int32))
     if not writer.documents:
         raise _empty(name, ", ".join(piece.prefix for piece in pieces))
@@ -175,14 +179,39 @@ def _copy(pieces: Sequence[_Piece], prefix: Path, name: str, dtype: str, vocab_s
     return {"documents": writer.documents, "tokens": writer.tokens, "bytes": 0, "sha256": digest}
 
 
-def _check(tokens: NDArray[Any], prefix: str, vocab_size: int) -> None:
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
-        raise DataError(
-            f"{prefix}: holds token {worst}",
-            rule=f"from 0 to below the model's vocabulary of {vocab_size}",
-            remedy="name token files that were made with the model's own tokenizer",
-        )
+@dataclass(frozen=True)
+class _Check:
+    """What a document of existing token files must be.
+
+    Attributes:
+        vocab_size: The model's.
+        end: Token that it must end with; None where its border does not matter.
+    """
+
+    vocab_size: int
+    end: int | None
+
+    def __call__(self, tokens: NDArray[Any], prefix: str) -> None:
+        """Look at one document.
+
+        Raises:
+            DataError: It holds a token outside the vocabulary, or does not end as it must.
+        """
+        if not len(tokens):
+            return
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            worst = int(tokens.max()) if int(tokens.max()) >= self.vocab_size else int(tokens.min())
+            raise DataError(
+                f"{prefix}: holds token {worst}",
+                rule=f"from 0 to below the model's vocabulary of {self.vocab_size}",
+                remedy="name token files that were made with the model's own tokenizer",
+            )
+        if self.end is not None and int(tokens[-1]) != self.end:
+            raise DataError(
+                f"{prefix}: a document ends with token {int(tokens[-1])} under data.reset_attention_mask",
+                rule=f"borders are found by the end-of-document token, {self.end}",
+                remedy="tokenize with --append-eod, or set data.reset_attention_mask=false",
+            )
 
 
 def _empty(split: str, prefix: str) -> DataError:

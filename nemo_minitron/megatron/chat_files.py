@@ -76,12 +76,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     An item is a dict of `tokens`, `labels`, `loss_mask` and `position_ids`, each `[sequence_length]`; item None is a
     sample that is masked throughout. What is left of a sample is filled up with end-of-document tokens, which causal
     attention hides from all before them. With `pack`, as many conversations as fit lie one behind the other; none
-    predicts the first token of the next.
+    predicts the first token of the next, and positions begin again with each, at which attention stops.
 
     Args:
         folder: What `write_chat_files` wrote.
         split: `train` or `validation`.
         pack: Whether to put several conversations into one sample.
+        reset_attention_mask: Whether positions begin again with each of them; False lets later ones see earlier ones.
         samples: How many items there are, in an order by `seed`; every row comes once before any comes again. None for
             each row once, as they lie.
         most: Rows to take at most, in the order in which they lie; None for all.
@@ -94,6 +95,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         split: str,
         *,
         pack: bool = False,
+        reset_attention_mask: bool = True,
         samples: int | None = None,
         most: int | None = None,
         seed: int = 0,
@@ -106,6 +108,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         lengths = [int(length) for length in self._tokens.sequence_lengths]
         self._rows = _packed(lengths, self._length + 1) if pack else [[index] for index in range(len(lengths))]
         self._rows = self._rows[:most]
+        self._separate = reset_attention_mask
         self._samples = len(self._rows) if samples is None else samples
         self._seed = None if samples is None else seed
         self._orders: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
@@ -119,17 +122,21 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         row = [] if index is None else self._rows[self._place(index)]
         tokens = torch.full((self._length + 1,), self._fill)
         keep = torch.zeros(self._length + 1, dtype=torch.bool)
+        positions = torch.arange(self._length + 1)
         start = 0
         for conversation in row:
             values = torch.from_numpy(self._tokens[conversation].astype(np.int64))
             tokens[start : start + len(values)] = values
             keep[start : start + len(values)] = torch.from_numpy(self._answers[conversation].astype(bool))
+            keep[start] = False
+            if self._separate:
+                positions[start:] -= positions[start].clone()
             start += len(values)
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
             "loss_mask": keep[1:].float(),
-            "position_ids": torch.arange(self._length),
+            "position_ids": positions[:-1],
         }
 
     def _place(self, index: int) -> int:

@@ -322,7 +322,7 @@ def _on_first_rank(action: Callable[[], None]) -> None:
             action()
         except OSError as error:
             problem = f"{type(error).__name__}: {error}"
-    if (problem := runtime.broadcast_object(problem, patient=True)) is not None:
+    if (problem := runtime.broadcast_object(problem, patient=True, doing="finishes files")) is not None:
         raise OSError(problem)
 
 

@@ -1,8 +1,9 @@
 """Token files as samples and batches: Megatron's GPT dataset to train on, windows to measure on, one loader for both.
 
 Samples are cut from one stream of documents divided by end-of-document tokens, as in pretraining: positions and
-attention run on across documents, and the end of a document is a token to predict like any other. No attention mask is
-made; the model's attention is causal by itself.
+attention run on across documents, and the end of a document is a token to predict like any other. With
+`data.reset_attention_mask` (noted in `data.json`) positions begin again behind each end-of-document token, which makes
+attention stop there, and that token predicts nothing. No attention mask is made; attention is causal by itself.
 """
 
 import hashlib
@@ -44,7 +45,9 @@ class _Vocabulary:
         self.unique_identifiers = OrderedDict({"class": "nemo_minitron", "digest": info["tokenizer_digest"]})
 
 
-def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int) -> "GPTDataset | BlendSamples":
+def training_dataset(
+    folder: Path, sequence_length: int, samples: int, seed: int
+) -> "GPTDataset | BlendSamples | SeparateDocuments":
     """Megatron's shuffled samples of the train split; at least `samples` of them, over as many epochs as that takes.
 
     The order depends on the token files, `sequence_length`, `samples` and `seed`, and on nothing of the layout. Every
@@ -58,8 +61,13 @@ def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int
         DataError: There are no token files, or too few tokens for one sample.
     """
     info = read_info(folder)
-    if "blend" in info:
-        return BlendSamples(folder, info, sequence_length, samples, seed)
+    blended = "blend" in info
+    found = (BlendSamples if blended else _own_samples)(folder, info, sequence_length, samples, seed)
+    return SeparateDocuments(found, info["end_of_document"]) if info.get("reset_attention_mask") else found
+
+
+def _own_samples(folder: Path, info: DataInfo, sequence_length: int, samples: int, seed: int) -> GPTDataset:
+    """Samples of the folder's own train split."""
     indexed, info = open_split(folder, Split.TRAIN)
     tokens = info["splits"][Split.TRAIN]["tokens"]
     if tokens <= sequence_length:
@@ -78,6 +86,40 @@ def training_dataset(folder: Path, sequence_length: int, samples: int, seed: int
         _build_index(indexed, prefix, samples, config, cache)
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
     return builder.build()[0]
+
+
+class SeparateDocuments(Dataset[dict[str, Tensor]]):
+    """Samples of another dataset, whose documents know nothing of each other.
+
+    Args:
+        samples: Items as `training_dataset` gives them.
+        end: The end-of-document token.
+    """
+
+    def __init__(self, samples: Any, end: int) -> None:
+        self._samples, self._end = samples, end
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        return with_borders(self._samples[index], self._end)
+
+
+def with_borders(sample: dict[str, Tensor], end: int) -> dict[str, Tensor]:
+    """A sample whose positions begin again behind each end-of-document token; that token predicts nothing.
+
+    Several such tokens in a row end one document. What is left of a document that began in an earlier sample begins at
+    position 0.
+    """
+    ended = sample["tokens"] == end
+    places = torch.arange(len(ended))
+    begins = torch.zeros_like(places)
+    begins[1:] = torch.where(ended[:-1] & ~ended[1:], places[1:], 0)
+    return sample | {
+        "position_ids": places - begins.cummax(0).values,
+        "loss_mask": sample["loss_mask"].masked_fill(ended, 0),
+    }
 
 
 class BlendSamples(Dataset[dict[str, Tensor]]):
@@ -164,6 +206,8 @@ def _build_index(indexed: IndexedDataset, prefix: str, samples: int, config: GPT
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """A split's tokens as windows in order; every token but the very first is predicted exactly once.
 
+    Where documents are kept apart, that is every token but the first of each document.
+
     Window `i` reads tokens `i * s` up to `(i + 1) * s` and predicts the one after each; the last one is filled up with
     end-of-document tokens that do not count. Items are as in `training_dataset`, None included.
 
@@ -193,6 +237,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         self._indexed, info = open_split(folder, split)
         self._tokens = info["splits"][split]["tokens"]
         self._fill = info["end_of_document"]
+        self._separate = info.get("reset_attention_mask", False)
         self._length = sequence_length
         if self._tokens < 2:
             raise DataError(f"{folder}: {self._tokens} {split} tokens", rule="at least 2", remedy="give more texts")
@@ -226,12 +271,13 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         read = self._indexed.bin_reader.read(dtype=dtype, count=count, offset=start * np.dtype(dtype).itemsize)
         window[:count] = torch.from_numpy(read.astype(np.int64))
         counted = 0 if index is None else count - 1
-        return {
+        sample = {
             "tokens": window[:-1],
             "labels": window[1:],
             "loss_mask": (torch.arange(self._length) < counted).float(),
             "position_ids": torch.arange(self._length),
         }
+        return with_borders(sample, self._fill) if self._separate else sample
 
 
 class GlobalBatches(Sampler[list[int | None]]):

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import ScoresError
+from nemo_minitron.megatron.documents import attention_documents
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
 from nemo_minitron.megatron.placement import chunk_layers
@@ -32,7 +34,7 @@ WHOLE: Block = (-1, 0)
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """One model chunk of this rank."""
 
     model: MinitronGPT
@@ -42,11 +44,15 @@ class _Part:
     states: dict[int, Tensor]
     """The whole model's states before each layer where a candidate's block begins."""
 
-    def run(self, x_SBH: Tensor, block: Block, rotary: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def run(
+        self, x_SBH: Tensor, block: Block, rotary: Tensor, documents: PackedSeqParams | None
+    ) -> Iterator[tuple[int, Tensor]]:
         """This chunk's layers behind the block (those before it have been run); yields number and states of each."""
         for number, layer in zip(self.layers, self.model.decoder.layers, strict=True):
             if number >= sum(block):
-                x_SBH, _ = layer(hidden_states=x_SBH, attention_mask=None, rotary_pos_emb=rotary)
+                x_SBH, _ = layer(
+                    hidden_states=x_SBH, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=documents
+                )
                 yield number, x_SBH
 
 
@@ -67,8 +73,10 @@ class LayerSkipper:
         self._begins = {first for first, _ in blocks}
         ranges = chunk_layers(spec.num_layers, runtime.parallel)
         places = range(runtime.pp_rank, len(ranges), runtime.parallel.pipeline)
-        self._parts = [_Part(unwrap(c), place, ranges[place], {}) for c, place in zip(chunks, places, strict=True)]
+        self._parts = [Part(unwrap(c), place, ranges[place], {}) for c, place in zip(chunks, places, strict=True)]
         self._last = len(ranges) - 1
+        self._documents: PackedSeqParams | None = None
+        """Of the micro-batch that is on its way."""
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._finite = torch.ones(spec.num_layers, dtype=torch.bool, device=runtime.device)
 
@@ -84,7 +92,10 @@ class LayerSkipper:
         """
         size, rank = self._runtime.parallel.context, self._runtime.cp_rank
         local = micro_batch.to(self._runtime.device).on_context_rank(rank, size)
-        length = micro_batch.tokens.shape[1]
+        chunks = [part.model for part in self._parts]
+        position_ids = micro_batch.on_host.position_ids
+        self._documents = attention_documents(position_ids, chunks, self._runtime.device, context=size)
+        length = micro_batch.tokens.shape[1] if self._documents is None else self._documents.max_seqlen_q
         for part in self._parts:
             part.states.clear()
         # All of a window receive before any of it sends: two stages that are each other's next and previous one
@@ -121,7 +132,7 @@ class LayerSkipper:
                 remedy="check that the weights were loaded; score in bf16 or fp32, not fp16",
             )
 
-    def _input(self, part: _Part, block: Block, local: MicroBatch) -> Tensor | None:
+    def _input(self, part: Part, block: Block, local: MicroBatch) -> Tensor | None:
         """The states a chunk goes on from; None if the block begins there, where the whole model's states are kept."""
         if block[0] in part.layers:
             return None
@@ -130,20 +141,20 @@ class LayerSkipper:
         embedded: Tensor = part.model._preprocess(input_ids=local.tokens, position_ids=local.position_ids)[0]
         return embedded
 
-    def _run(self, part: _Part, index: int, received: Tensor | None, rotary: Tensor) -> Tensor:
+    def _run(self, part: Part, index: int, received: Tensor | None, rotary: Tensor) -> Tensor:
         """A chunk's output for one choice of layers."""
         block = self._blocks[index]
         x_SBH = part.states[block[0]] if received is None else received
         if index == 0:
             self._keep(part, part.layers.start, x_SBH)
         output = x_SBH
-        for number, output in part.run(x_SBH, block, rotary):
+        for number, output in part.run(x_SBH, block, rotary, self._documents):
             if index == 0:
                 self._finite[number] &= torch.isfinite(output).all()
                 self._keep(part, number + 1, output)
         return output
 
-    def _keep(self, part: _Part, number: int, x_SBH: Tensor) -> None:
+    def _keep(self, part: Part, number: int, x_SBH: Tensor) -> None:
         """Hold on to the states before a layer of the chunk, if a block begins there."""
         if number in part.layers and number in self._begins:
             part.states[number] = x_SBH

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.depth import LM_LOSS, LOGIT_MSE, MEASURED
 from nemo_minitron.megatron.depth import LayerSkipper
-from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.forward import MicroBatch, cut
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.parallel.collectives import sum_over
@@ -125,7 +125,8 @@ class DepthCollector:
         """
         self._added = True
         self._samples += micro_batch.keep.any(-1).sum()
-        self._measure(micro_batch, self._built_in, own)
+        for part in cut(micro_batch, len(micro_batch.tokens), [self._model]):
+            self._measure(part, self._built_in, own)
 
     def add_own(self, name: str, batches: Iterable[MicroBatch]) -> None:
         """Measure one of one's own metrics on texts of its own; data-parallel ranks take turns with the batches."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.errors import LayoutError, TrainingError
 from nemo_minitron.megatron import param_gather
+from nemo_minitron.megatron.documents import attention_documents, document_starts, uses_engine
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 
@@ -29,6 +30,8 @@ class MicroBatch:
     keep: Tensor
     """Boolean: which positions count in the loss."""
     position_ids: Tensor
+    """Place of each token in its document. Where a position does not follow the one before it, a document begins, and
+    attention does not look behind it; nothing else is done with positions."""
     host: "MicroBatch | None" = None
     """The same on the host, if this is on a GPU and came from there."""
 
@@ -41,7 +44,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, tokens: Tensor, labels: Tensor, keep: Tensor) -> "MicroBatch":
-        """A micro-batch whose sequences start at position 0."""
+        """A micro-batch whose samples are one document each."""
         return cls(tokens, labels, keep, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -82,6 +85,24 @@ class MicroBatch:
         shards = [getattr(self, name).chunk(2 * size, dim=1) for name in self.TENSORS]
         host = None if self.host is None else self.host.on_context_rank(rank, size)
         return MicroBatch(*(torch.cat([shard[piece] for piece in pieces], dim=1) for shard in shards), host=host)
+
+
+def context_places(length: int, rank: int, size: int) -> Tensor:
+    """Places in a sample of what `MicroBatch.on_context_rank` leaves to a rank, `[length / size]`."""
+    pieces = torch.arange(length).chunk(2 * size)
+    return torch.arange(length) if size == 1 else torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+
+
+def cut(batch: MicroBatch, size: int, chunks: Sequence[nn.Module]) -> list[MicroBatch]:
+    """Consecutive micro-batches of `size` samples; of one, where Transformer Engine is to keep documents apart.
+
+    Raises:
+        LayoutError: The number of samples is not a multiple of `size`.
+    """
+    parts = batch.split(size)
+    if size > 1 and uses_engine(chunks) and document_starts(batch.on_host.position_ids) is not None:
+        return batch.split(1)
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +223,17 @@ def _schedule(
 
     shape = _common_shape(micro_batches, runtime)
 
+    size, rank = runtime.parallel.context, runtime.cp_rank
+    documents = [
+        attention_documents(batch.on_host.position_ids, chunks, runtime.device, context=size) for batch in micro_batches
+    ]
+
     def step(batches: Iterator[tuple[int, MicroBatch]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         index, micro_batch = next(batches)
-        output = model(micro_batch.tokens, micro_batch.position_ids, None)
+        packed = {} if documents[index] is None else {"packed_seq_params": documents[index]}
+        output = model(micro_batch.tokens, micro_batch.position_ids, None, **packed)
         return output, partial(finish, micro_batch=micro_batch, index=index)
 
-    size, rank = runtime.parallel.context, runtime.cp_rank
     local = [micro_batch.to(runtime.device).on_context_rank(rank, size) for micro_batch in micro_batches]
     iterators = [iter(enumerate(local)) for _ in chunks]
     interleaved = runtime.parallel.virtual_pipeline is not None

@@ -9,7 +9,7 @@ Shapes: S sequence, B batch, H hidden, F neurons of this rank, G KV groups of th
 D channels of a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from nemo_minitron.ops.linear import linear, linear_input_gradient
+
+Starts = tuple[tuple[int, ...], ...]
+"""For each sample, where its documents begin; the first one at 0."""
 
 QUERY_BLOCK = 128
 """Queries a head that attention by blocks takes at a time: 64 and 128 are fastest, 256 leaves the cache."""
@@ -175,12 +178,16 @@ def _tokens_first(x: Tensor, batch: int) -> Tensor:
 
 
 class _How(NamedTuple):
-    """KV groups, channels of a head, factor of the scores, and how many positions a query sees (None: all)."""
+    """KV groups, channels of a head, factor of the scores, and how many positions a query sees (None: all).
+
+    `starts` are where the documents of each sample begin; None for one document a sample.
+    """
 
     groups: int
     head_dim: int
     scale: float
     window: int | None
+    starts: Starts | None
 
 
 class _Attention(torch.autograd.Function):
@@ -209,26 +216,41 @@ class _Attention(torch.autograd.Function):
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_keys = at_least_fp32(torch.zeros_like(keys))
         grad_values = torch.zeros_like(grad_keys)
-        for start, end, first in _blocks(length, how.window):
-            q = queries[:, :, start:end].flatten(1, 2)
-            d_out = grad_out[:, :, start:end].flatten(1, 2)
-            k, v = keys[:, first:end], values[:, first:end]
+        for rows, start, end, first in _blocks(length, how):
+            q = queries[rows, :, start:end].flatten(1, 2)
+            d_out = grad_out[rows, :, start:end].flatten(1, 2)
+            k, v = keys[rows, first:end], values[rows, first:end]
             weights = _attention_weights(q, k, heads, how)
-            grad_values[:, first:end] += _products(weights.mT, d_out)
+            grad_values[rows, first:end] += _products(weights.mT, d_out)
             grad_scores = torch.ops.aten._softmax_backward_data(_products(d_out, v.mT), weights, -1, weights.dtype)
-            result[:, :-2, start:end] = _products(grad_scores, k).unflatten(1, (heads, end - start))
-            grad_keys[:, first:end] += _products(grad_scores.mT, q)
+            result[rows, :-2, start:end] = _products(grad_scores, k).unflatten(1, (heads, end - start))
+            grad_keys[rows, first:end] += _products(grad_scores.mT, q)
         result[:, -2] = grad_keys
         result[:, :-1] = _rotate_back(result[:, :-1].mul_(how.scale), *ctx.tables)
         result[:, -1] = grad_values
         return _tokens_first(result, ctx.batch), None, None
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """Blocks of queries: the first, the one after the last, and the first key that any of them sees."""
-    for start in range(0, length, QUERY_BLOCK):
-        first = 0 if window is None else max(0, start - window + 1)
-        yield start, min(start + QUERY_BLOCK, length), first
+def _blocks(length: int, how: _How) -> Iterator[tuple[slice, int, int, int]]:
+    """Blocks of queries: which of `B * G`, the first, the one after the last, and the first key that any of them sees.
+
+    No query looks behind the beginning of its document, and no block spans two.
+    """
+    for rows, begin, stop in _documents(length, how):
+        for start in range(begin, stop, QUERY_BLOCK):
+            first = begin if how.window is None else max(begin, start - how.window + 1)
+            yield rows, start, min(start + QUERY_BLOCK, stop), first
+
+
+def _documents(length: int, how: _How) -> Iterator[tuple[slice, int, int]]:
+    """Documents: which of `B * G`, where they begin, and where they stop. One for all samples where none is divided."""
+    if how.starts is None:
+        yield slice(None), 0, length
+        return
+    for sample, starts in enumerate(how.starts):
+        rows = slice(sample * how.groups, (sample + 1) * how.groups)
+        for begin, stop in zip(starts, (*starts[1:], length), strict=True):
+            yield rows, begin, stop
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -263,9 +285,9 @@ def _attention_by_blocks(turned: Tensor, values: Tensor, how: _How) -> Tensor:
     queries, keys = turned[:, :-1], turned[:, -1]
     heads, length = queries.shape[1:3]
     result = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for start, end, first in _blocks(length, how.window):
-        weights = _attention_weights(queries[:, :, start:end].flatten(1, 2), keys[:, first:end], heads, how)
-        result[:, :, start:end] = _products(weights, values[:, first:end]).unflatten(1, (heads, end - start))
+    for rows, start, end, first in _blocks(length, how):
+        weights = _attention_weights(queries[rows, :, start:end].flatten(1, 2), keys[rows, first:end], heads, how)
+        result[rows, :, start:end] = _products(weights, values[rows, first:end]).unflatten(1, (heads, end - start))
     return result
 
 
@@ -278,14 +300,30 @@ def _fused_attention(turned: Tensor, values: Tensor, batch: int, how: _How) -> T
     q = turned[:, :-1].reshape(batch, -1, length, head_dim)
     k = turned[:, -1].reshape(batch, -1, length, head_dim)
     v = values.reshape(batch, -1, length, head_dim)
-    if how.window is None or how.window >= length:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale, enable_gqa=True)
-    elif not q.is_cuda:
-        mask = _window_mask(length, how.window, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale, enable_gqa=True)
+    if how.starts is None:
+        out = _one_document(q, k, v, how)
     else:
-        out = _windowed_attention(q, k, v, how.window, how.scale)
+        samples = zip(*(x.split(1) for x in (q, k, v)), how.starts, strict=True)
+        out = torch.cat([_one_by_one(*qkv, starts, how) for *qkv, starts in samples])
     return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], how: _How) -> Tensor:
+    """Attention inside of each document of one sample; shapes as in `_one_document`."""
+    sizes = [stop - begin for begin, stop in zip(starts, (*starts[1:], q.shape[2]), strict=True)]
+    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([_one_document(*part, how) for part in parts], dim=2)
+
+
+def _one_document(q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+    """Fused attention of `[B, heads, S, D]` queries to `[B, G, S, D]` keys: `[B, heads, S, D]`."""
+    length = q.shape[2]
+    if how.window is None or how.window >= length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale, enable_gqa=True)
+    if q.is_cuda:
+        return _windowed_attention(q, k, v, how.window, how.scale)
+    mask = _window_mask(length, how.window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale, enable_gqa=True)
 
 
 def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -339,21 +377,26 @@ def causal_attention(
     head_dim: int,
     scale: float | None = None,
     window: int | None = None,
+    starts: Starts | None = None,
 ) -> Tensor:
     """Causal grouped-query attention with rotary positions.
 
     Args:
         qkv: `[S, B, G * (R + 2) * D]`, for each KV group its R query heads, its key head and its value head.
-        tables: `rotary_tables` of the positions.
+        tables: `rotary_tables` of the positions, `[S, rotated]`, or `[B, S, rotated]` where samples differ.
         groups: KV groups, G.
         head_dim: Channels of a head, D.
         scale: Factor of the scores; None: `1 / sqrt(D)`.
         window: Positions that a query sees, its own and those before; None: all.
+        starts: Where the documents of each sample begin, the first at 0; a query sees none before its own. None for one
+            document a sample.
 
     Returns:
         `[S, B, G * R * D]`, query heads in the order of their groups.
     """
-    how = _How(groups, head_dim, head_dim**-0.5 if scale is None else scale, window)
+    how = _How(groups, head_dim, head_dim**-0.5 if scale is None else scale, window, starts)
+    if tables[0].dim() == 3:
+        tables = tables[0].repeat_interleave(groups, 0)[:, None], tables[1].repeat_interleave(groups, 0)[:, None]
     if torch.is_grad_enabled() and qkv.requires_grad and not qkv.is_cuda:
         return _Attention.apply(qkv, tables, how)
     x = _heads_first(qkv, groups, head_dim)

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
+from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
@@ -289,6 +290,11 @@ class ImportanceCollector:
         keep_BS = masks.outside if site[1] in _HIDDEN else masks.inside
         widest = max(width for group in state.groups for width in group.widths)
         state.samples = x_SBC.shape[1]
+        if kernels_run(x_SBC.device, x_SBC.dtype):
+            from nemo_minitron.kernels.moments import moments_block
+
+            state.blocks[site] = [moments_block(x_SBC.detach(), keep_BS)]
+            return
         rows = block_rows(x_SBC.shape[0], x_SBC.shape[1], widest, x_SBC.device)
         state.blocks[site] = sequence_blocks(x_SBC.detach(), keep_BS, rows, self._workspace)
 

@@ -6,10 +6,12 @@ and split, and modules keep Megatron's names, so hooks and checkpoints cannot te
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
 from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.functional import (
+    Starts,
     at_least_fp32,
     causal_attention,
     layer_norm,
@@ -73,6 +76,23 @@ class AttentionCache(Protocol):
         ...
 
 
+@dataclass
+class LocalDocuments(PackedSeqParams):
+    """What our own attention is told of the documents in a micro-batch, in the place of Megatron's packed sequences.
+
+    Attributes:
+        starts: Where documents begin.
+        positions: Place of each token in its document, `[b, s]`, on the model's device.
+    """
+
+    starts: Starts = ()
+    positions: Tensor | None = None
+
+    def turned(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`rotary_tables` of `[s, rotated]` at the positions: `[b, s, rotated]`."""
+        return tables[0][self.positions], tables[1][self.positions]
+
+
 class LocalSelfAttention(SelfAttention):
     """Megatron's self-attention, with everything between its two linears in one function.
 
@@ -95,7 +115,12 @@ class LocalSelfAttention(SelfAttention):
         self.cache: AttentionCache | None = None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: LocalDocuments | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend causally over `[s, b, h]`; returns the output and the bias that is still to be added."""
         qkv, _ = self.linear_qkv(hidden_states)
@@ -109,8 +134,14 @@ class LocalSelfAttention(SelfAttention):
         }
         if self.cache is not None:
             return self.linear_proj(self.cache.attend(qkv, **how))
-        angles = layer_angles(self, rotary_pos_emb)
-        return self.linear_proj(causal_attention(qkv, rotary_tables(angles, qkv.dtype), **how))
+        tables = rotary_tables(layer_angles(self, rotary_pos_emb), qkv.dtype)
+        context = causal_attention(
+            qkv,
+            tables if packed_seq_params is None else packed_seq_params.turned(tables),
+            starts=None if packed_seq_params is None else packed_seq_params.starts,
+            **how,
+        )
+        return self.linear_proj(context)
 
     def _with_normed_heads(self, qkv: Tensor) -> Tensor:
         """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels."""

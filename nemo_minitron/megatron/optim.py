@@ -155,8 +155,13 @@ class TrainOptimizer:
         )
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
-        """Take up what `sharded_state` described, after it has been read."""
+        """Take up what `sharded_state` described, after it has been read: weights, moments and step counts.
+
+        Megatron and torch would bring back the learning rate, weight decay, betas and epsilon that were stored, and the
+        stored schedule, whatever is asked for now. What is asked for stays.
+        """
         optimizer = state["optimizer"]
+        told = [_told(group) for group in self.optimizer.param_groups]
         # Torch's AdamW keeps its step count with the moments, where Megatron's distributed optimizer, written for
         # Apex's, expects none: it is put aside while the moments are filled in.
         moments = optimizer.pop("param_state", None) if _torch_adams(self.optimizer) else None
@@ -164,13 +169,21 @@ class TrainOptimizer:
         steps = {id(moment): moment.pop("step", None) for moment in self._moments()}
         if moments is not None:
             self.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(moments)
-        self.scheduler.load_state_dict(state["scheduler"])
+        for group, values in zip(self.optimizer.param_groups, told, strict=True):
+            group.update(values)
+        self.scheduler.num_steps = state["scheduler"]["num_steps"]
+        self.scheduler.step(0)
         for moment in self._moments():
             step = steps[id(moment)]
             moment["step"] = torch.zeros(()) if step is None else step.detach().clone()
 
     def _moments(self) -> list[dict[str, Any]]:
         return [moment for adam in _torch_adams(self.optimizer) for moment in adam.state.values()]
+
+
+def _told(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group of parameters was told; Apex's optimizer keeps its step count there too."""
+    return {name: value for name, value in group.items() if name not in {"params", "step"}}
 
 
 def build_optimizer(

@@ -49,7 +49,8 @@ def gather_is_wanted(runtime: Runtime | None, *, distributed: bool) -> bool:
         raise LayoutError(
             "parallel.overlap_param_gather = true without the distributed optimizer",
             rule="every rank updates all weights itself, so that there is nothing to gather",
-            remedy="set optimizer.distributed=true, or leave parallel.overlap_param_gather unset",
+            remedy="set optimizer.distributed=true (NeMo: optim.distributed), or leave parallel.overlap_param_gather "
+            "(minitron.parallel.overlap_param_gather) unset",
         )
     if wanted is None:
         return distributed and _has_gpu_replicas(runtime) and is_wanted(runtime)

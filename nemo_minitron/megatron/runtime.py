@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError
-from nemo_minitron.megatron import cpu, launched, rendezvous
+from nemo_minitron.megatron import cpu, launched, rendezvous, waiting
 
 T = TypeVar("T")
 
@@ -172,17 +172,20 @@ def patient_group() -> ProcessGroup:
     return _started.patient
 
 
-def broadcast_object(value: T | None, *, source: int = 0, patient: bool = False) -> T:
+def broadcast_object(value: T | None, *, source: int = 0, patient: bool = False, doing: str = "") -> T:
     """The value that rank `source` passes in, on every rank; what other ranks pass is ignored. It travels pickled.
 
     Args:
         value: Anything that can be pickled.
         source: Who has it.
-        patient: Whether the source may take up to `PATIENCE` to get it.
+        patient: Whether the source may take up to `PATIENCE` to get it; those that wait then say so.
+        doing: What the source does meanwhile, for that: `makes stage data`.
     """
     values: list[Any] = [value]
     if patient:
-        dist.broadcast_object_list(values, src=source, group=patient_group())
+        here = current()
+        with waiting.said(here.rank, here.world_size, here.local_rank, source, doing):
+            dist.broadcast_object_list(values, src=source, group=patient_group())
     else:
         dist.broadcast_object_list(values, src=source, device=current().device)
     return values[0]

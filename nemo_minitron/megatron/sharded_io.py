@@ -101,6 +101,20 @@ def load_training(chunks: Sequence[nn.Module], optimizer: TrainOptimizer, folder
     return dict(loaded["common"])
 
 
+def read_common(folder: Path) -> dict[str, Any]:
+    """The `common` part of what `save_training` wrote, without any weight; every rank reads it by itself.
+
+    Raises:
+        CheckpointError: The folder is incomplete, or holds no training.
+    """
+    _check_complete(folder)
+    with checkpoint_writer.errors_of(folder, "could not be read"):
+        found = dist_checkpointing.load_common_state_dict(str(folder)).get("common")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder}: holds no training", rule="a checkpoint that a training has written")
+    return found
+
+
 def _model_state(chunks: Sequence[nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
     """The sharded state of each chunk under `chunk{i}`, its weights those of the latest step. Collective.
 

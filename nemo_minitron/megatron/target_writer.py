@@ -15,7 +15,7 @@ from nemo_minitron.cache.entries import SampleTargets
 from nemo_minitron.cache.folder import CacheManifest, CacheWriter
 from nemo_minitron.cache.tensors import sampled_rows, top_k_rows
 from nemo_minitron.config.cache import TargetKind
-from nemo_minitron.megatron.forward import MicroBatch, collect_hidden
+from nemo_minitron.megatron.forward import MicroBatch, collect_hidden, context_places, cut
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime, agree, barrier, broadcast_object
 from nemo_minitron.ops.sampling import SparseTargets
@@ -107,14 +107,16 @@ class TargetWriter:
         """Targets of a group's samples, on the last stage's first rank; elsewhere an empty list."""
         stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         whole = MicroBatch(stacked["tokens"], stacked["labels"], stacked["loss_mask"].bool(), stacked["position_ids"])
-        batches = whole.split(self._micro_batch_size)
+        batches = cut(whole, self._micro_batch_size, self._chunks)
+        length, size = whole.tokens.shape[1], len(batches[0].tokens)
+        places = context_places(length, self._runtime.cp_rank, self._runtime.parallel.context)
         states = collect_hidden(self._chunks, batches, self._runtime)
         found: list[SampleTargets] = []
-        for index, batch in enumerate(batches if self._runtime.is_last_stage else ()):
-            local = batch.on_context_rank(self._runtime.cp_rank, self._runtime.parallel.context).position_ids
-            own = group[index * self._micro_batch_size : (index + 1) * self._micro_batch_size]
-            counters = torch.tensor(own)[:, None] * whole.tokens.shape[1] + local
-            found += self._gathered(self._rows(states[index], counters.to(states[index].device)), local)
+        for index in range(len(batches) if self._runtime.is_last_stage else 0):
+            own = group[index * size : (index + 1) * size]
+            counters = torch.tensor(own)[:, None] * length + places
+            rows = self._rows(states[index], counters.to(states[index].device))
+            found += self._gathered(rows, places.expand(size, -1))
         return found
 
     def _rows(self, states_SBH: Tensor, counters_BS: Tensor) -> list[SampleTargets]:

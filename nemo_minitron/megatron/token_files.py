@@ -63,6 +63,8 @@ class DataInfo(TypedDict):
     data_digest: str
     """Of all splits' token files: the same texts, tokenizer, fractions and seed give the same digest."""
     splits: dict[str, SplitInfo]
+    reset_attention_mask: NotRequired[bool]
+    """Whether attention stops at the borders of documents; False if it is not there."""
     blend: NotRequired[BlendInfo]
     """Existing token files that the train split is; it has no files of its own then."""
 
@@ -136,7 +138,7 @@ def merge_shards(
                 rule="each split with a fraction above 0 has documents",
                 remedy="give more texts, or a larger fraction",
             )
-        info = _info(tokenizer, seed, vocab_size, splits, _digest_of(splits))
+        info = _info(tokenizer, config, splits, _digest_of(splits), seed=seed, vocab_size=vocab_size)
         _put_in_place(temporary, folder, info)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -153,16 +155,26 @@ def write_blend_files(
     """
     blend = blend_info(config)
     with scratch(folder) as temporary:
-        splits = write_splits(config, blend, temporary, token_dtype(vocab_size), vocab_size)
-        info = _info(tokenizer, seed, vocab_size, splits, blend_digest(blend, splits))
+        end = end_of_document(tokenizer, vocab_size)
+        dtype = token_dtype(vocab_size)
+        splits = write_splits(config, blend, temporary, dtype=dtype, vocab_size=vocab_size, end=end)
+        info = _info(tokenizer, config, splits, blend_digest(blend, splits), seed=seed, vocab_size=vocab_size)
         info["blend"] = blend
         _put_in_place(temporary, folder, info)
     return info
 
 
 def _info(
-    tokenizer: "PreTrainedTokenizerFast", seed: int, vocab_size: int, splits: dict[str, Any], digest: str
+    tokenizer: "PreTrainedTokenizerFast",
+    config: DataConfig,
+    splits: dict[str, Any],
+    digest: str,
+    *,
+    seed: int,
+    vocab_size: int,
 ) -> DataInfo:
+    if config.reset_attention_mask:  # other samples, of the same tokens
+        digest = hashlib.sha256(f"{digest} reset_attention_mask".encode()).hexdigest()
     return DataInfo(
         format=_FORMAT,
         seed=seed,
@@ -171,6 +183,7 @@ def _info(
         dtype=token_dtype(vocab_size),
         tokenizer_digest=tokenizer_digest(tokenizer),
         data_digest=digest,
+        reset_attention_mask=config.reset_attention_mask,
         splits=cast("dict[str, SplitInfo]", splits),
     )
 

@@ -6,24 +6,38 @@ CUDA_VISIBLE_DEVICES empty), building a model or an optimizer then ends with "Fo
 """
 
 import sys
-
-import torch
+from typing import Any
 
 KERNEL_LIBRARIES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+_MEGATRON = "megatron.core"
 
 
-def hide_kernel_libraries() -> tuple[str, ...]:
-    """Make imports of these libraries fail from now on, as on a machine that lacks them.
+class _BeforeMegatron:
+    """An import hook that finds nothing; when Megatron-Core is looked for it loads torch, and hides the libraries."""
 
-    Nothing changes where CUDA is available, or where Megatron-Core has been imported already and has made its choice. A
-    library that somebody has imported stays.
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Called by Python's import system for every module that is not loaded."""
+        if name == _MEGATRON:
+            sys.meta_path.remove(self)  # type: ignore[arg-type]  # typeshed asks for more than Python does
+            _hide()
 
-    Returns:
-        The libraries that are hidden now.
+
+def hide_kernel_libraries() -> None:
+    """Have imports of these libraries fail, as on a machine that lacks them, from when Megatron-Core is imported.
+
+    Nothing changes where CUDA is available then, or where Megatron-Core has been imported already and has made its
+    choice. A library that somebody has imported stays.
     """
-    if torch.cuda.is_available() or "megatron.core" in sys.modules:
-        return ()
-    absent = tuple(name for name in KERNEL_LIBRARIES if sys.modules.get(name) is None)
-    for name in absent:
-        sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of a module that cannot be imported
-    return absent
+    if _MEGATRON not in sys.modules and not any(isinstance(hook, _BeforeMegatron) for hook in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeMegatron())  # type: ignore[arg-type]  # see above
+
+
+def _hide() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for name in KERNEL_LIBRARIES:
+        if sys.modules.get(name) is None:
+            # Python's own mark of a module that cannot be imported.
+            sys.modules[name] = None  # type: ignore[assignment]

@@ -3,14 +3,14 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.arch.nemo_config import nemo_config
 from nemo_minitron.checkpoints.nemo1 import NemoSource, pack_nemo, write_folder_files
-from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource, open_checkpoint
 from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.from_source import fill_from
@@ -19,6 +19,8 @@ from nemo_minitron.models import nemo_settings
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MegatronGPTModel
+
+ModelT = TypeVar("ModelT", bound="MegatronGPTModel")
 
 
 class MegatronConnector(SaveRestoreConnector):
@@ -93,6 +95,27 @@ class MegatronConnector(SaveRestoreConnector):
         finally:
             calling_cls._set_model_restore_state(is_being_restored=False)
         return model
+
+
+def model_of(kind: "type[ModelT]", source: TensorSource, *, settings: ModelSettings, trainer: Any = None) -> "ModelT":
+    """A model with the weights of any source, a pruned view of a checkpoint as well; nothing goes over the disk.
+
+    Args:
+        kind: The model's class.
+        source: Weights and architecture.
+        settings: What the model is told besides.
+        trainer: Its strategy decides the layout.
+    """
+    kind._set_model_restore_state(is_being_restored=True)
+    try:
+        model = kind.from_config_dict(OmegaConf.create(nemo_config(source.spec)), trainer=trainer, settings=settings)
+        model.tokenizer_files = source.tokenizer_files()
+        model.lineage = dict(source.lineage)
+        model.configure_model()
+        fill_from(model.chunks, source, model.runtime)
+    finally:
+        kind._set_model_restore_state(is_being_restored=False)
+    return model
 
 
 def _publish(partial: Path, target: Path) -> None:

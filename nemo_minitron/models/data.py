@@ -1,16 +1,25 @@
 """Token files as Lightning loaders that know the layout and where a stopped run left off."""
 
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.config.tuning import TuneConfig
-from nemo_minitron.megatron.chat_files import ConversationDataset
+from nemo_minitron.megatron.chat_files import INFO_NAME, ConversationDataset
 from nemo_minitron.megatron.data import WindowDataset, loader, training_dataset
 from nemo_minitron.megatron.token_files import read_info
+
+_DIGITS = 16
+"""Of a digest that is shown."""
 
 
 class TokenDataModule(LightningDataModule):
@@ -22,7 +31,9 @@ class TokenDataModule(LightningDataModule):
         seed: Order of the training samples, the same at every layout.
 
     Each item is this data-parallel rank's share of one global batch. A resumed run starts at the sample after the last
-    one its checkpoint has seen.
+    one its checkpoint has seen, in the order that its checkpoint has: that of the number of steps with which training
+    began. Of fewer steps it takes the first samples; of more steps, all samples of that order, and then those of
+    another one behind it.
     """
 
     def __init__(self, folder: Path, settings: TrainingConfig, *, seed: int) -> None:
@@ -30,6 +41,7 @@ class TokenDataModule(LightningDataModule):
         self.folder = folder
         self.settings = settings
         self.seed = seed
+        self._orders: list[int] = []
 
     def with_settings(self, settings: TrainingConfig) -> Self:
         """The same data for a training with other settings."""
@@ -38,9 +50,45 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of the steps that are left; its length counts all steps, as Lightning's progress does."""
         batch = self.settings.batch
-        samples = self.settings.steps * batch.global_batch_size
-        dataset = training_dataset(self.folder, batch.sequence_length, samples, seed=self.seed)
+        samples = max(self.settings.steps, self.trainer.max_steps) * batch.global_batch_size
+        if self.trainer.global_step == 0:
+            self._orders = []  # of an earlier training
+        if not self._orders:
+            self._orders = [samples]
+        parts = [self._part(index, count) for index, count in enumerate(self._orders)]
+        if (rest := samples - sum(map(len, parts))) > 0:
+            parts.append(self._part(len(parts), rest))
+            self._orders.append(rest)
+        dataset = parts[0] if len(parts) == 1 else _OneAfterAnother(parts)
         return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
+
+    def _part(self, index: int, samples: int) -> Any:
+        """Samples in one order; those that come behind others have an order of their own."""
+        seed = self.seed if index == 0 else int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
+        return training_dataset(self.folder, self.settings.batch.sequence_length, samples, seed=seed)
+
+    def described(self) -> dict[str, Any]:
+        """What the order of the samples, and what validations measure, follow from."""
+        batch = self.settings.batch
+        return {
+            "batch.sequence_length": batch.sequence_length,
+            "batch.global_batch_size": batch.global_batch_size,
+            "validation_samples": self.settings.validation_samples,
+            "seed": self.seed,
+            **self._files(),
+        }
+
+    def _files(self) -> dict[str, Any]:
+        info = read_info(self.folder)
+        return {"data": info["data_digest"][:_DIGITS], "samples": "blend" if "blend" in info else "documents"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The orders of the samples go into checkpoints: for how many samples each was made."""
+        return {"orders": list(self._orders)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """And come back."""
+        self._orders = list(state_dict["orders"])
 
     def val_dataloader(self) -> DataLoader:
         """Held-out windows in order, always the same ones, at even distances."""
@@ -59,6 +107,25 @@ class TokenDataModule(LightningDataModule):
         )
 
 
+class _OneAfterAnother(Dataset[dict[str, Tensor]]):
+    """Several datasets as one; item None is the first one's, a sample that is masked throughout."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        if index is None:
+            masked: dict[str, Tensor] = self._parts[0][None]
+            return masked
+        number = bisect_right(self._ends, index)
+        sample: dict[str, Tensor] = self._parts[number][index - (self._ends[number - 1] if number else 0)]
+        return sample
+
+
 class ChatDataModule(TokenDataModule):
     """Conversations: batches of the train split in an order by seed, and the validation split as it lies.
 
@@ -73,9 +140,25 @@ class ChatDataModule(TokenDataModule):
     def train_dataloader(self) -> DataLoader:
         """As in the base class."""
         batch = self.settings.batch
-        samples = self.settings.steps * batch.global_batch_size
-        dataset = ConversationDataset(self.folder, "train", pack=self.settings.pack, samples=samples, seed=self.seed)
+        samples = max(self.settings.steps, self.trainer.max_steps) * batch.global_batch_size
+        dataset = ConversationDataset(
+            self.folder,
+            "train",
+            pack=self.settings.pack,
+            reset_attention_mask=self.settings.reset_attention_mask,
+            samples=samples,
+            seed=self.seed,
+        )
         return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
+
+    def _files(self) -> dict[str, Any]:
+        digest = hashlib.sha256((self.folder / INFO_NAME).read_bytes()).hexdigest()
+        packed = {name: getattr(self.settings, name) for name in ("pack", "reset_attention_mask")}
+        return {"data": digest[:_DIGITS], "samples": "conversations", **packed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order of an epoch does not depend on how many there are."""
+        return {}
 
     def val_dataloader(self) -> DataLoader:
         """Validation conversations in order, one a sample, `validation_samples` of them at most."""

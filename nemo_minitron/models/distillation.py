@@ -6,6 +6,7 @@ the two models may split their layers differently. The teacher has no gradients,
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         if self._provider:
             return
         if self.distillation.cache is not None:
-            self._provider = [CachedTargets(Path(self.distillation.cache), self, self.objective)]
+            self.attach_cache(Path(self.distillation.cache))
         elif self.distillation.teacher is not None:
             self.attach_teacher(self.distillation.teacher)
 
@@ -102,6 +103,12 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         model = self.targets.teacher
         return [] if model is None else model.chunks
 
+    @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint of the teacher that is in memory; None without one."""
+        teacher = self._provider[0].teacher if self._provider else None
+        return None if teacher is None else teacher.restored_from
+
     def attach_teacher(self, path: str | Path) -> None:
         """Read a teacher at the student's layout, in its dtype unless told otherwise; freeze it.
 
@@ -123,6 +130,18 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         self._provider = [OffloadedTeacher(teacher) if held.offload_teacher else ResidentTeacher(teacher)]
         if self.objective.hidden is not None:
             self._matching = self._match_states(self.objective.hidden, teacher)
+
+    def attach_cache(self, folder: Path, *, order: Sequence[int] | None = None) -> None:
+        """Learn from stored targets.
+
+        Args:
+            folder: What the cache stage wrote.
+            order: For each training sample in order, its number in the cache; None if they are the same.
+
+        Raises:
+            CacheError: The cache does not fit the model or the objective.
+        """
+        self._provider = [CachedTargets(folder, self, self.objective, order=order)]
 
     def _check_fits(self, teacher: MegatronGPTModel) -> None:
         if teacher.spec.vocab_size != self.spec.vocab_size:
@@ -156,7 +175,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Targets, loss, report, update over one global batch; logs `train/*`. The first step checks the teacher."""
         step = self.trainer.global_step
-        micro_batches = batch.split(self.settings.batch.micro_batch_size)
+        micro_batches = self.micro_batches(batch)
         objective = self.objective.at(min(step / max(self.trainer.max_steps - 1, 1), 1.0))
         is_watched = self.statistics_every > 0 and step % self.statistics_every == 0
         self.optimizers().zero_grad()

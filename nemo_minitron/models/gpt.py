@@ -18,8 +18,9 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
-from nemo_minitron.megatron import build, forward, optim, param_gather
+from nemo_minitron.megatron import build, forward, optim, overlap, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.documents import attention_documents
 from nemo_minitron.megatron.forward import Loss, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.optim import StepInfo
@@ -104,6 +105,11 @@ class MegatronGPTModel(ModelPT):
         return self.settings.parallel
 
     @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint of the teacher that is in memory; None without one."""
+        return None
+
+    @property
     def runtime(self) -> Runtime:
         """This process's place in the layout: the strategy's, or one started from the configuration."""
         strategy = getattr(self._trainer, "strategy", None) if self._trainer is not None else None
@@ -113,10 +119,16 @@ class MegatronGPTModel(ModelPT):
         )
 
     def configure_model(self) -> None:
-        """Build this rank's chunks, once."""
+        """Build this rank's chunks, once.
+
+        Raises:
+            LayoutError: `overlap_param_gather` is set, and the optimizer's states are not split.
+        """
         if self.chunks:
             return
         runtime = self.runtime
+        if (optimizer := self.settings.optimizer) is not None:  # before weights are read
+            overlap.gather_is_wanted(runtime, distributed=optim.is_distributed(optimizer))
         # NeMo saves through rank 0 alone unless it knows that the model is parallel; ours is saved by all ranks.
         AppState().model_parallel_size = runtime.parallel.model_parallel_size
         # While restoring, weights stay NaN until they are read: what is forgotten cannot go unnoticed.
@@ -172,15 +184,23 @@ class MegatronGPTModel(ModelPT):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Loss, report, update over one global batch; logs `train/*`."""
-        micro_batches = batch.split(self.settings.batch.micro_batch_size)
+        micro_batches = self.micro_batches(batch)
         self.optimizers().zero_grad()
         report = self.run_pass(self.text_loss(), micro_batches, training=True)
         info = self.update(report)
         self.log_step(report, info)
 
+    def micro_batches(self, batch: MicroBatch) -> list[MicroBatch]:
+        """This rank's share of a global batch in the pieces that it is computed in.
+
+        Raises:
+            LayoutError: It is no multiple of `micro_batch_size`.
+        """
+        return forward.cut(batch, self.settings.batch.micro_batch_size, self.chunks)
+
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
         """Forward over one global batch; returns sums over all ranks and keeps them for the epoch."""
-        report = self.validation_report(batch.split(self.settings.batch.micro_batch_size))
+        report = self.validation_report(self.micro_batches(batch))
         self.validation_reports.append(report)
         return report
 
@@ -213,8 +233,7 @@ class MegatronGPTModel(ModelPT):
             report: Sums of the pass that left the gradients.
         """
         optimizer = self.optimizers()
-        optimizer.optimizer.refuse = partial(self._refuse, per_token(report)[self.loss_name])
-        optimizer.step()
+        optimizer.step(refuse=partial(self._refuse, per_token(report)[self.loss_name]))
         info: StepInfo = optimizer.optimizer.last
         return info
 
@@ -272,6 +291,8 @@ class MegatronGPTModel(ModelPT):
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits `[b, s, V / TP]` of tokens `[b, s]`; one pipeline stage only.
 
+        Where `position_ids` begin again, so does a document, which sees nothing of those before it.
+
         Raises:
             MinitronError: The model is split over pipeline stages; use `run_pass`.
         """
@@ -281,9 +302,10 @@ class MegatronGPTModel(ModelPT):
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         self.gather_weights()
         [model] = self.chunks
+        documents = attention_documents(position_ids, self.chunks, self.runtime.device)
         before, model.output = model.output, "logits"
         try:
-            return model(tokens, position_ids, None)
+            return model(tokens, position_ids, None, packed_seq_params=documents)
         finally:
             model.output = before
 

@@ -231,7 +231,10 @@ class StateMatching:
         if self.projection is not None:
             with torch.no_grad():
                 self.projection.copy_(state["projection"])
+            [told] = self._optimizer.param_groups
+            told = {name: value for name, value in told.items() if name != "params"}
             self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.param_groups[0].update(told)  # torch brings back what was stored
 
     def _loss(self, state: int, value_SBh: Tensor, micro_batch: int) -> Tensor:
         keep = self._keeps[micro_batch]

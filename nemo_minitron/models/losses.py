@@ -16,7 +16,7 @@ from nemo_minitron.cache.tensors import sparse_targets
 from nemo_minitron.config.distillation import Objective
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.megatron import overlap
-from nemo_minitron.megatron.forward import LossResult, MicroBatch
+from nemo_minitron.megatron.forward import LossResult, MicroBatch, context_places
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.divergence import Divergence
@@ -164,6 +164,7 @@ class CachedDistillationLoss:
         vocab_size: Real vocabulary; padded columns carry no probability.
         tensor_group: Ranks that share the vocabulary; None when it is complete.
         objective: Weights and divergence; its temperature is that of the targets.
+        context: This context-parallel rank, and how many there are.
     """
 
     student: MinitronGPT
@@ -171,13 +172,16 @@ class CachedDistillationLoss:
     vocab_size: int
     tensor_group: ProcessGroup | None
     objective: Objective = field(default_factory=Objective)
+    context: tuple[int, int] = (0, 1)
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
         """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
         objective = self.objective
+        samples, length = micro_batch.tokens.shape
+        rank, size = self.context
         targets = sparse_targets(
             self.targets[index],
-            micro_batch.on_host.position_ids,
+            context_places(length * size, rank, size).expand(samples, -1),
             temperature=objective.temperature,
             device=hidden_SBH.device,
         )

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_minitron.config import nemo_keys
 from nemo_minitron.config.base import Section
 from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.dtypes import DTYPE_WORDS, dtype_name
 from nemo_minitron.config.load import check, known_keys
 from nemo_minitron.config.model_settings import ModelSettings
 from nemo_minitron.config.parallel import ParallelConfig, Precision
@@ -18,10 +19,7 @@ from nemo_minitron.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
 
-_PRECISIONS = {
-    **dict.fromkeys(("bf16", "bf16-mixed"), Precision.BF16),
-    **dict.fromkeys(("32", "32-true", "fp32"), Precision.FP32),
-}
+_PRECISIONS = {"bfloat16": Precision.BF16, "float32": Precision.FP32}
 _SCHEDULES = {
     "CosineAnnealing": Schedule.COSINE,
     "WarmupAnnealing": Schedule.LINEAR,
@@ -211,8 +209,9 @@ class SettingsReader:
         value = self._cfg.get("precision")
         if value is None or value == MISSING:
             return None
-        if (found := _PRECISIONS.get(str(value))) is None:
-            self.problems.append(f"{self._prefix}precision = {value!r}: one of {', '.join(sorted(_PRECISIONS))}")
+        if (found := _PRECISIONS.get(dtype_name(value) or "")) is None:
+            words = ", ".join(word for name in _PRECISIONS for word in DTYPE_WORDS[name])
+            self.problems.append(f"{self._prefix}precision = {value!r}: one of {words}")
         return found
 
     def _optimizer(self) -> dict[str, Any]:

@@ -14,14 +14,12 @@ class MegatronOptimizer(Optimizer):
     Attributes:
         inner: The optimizer that does the work.
         last: What the latest step reported (gradient norm, learning rate, skipped).
-        refuse: Asked with each step's gradient norm whether to skip it; the same answer on every rank.
     """
 
     def __init__(self, inner: TrainOptimizer) -> None:
         # Optimizer.__init__ would demand parameters that Megatron keeps to itself (fp32 shards).
         self.inner = inner
         self.last: StepInfo | None = None
-        self.refuse: Callable[[float], bool] | None = None
         self.defaults: dict[str, Any] = {}
         self._optimizer_step_pre_hooks: dict[int, Any] = {}
         self._optimizer_step_post_hooks: dict[int, Any] = {}
@@ -40,10 +38,17 @@ class MegatronOptimizer(Optimizer):
         """Clear gradients and Megatron's gradient buffers."""
         self.inner.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the weights; a closure, if given, runs first."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, refuse: Callable[[float], bool] | None = None
+    ) -> Any:
+        """Update the weights; a closure, if given, runs first.
+
+        Args:
+            closure: Lightning's.
+            refuse: Asked with the gradient norm whether to skip the step; the same answer on every rank.
+        """
         result = closure() if closure is not None else None
-        self.last = self.inner.step(self.refuse)
+        self.last = self.inner.step(refuse)
         return result
 
     def state_dict(self) -> dict[str, Any]:

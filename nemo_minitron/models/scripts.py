@@ -23,7 +23,8 @@ from nemo_minitron.config.nemo_keys import Neutral, unused
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, TrainingConfig
 from nemo_minitron.errors import ConfigError, MinitronError, denied
-from nemo_minitron.models import nemo_settings
+from nemo_minitron.models import nemo_settings, resume
+from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.nemo_settings import SettingsReader
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -35,6 +36,8 @@ TRAINER: Mapping[str, Neutral] = {
     "gradient_clip_algorithm": Neutral(("norm",), "gradients are clipped by their global norm"),
     "use_distributed_sampler": Neutral((False,), "the data module gives each data-parallel rank its share"),
     "replace_sampler_ddp": Neutral((False,), "the data module gives each data-parallel rank its share"),
+    "limit_train_batches": Neutral((1.0,), "trainer.max_steps is the number of steps, each on samples of its own"),
+    "overfit_batches": Neutral((0.0, 0), "every step has samples of its own"),
     **dict.fromkeys(("strategy", "callbacks", "plugins"), Neutral((), _OWN_TRAINER)),
     "barebones": Neutral((False,), "losses are logged"),
     "sync_batchnorm": Neutral((False,), "no layer normalises over batches"),
@@ -106,6 +109,28 @@ def calibration_script(cfg: DictConfig, section: str, kind: type[SectionT]) -> S
     if settings is None or door.problems:
         raise ConfigError("hydra configuration", door.problems)
     return door.script(settings, own)
+
+
+def resumed_settings(script: Script[TrainingConfig], trainer: Trainer, data: TokenDataModule) -> ModelSettings:
+    """The settings of a script's model, compared with the checkpoint that `exp_manager` goes on from, if there is one.
+
+    It is done before any model is read. What the configuration leaves open about the form of the optimizer's states is
+    as it is there.
+
+    Raises:
+        TrainingError: Something was changed that cannot change while a training goes on.
+        CheckpointError: It is no training checkpoint.
+    """
+    settings = script.settings
+    if trainer.ckpt_path is None:
+        return settings
+    checkpoint = Path(trainer.ckpt_path)
+    if settings.optimizer is not None:
+        optimizer = resume.with_states_of(settings.optimizer, checkpoint)
+        settings = settings.model_copy(update={"optimizer": optimizer})
+    now = resume.asked(settings, steps=script.trainer["max_steps"], data=data, student=script.checkpoint)
+    resume.compare(checkpoint, now, tell=lambda line: None)
+    return settings
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Lightning drives the loop; Megatron does forward, backward and the optimizer ste
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from nemo.utils import logging
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,7 +26,9 @@ from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
 from nemo_minitron.megatron.optim import TrainOptimizer
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.sharded_io import load_training, save_training
+from nemo_minitron.models import resume
 from nemo_minitron.models.optimizer import MegatronOptimizer
+from nemo_minitron.models.resume import TrainingRecord
 
 ObjectT = TypeVar("ObjectT")
 
@@ -37,6 +40,7 @@ class MegatronStrategy(Strategy):
         parallel: Parallel sizes. None takes them from the model's configuration (NeMo-1 keys).
         seed: Seeds Megatron's random states and any weights that are not loaded.
         async_save: Whether checkpoints are written while training goes on, from a copy in host memory.
+        tell: Told, on rank 0, which settings have changed since the checkpoint that training goes on from.
 
     Processes are started from outside (torchrun, Slurm, the NeMo launcher); one process alone is world size 1.
     Give `Trainer(use_distributed_sampler=False)`: the data module already hands each data-parallel rank its share.
@@ -44,12 +48,21 @@ class MegatronStrategy(Strategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, parallel: ParallelConfig | None = None, *, seed: int = 1234, async_save: bool = False) -> None:
+    def __init__(
+        self,
+        parallel: ParallelConfig | None = None,
+        *,
+        seed: int = 1234,
+        async_save: bool = False,
+        tell: Callable[[str], None] = logging.warning,
+    ) -> None:
         super().__init__()
+        self.tell = tell
         self.parallel = parallel
         self.seed = seed
         self._background = BackgroundWriter() if async_save else None
         self._runtime: Runtime | None = None
+        self._record: TrainingRecord | None = None
         # The runtime finds the process's place. Lightning's own Slurm environment would refuse `--ntasks`, and save and
         # requeue on SIGUSR1 by itself.
         self.cluster_environment = LightningEnvironment()
@@ -112,6 +125,7 @@ class MegatronStrategy(Strategy):
             loop.inference_mode = False
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
+            self._record = TrainingRecord(self._asked(trainer))
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Leave batches where they are: Megatron's schedule moves each micro-batch when its turn comes."""
@@ -181,6 +195,8 @@ class MegatronStrategy(Strategy):
         common = {
             key: value for key, value in checkpoint.items() if not key.startswith(("hyper_parameters", "hparams_"))
         }
+        if self._record is not None:
+            common[resume.KEY] = resume.at_step(self._record, checkpoint["global_step"]).as_plain()
         save_training(
             self._training_chunks(),
             self._megatron_optimizer(),
@@ -208,18 +224,43 @@ class MegatronStrategy(Strategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Read back what `save_checkpoint` wrote, at this run's layout; returns Lightning's part.
 
+        What the checkpoint's training had is compared with what is asked of this one first.
+
         Raises:
             CheckpointError: The folder is not a whole checkpoint of this model.
+            TrainingError: Something was changed that cannot change while a training goes on.
         """
         folder = Path(checkpoint_path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder", remedy="give the path of a `.ckpt` folder")
+        if self._record is not None:
+            self._record = resume.compare(folder, self._record.settings, tell=self._tell)
         return load_training(self._training_chunks(), self._megatron_optimizer(), folder)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint folder (rank 0)."""
         if self.is_global_zero:
             shutil.rmtree(filepath, ignore_errors=True)
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Settings that have changed while this training went on from checkpoints: step, key, and both values."""
+        return [] if self._record is None else [dict(change) for change in self._record.changes]
+
+    def _asked(self, trainer: Trainer) -> dict[str, Any]:
+        model: Any = self.lightning_module
+        return resume.asked(
+            model.settings,
+            steps=trainer.max_steps,
+            data=trainer.datamodule,
+            student=model.restored_from,
+            teacher=model.teacher_path,
+            spec=model.spec,
+        )
+
+    def _tell(self, line: str) -> None:
+        if self.is_global_zero:
+            self.tell(line)
 
     def _training_chunks(self) -> list[torch.nn.Module]:
         chunks: list[torch.nn.Module] = self.lightning_module.training_chunks

@@ -112,6 +112,7 @@ class CachedTargets:
         student: The model that learns from it. Its data are those the cache was made of, in order: every sample's
             tokens are compared with the checksum stored beside its targets.
         objective: What is asked of it.
+        order: For each training sample in order, its number in the cache; None if they are the same.
 
     Raises:
         CacheError: There is no cache, it is incomplete or of another vocabulary, or it cannot give what the objective
@@ -120,8 +121,10 @@ class CachedTargets:
 
     teacher = None
 
-    def __init__(self, folder: Path, student: MegatronGPTModel, objective: Objective) -> None:
-        self._cache, self._student = TargetCache(folder), student
+    def __init__(
+        self, folder: Path, student: MegatronGPTModel, objective: Objective, *, order: Sequence[int] | None = None
+    ) -> None:
+        self._cache, self._student, self._order = TargetCache(folder), student, order
         self._cache.check_fits(vocab_size=student.spec.vocab_size, temperature=objective.temperature)
         if self._cache.manifest.kind is TargetKind.SAMPLED and objective.divergence is not DivergenceKind.FORWARD_KL:
             raise CacheError(
@@ -145,7 +148,8 @@ class CachedTargets:
         for batch in micro_batches:
             own = range(first, first + len(batch.tokens))
             rows = batch.on_host.tokens.cpu().numpy()
-            found.append([self._cache.get(sample, tokens) for sample, tokens in zip(own, rows, strict=True)])
+            numbers = own if self._order is None else [self._order[sample] for sample in own]
+            found.append([self._cache.get(number, tokens) for number, tokens in zip(numbers, rows, strict=True)])
             first = own.stop
         return found
 
@@ -164,4 +168,5 @@ class CachedTargets:
             vocab_size=student.spec.vocab_size,
             tensor_group=tensor_group(student.runtime),
             objective=objective,
+            context=(student.runtime.cp_rank, student.runtime.parallel.context),
         )

@@ -1,5 +1,6 @@
 """From scores and wanted sizes to a plan: the decision, pure and the same on every machine."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -47,6 +48,41 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
     if layers is None:
         layers = kept_layers(scores.block_influence(), scores.depth, target, num_layers(target, spec))
     return _plan(scores, layers, target, _provenance(scores, target))
+
+
+def build_plan_by_layer(
+    scores: Scores, target: TargetConfig, layers: Mapping[int, LayerSpec], *, provenance: Mapping[str, Any]
+) -> PruningPlan:
+    """A plan with sizes of its own for every layer; all hidden channels stay.
+
+    Args:
+        scores: Which units of a layer stay.
+        target: Aggregations, and how heads and norms are treated; its sizes have no say.
+        layers: By number, the sizes of those that stay.
+        provenance: Where the choice comes from.
+
+    Raises:
+        PlanError: A layer asks for more than it has.
+    """
+    how = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
+    plans = []
+    for number in sorted(layers):
+        sizes = layers[number]
+        exact = target.model_copy(
+            update={
+                "ffn_hidden_size": sizes.ffn_hidden_size,
+                "num_attention_heads": sizes.num_attention_heads,
+                "num_query_groups": sizes.num_query_groups,
+            }
+        )
+        plans.append(_layer_plan(scores, number, exact, how))
+    return PruningPlan(
+        spec=scores.spec,
+        hidden=tuple(range(scores.spec.hidden_size)),
+        layers=tuple(plans),
+        rescale_norms=target.rescale_norms,
+        provenance=dict(provenance),
+    )
 
 
 def random_plan(target: TargetConfig, spec: ModelSpec, *, seed: int) -> PruningPlan:

@@ -20,6 +20,13 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
     Raises:
         PlanError: With every size that cannot be.
     """
+    if target.budgets:
+        named = ", ".join(f"target.{name}" for name in target.budgets)
+        raise PlanError(
+            f"{named}: a budget leaves sizes open",
+            rule="a plan needs sizes; stage search of a recipe finds those that keep to a budget",
+            remedy="give sizes under target, or `nemo-minitron search RECIPE`",
+        )
     problems = list(dict.fromkeys(_problems(target, teacher)))
     if problems:
         raise PlanError(

@@ -12,6 +12,7 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.report import figures, measured
 from nemo_minitron.report.content import MODELS, Importance, ReportContent, Row
+from nemo_minitron.report.pareto import pareto
 
 _ARCHITECTURE: tuple[tuple[str, Callable[[ModelSpec], int]], ...] = (
     ("parameters", parameter_count),
@@ -170,6 +171,8 @@ def _sections(content: ReportContent) -> list[Row]:
         sections.append({"title": "Distillation", "figures": [curve], "table": None})
     if training := _other_training(content):
         sections.append({"title": "Teacher correction and tuning", "figures": [], "table": training})
+    if "search" in content.results:
+        sections.append(_search(content.results["search"]))
     if (data := content.results.get("data", {}).get("sources")) is not None:
         sections.append({"title": "Data", "figures": [], "table": _data(data)})
     if len(content.rounds) > 1:
@@ -191,6 +194,24 @@ def _other_training(content: ReportContent) -> Row | None:
             rows.append((name, model, f"{result['steps']:,}", compact(result["tokens"]), f"{first:.3f}", f"{last:.3f}"))
     headings = ("stage", "what", "steps", "tokens", "cross-entropy before", "after")
     return {"headings": headings, "rows": rows} if rows else None
+
+
+def _search(result: Row) -> Row:
+    """What was tried for the sizes, and how the candidates of the last rung did."""
+    rows, rungs, cost = result["rows"], result["rungs"], result["budget"]
+    last = f"loss_rung{rungs - 1}" if rungs > 1 else "loss_pruned"
+    caption = (
+        f"{len(rows)} candidates within the budget. A line joins those that no other beats in both coordinates. "
+        "Losses are on calibration text."
+    )
+    headings = ("candidate", "", "parameters", "as pruned", "after the last rung")
+    ranked = sorted((row for row in rows if last in row), key=lambda row: float(row[last]))
+    table = [
+        (row["name"], row["label"], compact(row["params"]), f"{row.get('loss_pruned', '')}"[:6], f"{row[last]:.4f}")
+        for row in ranked
+    ]
+    figure = _figure("", caption, pareto(rows, cost, rungs=rungs))
+    return {"title": "Search", "figures": [figure], "table": {"headings": headings, "rows": table}}
 
 
 def _data(sources: Row) -> Row:

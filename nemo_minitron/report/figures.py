@@ -60,7 +60,7 @@ def layer_importance(importance: Importance) -> str:
         axes.grid(axis="x", visible=False)
         _legend_patches(axes, dropped)
 
-    return _svg(draw, height=2.7)
+    return svg(draw, height=2.7)
 
 
 def leave_one_out(importance: Importance) -> str:
@@ -81,7 +81,7 @@ def leave_one_out(importance: Importance) -> str:
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
         _legend_patches(panels[0], dropped)
 
-    return _svg(draw, height=0.7 + 2.0 * len(depth.layers))
+    return svg(draw, height=0.7 + 2.0 * len(depth.layers))
 
 
 def block_curve(importance: Importance, metric: str) -> str:
@@ -106,7 +106,7 @@ def block_curve(importance: Importance, metric: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="left out")
 
-    return _svg(draw, height=3.3)
+    return svg(draw, height=3.3)
 
 
 def ffn_importance(importance: Importance) -> str:
@@ -130,7 +130,7 @@ def ffn_importance(importance: Importance) -> str:
         bar.ax.set_yticklabels(["x 0.1", "mean", "x 10"])
         bar.outline.set_visible(False)
 
-    return _svg(draw, height=3.1)
+    return svg(draw, height=3.1)
 
 
 def hidden_importance(importance: Importance) -> str:
@@ -143,7 +143,7 @@ def hidden_importance(importance: Importance) -> str:
         if importance.hidden.min() > 0:
             axes.set_yscale("log")
 
-    return _svg(draw, height=2.4)
+    return svg(draw, height=2.4)
 
 
 def head_importance(importance: Importance) -> str:
@@ -169,7 +169,7 @@ def head_importance(importance: Importance) -> str:
         bar.ax.set_yticklabels(["0", "mean", "x 2"])
         bar.outline.set_visible(False)
 
-    return _svg(draw, height=1.2 + 0.13 * max(len(layer) for layer in importance.heads))
+    return svg(draw, height=1.2 + 0.13 * max(len(layer) for layer in importance.heads))
 
 
 def distillation(rows: list[Row]) -> str:
@@ -195,7 +195,7 @@ def distillation(rows: list[Row]) -> str:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="center right", fontsize=8)
 
-    return _svg(draw, height=2.9)
+    return svg(draw, height=2.9)
 
 
 def stage_seconds(seconds: dict[str, float]) -> str:
@@ -210,7 +210,7 @@ def stage_seconds(seconds: dict[str, float]) -> str:
         axes.set(xlabel="seconds", xlim=(0, max(values) * 1.15 or 1))
         axes.grid(axis="y", visible=False)
 
-    return _svg(draw, height=0.75 + 0.24 * len(seconds))
+    return svg(draw, height=0.75 + 0.24 * len(seconds))
 
 
 def _line(
@@ -250,7 +250,7 @@ def _legend_patches(axes: Axes, dropped: Iterable[int]) -> None:
     axes.legend(loc="upper center", ncols=2, fontsize=8)
 
 
-def _svg(draw: Callable[[Figure], Any], *, height: float) -> str:
+def svg(draw: Callable[[Figure], Any], *, height: float) -> str:
     """The figure as SVG text, the same bytes for the same data."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "nemo_minitron"}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")

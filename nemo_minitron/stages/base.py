@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_minitron.callbacks.reporter import Reporter
+from nemo_minitron.config.resume import RULES, SECTIONS, Change, Rule, rule_of, setting_of
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.run_folder import RunFolder
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
     from nemo_minitron.config.run import RunConfig
 
 
-_HOW_OFTEN = frozenset({"checkpoint_every", "keep_last", "async_save", "log_every"})
+_HOW_OFTEN = frozenset(key for key, rule in RULES.items() if rule.change is Change.FREE)
+_MADE_OF = Rule(Change.REFUSED, "what is there was made with it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class StageContext:
     """What the other stages leave of a time budget for the complete run, on rank 0; None without such a budget."""
     reporter: Reporter = field(default_factory=Reporter)
     """Progress and lines for the user; metrics files. Rank 0 speaks, the others' is silent."""
+    share: Callable[[Any], None] = lambda job: None
+    """On rank 0 of a stage with `help`: give the other ranks, once, what they help with."""
     stop_requested: Callable[[], bool] = signals.requested
     """For stages that save when stopped: poll between steps, save, then call `stop`."""
     stop: Callable[[], NoReturn] = signals.stop
@@ -72,6 +76,8 @@ class Stage:
     """Keys of the recipe its result depends on (`"distill"`, `"data.text_key"`); never parallel sizes."""
     collective: bool = False
     """Whether all ranks run it; otherwise rank 0 does and the others wait."""
+    help: Callable[[StageContext, Any], None] | None = None
+    """What the other ranks do, given what rank 0 shares, while they wait for it; of stages that are not collective."""
     changed: Callable[["RunConfig", RunFolder], list[str]] | None = None
     """What has changed outside the run folder since it was finished, to be said when it is skipped."""
     saves_when_stopped: bool = False
@@ -99,16 +105,25 @@ class Stage:
 
     def digest(self, config: "RunConfig", upstream: Mapping[str, str]) -> str:
         """SHA-256 of everything the stage's result follows from: its settings and its upstream stages' digests."""
+        return self.digest_of(self.settings(config), {name: upstream[name] for name in self.needs})
+
+    def digest_of(self, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
+        """The same of settings as `settings` gives them, and of the digests of the stages that it reads."""
         inputs = {
             "stage": self.name,
-            "settings": {key: value for key, value in self.settings(config).items() if shapes_result(key)},
-            "upstream": {name: upstream[name] for name in self.needs},
+            "settings": {key: value for key, value in settings.items() if shapes_result(key)},
+            "upstream": dict(upstream),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
+    def resumed_with(self, key: str) -> Rule:
+        """What may be done with a key of `settings` while the stage goes on where it was stopped."""
+        setting = setting_of(key) if self.kind in SECTIONS else None
+        return rule_of(setting) if setting is not None else _MADE_OF
+
 
 def shapes_result(key: str) -> bool:
-    """Whether a stage's result depends on a key; how often it saves and logs may change while it is going on."""
+    """Whether a stage's result depends on a key; how often it saves and logs changes nothing in it."""
     return key.rpartition(".")[2] not in _HOW_OFTEN
 
 

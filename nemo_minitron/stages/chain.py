@@ -18,6 +18,7 @@ TITLES: dict[str, str] = {
     "chat": "Turn conversations into token files that know the answers, if the recipe tunes on them.",
     "correct": "Fine-tune the teacher on the distillation data first, if the recipe asks for it.",
     "score": "Measure the importance of layers, channels, neurons and heads.",
+    "search": "Find the best sizes within a budget, if the target names one.",
     "prune": "Decide what stays, and cut the rest out.",
     "cache": "Store the teacher's targets, if the recipe asks for it, so that students need no teacher.",
     "distill": "Train the student on the teacher's predictions.",
@@ -41,6 +42,7 @@ _CHAT_KEYS = (
 _DATA_KEYS = (
     *(f"data.{key}" for key in ("sources", "text_key", "calibration_fraction", "heldout_fraction", "min_characters")),
     *(f"data.{key}" for key in ("parse_special_tokens", "blend", "calibration_blend", "heldout_blend")),
+    "data.reset_attention_mask",
     "seed",
 )
 """Not `workers` and `max_bad_fraction`, which change nothing in the token files."""
@@ -51,6 +53,8 @@ _CACHE_KEYS = (
     "precision",
     "seed",
 )
+
+_SEARCH_KEYS = ("search", "target", "distill", "export.formats", "precision", "seed")
 
 ROUND = ("score", "prune", "distill")
 """The stages that `steps` repeats."""
@@ -65,6 +69,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
             "data",
             inputs={"teacher": teacher},
             sections=_DATA_KEYS,
+            help=lazy("nemo_minitron.stages.data:help_tokenize"),
             changed=lazy("nemo_minitron.stages.sources:changed"),
         ),
     ]
@@ -116,43 +121,41 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
         round_name(stage, number, config.steps) for stage in (*ROUND[:2], "cache", ROUND[2])
     )
     lesson = {"teacher": teacher} if config.cache is None else {"cache": f"{cache}/targets"}
-    merging = config.target.merge_layers
+    merging, searching = config.target.merge_layers, bool(config.target.budgets)
+    scored = {"model": model, "scores": f"{score}/scores.safetensors", "teacher": teacher}
+    working: dict[str, Any] = {"round": number, "collective": True, "saves_when_stopped": True}
     stages = [
         _stage(
             score,
             inputs={"model": model, "data": "data", **({"teacher": teacher} if merging else {})},
             sections=("score", "precision", *(("target", "steps") if merging else ())),
-            round=number,
-            collective=True,
-            saves_when_stopped=True,
-        ),
+            **working,
+        )
+    ]
+    if searching:
+        stages.append(
+            _stage("search", inputs={**scored, "data": "data"}, sections=_SEARCH_KEYS, round=number, collective=True)
+        )
+    stages.append(
         _stage(
             prune,
-            inputs={"model": model, "scores": f"{score}/scores.safetensors", "teacher": teacher},
+            inputs={**scored, **({"plan": "search/plan.json"} if searching else {})},
             sections=("target", "steps"),
             round=number,
-        ),
+        )
+    )
+    if config.cache is not None:
+        stages.append(
+            _stage(cache, inputs={"teacher": teacher, "data": "data"}, sections=_CACHE_KEYS, **working),
+        )
+    stages.append(
         _stage(
             distill,
             inputs={**lesson, "data": "data", "student": f"{prune}/student"},
             sections=("distill", "precision", "seed"),
-            round=number,
-            collective=True,
-            saves_when_stopped=True,
-        ),
-    ]
-    if config.cache is not None:
-        stages.insert(
-            2,
-            _stage(
-                cache,
-                inputs={"teacher": teacher, "data": "data"},
-                sections=_CACHE_KEYS,
-                round=number,
-                collective=True,
-                saves_when_stopped=True,
-            ),
+            **working,
         )
+    )
     return stages
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from typing import Any
 
 from nemo_minitron.callbacks.reporter import Progress, compact
@@ -9,12 +10,14 @@ from nemo_minitron.checkpoints.source import open_checkpoint
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.data.account import account, table
 from nemo_minitron.data.assets import resolve
-from nemo_minitron.data.shard_pool import default_workers, finished, make_shards, prepare
+from nemo_minitron.data.claims import Claims
+from nemo_minitron.data.shard_pool import default_workers, finished, help_with, make_shards, prepare
 from nemo_minitron.data.shards import Shard, ShardJob, Unit
 from nemo_minitron.data.survey import Survey, survey
 from nemo_minitron.data.tally import Tally
 from nemo_minitron.data.tokenizer import load_tokenizer, text_encoder
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, MinitronError
+from nemo_minitron.megatron import launched
 from nemo_minitron.megatron.token_files import merge_shards, scratch, token_dtype, write_blend_files
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.sources import write_sources
@@ -59,6 +62,16 @@ def run(context: StageContext) -> dict[str, Any]:
     return {**info, "sources": sums, "summary": ", ".join(told)}
 
 
+def help_tokenize(context: StageContext, job: ShardJob) -> None:
+    """On the first rank of each other node: make shards too, in a folder that all nodes see.
+
+    What cannot be done here is left to rank 0, which says what is wrong if it cannot either.
+    """
+    if launched.local_rank() == 0:
+        with suppress(MinitronError, OSError):
+            help_with(job, context.config.data.workers or default_workers(), Claims(job.folder))
+
+
 def _blend(context: StageContext, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """Existing token files: `data.json`, and copies of what is calibrated and measured on."""
     config = context.config
@@ -87,10 +100,12 @@ def _tokenize(context: StageContext, job: ShardJob, found: Survey) -> list[Shard
         context.reporter.line(f"          {before / 1e6:,.1f} MB were tokenized before")
     total = sum(file.size for file in job.files)
     workers = context.config.data.workers or default_workers()
+    claims = Claims(job.folder) if context.world_size > 1 else None
+    context.share(job)
     if total < _SHOWN_FROM:
-        return make_shards(job, workers, _Watch(found, None))
+        return make_shards(job, workers, _Watch(found, None), claims)
     with context.reporter.progress("data", -(-total // _MB), unit="MB", done=before // _MB) as progress:
-        shards = make_shards(job, workers, _Watch(found, progress, before))
+        shards = make_shards(job, workers, _Watch(found, progress, before), claims)
         progress.advance(progress.total - progress.done, progress.fields)
         return shards
 

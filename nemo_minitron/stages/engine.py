@@ -31,6 +31,7 @@ from nemo_minitron.stages.team import (
     release_memory,
     start_collectives,
 )
+from nemo_minitron.stages.temporary import temporary_files_in
 from nemo_minitron.version import __version__
 
 T = TypeVar("T")
@@ -78,7 +79,9 @@ def run_chain(
         stack.enter_context(signals.handled())
         with _loss_named(request.run, team.rank):
             request, precision = _settle_precision(request, team, reporter)
-            steps = _together(team, request.run.path, lambda: _prepare(chain, request, precision, stack))
+            doing = "looks at the run folder"
+            steps = _together(team, request.run.path, lambda: _prepare(chain, request, precision, stack), doing=doing)
+        stack.enter_context(temporary_files_in(request.run, team.rank))
         by_name = {stage.name: stage for stage in chain}
         outcome = "stopped"
         try:
@@ -140,6 +143,7 @@ def _prepare(
     run.create()
     stack.enter_context(run.locked())
     run.clear_leftovers()
+    run.temporary.mkdir()
     for stage in chain:
         run.adopt(stage.name)
     redo_from = None if _redo_begun(request) else request.redo_from
@@ -188,7 +192,7 @@ def _one(
         return
     left = None if outlook is None else outlook.seconds()
     reporter.stage_started(stage.name, position, count, resumed=step.action is Action.CONTINUE, left=left)
-    record = _together(team, request.run.path, lambda: _begin(step, run))
+    record = _together(team, request.run.path, lambda: _begin(step, run), doing=f"begins stage {stage.name}")
     started = time.monotonic()
     manifest.reset_peak_memory()
     speed.reset_gpu_memory()
@@ -205,13 +209,7 @@ def _one(
     )
     with signals.deferred() if stage.saves_when_stopped else nullcontext():
         try:
-            if stage.collective:
-                start_collectives(request.config.parallel, seed=request.config.seed)
-                result = _guarded(stage, context)
-                result |= _gpu_memory(team)
-                release_memory()
-            else:
-                result = _together(team, request.run.path, lambda: _guarded(stage, context))
+            result = _done(stage, context, team)
         except BaseException:
             if team.rank == 0:
                 _note_time(run, stage.name, record, started)
@@ -220,10 +218,23 @@ def _one(
             seconds = time.monotonic() - started
             record["seconds"] = round(record["seconds"] + seconds, 3)
             result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
-        _together(team, request.run.path, lambda: _finish(step, run, record, result))
+        doing = f"finishes stage {stage.name}"
+        _together(team, request.run.path, lambda: _finish(step, run, record, result), doing=doing)
     if outlook is not None:
         outlook.finished(stage.name, seconds)
     reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
+
+
+def _done(stage: Stage, context: StageContext, team: Team) -> dict[str, Any]:
+    """Do a stage, by all ranks or by rank 0; returns what it returned."""
+    if not stage.collective:
+        work = _with_help(team, stage, context)
+        return _together(team, context.run.path, work, doing=f"does stage {stage.name}")
+    start_collectives(context.config.parallel, seed=context.config.seed)
+    result = _guarded(stage, context)
+    result |= _gpu_memory(team)
+    release_memory()
+    return result
 
 
 def _changed_since(name: str, changes: Sequence[str]) -> str:
@@ -280,8 +291,8 @@ def _note_time(run: RunFolder, name: str, record: dict[str, Any], started: float
         return
 
 
-def _together(team: Team, folder: Path, work: Callable[[], T]) -> T:
-    """Let rank 0 do something; every rank gets the value, or rank 0's error."""
+def _together(team: Team, folder: Path, work: Callable[[], T], *, doing: str) -> T:
+    """Let rank 0 do something; every rank gets the value, or rank 0's error. Those that wait say what it is doing."""
     value: T | None = None
     error: BaseException | None = None
     if team.rank == 0:
@@ -293,11 +304,43 @@ def _together(team: Team, folder: Path, work: Callable[[], T]) -> T:
         sent = (
             error if isinstance(error, (MinitronError, signals.Stopped, type(None))) else RuntimeError("rank 0 failed")
         )
-        value, received = team.broadcast((value, sent))
+        value, received = team.broadcast((value, sent), doing=doing)
         error = error or (as_echo(received) if received is not None else None)
     if error is not None:
         raise error
     return cast("T", value)
+
+
+def _with_help(team: Team, stage: Stage, context: StageContext) -> Callable[[], dict[str, Any]]:
+    """What rank 0 does in a stage that it does alone; with what it shares, the other ranks help first.
+
+    Whoever waits for it hears of rank 0 once, with or without something to do.
+    """
+    if stage.help is None or team.size == 1:
+        return lambda: _guarded(stage, context)
+    if team.rank > 0:
+        if (job := team.broadcast(None)) is not None:
+            stage.help(context, job)
+        return dict
+    heard = False
+
+    def share(job: Any) -> None:
+        nonlocal heard
+        heard = True
+        team.broadcast(job)
+
+    def work() -> dict[str, Any]:
+        try:
+            result = _guarded(stage, replace(context, share=share))
+        except (Exception, signals.Stopped):
+            if not heard:
+                share(None)
+            raise
+        if not heard:
+            share(None)
+        return result
+
+    return work
 
 
 def _redo_mark(request: Request) -> dict[str, Any]:

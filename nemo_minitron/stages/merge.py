@@ -11,6 +11,7 @@ from torch import nn
 
 from nemo_minitron.config.run import ScoreConfig
 from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.forward import cut
 from nemo_minitron.megatron.merge_sums import MergeCollector
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.merge import MergeSums, gaps_of
@@ -54,5 +55,5 @@ def measure_merge(
         dp_size=runtime.dp_size,
     )
     for batch in batches if gaps else ():
-        collector.add(batch.split(settings.micro_batch_size))
+        collector.add(cut(batch, settings.micro_batch_size, chunks))
     return MergeSums(plan.digest(), collector.result(), dict(provenance or {}))

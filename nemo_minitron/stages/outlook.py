@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.training import BudgetOf, TrainingConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.estimate.work import work_of
-from nemo_minitron.pruning.rounds import round_specs
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import MODELS
 from nemo_minitron.stages.run_folder import RunFolder
+from nemo_minitron.stages.students import students_of
 
 EFFICIENCY = 0.7
 """Of the rate of bare matrix products, what stages with models reach on a CPU; used until one was timed."""
@@ -38,6 +39,7 @@ class Outlook:
         self._chain = chain
         self._rate: float | None = None
         self._teacher: ModelSpec | None = None
+        self._students: tuple[ModelSpec, ...] = ()
 
     def seconds(self) -> float | None:
         """Until the last stage is done; None before the first stage has read the model."""
@@ -47,6 +49,7 @@ class Outlook:
     def finished(self, name: str, seconds: float) -> None:
         """Leave a stage behind; one that ran models says how fast they run here."""
         stage = self._left.pop(name, None)
+        self._students = ()
         if stage is None or self._is_timed(stage):
             return
         if (flops := self._flops(stage)) and seconds > 0:
@@ -98,9 +101,10 @@ class Outlook:
         if teacher is None:
             return 0.0
         try:
-            students = round_specs(config.target, teacher, config.steps)
+            students = self._students or students_of(config, teacher, self._run)
         except MinitronError:  # stage prune will say so
             return 0.0
+        self._students = students
         if stage.kind == "evaluate":
             asked = config.evaluate
             each = asked.max_tokens * asked.sequence_length / (asked.stride or asked.sequence_length)
@@ -112,11 +116,16 @@ class Outlook:
     def _speed(self) -> float:
         """FLOP/s of all ranks together."""
         if self._rate is None:
-            import torch
-
-            from nemo_minitron.megatron.build import torch_dtype
-            from nemo_minitron.ops.product_speed import product_rate
-
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._rate = EFFICIENCY * self._ranks * product_rate(device, torch_dtype(self._config.precision))
+            self._rate = expected_rate(self._config.precision, self._ranks)
         return self._rate
+
+
+def expected_rate(precision: Precision, ranks: int) -> float:
+    """FLOP/s that stages with models will reach on this machine, all ranks together, from a short measurement."""
+    import torch
+
+    from nemo_minitron.megatron.build import torch_dtype
+    from nemo_minitron.ops.product_speed import product_rate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return EFFICIENCY * ranks * product_rate(device, torch_dtype(precision))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from nemo_minitron.config.resume import Change
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, RunFolderError
 from nemo_minitron.stages.base import Stage, shapes_result
@@ -59,6 +60,8 @@ def select(
 def _unknown(name: str, names: list[str]) -> str:
     section = {"correct": "correct", "chat": "tune", "tune": "tune", "cache": "cache"}.get(name)
     asked = f"; the recipe has no section `{section}:`" if section else ""
+    if name == "search":
+        asked = "; the recipe's target has no budget, as target.ratio=0.75 or target.params=100M"
     return f"no stage {name!r}{asked}; stages: {', '.join(names)}"
 
 
@@ -81,8 +84,9 @@ def decide(
     """One step for each stage of `chain` (as `select` gives them).
 
     A stage made with other settings, or from other stages (a recipe that got more rounds), is an error unless the user
-    asked to redo it (`redo_from`): its settings are his word, and hours may be in it. A stage whose own settings still
-    hold, but whose upstream was redone, is redone.
+    asked to redo it (`redo_from`): its settings are his word, and hours may be in it. A training that was stopped goes
+    on with other settings where `config.resume` says that they may change. A stage whose own settings still hold, but
+    whose upstream was redone, is redone.
 
     Raises:
         RunFolderError: The folder holds stages of another recipe; names the keys that differ.
@@ -99,9 +103,10 @@ def decide(
         if stage.name in forced:
             action = Action.REDO if record else Action.DO
         else:
+            whole = run.is_whole(stage.name)
             if record:
-                conflicts += _conflicts(stage, record, settings)
-            action = _action(record, digest, whole=run.is_whole(stage.name))
+                conflicts += _conflicts(stage, record, settings, whole=whole)
+            action = _action(stage, record, digest, upstream, whole=whole)
         steps.append(Step(stage=stage, action=action, digest=digest, settings=settings, upstream=upstream))
     if conflicts:
         first = next(
@@ -115,21 +120,27 @@ def decide(
     return tuple(steps)
 
 
-def _action(record: dict[str, Any] | None, digest: str, *, whole: bool) -> Action:
+def _action(
+    stage: Stage, record: dict[str, Any] | None, digest: str, upstream: dict[str, str], *, whole: bool
+) -> Action:
+    """What happens to a stage whose settings are no conflict."""
     if record is None:
         return Action.DO
-    if record["digest"] != digest:
-        return Action.REDO
-    return Action.SKIP if whole else Action.CONTINUE
+    if whole:
+        return Action.SKIP if record["digest"] == digest else Action.REDO
+    is_begun = record["digest"] in {digest, stage.digest_of(record["settings"], upstream)}
+    return Action.CONTINUE if is_begun else Action.REDO
 
 
-def _conflicts(stage: Stage, record: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def _conflicts(stage: Stage, record: dict[str, Any], settings: dict[str, Any], *, whole: bool) -> list[str]:
     """How what was made, or begun, differs from what the recipe now says."""
-    found = [
-        f"{key}: stage {stage.name} was made with {old}, now {new}"
-        for key, old, new in _differences(record["settings"], settings)
-        if shapes_result(key)
-    ]
+    found = []
+    for key, old, new in _differences(record["settings"], settings):
+        rule = stage.resumed_with(key)
+        if not shapes_result(key) or (rule.change is Change.FROM_HERE and not whole):
+            continue
+        why = "" if whole or rule.change is not Change.REFUSED else f"; {rule.why}"
+        found.append(f"{key}: stage {stage.name} was made with {old}, now {new}{why}")
     if set(record["upstream"]) != set(stage.needs):
         before, now = (", ".join(sorted(names)) for names in (record["upstream"], stage.needs))
         found.append(f"stages: stage {stage.name} was made from {before}; now from {now}")

@@ -12,6 +12,7 @@ from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.merge import MergedSource, MergeSums, gaps_of
+from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.rounds import round_specs, round_targets
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages.base import StageContext
@@ -24,11 +25,15 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `plan.json` and `student/`; returns the student's sizes and what was cut."""
     teacher = open_checkpoint(context.input("model"))
     original = open_checkpoint(context.input("teacher")).spec
-    check_export(context.config, round_specs(context.config.target, original, context.config.steps)[-1])
-    target = target_of(context, original)
-    scores = Scores.load(context.input("scores"))
-    scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
-    plan = build_plan(scores, target, teacher.spec)
+    target = context.config.target
+    if "plan" in context.stage.inputs:
+        plan = PruningPlan.load(context.input("plan"))
+        check_export(context.config, plan.student)
+    else:
+        check_export(context.config, round_specs(target, original, context.config.steps)[-1])
+        scores = Scores.load(context.input("scores"))
+        scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
+        plan = build_plan(scores, target_of(context, original), teacher.spec)
     plan.save(context.out / "plan.json")
     write_folder(_student(context, PrunedSource(teacher, plan)), context.out / "student")
     student = plan.student

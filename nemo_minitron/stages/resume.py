@@ -23,7 +23,7 @@ def newest_whole(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
     """
     here = runtime.current()
     found = sorted(folder.glob(CHECKPOINTS), reverse=True) if here.rank == 0 else None
-    paths = runtime.broadcast_object(found, patient=True)
+    paths = runtime.broadcast_object(found, patient=True, doing="looks for checkpoints")
     for path in paths:
         if not (fault := _fault(path)):
             return path
@@ -39,7 +39,8 @@ def newest_whole(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
 def _fault(path: Path) -> str:
     """What is wrong with a checkpoint; empty if nothing is. Each rank reads its share of the files."""
     here = runtime.current()
-    plan = runtime.broadcast_object(_files(path) if here.rank == 0 else None, patient=True)
+    found = _files(path) if here.rank == 0 else None
+    plan = runtime.broadcast_object(found, patient=True, doing=f"lists the files of {path.name}")
     if isinstance(plan, str):
         return plan
     own = dict(plan[here.rank :: here.world_size])

@@ -5,6 +5,7 @@
     stages/.<name>.partial/   a stage at work; survives a kill, and the same command goes on in it
     stages/.replaced/         whole stages set aside by a redo, until the new ones are whole
     stages/.lock              held by the process at work (released by the system when that dies)
+    .tmp/                     temporary files of libraries, while a process is at work
 
 Only rank 0 changes anything here; other ranks read paths.
 """
@@ -52,6 +53,7 @@ class RunFolder:
         self.stages = self.path / "stages"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.temporary = self.path / ".tmp"
 
     def create(self) -> None:
         """Make the folder.
@@ -162,13 +164,13 @@ class RunFolder:
         return f"newest whole checkpoint: {newest} (step {int(newest.stem)}); the same command goes on from there"
 
     def clear_leftovers(self) -> None:
-        """Remove unfinished files that a killed process has left, in stages at work and in finished ones.
+        """Remove unfinished files that a killed process has left, in stages at work and in finished ones; and `.tmp`.
 
         Called by the process that holds the lock, so that none of them is anyone's. Shards of a stage at work stay.
         """
         folders = [path for path in self.stages.iterdir() if path.is_dir() and path.name != REPLACED]
         finished = [path for path in folders if (path / DONE).is_file()]
-        leftovers = [path for folder in finished for path in folder.glob(".shards")]
+        leftovers = [self.temporary, *(path for folder in finished for path in folder.glob(".shards"))]
         for folder in (self.path, self.stages, *folders, *(path / "index" for path in folders)):
             leftovers += [path for pattern in UNFINISHED for path in folder.glob(pattern)]
         for path in leftovers:

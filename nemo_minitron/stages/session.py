@@ -1,6 +1,6 @@
 """What the stages that run a model share: a Lightning trainer under Megatron, and models read at the run's settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +18,19 @@ ModelT = TypeVar("ModelT", bound=MegatronGPTModel)
 
 
 def make_trainer(
-    config: RunConfig, callbacks: Sequence[Callback] = (), *, async_save: bool = False, **settings: Any
+    config: RunConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    async_save: bool = False,
+    tell: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Trainer:
     """A Lightning trainer with the run's layout and nothing switched on that writes or prints by itself."""
+    told = {} if tell is None else {"tell": tell}
     return Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
-        strategy=MegatronStrategy(config.parallel, seed=config.seed, async_save=async_save),
+        strategy=MegatronStrategy(config.parallel, seed=config.seed, async_save=async_save, **told),
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=any("Checkpoint" in type(callback).__name__ for callback in callbacks),
@@ -51,10 +57,15 @@ def restore(
     Of `settings`, what a training adds is taken; layout, dtype, seed and micro-batch size are the run's.
     """
     release_memory()
-    told = settings or ModelSettings()
+    told = with_run(settings or ModelSettings(), config, micro_batch_size=micro_batch_size)
+    return kind.restore_from(path, settings=told, trainer=trainer)
+
+
+def with_run(settings: ModelSettings, config: RunConfig, *, micro_batch_size: int) -> ModelSettings:
+    """A model's settings with the run's layout, dtype, seed and micro-batch size."""
     run = {"parallel": config.parallel, "precision": config.precision, "seed": config.seed}
-    batch = told.batch.model_copy(update={"micro_batch_size": micro_batch_size})
-    return kind.restore_from(path, settings=told.model_copy(update={**run, "batch": batch}), trainer=trainer)
+    batch = settings.batch.model_copy(update={"micro_batch_size": micro_batch_size})
+    return settings.model_copy(update={**run, "batch": batch})
 
 
 def validate(

@@ -56,8 +56,8 @@ class Team(Protocol):
     rank: int
     size: int
 
-    def broadcast(self, value: T) -> T:
-        """The value of rank 0, on every rank."""
+    def broadcast(self, value: T, *, doing: str = "") -> T:
+        """The value of rank 0, on every rank; those that wait say what it is `doing`."""
 
     def collect(self, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank."""
@@ -72,7 +72,7 @@ class Alone:
     rank = 0
     size = 1
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: T, *, doing: str = "") -> T:
         """The value itself."""
         return value
 
@@ -96,9 +96,9 @@ class Ranks:
         self.rank = started.rank
         self.size = started.world_size
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: T, *, doing: str = "") -> T:
         """The value of rank 0, on every rank; rank 0 may work for hours before it has one."""
-        received: T = self._runtime.broadcast_object(value, patient=True)
+        received: T = self._runtime.broadcast_object(value, patient=True, doing=doing)
         return received
 
     def collect(self, value: T) -> list[T]:

@@ -18,13 +18,14 @@ from nemo_minitron.callbacks.throughput import Throughput
 from nemo_minitron.config.training import FinishWith, TrainingConfig
 from nemo_minitron.estimate.compute import forward_flops, training_flops
 from nemo_minitron.megatron import runtime
+from nemo_minitron.models import resume
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages import budget, signals, speed, trial
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.files import read_json
 from nemo_minitron.stages.resume import newest_whole
-from nemo_minitron.stages.session import make_trainer, restore
+from nemo_minitron.stages.session import make_trainer, restore, with_run
 from nemo_minitron.stages.training_job import TrainingJob
 
 
@@ -35,8 +36,11 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     """
     if job.settings.minutes is not None:
         job = _with_steps_fixed(context, job)
-    settings = job.settings
     checkpoints = context.out / "checkpoints"
+    resume_from = newest_whole(checkpoints, warn=context.reporter.line)
+    if resume_from is not None:
+        job = _compared(context, job, resume_from)
+    settings = job.settings
     throughput = Throughput(settings.batch.tokens_per_step)
     best = BestModel(
         f"val/{job.metric}",
@@ -52,12 +56,11 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         trainer=trainer,
         settings=job.model_settings,
     )
-    resume_from = newest_whole(checkpoints, warn=context.reporter.line)
     with signals.deferred():
         if resume_from is None:
             trainer.validate(model, datamodule=job.data, verbose=False)
         trainer.fit(model, datamodule=job.data, ckpt_path=resume_from)
-        if job.monitor.history[-1]["step"] != trainer.global_step:
+        if _validations(job.monitor.history)[-1]["step"] != trainer.global_step:
             trainer.validate(model, datamodule=job.data, verbose=False)
     _leave(context, model, best, context.out / job.result)
     if context.rank == 0:
@@ -67,6 +70,7 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         "steps": trainer.global_step,
         "tokens": trainer.global_step * settings.batch.tokens_per_step,
         "skipped_steps": model.guard.skipped,
+        "changes": trainer.strategy.changes,
         "ended_early": best.ended,
         "best": {"step": best.step, job.metric: best.value},
         "finished_with": best.step if best.path is not None else trainer.global_step,
@@ -74,6 +78,21 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
         "validation": _finished_with(job.monitor.history, best),
         "history": job.monitor.history,
     }
+
+
+def _compared(context: StageContext, job: TrainingJob, checkpoint: Path) -> TrainingJob:
+    """The training, compared with what the stopped one had, before the models are read.
+
+    Raises:
+        TrainingError: Something was changed that cannot change.
+    """
+    settings = job.settings
+    optimizer = resume.with_states_of(settings.optimizer, checkpoint)
+    job = replace(job, settings=settings.model_copy(update={"optimizer": optimizer}))
+    told = with_run(job.model_settings, context.config, micro_batch_size=settings.batch.micro_batch_size)
+    now = resume.asked(told, steps=settings.steps, data=job.data, student=job.model)
+    resume.compare(checkpoint, now, tell=lambda line: None)
+    return job
 
 
 def _with_steps_fixed(context: StageContext, job: TrainingJob) -> TrainingJob:
@@ -138,6 +157,7 @@ def _trainer(
         context.config,
         callbacks,
         async_save=settings.async_save,
+        tell=lambda line: context.reporter.line(f"          {line}"),
         max_steps=settings.steps,
         max_epochs=-1,
         val_check_interval=settings.validation_interval,
@@ -170,5 +190,12 @@ def _leave(context: StageContext, model: MegatronGPTModel, best: BestModel, targ
 
 def _finished_with(history: list[dict[str, Any]], best: BestModel) -> dict[str, Any]:
     """The validation of the weights that were kept."""
-    step = best.step if best.path is not None else history[-1]["step"]
-    return next(row for row in reversed(history) if row["step"] == step and row["source"] == "val")
+    validations = _validations(history)
+    if best.path is None:
+        return validations[-1]
+    return next(row for row in reversed(validations) if row["step"] == best.step)
+
+
+def _validations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What validations measured; a monitor may also keep what training steps did."""
+    return [row for row in history if row["source"] == "val"]

@@ -1,8 +1,9 @@
 """Install each pinned set, run the tiny recipe with it, and write the table of `docs/compatibility.md`.
 
-    python tests/compat/matrix.py [--folder .compat] [--python 3.12=/path/to/python3.12 ...]
+    python tests/compat/matrix.py [--folder .compat] [--python 3.12=/path/to/python3.12 ...] [--set "Python 3.13" ...]
 
-Environments are made once and kept under the folder; the first set is the one that results are compared with.
+Environments are made once and kept under the folder; the first set is the one that results are compared with. With
+`--set` only those are tried, and their table is printed and not written.
 """
 
 import argparse
@@ -35,6 +36,7 @@ SETS = (
     PinnedSet("Debian 12's Python", "3.11.2", ROOT / "constraints.txt"),
     PinnedSet("older NeMo", "3.11", CONSTRAINTS / "nemo2.7.3-mcore0.15.3-py311.txt"),
     PinnedSet("newer Megatron", "3.12", CONSTRAINTS / "nemo3.0.0-mcore0.19.2-py312.txt"),
+    PinnedSet("Python 3.13", "3.13", ROOT / "constraints.txt"),
 )
 
 
@@ -43,13 +45,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / ".compat", help="environments and runs")
     parser.add_argument("--python", action="append", default=[], metavar="VERSION=PATH", help="an interpreter")
+    parser.add_argument("--set", action="append", default=[], choices=[pinned.name for pinned in SETS], help="only it")
     args = parser.parse_args()
     interpreters = {pinned.python: f"python{pinned.python}" for pinned in SETS}
     interpreters |= dict(item.split("=", 1) for item in args.python)
     folder = args.folder.resolve()
-    results = {pinned.name: attempt(pinned, interpreters[pinned.python], folder) for pinned in SETS}
+    wanted = [pinned for pinned in SETS if not args.set or pinned.name in args.set]
+    results = {pinned.name: attempt(pinned, interpreters[pinned.python], folder) for pinned in wanted}
     text = table(results)
     print(text)
+    if args.set:
+        return int(any("failed" in result for result in results.values()))
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
@@ -58,7 +64,7 @@ def main() -> int:
 
 def attempt(pinned: PinnedSet, interpreter: str, folder: Path) -> dict[str, Any]:
     """What `check.py` found, or `{"failed": command}`; its output is in `FOLDER/SET/log`."""
-    place = folder / pinned.name.replace(" ", "_")
+    place = folder / pinned.name.replace(" ", "_").replace("'", "")
     place.mkdir(parents=True, exist_ok=True)
     (place / "result.json").unlink(missing_ok=True)
     inputs = folder / "inputs"

@@ -13,10 +13,11 @@ from nemo_minitron.megatron.placement import local_shard
 from nemo_minitron.stages.session import make_trainer
 from tests.emulation import jobs
 from tests.jobs import config_for
+from tests.parallel import documents_jobs
 from tests.parallel.hooks_jobs import ScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, STEPS, Case
 from tests.parallel.overlap_jobs import Run, train_gathering
-from tests.ranks import run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 from tests.tiny import write_corpus, write_llama
 from tests.tolerances import TOL
 
@@ -91,6 +92,37 @@ def test_a_state_can_be_saved_before_the_first_step(distributed, tmp_path):
     (found,) = run_on_ranks(1, jobs.save_before_the_first_step, tmp_path / "state", distributed)
     assert found["names"] == ["FusedAdam", "exp_avg", "exp_avg_sq"]
     assert found["again"] == found["first"]
+
+
+def test_documents_in_a_sample_are_computed_as_if_they_stood_alone():
+    """Packed sequences: losses, gradients and weights are those of documents that are samples of their own."""
+    ((packed, alone),) = run_on_ranks(1, jobs.train_all, [Case("tied", documents=kind) for kind in ("packed", "alone")])
+    split = [Case("tied", parallel, documents="packed") for parallel in (SP2, PP2)]
+    ranks = run_on_ranks(2, jobs.train_all, split)
+    for found in (packed, *(result for rank in ranks for result in rank)):
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["norms"], alone["norms"], rtol=1e-5, atol=1e-6)
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(packed["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_scores_of_documents_in_a_sample_are_those_of_documents_alone():
+    """Micro-batches of 4 are cut, since packed sequences come one sample at a time."""
+    ((alone, packed),) = run_on_ranks(
+        1, documents_jobs.sums_all, [(ParallelConfig(), kind) for kind in ("alone", "packed")]
+    )
+    assert alone.keys() == packed.keys()
+    for name, expected in alone.items():
+        torch.testing.assert_close(packed[name], expected, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_documents_are_refused_where_they_cannot_be_kept_apart():
+    for case, rule in (
+        (Case("tied", micro_batch_size=2, documents="packed"), "one sample at a time"),
+        (Case("tied", CP2, documents="packed"), "parallel.context = 2"),
+    ):
+        with pytest.raises(RankError, match=rule):
+            run_on_ranks(case.parallel.context, jobs.train_all, [case])
 
 
 @pytest.mark.parametrize("spec", ["tied", "untied"])

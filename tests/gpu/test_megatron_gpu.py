@@ -11,7 +11,7 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import cpu, optim, runtime, sharded_io
 from nemo_minitron.megatron.build import build_chunks, use_transformer_engine
-from nemo_minitron.megatron.forward import LossResult, MicroBatch, reduce_report, run
+from nemo_minitron.megatron.forward import LossResult, MicroBatch, collect_logits, reduce_report, run
 from nemo_minitron.megatron.runtime import Runtime
 
 pytestmark = [
@@ -72,6 +72,26 @@ def test_training_and_coming_back(here: Runtime, tmp_path: Path) -> None:
     sharded_io.load_weights(again, tmp_path)
     for ours, theirs in zip(again[0].parameters(), chunks[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_documents_in_a_sample_are_computed_as_if_alone(here: Runtime) -> None:
+    """Packed sequences where Transformer Engine is, our own attention elsewhere; in bf16, so within its rounding."""
+    chunks = build_chunks(SPEC, here, Precision.BF16, trainable=False, seed=1)
+    tokens = torch.randint(0, 256, (1, 96), generator=torch.Generator().manual_seed(0))
+    spans = [(0, 20), (20, 21), (21, 96)]
+    positions = torch.cat([torch.arange(stop - first) for first, stop in spans])[None]
+    keep = torch.ones(1, 96, dtype=torch.bool)
+
+    def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        sample = MicroBatch(tokens, tokens, keep[:, : tokens.shape[1]], positions)
+        (found,) = collect_logits(chunks, [sample], here)
+        return found.float()
+
+    packed, leaking = logits(tokens, positions), logits(tokens, torch.arange(96)[None])
+    alone = [logits(tokens[:, first:stop], torch.arange(stop - first)[None]) for first, stop in spans]
+    difference = (packed - torch.cat(alone, dim=1)).abs().max()
+    assert difference < 0.02 * packed.abs().max()
+    assert difference < 0.2 * (packed - leaking).abs().max()
 
 
 @pytest.mark.skipif(use_transformer_engine(), reason="Transformer Engine computes fp32 products in TF32")

@@ -3,6 +3,8 @@
 The forward pass is ours in fp32 and theirs in float64, so the tolerance covers a whole model's rounding.
 """
 
+import itertools
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -34,8 +36,8 @@ def samples(vocabulary):
     return tokens, keep
 
 
-def activations(model: PreTrainedModel, tokens, keep):
-    """`{(layer, site): [[kept tokens, channels] of each sample]}`, float64."""
+def activations(model: PreTrainedModel, tokens, keep, starts=((0,), (0,))):
+    """`{(layer, site): [[kept tokens, channels] of each sample]}`, float64; each document is run alone."""
     found = {}
 
     def note(key):
@@ -51,14 +53,25 @@ def activations(model: PreTrainedModel, tokens, keep):
         layer.register_forward_hook(
             lambda module, args, out, i=index: note((i, "out"))(module, out if isinstance(out, tuple) else (out,))
         )
+    counts = []
     with torch.no_grad():
-        for sample, mask in zip(tokens, keep, strict=True):
-            model(sample[None, : int(mask.sum())], use_cache=False)  # causal: what follows the kept tokens is not seen
-    return found
+        for sample, mask, begins in zip(tokens, keep, starts, strict=True):
+            # Causal: what follows the kept tokens is not seen.
+            spans = list(itertools.pairwise([*begins, int(mask.sum())]))
+            for first, stop in spans:
+                model(sample[None, first:stop], use_cache=False)
+            counts.append(len(spans))
+    return {key: joined(parts, counts) for key, parts in found.items()}
 
 
-def assert_scores_are_the_papers(model: PreTrainedModel, scored, tokens, keep):
-    found = activations(model.double(), tokens, keep)
+def joined(parts, counts):
+    """The documents of each sample together."""
+    left = iter(parts)
+    return [torch.cat(list(itertools.islice(left, count))) for count in counts]
+
+
+def assert_scores_are_the_papers(model: PreTrainedModel, scored, tokens, keep, starts=((0,), (0,))):
+    found = activations(model.double(), tokens, keep, starts)
     for layer in range(model.config.num_hidden_layers):
         for site, theirs_site, ffn_site in SITES:
             sums = scored[ffn_site]
@@ -94,6 +107,19 @@ def test_a_model_with_qkv_bias(tmp_path):
     assert any(layer.self_attn.q_proj.bias.abs().max() > 0.1 for layer in model.model.layers)
     (scored,) = run_on_ranks(1, score_tokens, tmp_path / "hf", tokens, keep)
     assert_scores_are_the_papers(model, scored, tokens, keep)
+
+
+def test_samples_of_several_documents(tmp_path):
+    """What each document gives alone; a sample is all of its documents."""
+    model = write_qwen2(tmp_path / "hf")
+    tokens, keep = samples(256)
+    starts = ((0, 9, 10, 27), (0, 14))
+    begins = torch.zeros_like(tokens)
+    for sample, own in enumerate(starts):
+        begins[sample, list(own)] = torch.tensor(own)
+    positions = torch.arange(32) - begins.cummax(1).values
+    (scored,) = run_on_ranks(1, score_tokens, tmp_path / "hf", tokens, keep, positions)
+    assert_scores_are_the_papers(model, scored, tokens, keep, starts)
 
 
 @pytest.mark.model

@@ -92,7 +92,9 @@ def activations() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], tor
     return weights, score(ScoreCase("tied", micro_batch_size=4)), global_batch()[2]
 
 
-def score_tokens(source: Path, tokens: torch.Tensor, keep: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+def score_tokens(
+    source: Path, tokens: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
     """Scores of a checkpoint over given samples `[samples, tokens]`, one at a time, at either FFN site."""
     from nemo_minitron.megatron.forward import MicroBatch, collect_hidden
     from nemo_minitron.megatron.hooks import ImportanceCollector
@@ -103,11 +105,13 @@ def score_tokens(source: Path, tokens: torch.Tensor, keep: torch.Tensor) -> dict
     config = config_for(source, source)
     model = restore(MegatronGPTModel, source, config=config, micro_batch_size=1, trainer=make_trainer(config))
     found = {}
+    places = torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions
     for site in FfnSite:
         with ImportanceCollector(model.chunks, model.runtime, model.spec, ffn_site=site) as collector:
             for sample in range(len(tokens)):
                 part = slice(sample, sample + 1)
                 collector.expect([keep[part]])
-                collect_hidden(model.chunks, [MicroBatch.of(tokens[part], tokens[part], keep[part])], model.runtime)
+                batch = MicroBatch(tokens[part], tokens[part], keep[part], places[part])
+                collect_hidden(model.chunks, [batch], model.runtime)
             found[site.value] = collector.result()
     return found

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nemo_minitron.config.objective import DivergenceKind
-from nemo_minitron.kernels import cross_entropy, divergence, rest
+from nemo_minitron.kernels import cross_entropy, divergence, moments, rest
 from nemo_minitron.kernels.launch import BLOCK, WARPS
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -21,8 +21,13 @@ TYPES = {
     **dict.fromkeys(("first", "columns", "student_stride", "teacher_stride", "stride", "tokens"), "i32"),
     **dict.fromkeys(("scale", "mixing", "kd_weight", "lm_weight"), "fp32"),
     "labels": "*i64",
+    # moments
+    **dict.fromkeys(("x",), "*bf16"),
+    "keep": "*u8",
+    "found": "*fp32",
+    **dict.fromkeys(("positions", "samples", "channels", "row_stride", "sample_stride", "length", "parts"), "i32"),
 }
-ALIGNED = {"columns", "student_stride", "teacher_stride", "stride", "tokens"}
+ALIGNED = {"columns", "student_stride", "teacher_stride", "stride", "tokens", "channels", "row_stride", "sample_stride"}
 
 
 def kernels():
@@ -37,11 +42,13 @@ def kernels():
     yield cross_entropy._gradient, {}
     yield rest._statistics, {}
     yield rest._gradient, {}
+    for keep in (False, True):
+        yield moments._sums, {"KEEP": keep, "ROWS": moments.ROWS, "COLUMNS": moments.COLUMNS}
 
 
 def compiled(kernel, constants):
     names = [parameter.name for parameter in kernel.params]
-    constants = constants | {"BLOCK": BLOCK}
+    constants = constants | ({"BLOCK": BLOCK} if "BLOCK" in names else {})
     source = ASTSource(
         kernel,
         signature={name: "constexpr" if name in constants else TYPES[name] for name in names},
@@ -52,7 +59,9 @@ def compiled(kernel, constants):
             if name in ALIGNED or TYPES.get(name, "").startswith("*")
         },
     )
-    return triton.compile(source, target=TARGET, options={"num_warps": WARPS}).asm["cubin"]
+    return triton.compile(
+        source, target=TARGET, options={"num_warps": moments.WARPS if "ROWS" in names else WARPS}
+    ).asm["cubin"]
 
 
 def resources(binary, folder):

@@ -1,5 +1,6 @@
 """What ranks do in the Megatron tests: train a small random model for a few steps at some layout."""
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from nemo_minitron.config.training import OptimizerConfig
 STEPS = 4
 ONE = ParallelConfig()
 SAMPLES, LENGTH = 8, 12
+STARTS = ((0, 5), (0,), (0, 1, 7), (0, 3, 4, 11), (0, 6), (0, 2, 4, 6, 8, 10), (0, 11), (0, 4, 9))
+"""Where documents begin in the samples that hold several: 23 of them, of 1 to 12 tokens."""
 
 # 94 tokens: padded at TP 2 and TP 3. 9 heads in 3 groups, wider than the hidden size, as after pruning.
 SPEC = ModelSpec(
@@ -79,6 +82,8 @@ class Case:
     """Start from this training state instead of random weights."""
     save: Path | None = None
     """Write the training state here after half of the steps."""
+    documents: str = ""
+    """"packed": samples hold several documents. "alone": each of those is a sample of its own."""
 
 
 def optimizer_config(case: Case) -> OptimizerConfig:
@@ -131,9 +136,28 @@ def train(case: Case) -> dict[str, Any]:
 def micro_batches(case: Case, here: Any) -> list[Any]:
     from nemo_minitron.megatron.forward import MicroBatch
 
-    mine = [tensor[here.dp_rank :: here.dp_size] for tensor in global_batch()]
+    mine = [tensor[here.dp_rank :: here.dp_size] for tensor in whole_batch(case.documents)]
     pieces = [tensor.split(case.micro_batch_size) for tensor in mine]
-    return [MicroBatch.of(*piece) for piece in zip(*pieces, strict=True)]
+    return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+
+
+def whole_batch(documents: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`global_batch` with positions; see `Case.documents`."""
+    tokens, labels, keep = global_batch()
+    positions = torch.arange(LENGTH).expand(SAMPLES, -1)
+    if not documents:
+        return tokens, labels, keep, positions
+    packed, alone = [], []
+    for sample, starts in enumerate(STARTS):
+        spans = list(itertools.pairwise([*starts, LENGTH]))
+        packed.append(torch.cat([torch.arange(stop - start) for start, stop in spans]))
+        for start, stop in spans:
+            rows = (x[sample, start:stop] for x in (tokens, labels, keep))
+            alone.append([torch.nn.functional.pad(row, (0, LENGTH - stop + start)) for row in rows])
+    if documents == "packed":
+        return tokens, labels, keep, torch.stack(packed)
+    separate = [torch.stack(column) for column in zip(*alone, strict=True)]
+    return *separate, torch.arange(LENGTH).expand(len(alone), -1)
 
 
 def loss(logits: torch.Tensor, batch: Any, index: int) -> Any:

@@ -1,9 +1,13 @@
 """The engine over two ranks: rank 0 decides and works, the others follow, and errors of rank 0 are everybody's."""
 
+import io
+import sys
+import time
 from pathlib import Path
 
 from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.errors import DataError
+from nemo_minitron.megatron import waiting
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.engine import Request, run_chain
 from nemo_minitron.stages.run_folder import RunFolder
@@ -57,3 +61,28 @@ def test_an_error_of_rank_zero_ends_all_and_only_rank_zero_shows_it(tmp_path):
     (first, first_echo), (second, second_echo) = run_on_ranks(2, failing_stage, tmp_path)
     assert first == second == "texts.txt: is empty\n  rule: some text\n  remedy: name another file"
     assert (first_echo, second_echo) == (False, True)
+
+
+def slow_stage(folder: Path, pause: float) -> str:
+    waiting.FIRST_WORD, waiting.NEXT_WORD = 0.4, 0.4
+    sys.stderr = io.StringIO()
+
+    def sleep(context: StageContext) -> dict:
+        time.sleep(pause)
+        return {}
+
+    go(folder, (Stage(name="data", run=sleep),))
+    return sys.stderr.getvalue()
+
+
+def test_a_rank_that_waits_says_for_whom_and_for_what(tmp_path):
+    """The first of those that wait speaks for all, less and less often."""
+    first, second, third = run_on_ranks(3, slow_stage, tmp_path, 2.0)
+    assert first == third == ""
+    words = [line.rpartition(":")[0] for line in second.splitlines()]
+    assert set(words) == {"rank 1 and 1 more wait for rank 0, which does stage data"}, second
+    assert 2 <= len(words) <= 4, "after 0.4, 0.8, 1.6 and 3.2 seconds"
+
+
+def test_nobody_speaks_of_short_waits(tmp_path):
+    assert run_on_ranks(2, slow_stage, tmp_path, 0.0) == ["", ""]

@@ -213,6 +213,26 @@ def test_a_run_with_losses_on_hidden_states_goes_on_bit_for_bit(run, inputs, tmp
     assert {"train/kl", "train/hidden"} <= measured.pop()
 
 
+def watch_every_step() -> None:
+    """The monitor also keeps what every training step measured, the last one's too."""
+    from nemo_minitron.callbacks.distillation import DistillationMonitor
+
+    setup = DistillationMonitor.setup
+
+    def watching(self, *args, **named):
+        self.every_n_steps = 1
+        setup(self, *args, **named)
+
+    DistillationMonitor.setup = watching
+
+
+def test_a_monitor_that_watches_the_last_step_does_not_stand_for_its_validation(run, inputs):
+    result, _, _ = distill(run, inputs, before=watch_every_step, tokens=2 * 8 * 64, validate_every=0)[0]
+    rows = [(row["step"], row["source"]) for row in result["history"]]
+    assert rows == [(0, "val"), (1, "train"), (2, "train"), (2, "val")]
+    assert result["validation"] == result["history"][-1]
+
+
 def test_a_corrected_teacher_teaches(inputs, tmp_path):
     """Everything after the correction is made from the corrected teacher, and nothing from the original one."""
     run = tmp_path / "corrected"

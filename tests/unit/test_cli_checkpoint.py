@@ -72,7 +72,7 @@ def test_types_are_converted(root: Path, tmp_path: Path) -> None:
     name = "decoder.final_layernorm.weight"
     assert half.get(name).equal(source.get(name).bfloat16())
     status, said = invoke("convert", root / "hf", tmp_path / "x", "--dtype", "int4")
-    assert (status, "one of float32, bfloat16, float16" in said) == (2, True)
+    assert (status, "fp32, bf16 or fp16" in said) == (2, True)
     status, said = invoke("convert", root / "hf", tmp_path / "x", "--to", "onnx")
     assert (status, f"one of {', '.join(Format)}" in said) == (2, True)
 

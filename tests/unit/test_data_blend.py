@@ -97,6 +97,27 @@ def test_no_document_is_in_two_splits(tmp_path, tokenizer, prefixes):
     assert len(WindowDataset(tmp_path / "data", "heldout", 16)) > 5
 
 
+def test_documents_of_a_blend_are_kept_apart_by_their_ends(tmp_path, tokenizer, prefixes):
+    write(tmp_path, tokenizer, blend=[[1, prefix] for prefix in prefixes], reset_attention_mask=True)
+    samples = training_dataset(tmp_path / "data", 32, 50, seed=3)
+    for index in range(50):
+        tokens, positions = (samples[index][name].tolist() for name in ("tokens", "position_ids"))
+        assert [place for place in range(1, 32) if positions[place] == 0] == [
+            place for place in range(1, 32) if tokens[place - 1] == END
+        ]
+
+
+def test_documents_without_an_end_cannot_be_kept_apart(tmp_path, tokenizer, prefixes):
+    builder = IndexedDatasetBuilder(str(tmp_path / "endless.bin"), dtype=np.uint16)
+    for document in range(10):
+        builder.add_document(np.arange(1, 20 + document), [19 + document])
+    builder.finalize(str(tmp_path / "endless.idx"))
+    prefix = str(tmp_path / "endless")
+    write(tmp_path, tokenizer, blend=prefix)
+    with pytest.raises(DataError, match=r"endless: a document ends with token \d+ under data.reset_attention_mask"):
+        write(tmp_path, tokenizer, blend=prefix, reset_attention_mask=True)
+
+
 def test_splits_of_their_own(tmp_path, tokenizer, prefixes):
     info = write(
         tmp_path, tokenizer, blend=prefixes[0], calibration_blend=[prefixes[1]], heldout_blend=f"0.5 {prefixes[2]}"

@@ -182,6 +182,15 @@ def test_packed_conversations_keep_their_answers_and_never_predict_each_others_b
     assert len(rows) == 4
 
 
+def test_packed_conversations_are_kept_apart_unless_told_otherwise(folder):
+    first = ConversationDataset(folder, "train", pack=True)[0]
+    assert first["position_ids"].tolist() == [*range(7), *range(9)], "what fills up goes with the last one"
+    leaking = ConversationDataset(folder, "train", pack=True, reset_attention_mask=False)[0]
+    assert leaking["position_ids"].tolist() == list(range(16))
+    for name in ("tokens", "labels", "loss_mask"):
+        assert first[name].tolist() == leaking[name].tolist()
+
+
 def test_every_conversation_comes_once_before_any_comes_again(folder):
     samples = ConversationDataset(folder, "train", samples=12, seed=3)
     firsts = [int(samples[index]["tokens"][0]) for index in range(12)]

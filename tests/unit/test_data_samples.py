@@ -10,7 +10,15 @@ import torch
 from nemo_minitron.config.run import DataConfig
 from nemo_minitron.data.documents import Document
 from nemo_minitron.errors import DataError, LayoutError
-from nemo_minitron.megatron.data import GlobalBatches, WindowDataset, loader, training_dataset, write_token_files
+from nemo_minitron.megatron.data import (
+    GlobalBatches,
+    WindowDataset,
+    loader,
+    read_info,
+    training_dataset,
+    with_borders,
+    write_token_files,
+)
 from nemo_minitron.megatron.forward import MicroBatch
 from tests.tiny import sentences, write_tokenizer
 
@@ -32,6 +40,64 @@ def stream(folder: Path, split: str) -> list[int]:
 
 def tokens_of(dataset, count: int) -> torch.Tensor:
     return torch.stack([dataset[index]["tokens"] for index in range(count)])
+
+
+# -- documents that are kept apart ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory) -> Path:
+    """The same token files, whose samples keep documents apart."""
+    path = tmp_path_factory.mktemp("apart")
+    documents = [Document(str(seed), sentences(seed, 1 + seed % 7)) for seed in range(40)]
+    config = CONFIG.model_copy(update={"reset_attention_mask": True})
+    write_token_files(documents, write_tokenizer(path / "tokenizer"), path / "tokens", config, seed=5)
+    return path / "tokens"
+
+
+def by_the_letter(tokens: list[int], counted: list[float]) -> tuple[list[int], list[float]]:
+    """Positions and mask of a sample, token by token; 0 ends a document."""
+    positions, kept, place = [], [], 0
+    for index, token in enumerate(tokens):
+        if index and tokens[index - 1] == 0 != token:
+            place = 0
+        positions.append(place)
+        kept.append(counted[index] if token else 0.0)
+        place += 1
+    return positions, kept
+
+
+@pytest.mark.parametrize("kind", ["training", "windows"])
+def test_positions_begin_again_behind_each_end_and_ends_predict_nothing(kind, folder, apart):
+    made = {
+        "training": lambda path: training_dataset(path, LENGTH, 60, seed=3),
+        "windows": lambda path: WindowDataset(path, "heldout", LENGTH),
+    }[kind]
+    plain, separate = made(folder), made(apart)
+    assert len(plain) == len(separate)
+    borders = 0
+    for index in range(len(separate)):
+        before, sample = plain[index], separate[index]
+        assert sample["tokens"].tolist() == before["tokens"].tolist()
+        assert sample["labels"].tolist() == before["labels"].tolist()
+        positions, kept = by_the_letter(sample["tokens"].tolist(), before["loss_mask"].tolist())
+        assert sample["position_ids"].tolist() == positions
+        assert sample["loss_mask"].tolist() == kept
+        borders += sum(place == 0 for place in positions[1:])
+    assert borders > 10
+    assert not separate[None]["loss_mask"].any()
+
+
+def test_a_run_of_ends_is_one_border():
+    sample = {"tokens": torch.tensor([5, 0, 0, 0, 7, 8]), "loss_mask": torch.ones(6)}
+    found = with_borders(sample, 0)
+    assert found["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert found["loss_mask"].tolist() == [1, 0, 0, 0, 1, 1]
+
+
+def test_data_that_are_read_otherwise_are_other_data(folder, apart):
+    assert stream(folder, "train") == stream(apart, "train")
+    assert read_info(folder)["data_digest"] != read_info(apart)["data_digest"]
 
 
 # -- training samples ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, RunFolderError
-from nemo_minitron.stages import signals
+from nemo_minitron.stages import signals, temporary
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.engine import Request, run_chain
 from nemo_minitron.stages.plan import Action, decide, select
@@ -278,6 +279,35 @@ def test_a_training_stage_that_ends_in_spite_of_a_signal_is_whole(recorder, run)
         go(recorder, run, chain=chain)
     assert run.is_whole("import")
     assert recorder.ran == []
+
+
+def test_temporary_files_of_libraries_lie_in_the_run_folder(recorder, run, monkeypatch):
+    """What a killed process has left there goes when the next one begins, and its own when it ends."""
+    monkeypatch.setattr(temporary, "_LONGEST", 1000)
+    (run.path / ".tmp/tmpx1wandb-media").mkdir(parents=True)
+    run.stages.mkdir()
+    seen = []
+
+    def library(context: StageContext) -> dict:
+        assert not list((run.path / ".tmp").iterdir())
+        seen.append(tempfile.mkdtemp())
+        return {}
+
+    before = tempfile.gettempdir()
+    go(recorder, run, chain=(Stage(name="import", run=library),))
+    assert Path(seen[0]).parent == run.path / ".tmp"
+    assert tempfile.gettempdir() == before
+    assert not (run.path / ".tmp").exists()
+
+
+def test_a_run_folder_too_deep_for_sockets_leaves_the_system_s(recorder, tmp_path, monkeypatch):
+    monkeypatch.setattr(temporary, "_LONGEST", 60)
+    deep = RunFolder(tmp_path / ("a" * 60))
+    seen = []
+    stage = Stage(name="import", run=lambda context: {"in": seen.append(tempfile.gettempdir())})
+    go(recorder, deep, chain=(stage,))
+    assert seen == [tempfile.gettempdir()]
+    assert not (deep.path / ".tmp").exists()
 
 
 def test_seconds_add_up_over_attempts(recorder, run, monkeypatch):

@@ -1,5 +1,6 @@
 """Norm, gate and attention of the local layer, against float64 references written with loops or by torch."""
 
+import itertools
 import math
 
 import pytest
@@ -85,6 +86,44 @@ def test_attention_in_a_window(window: int, monkeypatch: pytest.MonkeyPatch) -> 
     expected.backward(grad)
     torch.testing.assert_close(out, expected, **TOL[torch.float64])
     torch.testing.assert_close(qkv.grad, exact.grad, **TOL[torch.float64])
+
+
+STARTS = ((0, 4, 5, 10), (0, 7))
+"""Where documents begin in two samples of 13; blocks of 4 queries."""
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_stops_at_the_borders_of_documents(dtype, window, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the reference does on each document alone, gradients too; without a graph and in its GPU form besides."""
+    monkeypatch.setattr(functional, "QUERY_BLOCK", 4)
+    qkv = random_qkv(13, dtype=dtype)
+    exact = qkv.detach().double().requires_grad_()
+    cos, sin = rotary_tables(angles(13), dtype)
+    positions = torch.zeros(2, 13, dtype=torch.long)
+    expected = torch.zeros(13, 2, GROUPS * HEADS * DIM, dtype=torch.float64)
+    for sample, starts in enumerate(STARTS):
+        for first, stop in itertools.pairwise((*starts, 13)):
+            positions[sample, first:stop] = torch.arange(stop - first)
+            alone = reference_attention(exact[first:stop, sample : sample + 1], DIM, window=window or 99)
+            expected[first:stop, sample : sample + 1] = alone
+    how = {"groups": GROUPS, "head_dim": DIM, "window": window, "starts": STARTS}
+    tables = cos[positions], sin[positions]
+    out = causal_attention(qkv, tables, **how)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out.backward(grad.to(dtype))
+    expected.backward(grad)
+    loose = {"rtol": 3e-2, "atol": 3e-2} if dtype is torch.bfloat16 else TOL[dtype]
+    torch.testing.assert_close(out.double(), expected, **loose)
+    torch.testing.assert_close(qkv.grad.double(), exact.grad, **loose)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(qkv, tables, **how).double(), expected, **loose)
+    fresh = qkv.detach().requires_grad_()
+    with gpu_branches():
+        forked = causal_attention(fresh, tables, **how)
+    forked.backward(grad.to(dtype))
+    torch.testing.assert_close(forked.double(), expected, **loose)
+    torch.testing.assert_close(fresh.grad.double(), exact.grad, **loose)
 
 
 def test_attention_without_a_graph_is_the_same() -> None:

@@ -52,7 +52,9 @@ def run(stage, teacher: Path, out: Path, *overrides: str) -> tuple[dict, str]:
     config = load_recipe(RECIPE, [f"model.source={teacher}", *overrides])
     stream = io.StringIO()
     reporter = Reporter(stream=stream, terminal=False)
-    context = SimpleNamespace(config=config, out=out, input=lambda role: teacher, reporter=reporter)
+    context = SimpleNamespace(
+        world_size=1, share=lambda job: None, config=config, out=out, input=lambda role: teacher, reporter=reporter
+    )
     out.mkdir(parents=True, exist_ok=True)
     return stage.run(context), stream.getvalue()
 
@@ -98,7 +100,7 @@ def test_above_the_limit_it_stops_and_writes_nothing(teacher, corpus, tmp_path):
 
 def test_an_attempt_that_was_cut_off_is_taken_up(teacher, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "PART_BYTES", 4000)
-    keys = (f"data.sources={corpus}",)
+    keys = (f"data.sources={corpus}", "data.workers=1")  # what is replaced below, other processes do not see
     expected, _ = run(data, teacher, tmp_path / "undisturbed", *keys)
     made: list[int] = []
 

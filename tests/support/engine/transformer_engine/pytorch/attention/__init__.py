@@ -39,7 +39,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | Non
 
 
 class DotProductAttention(ExtraState):
-    """Queries, keys and values `[s, b, heads, d]` of this tensor-parallel rank; `[s, b, heads * d]` comes back."""
+    """Queries, keys and values `[s, b, heads, d]` of this tensor-parallel rank; `[s, b, heads * d]` comes back.
+
+    In format "thd", `[t, heads, d]` with cumulative lengths of the documents.
+    """
 
     def __init__(
         self,
@@ -67,9 +70,22 @@ class DotProductAttention(ExtraState):
         value_layer: Tensor,
         attention_mask: Tensor | None = None,
         attn_mask_type: str = "causal",
+        *,
+        qkv_format: str | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
+        cu_seqlens_q_padded: Tensor | None = None,
+        cu_seqlens_kv_padded: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
     ) -> Tensor:
-        if attn_mask_type != "causal" or attention_mask is not None:
+        packed = qkv_format == "thd"
+        if attn_mask_type != ("padding_causal" if packed else "causal") or attention_mask is not None:
             raise RuntimeError(f"mask {attn_mask_type}")
+        if cu_seqlens_q_padded is not None or cu_seqlens_kv_padded is not None:
+            raise RuntimeError("padding between documents")
+        if packed:
+            return self._packed((query_layer, key_layer, value_layer), (cu_seqlens_q, cu_seqlens_kv), max_seqlen_q)
         length, batch, heads, channels = query_layer.shape
         places = _places(length, self.cp_group, query_layer.device)
         if self.cp_group is not None:
@@ -85,6 +101,24 @@ class DotProductAttention(ExtraState):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
         out = _Attention.apply(q, k, v, seen, self.softmax_scale, _lengths(batch, length, places.device))
         return out.permute(2, 0, 1, 3).reshape(length, batch, heads * channels)
+
+    def _packed(self, qkv: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], longest: int | None) -> Tensor:
+        """Documents one behind the other, `[t, heads, d]`; `[t, heads * d]` comes back."""
+        tokens, heads, channels = qkv[0].shape
+        assert ends[0].dtype == torch.int32
+        assert torch.equal(*ends)
+        lengths = ends[0].diff()
+        if self.cp_group is not None or int(ends[0][-1]) != tokens or longest != int(lengths.max()):
+            raise RuntimeError(f"documents of {lengths.tolist()} tokens, {longest} at most, in {tokens}")
+        document = torch.arange(len(lengths)).repeat_interleave(lengths.cpu().long())
+        places = torch.arange(tokens)
+        behind = places[:, None] - places
+        seen = (behind >= 0) & (document[:, None] == document)
+        if self.window_size is not None and self.window_size[0] >= 0:
+            seen &= behind <= self.window_size[0]
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv)
+        out = _Attention.apply(q, k, v, seen.to(q.device), self.softmax_scale, ends[0])
+        return out[0].transpose(0, 1).reshape(tokens, heads * channels)
 
 
 def _places(length: int, group: ProcessGroup | None, device: torch.device, rank: int | None = None) -> Tensor:

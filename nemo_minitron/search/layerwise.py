@@ -1,0 +1,143 @@
+"""Sizes that differ from layer to layer: the choice with the least sum of block losses within the budgets.
+
+A block loss is what the complete model loses when one layer alone takes a smaller form. Losses of several layers are
+taken to add up, as Puzzle does (arXiv:2411.19146, section 4); the choice is then a linear program over zeros and ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from math import ceil, lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_minitron.arch.spec import LayerSpec
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.search import LayerwiseConfig
+from nemo_minitron.errors import SearchError
+from nemo_minitron.search.axes import NAMES, sizes_of
+from nemo_minitron.search.measures import Measure, describe
+from nemo_minitron.search.space import Space
+
+Variant = LayerSpec | None
+"""The sizes that a layer may take; None for a layer that goes."""
+
+
+def layer_variants(
+    layerwise: LayerwiseConfig, target: TargetConfig, layer: LayerSpec, parallel: ParallelConfig
+) -> list[Variant]:
+    """The forms of a layer, the unchanged one first.
+
+    Sizes are rounded to what divides by the tensor-parallel sizes and by `target.multiple_of`.
+    """
+    shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
+    heads = layer.num_attention_heads // layer.num_query_groups
+    ffn = _sizes(layerwise.ffn_hidden_size, layer.ffn_hidden_size, lcm(shared, target.multiple_of.ffn_hidden_size))
+    multiple = lcm(shared, target.multiple_of.num_query_groups)
+    groups = _sizes(layerwise.num_query_groups, layer.num_query_groups, multiple)
+    found: dict[Variant, None] = {layer: None}
+    for neurons, group in product(ffn, groups):
+        form = replace(layer, ffn_hidden_size=neurons, num_query_groups=group, num_attention_heads=group * heads)
+        found[form] = None
+    if layerwise.drop:
+        found[None] = None
+    return list(found)
+
+
+def _sizes(wanted: Sequence[int | float], size: int, multiple: int) -> list[int]:
+    sizes = [ceil(each * size / multiple - 0.5) * multiple if isinstance(each, float) else each for each in wanted]
+    return [min(max(each, multiple), size) for each in sizes]
+
+
+def layer_costs(
+    space: Space, variants: Sequence[Variant], measured: Mapping[str, Measure], limits: Mapping[str, float]
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
+    """What one layer of each form adds to every budget's measure, and what a model has besides its layers.
+
+    Args:
+        space: The teacher's; its hidden size stays.
+        variants: Forms of a layer.
+        measured: By name of the budget; linear in the number of layers.
+        limits: Which of them count.
+    """
+    hidden = sizes_of(space.teacher)[NAMES.index("hidden_size")]
+    costs: dict[str, NDArray[np.float64]] = {}
+    fixed: dict[str, float] = {}
+    for name in limits:
+        rows = []
+        for form in variants:
+            if form is None:
+                rows.append(0.0)
+                continue
+            one, two = (float(measured[name](_shape(layers, hidden, form))) for layers in (1, 2))
+            rows.append(two - one)
+            fixed[name] = one - (two - one)
+        costs[name] = np.array(rows)
+    return costs, fixed
+
+
+def _shape(layers: int, hidden: int, form: LayerSpec) -> tuple[int, ...]:
+    sizes = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": form.ffn_hidden_size,
+        "num_attention_heads": form.num_attention_heads,
+        "num_query_groups": form.num_query_groups,
+    }
+    return tuple(sizes[name] for name in NAMES)
+
+
+def choose_layers(
+    losses: NDArray[np.float64],
+    costs: Mapping[str, NDArray[np.float64]],
+    limits: Mapping[str, float],
+    *,
+    dropped: int | None = None,
+    least_layers: int = 1,
+) -> list[int]:
+    """Which form each layer takes.
+
+    Args:
+        losses: Block losses `[layers, forms]`, nats per token.
+        costs: For each budget, what a layer of each form costs `[forms]`.
+        limits: For each budget, what all layers together may cost.
+        dropped: The form that stands for a layer that goes; None if there is none.
+        least_layers: Layers that must stay.
+
+    Raises:
+        SearchError: Even the cheapest forms exceed a budget.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, eye_array, kron
+
+    layers, forms = losses.shape
+    one_each = kron(eye_array(layers), np.ones((1, forms)))
+    constraints: list[Any] = [LinearConstraint(csr_array(one_each), 1, 1)]
+    for name, cost in costs.items():
+        # Scaled to the limit, so that bytes and parameters are numbers of one size.
+        scale = max(limits[name], 1.0)
+        constraints.append(LinearConstraint(np.tile(cost, layers)[None] / scale, -np.inf, limits[name] / scale))
+    if dropped is not None:
+        is_dropped = np.tile(np.arange(forms) == dropped, layers).astype(float)
+        constraints.append(LinearConstraint(is_dropped[None], 0, layers - least_layers))
+    found = milp(
+        losses.ravel(),
+        constraints=constraints,
+        integrality=np.ones(layers * forms),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-6},
+    )
+    if found.x is None:
+        smallest = {name: layers * float(cost.min()) for name, cost in costs.items()}
+        told = "; ".join(
+            f"{name}: at least {describe(name, smallest[name])} of {describe(name, limits[name])}" for name in costs
+        )
+        raise SearchError(
+            f"no choice of layers fits the budgets ({told}, embeddings left aside)",
+            rule="the cheapest form of every layer stays within each of them",
+            remedy="allow smaller forms in search.layerwise",
+        )
+    return [int(form) for form in found.x.reshape(layers, forms).argmax(axis=1)]

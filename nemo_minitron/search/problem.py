@@ -1,0 +1,69 @@
+"""A recipe's search as one object: the space, the budgets, the shapes that fit, the candidates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.run import RunConfig, TargetConfig
+from nemo_minitron.config.training import DistillConfig
+from nemo_minitron.search.axes import Sizes, named, resized
+from nemo_minitron.search.choose import Candidate, choose_candidates
+from nemo_minitron.search.measures import Latency, Measure, limits, measures
+from nemo_minitron.search.space import Found, Space, find_shapes, make_space
+
+ALWAYS = ("params", "non_embedding_params", "weight_memory", "kv_cache", "flops_per_token")
+"""Measures that are shown of every candidate, limited or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchProblem:
+    """What a search chooses from."""
+
+    config: RunConfig
+    space: Space
+    found: Found
+    limits: Mapping[str, float]
+    """Upper limit of each budget."""
+    measured: Mapping[str, Measure]
+    """Each budget and each of `ALWAYS`."""
+    candidates: list[Candidate]
+
+    @property
+    def trainings(self) -> list[DistillConfig]:
+        """How a candidate is trained in each rung."""
+        search = self.config.search
+        return [search.race_training(self.config.distill, rung) for rung in range(len(search.rungs))]
+
+    def spec(self, sizes: Sizes) -> ModelSpec:
+        """A candidate's architecture; which layers stay is the plan's matter."""
+        return resized(self.space.teacher, sizes)
+
+
+def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) -> SearchProblem:
+    """Enumerate and filter what a recipe with budgets asks for.
+
+    Args:
+        config: The recipe.
+        teacher: The model to prune; its layers are of one size.
+        latency: For budgets of latency.
+
+    Raises:
+        SearchError: Rules contradict each other, or no shape fits.
+        SpecError: The teacher's layers differ in size.
+    """
+    target, search = config.target, config.search
+    space = make_space(search, target, teacher, config.parallel)
+    upper = limits(target, teacher)
+    found = find_shapes(
+        space, measures(teacher, target.deployment, list(upper), latency), upper, tolerance=search.tolerance
+    )
+    measured = measures(teacher, target.deployment, list(dict.fromkeys([*upper, *ALWAYS])), latency)
+    candidates = choose_candidates(space, found, search.candidates, measured, upper)
+    return SearchProblem(
+        config=config, space=space, found=found, limits=upper, measured=measured, candidates=candidates
+    )
+
+
+def sized_target(target: TargetConfig, sizes: Sizes) -> TargetConfig:
+    """A recipe's target with its budgets replaced by sizes."""
+    return target.model_copy(update={**dict.fromkeys(target.budgets), **named(sizes)})

@@ -1,0 +1,122 @@
+"""The layer-wise part of a search: the loss of replacing each layer alone, and the choice that it leads to."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.config.search import LayerwiseConfig
+from nemo_minitron.megatron import runtime as megatron_runtime
+from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.replace import BlockLossCollector, Replacement
+from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.pruning.build import build_plan_by_layer
+from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.search.layerwise import Variant, choose_layers, layer_costs, layer_variants
+from nemo_minitron.search.problem import SearchProblem
+from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.files import read_json, write_json
+from nemo_minitron.stages.session import make_trainer, restore
+
+NAME = "layerwise"
+FILE = "block_losses.json"
+
+
+def layerwise_plan(context: StageContext, problem: SearchProblem, scores: Scores) -> PruningPlan:
+    """The plan whose layers have the sizes that cost least. Collective.
+
+    Raises:
+        SearchError: Even the smallest layers exceed a budget.
+    """
+    settings = context.config.search.layerwise
+    assert settings is not None, "asked for only with its section"
+    teacher, target = problem.space.teacher, context.config.target
+    forms = layer_variants(settings, target, teacher.layer, context.config.parallel)
+    losses = np.array(_block_losses(context, teacher, scores, forms, settings))
+    costs, fixed = layer_costs(problem.space, forms, problem.measured, problem.limits)
+    parallel = context.config.parallel
+    chosen = choose_layers(
+        losses,
+        costs,
+        {name: limit - fixed[name] for name, limit in problem.limits.items()},
+        dropped=forms.index(None) if None in forms else None,
+        least_layers=parallel.pipeline * (parallel.virtual_pipeline or 1),
+    )
+    layers: dict[int, LayerSpec] = {}
+    for number, form in enumerate(chosen):
+        if (sizes := forms[form]) is not None:
+            layers[number] = replace(sizes, local=teacher.layers[number].local)
+    provenance = {"search": "layerwise", "expected_rise": float(losses[np.arange(len(chosen)), chosen].sum())}
+    return build_plan_by_layer(scores, target, layers, provenance=provenance)
+
+
+def _block_losses(
+    context: StageContext, teacher: ModelSpec, scores: Scores, forms: list[Variant], settings: LayerwiseConfig
+) -> list[list[float]]:
+    """Rise of the loss, nats per token, for every layer and form; kept in a file for the next attempt."""
+    path = context.out / FILE
+    kept = megatron_runtime.broadcast_object(read_json(path) if context.rank == 0 and path.is_file() else None)
+    if kept is not None:
+        return [[float(value) for value in row] for row in kept["rise"]]
+    replacements = [
+        (layer, form, _replacement(context, scores, layer, sizes))
+        for layer in range(teacher.num_layers)
+        for form, sizes in enumerate(forms)
+        if form > 0
+    ]
+    context.reporter.line(f"          measuring {len(replacements)} replacements of one layer")
+    base, *measured = _measure(context, teacher, [each for *_, each in replacements], settings)
+    rise = [[0.0] * len(forms) for _ in range(teacher.num_layers)]
+    for (layer, form, _), loss in zip(replacements, measured, strict=True):
+        rise[layer][form] = loss - base
+    if context.rank == 0:
+        write_json(path, {"base": base, "forms": [_told(form) for form in forms], "rise": rise})
+    return rise
+
+
+def _replacement(context: StageContext, scores: Scores, layer: int, sizes: Variant) -> Replacement:
+    if sizes is None:
+        return Replacement(layer=layer, dropped=True)
+    plan = build_plan_by_layer(scores, context.config.target, {layer: sizes}, provenance={})
+    kept: LayerPlan = plan.layers[0]
+    before = scores.spec.layers[layer]
+    return Replacement(
+        layer=layer,
+        ffn=kept.ffn if len(kept.ffn) < before.ffn_hidden_size else None,
+        heads=kept.heads if len(kept.heads) < before.num_attention_heads else None,
+    )
+
+
+def _measure(
+    context: StageContext, teacher: ModelSpec, replacements: list[Replacement], settings: LayerwiseConfig
+) -> list[float]:
+    config, batch = context.config, context.config.distill.batch
+    trainer = make_trainer(config)
+    model = restore(
+        MegatronGPTModel,
+        context.input("model"),
+        config=config,
+        micro_batch_size=batch.micro_batch_size,
+        trainer=trainer,
+    )
+    model.requires_grad_(False).eval()
+    runtime = model.runtime
+    collector = BlockLossCollector(model.chunks, runtime, teacher, replacements)
+    windows = WindowDataset(context.input("data"), "calibration", batch.sequence_length, settings.samples, spread=True)
+    batches = loader(
+        windows,
+        global_batch_size=batch.micro_batch_size * runtime.dp_size,
+        dp_rank=runtime.dp_rank,
+        dp_size=runtime.dp_size,
+    )
+    for micro_batch in batches:
+        collector.add(micro_batch)
+    return collector.losses()
+
+
+def _told(form: Variant) -> dict[str, Any]:
+    if form is None:
+        return {"dropped": True}
+    return {"ffn_hidden_size": form.ffn_hidden_size, "num_query_groups": form.num_query_groups}

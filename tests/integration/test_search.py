@@ -1,0 +1,131 @@
+"""Stage search on the tiny model: candidates, a failure, a resumption, layers that differ, the recipe it leaves."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.source import open_checkpoint
+from nemo_minitron.config.load import load_recipe
+from nemo_minitron.pruning.plan import PruningPlan
+from tests.chain_jobs import weights
+from tests.ranks import run_on_ranks
+from tests.search_jobs import losses_of_cuts, run_with_failures, settings
+from tests.tiny import write_corpus, write_llama
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_llama(folder / "hf", trained_steps=100)
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(inputs, tmp_path_factory):
+    """A search in which one candidate fails, and that is cut off after the first trained one."""
+    folder = tmp_path_factory.mktemp("search") / "run"
+    assert run_on_ranks(1, run_with_failures, folder, inputs, "prune", settings(), 1) == [None]
+    lines = (folder / "stages/.search.partial/measured.jsonl").read_text().splitlines()
+    [results] = run_on_ranks(1, run_with_failures, folder, inputs, "prune", settings(), None)
+    return folder, results, len(lines)
+
+
+def test_every_candidate_is_on_record(run):
+    folder, results, before = run
+    data = json.loads((folder / "stages/search/candidates.json").read_text())
+    rows = list(csv.DictReader((folder / "stages/search/candidates.csv").open()))
+    assert [row["name"] for row in rows] == [row["name"] for row in data["candidates"]]
+    assert results["search"]["candidates"] == len(rows) >= 3
+    teacher = parameter_count(open_checkpoint(folder / "stages/import/teacher").spec)
+    assert all(int(row["params"]) <= 0.6 * teacher for row in rows)
+    assert all(float(row["loss_pruned"]) > 0 for row in rows)
+    assert [rung["tokens"] for rung in data["rungs"]] == [0, 512, 1024]
+    assert all(len(losses) == 2 for losses in data["rungs"][2]["by_seed"].values())
+    assert before < len((folder / "stages/search/measured.jsonl").read_text().splitlines())
+
+
+def test_a_failing_candidate_keeps_its_reason(run):
+    _, results, _ = run
+    failed = results["search"]["failed"]
+    assert failed == {name: "TrainingError: this one cannot be trained" for name in failed}
+    assert failed
+    assert all(name.startswith("L3-H48-") for name in failed)
+    assert results["search"]["winner"] not in failed
+
+
+def test_no_measurement_is_made_twice(run):
+    folder, *_ = run
+    rows = [json.loads(line) for line in (folder / "stages/search/measured.jsonl").read_text().splitlines()]
+    assert len({(row["candidate"], row["rung"], row["seed"]) for row in rows}) == len(rows)
+
+
+def test_the_winner_is_what_is_pruned(run):
+    folder, results, _ = run
+    data = json.loads((folder / "stages/search/candidates.json").read_text())
+    best = min(data["rungs"][-1]["losses"].items(), key=lambda pair: pair[1])[0]
+    assert data["winner"] == results["search"]["winner"] == best
+    plan = PruningPlan.load(folder / "stages/search/plan.json")
+    assert plan.digest() == PruningPlan.load(folder / "stages/prune/plan.json").digest()
+    assert results["prune"]["parameters"] == parameter_count(plan.student)
+    assert (folder / "stages/search/pareto.svg").read_text().startswith("<svg")
+
+
+def test_the_recipe_of_the_winner_prunes_the_same_without_a_search(run, inputs, tmp_path):
+    folder, *_ = run
+    recipe = load_recipe(folder / "stages/search/recipe.yaml")
+    assert recipe.target.budgets == {}
+    target = recipe.target.model_dump(mode="json")
+    run_on_ranks(1, run_with_failures, tmp_path / "run", inputs, "prune", {"target": target}, None)
+    mine, other = weights(tmp_path / "run", "prune"), weights(folder, "prune")
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_layers_that_differ(inputs, tmp_path):
+    """Silencing units gives the loss that cutting them gives, and the choice keeps to the budget."""
+    layerwise = {"ffn_hidden_size": [1.0, 0.5], "num_query_groups": [1.0, 0.5], "samples": 4}
+    rungs = [{"candidates": 1, "tokens": 512}]
+    changes = settings(layerwise=layerwise, baselines=False, seeds=1, rungs=rungs)
+    changes["export"] = {"formats": ["nemo"]}
+    [results] = run_on_ranks(1, run_with_failures, tmp_path / "run", inputs, "prune", changes, None)
+    folder = tmp_path / "run/stages/search"
+    data = json.loads((folder / "candidates.json").read_text())
+    row = data["candidates"][-1]
+    assert row["name"] == "layerwise"
+    assert row["failed"] == ""
+    assert row["params"] <= data["budgets"]["params"]
+    assert set(data["rungs"][1]["losses"]) == {data["rungs"][0]["order"][0], "layerwise"}
+    assert results["prune"]["parameters"] <= data["budgets"]["params"]
+    losses = json.loads((folder / "block_losses.json").read_text())
+    cuts = [(0, 1), (2, 2), (1, 3), (3, 4)]
+    assert losses["forms"][4] == {"dropped": True}
+    told = [(layer, losses["forms"][form]) for layer, form in cuts]
+    [expected] = run_on_ranks(1, losses_of_cuts, tmp_path / "run", inputs, changes, told)
+    found = [losses["base"] + losses["rise"][layer][form] for layer, form in cuts]
+    assert found == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
+def test_the_race_is_the_same_at_every_layout(run, inputs, tmp_path, parallel):
+    folder, *_ = run
+    changes = {**settings(), "parallel": parallel}
+    first, second = run_on_ranks(2, run_with_failures, tmp_path / "run", inputs, "search", changes, None)
+    assert first["search"] == second["search"]
+    mine, other = (
+        [json.loads(line) for line in (place / "stages/search/measured.jsonl").read_text().splitlines()]
+        for place in (folder, tmp_path / "run")
+    )
+    keys = ("candidate", "rung", "seed")
+    losses = [{tuple(row[key] for key in keys): row.get("loss") for row in rows} for rows in (mine, other)]
+    assert losses[0].keys() == losses[1].keys()
+    failed = [{key for key, loss in each.items() if loss is None} for each in losses]
+    assert failed[0] == failed[1]
+    measured = [{key: loss for key, loss in each.items() if loss is not None} for each in losses]
+    assert measured[1] == pytest.approx(measured[0], abs=2e-3)

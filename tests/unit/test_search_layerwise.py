@@ -1,0 +1,75 @@
+"""The choice of each layer's form: against trying every combination, and by hand."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from nemo_minitron.arch.spec import LayerSpec
+from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.config.budget import DeploymentConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.run import TargetConfig
+from nemo_minitron.config.search import LayerwiseConfig, SearchConfig
+from nemo_minitron.errors import SearchError
+from nemo_minitron.search.layerwise import choose_layers, layer_costs, layer_variants
+from nemo_minitron.search.measures import measures
+from nemo_minitron.search.space import make_space
+from tests.unit.search_specs import smollm2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_is_the_best_of_all_combinations(seed):
+    rng = np.random.default_rng(seed)
+    losses = rng.exponential(size=(6, 4)) * [0, 1, 2, 4]
+    costs = {"params": np.array([1000.0, 700, 400, 0]), "kv_cache": np.array([16.0, 16, 8, 0])}
+    limits = {"params": float(rng.integers(1500, 5500)), "kv_cache": float(rng.integers(30, 90))}
+    chosen = choose_layers(losses, costs, limits, dropped=3, least_layers=2)
+    best = min(
+        (
+            forms
+            for forms in product(range(4), repeat=6)
+            if all(sum(costs[name][form] for form in forms) <= limits[name] for name in costs)
+            and sum(form != 3 for form in forms) >= 2
+        ),
+        key=lambda forms: sum(losses[layer, form] for layer, form in enumerate(forms)),
+    )
+    assert tuple(chosen) == best
+
+
+def test_no_choice_within_a_budget_says_how_much_is_needed():
+    losses, costs = np.zeros((3, 2)), {"params": np.array([2e6, 1e6])}
+    with pytest.raises(SearchError, match="params: at least 3 M of 2 M"):
+        choose_layers(losses, costs, {"params": 2e6})
+
+
+def test_forms_of_a_layer_are_its_sizes_and_none():
+    settings = LayerwiseConfig(ffn_hidden_size=(1.0, 0.5), num_query_groups=(3, 1))
+    layer = smollm2().layer
+    forms = layer_variants(settings, TargetConfig(), layer, ParallelConfig())
+    expected = [(1536, 3, 9), (1536, 1, 3), (768, 3, 9), (768, 1, 3)]
+    assert [(form.ffn_hidden_size, form.num_query_groups, form.num_attention_heads) for form in forms[:-1]] == expected
+    assert forms[0] == layer
+    assert forms[-1] is None
+    rounded = layer_variants(settings, TargetConfig(multiple_of=500), layer, ParallelConfig())
+    assert {form.ffn_hidden_size for form in rounded[1:-1]} == {1500, 1000}
+
+
+def test_costs_of_layers_add_up_to_those_of_the_model():
+    teacher = smollm2()
+    target = TargetConfig(params="1M", kv_cache="1GB")
+    space = make_space(SearchConfig(), target, teacher, ParallelConfig())
+    measured = measures(teacher, DeploymentConfig(sequence_length=100), ["params", "kv_cache"])
+    small = LayerSpec(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=700)
+    costs, fixed = layer_costs(space, [teacher.layer, small, None], measured, {"params": 1, "kv_cache": 1})
+    mixed = teacher.__class__(
+        **{
+            **{name: getattr(teacher, name) for name in teacher.__slots__},
+            "layers": (teacher.layer, small, small, teacher.layer),
+        }
+    )
+    total = fixed["params"] + 2 * costs["params"][0] + 2 * costs["params"][1]
+    assert total == parameter_count(mixed)
+    assert costs["params"][2] == 0
+    assert list(costs["kv_cache"]) == [2 * 3 * 64 * 100 * 2, 2 * 2 * 64 * 100 * 2, 0]
+    assert fixed["kv_cache"] == 0
