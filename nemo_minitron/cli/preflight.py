@@ -38,7 +38,7 @@ def check(job: Job, config: RunConfig, folder: RunFolder, *, ranks: int | None =
             rule="texts are tokenized by the model's own tokenizer",
             remedy="load it with transformers.AutoTokenizer and save_pretrained() it beside the weights",
         )
-    check_tasks(ahead, config)
+    check_tasks(ahead if job.redo_from is None else selected, config)
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all

@@ -63,6 +63,9 @@ def test_tasks_speed_and_documents_reach_every_file(given, tmp_path):
     assert "toy" in done.stdout
     assert "first token" in done.stdout
     run(tmp_path, *given, *EXTRA, "evaluate.tasks=toy", "parallel.pipeline=2", verb="run")
+    refused = run(tmp_path, *given, *EXTRA, "--tasks", "toi", "parallel.pipeline=2", "--redo", status=2)
+    assert "toi: no such task" in refused.stderr
+    assert json.loads((tmp_path / "stages/evaluate/result.json").read_text()) == result
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["task_score_kept"]["distilled"]["toy"] > 0
     card = (tmp_path / "stages/export/tiny_hf/README.md").read_text()
