@@ -34,14 +34,14 @@ install: $(STAMP)  ## make .venv and install the tested set into it (three to te
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
-	@echo "Installing 150 packages into $(VENV): three to ten minutes, 3 GB on disk. Nothing outside it changes."
+	@echo "Installing 180 packages into $(VENV): three to ten minutes, 3 GB on disk. Nothing outside it changes."
 	@command -v nvidia-smi >/dev/null || test -n "$(TORCH_INDEX_URL)" || test "$$(uname)" != Linux \
 	  || echo "No NVIDIA GPU here. If pip starts on packages named nvidia-*, TORCH_INDEX_URL (see Makefile) saves 4 GB."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "1/2 torch"
 	@$(if $(TORCH_INDEX_URL),PIP_INDEX_URL=$(TORCH_INDEX_URL)) $(PIP_INSTALL) torch==2.13.0
 	@echo "2/2 nemo_minitron with NeMo, Megatron-Core, Lightning and the tools of its tests"
-	@$(PIP_INSTALL) --editable '.[train,test]'
+	@$(PIP_INSTALL) --editable '.[train,eval,test]'
 	@echo "Installed; $(BIN)/nemo-minitron doctor says what is there."
 	@touch $@
 

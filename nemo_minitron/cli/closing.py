@@ -1,10 +1,12 @@
 """The first and the last lines of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.report.measured import speed_table, task_table
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.version import __version__
@@ -33,7 +35,8 @@ def summary(run: RunFolder, config: RunConfig) -> str:
 def _table(run: RunFolder, config: RunConfig) -> list[str]:
     if not run.is_whole("evaluate"):
         return []
-    perplexity: dict[str, float] = run.result("evaluate")["perplexity"]
+    evaluated = run.result("evaluate")
+    perplexity: dict[str, float] = evaluated["perplexity"]
     sizes = run.result("prune")
     teacher, student = sizes["teacher_parameters"], sizes["parameters"]
     rows: list[tuple[str, str, str, str]] = [("", "parameters", "perplexity", "to teacher")]
@@ -42,7 +45,24 @@ def _table(run: RunFolder, config: RunConfig) -> list[str]:
         ratio = "" if name == "teacher" else f"x {value / perplexity['teacher']:.2f}"
         rows.append((name, compact(count), f"{value:,.2f}", ratio))
     seconds = sum(_seconds(run, config))
-    return [*(f"{a:<10}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows), "", f"time     {duration(seconds)}"]
+    lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows]
+    for name, table in (("tasks", task_table), ("speed", speed_table)):
+        if found := evaluated.get(name):
+            lines += ["", *_aligned(*table(found))]
+    return [*lines, "", f"time     {duration(seconds)}"]
+
+
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table for the terminal: the first column to the left, the others to the right."""
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def _seconds(run: RunFolder, config: RunConfig) -> list[float]:

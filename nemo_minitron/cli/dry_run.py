@@ -122,6 +122,7 @@ def _built(job: _Job) -> tuple[dict[str, list[int]], MinitronError | None]:
     try:
         preflight.check_models(job.models.values(), job.config, job.family)
         preflight.check_batches(job.stages, job.config, job.ranks)
+        preflight.check_tasks(job.stages, job.config)
         return _parameters_on_meta(job), None
     except MinitronError as error:
         return {}, error

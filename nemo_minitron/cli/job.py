@@ -76,7 +76,9 @@ def submit(job: Job, *, only_print: bool = False) -> str:
     script = slurm.batch_script(job.recipe, job.overrides, folder, config)
     if only_print:
         return script
-    preflight.check(_selected(job, config), config, RunFolder(folder), recipe=job.recipe)
+    preflight.check(
+        _selected(job, config), config, RunFolder(folder), recipe=job.recipe, redo=job.redo_from is not None
+    )
     return slurm.submit(script, folder)
 
 
@@ -123,7 +125,8 @@ def _run_here(job: Job, config: RunConfig) -> None:
 
     folder = RunFolder(job.folder(config))
     selected = _selected(job, config)
-    preflight.check(selected, config, folder, recipe=job.recipe, ranks=environment_rank()[1])
+    ranks, redo = environment_rank()[1], job.redo_from is not None
+    preflight.check(selected, config, folder, recipe=job.recipe, ranks=ranks, redo=redo)
     team = meet(config, folder)
     reporter = Reporter(silent=team.rank > 0)
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))

@@ -136,8 +136,42 @@ def _add_verb(name: str, title: str) -> None:
     app.command(name=name, help=title, rich_help_panel=STAGES)(verb)
 
 
+def _evaluate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Tasks of the LM-Evaluation-Harness; short for evaluate.tasks=[NAME,...].",
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+    nproc: Ranks = None,
+    debug: Debug = False,
+) -> None:
+    """The stage verb that takes tasks too."""
+    _go(
+        recipe,
+        [*(overrides or []), *([] if tasks is None else [f"evaluate.tasks=[{tasks}]"])],
+        run_dir=run_dir,
+        redo_from="evaluate" if redo else None,
+        only="evaluate",
+        ranks=nproc,
+        dry_run=dry_run,
+        debug=debug,
+    )
+
+
 for _name, _title in TITLES.items():
-    _add_verb(_name, _title)
+    if _name == "evaluate":
+        app.command(name=_name, help=_title, rich_help_panel=STAGES)(_evaluate)
+    else:
+        _add_verb(_name, _title)
 
 
 app.command(rich_help_panel=AROUND)(checkpoint.convert)

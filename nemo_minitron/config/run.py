@@ -10,6 +10,7 @@ from nemo_minitron.config.blend import Blend
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.depth import DepthConfig, target_problems
+from nemo_minitron.config.evaluation import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.search import SearchConfig, search_problems
 from nemo_minitron.config.sites import FfnSite
@@ -108,18 +109,6 @@ class ScoreConfig(Section):
     depth: DepthConfig = DepthConfig()
     merge_samples: Count = 16
     """Calibration samples, from the first on, that `target.merge_layers` rests on."""
-
-
-class EvaluateConfig(Section):
-    """Perplexity on the held-out documents, and one text sample of each model."""
-
-    sequence_length: Count = 512
-    micro_batch_size: Count = 4
-    max_tokens: Count = 20_000
-    """Held-out tokens to predict, in windows at even distances over all held-out documents."""
-    prompt: str = "The history of the city begins"
-    sample_tokens: Count = 40
-    """Tokens to generate after the prompt, greedily."""
 
 
 class ExportFormat(StrEnum):

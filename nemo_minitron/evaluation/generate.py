@@ -1,14 +1,22 @@
-"""Greedy text, to see for oneself what a model has kept. Works at every layout; made for samples, not for speed."""
+"""Greedy text at every layout, with a cache of keys and values where the layers are our own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nemo_minitron.errors import DataError
-from nemo_minitron.evaluation.logits import gather_logits
+from nemo_minitron.evaluation.logits import length_step, returning
+from nemo_minitron.megatron import forward
+from nemo_minitron.megatron.forward import LossResult, MicroBatch
+from nemo_minitron.megatron.kv_cache import Progress, cached, can_cache
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.parallel.collectives import gather, sum_over
+
+Finished = Callable[[int, list[int]], bool]
+"""`finished(sample, its new tokens)`: whether a sample needs no more; equal on every rank."""
 
 
 def greedy(
@@ -16,8 +24,7 @@ def greedy(
 ) -> list[int]:
     """The likeliest next token, `count` times or until `end`; the same list on every rank.
 
-    Every rank calls it with the same arguments. Each token costs one pass over the whole text so far (no cache), and
-    stops early where the model's context is full.
+    Every rank calls it with the same arguments. It stops early where the model's context is full.
 
     Args:
         chunks: This rank's model chunks.
@@ -32,21 +39,120 @@ def greedy(
     Raises:
         DataError: The prompt is empty, holds a token outside the vocabulary, or does not fit into the model's context.
     """
+    [tokens] = generate(chunks, runtime, [prompt], count, finished=lambda _, new: new[-1] == end)
+    return tokens[:-1] if tokens and tokens[-1] == end else tokens
+
+
+def generate(
+    chunks: Sequence[nn.Module],
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    finished: Finished = lambda sample, new: False,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continue several prompts at one time, each with its likeliest next token.
+
+    All ranks of one copy of the model call it with the same arguments; copies may have different ones.
+
+    Args:
+        chunks: This rank's model chunks.
+        runtime: The running layout.
+        prompts: Token ids of each sample; lengths may differ.
+        count: Most tokens to add to each.
+        finished: Asked after every token.
+        use_cache: Whether to remember keys and values. Without, or where the layers are Transformer Engine's, each
+            token costs a pass over the whole text so far.
+
+    Returns:
+        New tokens of each sample, with the one that finished it. Of equally likely tokens the lower id is taken.
+
+    Raises:
+        DataError: As `greedy`.
+    """
     spec = unwrap(chunks[0]).spec
-    tokens = list(prompt)
-    if not tokens or len(tokens) > spec.max_position_embeddings:
-        raise DataError(f"prompt of {len(tokens)} tokens", rule=f"between 1 and {spec.max_position_embeddings}")
-    if not all(0 <= token < spec.vocab_size for token in tokens):
+    for prompt in prompts:
+        _check_prompt(prompt, limit=spec.max_position_embeddings, vocab_size=spec.vocab_size)
+    lengths = [len(prompt) for prompt in prompts]
+    room = min(max(lengths) + count, spec.max_position_embeddings)
+    texts: list[list[int]] = [list(prompt) for prompt in prompts]
+    left = {index for index, length in enumerate(lengths) if count > 0 and length < room}
+    with ExitStack() as stack:
+        progress = None
+        if use_cache and left and can_cache(chunks):
+            progress = stack.enter_context(cached(chunks, samples=len(prompts), length=room))
+        fresh = True
+        while left:
+            tokens = _next_tokens(chunks, runtime, texts, None if fresh else progress)
+            fresh = False
+            for index, token in enumerate(tokens):
+                texts[index].append(token)
+                new = texts[index][lengths[index] :]
+                if index in left and (finished(index, new) or len(new) == count or len(texts[index]) == room):
+                    left.remove(index)
+                elif index not in left:
+                    texts[index].pop()
+    return [text[length:] for text, length in zip(texts, lengths, strict=True)]
+
+
+def _check_prompt(tokens: Sequence[int], *, limit: int, vocab_size: int) -> None:
+    if not tokens or len(tokens) > limit:
+        raise DataError(f"prompt of {len(tokens)} tokens", rule=f"between 1 and {limit}")
+    if not all(0 <= token < vocab_size for token in tokens):
         raise DataError(
             "prompt: holds tokens outside the model's vocabulary",
-            rule=f"below {spec.vocab_size}",
+            rule=f"below {vocab_size}",
             remedy="use the model's own tokenizer",
         )
-    for _ in range(min(count, spec.max_position_embeddings - len(tokens))):
-        last = len(tokens) - 1
-        logits = gather_logits(chunks, torch.tensor([tokens]), runtime, spec.vocab_size, positions=[last])
-        token = int(logits[0, 0].argmax())
-        if token == end:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
+
+
+def _next_tokens(
+    chunks: Sequence[nn.Module], runtime: Runtime, texts: Sequence[Sequence[int]], progress: Progress | None
+) -> list[int]:
+    """The likeliest token after each text, on all ranks of a copy of the model.
+
+    Args:
+        chunks: This rank's model chunks.
+        runtime: The running layout.
+        texts: Token ids so far.
+        progress: Of a cache that holds all tokens of the texts but the last ones; None passes over the whole texts.
+    """
+    lengths = torch.tensor([len(text) for text in texts])
+    if progress is None:
+        longest = int(lengths.max())
+        longest += -longest % length_step(runtime)  # causal: what follows is not seen
+        tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+        last = lengths - 1
+    else:
+        tokens = torch.tensor([[text[-1]] for text in texts])
+        progress.move_to((lengths - 1).unsqueeze(1).to(runtime.device), int(lengths.max()))
+        last = torch.zeros_like(lengths)
+    batch = MicroBatch.of(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    def likeliest(hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
+        found = _likeliest(chunks[-1], hidden_SBH, micro_batch.position_ids[0], last.to(hidden_SBH.device), runtime)
+        nothing = hidden_SBH.new_zeros(())
+        return LossResult(nothing, torch.ones_like(nothing), {"tokens_B": found})
+
+    # The interleaved schedule takes micro-batches by the pipeline size; they leave the same in the cache.
+    copies = runtime.parallel.pipeline if runtime.parallel.virtual_pipeline is not None else 1
+    with returning(chunks, "hidden"):
+        reports = forward.run(chunks, [batch] * copies, likeliest, runtime=runtime, forward_only=True)
+    chosen = torch.zeros(len(texts), dtype=torch.int64, device=runtime.device)
+    if reports:
+        chosen = reports[0]["tokens_B"]
+    found: list[int] = sum_over(chosen, runtime.groups.pp).tolist()  # zero on all stages but the last
+    return found
+
+
+def _likeliest(chunk: nn.Module, hidden_SBH: Tensor, positions_S: Tensor, last_B: Tensor, runtime: Runtime) -> Tensor:
+    """Id of the largest logit at one position of each sample, `[b]`; positions may be shared out over ranks."""
+    model = unwrap(chunk)
+    here = positions_S == last_B.unsqueeze(1)  # [b, s]
+    samples = torch.arange(last_B.shape[0], device=last_B.device)
+    rows = hidden_SBH[here.int().argmax(1), samples] * here.any(1, keepdim=True)
+    rows = sum_over(rows, runtime.groups.cp)
+    shards = gather((rows @ model.output_weight().T).float(), runtime.groups.tp)
+    logits = torch.cat(list(shards), dim=-1)[:, : model.spec.vocab_size]
+    return logits.argmax(-1)

@@ -6,6 +6,7 @@ For tests, checks of exports and text generation; training never gathers a vocab
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,14 @@ def gather_logits(
     """
     samples, length = tokens_BS.shape
     wanted = torch.arange(length) if positions is None else torch.tensor(positions)
-    filled = nn.functional.pad(tokens_BS, (0, -length % _length_step(runtime)))  # causal: what follows is not seen
+    filled = nn.functional.pad(tokens_BS, (0, -length % length_step(runtime)))  # causal: what follows is not seen
     batch = MicroBatch.of(filled, filled, torch.ones_like(filled, dtype=torch.bool))
     if position_ids_BS is not None:
         behind = position_ids_BS[:, -1:] + torch.arange(1, filled.shape[1] - length + 1)
         batch = replace(batch, position_ids=torch.cat([position_ids_BS, behind], dim=1))
     # The interleaved schedule takes micro-batches by the pipeline size.
     copies = runtime.parallel.pipeline if runtime.parallel.virtual_pipeline is not None else 1
-    with _returning_logits(chunks):
+    with returning(chunks, "logits"):
         reports = forward.run(chunks, [batch] * copies, _keep, runtime=runtime, forward_only=True)
     places = context_places(filled.shape[1], runtime.cp_rank, runtime.parallel.context)
     result = torch.zeros(samples, len(wanted), vocab_size, device=runtime.device)
@@ -67,7 +68,7 @@ def _keep(output_BSV: Tensor, micro_batch: MicroBatch, index: int) -> LossResult
     return LossResult(total=nothing, tokens=torch.ones_like(nothing), report=kept)
 
 
-def _length_step(runtime: Runtime) -> int:
+def length_step(runtime: Runtime) -> int:
     """What sequence lengths must be a multiple of."""
     parallel = runtime.parallel
     step = 2 * parallel.context if parallel.context > 1 else 1
@@ -75,13 +76,14 @@ def _length_step(runtime: Runtime) -> int:
 
 
 @contextmanager
-def _returning_logits(chunks: Sequence[nn.Module]) -> Iterator[None]:
+def returning(chunks: Sequence[nn.Module], output: Literal["logits", "hidden"]) -> Iterator[None]:
+    """A block in which the last stage returns logits, or hidden states after the final norm."""
     models = [unwrap(chunk) for chunk in chunks]
     before = [model.output for model in models]
     for model in models:
-        model.output = "logits"
+        model.output = output
     try:
         yield
     finally:
-        for model, output in zip(models, before, strict=True):
-            model.output = output
+        for model, value in zip(models, before, strict=True):
+            model.output = value

@@ -256,11 +256,14 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self._windows
 
+    def start_of(self, index: int) -> int:
+        """Where in the split's tokens a window begins to read."""
+        return (self._first + index * self._among // self._windows) * self._length
+
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
         if index is not None and not 0 <= index < self._windows:
             raise IndexError(index)
-        window_index = self._first + (index or 0) * self._among // self._windows
-        start = window_index * self._length
+        start = self.start_of(index or 0)
         count = min(self._length + 1, self._tokens - start)
         window = torch.full((self._length + 1,), self._fill)
         dtype = self._indexed.index.dtype

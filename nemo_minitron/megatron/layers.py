@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -66,6 +66,16 @@ class LocalNorm(nn.Module):
         return layer_norm(x, weight, self.bias, self.eps)
 
 
+class AttentionCache(Protocol):
+    """What remembers a layer's keys and values while text is generated; see `kv_cache`."""
+
+    def attend(
+        self, qkv: Tensor, *, groups: int, head_dim: int, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
+        """`causal_attention` of new positions to those before them too."""
+        ...
+
+
 @dataclass
 class LocalDocuments(PackedSeqParams):
     """What our own attention is told of the documents in a micro-batch, in the place of Megatron's packed sequences.
@@ -102,6 +112,7 @@ class LocalSelfAttention(SelfAttention):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.window, self.scale, self.rotary_base = window, scale, rotary_base
+        self.cache: AttentionCache | None = None
 
     def forward(
         self,
@@ -115,18 +126,20 @@ class LocalSelfAttention(SelfAttention):
         qkv, _ = self.linear_qkv(hidden_states)
         if not isinstance(self.q_layernorm, IdentityOp | None):
             qkv = self._with_normed_heads(qkv)
-        angles = rotary_pos_emb
-        if self.rotary_base is not None:
-            angles = _angles(self.rotary_base, angles.shape[-1], angles.shape[0], angles.device)
-        tables = rotary_tables(angles, qkv.dtype)
+        how: dict[str, Any] = {
+            "groups": self.num_query_groups_per_partition,
+            "head_dim": self.hidden_size_per_attention_head,
+            "scale": self.scale,
+            "window": self.window,
+        }
+        if self.cache is not None:
+            return self.linear_proj(self.cache.attend(qkv, **how))
+        tables = rotary_tables(layer_angles(self, rotary_pos_emb), qkv.dtype)
         context = causal_attention(
             qkv,
             tables if packed_seq_params is None else packed_seq_params.turned(tables),
-            groups=self.num_query_groups_per_partition,
-            head_dim=self.hidden_size_per_attention_head,
-            scale=self.scale,
-            window=self.window,
             starts=None if packed_seq_params is None else packed_seq_params.starts,
+            **how,
         )
         return self.linear_proj(context)
 
@@ -136,6 +149,13 @@ class LocalSelfAttention(SelfAttention):
         heads = qkv.view(length, batch, self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         query, key = self.q_layernorm(heads[..., :-2, :]), self.k_layernorm(heads[..., -2:-1, :])
         return torch.cat([query, key, heads[..., -1:, :]], dim=-2).flatten(2)
+
+
+def layer_angles(attention: LocalSelfAttention, angles: Tensor) -> Tensor:
+    """A layer's own rotary angles `[s, 1, 1, rotated]` in place of the model's, if it has a base of its own."""
+    if attention.rotary_base is None:
+        return angles
+    return _angles(attention.rotary_base, angles.shape[-1], angles.shape[0], angles.device)
 
 
 class LocalColumnLinear(ColumnParallelLinear):

@@ -10,7 +10,7 @@ from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis
 from nemo_minitron.arch.sizes import PARAMETERS, cut_sizes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.callbacks.reporter import compact, duration
-from nemo_minitron.report import figures
+from nemo_minitron.report import figures, measured
 from nemo_minitron.report.content import MODELS, Importance, ReportContent, Row
 from nemo_minitron.report.pareto import pareto
 
@@ -41,6 +41,7 @@ def _render(template: str, content: ReportContent, **more: Any) -> str:
         dropped=_dropped(content),
         quality=_quality(content),
         quality_note=_quality_note(content),
+        evaluated=_evaluated(content),
         samples=_samples(content),
         provenance=_provenance(content),
         **more,
@@ -92,6 +93,7 @@ def _dropped(content: ReportContent) -> str:
 def _quality(content: ReportContent) -> list[Row]:
     evaluated = content.results.get("evaluate", {})
     nats, errors = evaluated.get("nats", {}), evaluated.get("standard_error", {})
+    bits = evaluated.get("bits_per_byte", {})
     rows = []
     for name, value in content.perplexity.items():
         count = content.parameters["teacher" if name == "teacher" else "student"]
@@ -101,6 +103,7 @@ def _quality(content: ReportContent) -> list[Row]:
                 "style": "strong" if name == "distilled" else "",
                 "parameters": compact(count),
                 "nats": f"{nats[name]:.4f}" if name in nats else "",
+                "bits_per_byte": _with_error(bits[name]) if name in bits else "",
                 "perplexity": f"{value:,.2f}" + (f" ± {errors[name]:.2f}" if errors.get(name) else ""),
                 "ratio": f"{value / content.perplexity['teacher']:.2f} x" if "teacher" in content.perplexity else "",
             }
@@ -108,10 +111,16 @@ def _quality(content: ReportContent) -> list[Row]:
     return rows
 
 
+def _with_error(row: Row) -> str:
+    error = "" if row.get("standard_error") is None else f" ± {row['standard_error']:.4f}"
+    return f"{row['value']:.4f}{error}"
+
+
 def _quality_note(content: ReportContent) -> str:
-    tokens = content.results.get("evaluate", {}).get("tokens")
-    counted = f"{tokens:,} tokens of " if tokens else ""
-    return f"Measured on {counted}documents that nothing was trained or scored on."
+    evaluated = content.results.get("evaluate", {})
+    counted = ", ".join(f"{evaluated[unit]:,} {unit}" for unit in ("tokens", "bytes") if evaluated.get(unit))
+    documents = f"{evaluated['documents']:,} documents" if evaluated.get("documents") else "documents"
+    return f"Measured on {counted + ' of ' if counted else ''}{documents} that nothing was trained or scored on."
 
 
 def _samples(content: ReportContent) -> list[Row]:
@@ -125,8 +134,24 @@ def _samples(content: ReportContent) -> list[Row]:
     return found
 
 
-def _sections(content: ReportContent) -> list[Row]:
+def _evaluated(content: ReportContent) -> list[Row]:
+    """Sections of benchmark tasks and of speed, as far as they were measured."""
+    evaluated = content.results.get("evaluate", {})
     sections: list[Row] = []
+    if tasks := evaluated.get("tasks"):
+        headings, rows = measured.task_table(tasks)
+        note = "Score ± standard error, and the percentage of the teacher's score that is kept."
+        table = {"headings": headings, "rows": rows}
+        sections.append({"title": "Benchmark tasks", "figures": [], "table": table, "note": note})
+    if speed := evaluated.get("speed"):
+        headings, rows = measured.speed_table(speed)
+        table = {"headings": headings, "rows": rows}
+        sections.append({"title": "Speed", "figures": [], "table": table, "note": measured.speed_note(speed)})
+    return sections
+
+
+def _sections(content: ReportContent) -> list[Row]:
+    sections: list[Row] = _evaluated(content)
     validated = [row for row in content.metrics if "val/kl" in row or "train/kl" in row]
     if validated:
         objective = content.results.get("distill", {}).get("objective", "forward KL over the full vocabulary")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.report.measured import shares
 
 MODELS = ("teacher", "pruned", "distilled", "tuned")
 
@@ -112,8 +113,14 @@ def summary(content: ReportContent) -> Row:
         "perplexity": perplexity,
         "perplexity_ratio": ratios,
         "nats": evaluate.get("nats", {}),
+        "bits_per_byte": evaluate.get("bits_per_byte", {}),
+        "tasks": evaluate.get("tasks", {}),
+        "task_score_kept": shares(evaluate.get("tasks", {})),
+        "generation": evaluate.get("speed", {}),
         "data": content.results.get("data", {}).get("sources"),
         "heldout_tokens": evaluate.get("tokens"),
+        "heldout_bytes": evaluate.get("bytes"),
+        "heldout_documents": evaluate.get("documents"),
         "tokens": sum(row["tokens"] or 0 for row in content.rounds) or distill.get("tokens"),
         "tokens_per_second": distill.get("tokens_per_second"),
         "validation": distill.get("validation"),

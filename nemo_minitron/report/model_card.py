@@ -4,7 +4,7 @@ Only what is known is said; a fact that is missing leaves its line out.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource
 from nemo_minitron.pruning.plan import PruningPlan
+from nemo_minitron.report.measured import speed_note, speed_table, task_table
 from nemo_minitron.version import __version__
 
 CARD = "README.md"
@@ -117,6 +118,8 @@ def _sections(
         )
     if rows := _evaluation_rows(making.evaluation):
         yield "Evaluation", rows
+    if speed := making.evaluation.get("speed"):
+        yield "Speed", f"{_markdown(*speed_table(speed))}\n\n{speed_note(speed)}"
     if training := _training(making):
         yield "Training", training
     yield "Use", _use(library)
@@ -130,17 +133,27 @@ def _sections(
 
 def _evaluation_rows(evaluation: Mapping[str, Any]) -> str:
     perplexity, errors = evaluation.get("perplexity") or {}, evaluation.get("standard_error") or {}
+    bits = evaluation.get("bits_per_byte") or {}
     rows = []
     for role, words in _ROLES.items():
         if role in perplexity:
             error = f" ± {errors[role]:.2f}" if errors.get(role) is not None else ""
-            rows.append(f"| {words} | {perplexity[role]:.2f}{error} |")
+            rate = [f"{bits[role]['value']:.4f}"] if role in bits else []
+            rows.append([words, f"{perplexity[role]:.2f}{error}", *rate])
     if not rows:
         return ""
     tokens = evaluation.get("tokens")
     over = f" over {tokens:,} tokens of" if tokens else " on"
-    note = f"Perplexity{over} held-out documents, on which nothing was trained."
-    return "\n".join(["| model | perplexity |", "| --- | ---: |", *rows, "", note])
+    headings = ["model", "perplexity", "bits per byte"][: len(rows[0])]
+    parts = [_markdown(headings, rows), f"Perplexity{over} held-out documents, on which nothing was trained."]
+    if tasks := evaluation.get("tasks"):
+        parts += [_markdown(*task_table(tasks)), "Score ± standard error (percentage of the base model's kept)."]
+    return "\n\n".join(parts)
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = "| --- " + "| ---: " * (len(headings) - 1) + "|"
+    return "\n".join([f"| {' | '.join(headings)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _training(making: Making) -> str:
@@ -164,6 +177,12 @@ def _use(library: str) -> str:
             'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
             "tokenizer = AutoTokenizer.from_pretrained(folder)"
         )
+        serve = (
+            "vllm serve .                                                        # vLLM\n"
+            "python convert_hf_to_gguf.py . --outfile model.gguf --outtype bf16   # llama.cpp: in its source folder\n"
+            "llama-cli -m model.gguf -p 'The history of the city begins'"
+        )
+        return f"```python\n{code}\n```\n\n```console\n{serve}\n```"
     elif library == "nemo":
         code = 'from nemo_minitron import MegatronGPTModel\n\nmodel = MegatronGPTModel.restore_from("model.nemo")'
     else:

@@ -23,7 +23,7 @@ TITLES: dict[str, str] = {
     "cache": "Store the teacher's targets, if the recipe asks for it, so that students need no teacher.",
     "distill": "Train the student on the teacher's predictions.",
     "tune": "Fine-tune the student on the answers of conversations, if the recipe asks for it.",
-    "evaluate": "Measure perplexity on held-out text, and let each model write a sample.",
+    "evaluate": "Measure perplexity, benchmark tasks and speed, and let each model write a sample.",
     "export": "Write the student as .nemo and Hugging Face, and check what was written.",
     "report": "Put figures and numbers into one HTML file.",
 }

@@ -107,9 +107,10 @@ class Outlook:
             return 0.0
         self._students = students
         if stage.kind == "evaluate":
-            each = config.evaluate.max_tokens
+            asked = config.evaluate
+            each = asked.max_tokens * asked.sequence_length / (asked.stride or asked.sequence_length)
             models = [teacher] + [students[-1]] * (len(set(MODELS) & stage.inputs.keys()) - 1)
-            return sum(each * forward_flops(model, config.evaluate.sequence_length) for model in models)
+            return sum(each * forward_flops(model, asked.sequence_length) for model in models)
         work = work_of(stage.kind, stage.round, config, teacher, students, ranks=self._ranks)
         return 0.0 if work is None else work.flops
 

@@ -5,8 +5,9 @@ from itertools import chain
 from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.config.evaluation import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.run import EvaluateConfig, RunConfig, ScoreConfig
+from nemo_minitron.config.run import RunConfig, ScoreConfig
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.errors import ConfigError, DataError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
@@ -14,7 +15,13 @@ from nemo_minitron.stages.run_folder import RunFolder
 
 
 def check(
-    stages: Iterable[Stage], config: RunConfig, folder: RunFolder, *, recipe: str, ranks: int | None = None
+    stages: Sequence[Stage],
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    recipe: str,
+    ranks: int | None = None,
+    redo: bool = False,
 ) -> None:
     """Refuse what later stages would refuse, as far as the teacher's sizes are known already.
 
@@ -24,6 +31,7 @@ def check(
         folder: Where the run goes.
         recipe: What the user calls the recipe, for messages.
         ranks: Processes of the run; None for as many as the recipe is meant for.
+        redo: Whether stages that are complete are done again.
 
     Raises:
         MinitronError: The recipe cannot run as it is.
@@ -36,6 +44,7 @@ def check(
             rule="texts are tokenized by the model's own tokenizer",
             remedy="load it with transformers.AutoTokenizer and save_pretrained() it beside the weights",
         )
+    check_tasks(stages if redo else ahead, config)
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     if all(stage.kind != "prune" for stage in ahead):
         return  # nothing is pruned any more, or nothing at all
@@ -43,6 +52,7 @@ def check(
     if teacher is not None:
         spec, family = teacher
         check_models((spec, *students(config, spec, folder)), config, family)
+        _check_speed(ahead, config, spec)
 
 
 def teacher_model(config: RunConfig, folder: RunFolder) -> tuple[ModelSpec, str] | None:
@@ -134,6 +144,30 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
     check_export(config, specs[-1], family)
+
+
+def check_tasks(stages: Iterable[Stage], config: RunConfig) -> None:
+    """Whether the tasks that stage evaluate will run are known here.
+
+    Raises:
+        MinitronError: The LM-Evaluation-Harness is not installed.
+        ConfigError: With every task and folder that is not there.
+    """
+    if config.evaluate.tasks and any(stage.kind == "evaluate" for stage in stages):
+        from nemo_minitron.evaluation import harness
+
+        harness.check_tasks(config.evaluate.tasks, config.evaluate.include_path)
+
+
+def _check_speed(stages: Iterable[Stage], config: RunConfig, teacher: ModelSpec) -> None:
+    """Raises ConfigError if what is to be timed does not fit into the model's context."""
+    speed = config.evaluate.speed
+    if speed is None or all(stage.kind != "evaluate" for stage in stages):
+        return
+    length, limit = speed.prompt_tokens + speed.new_tokens, teacher.max_position_embeddings
+    if length > limit:
+        problem = f"evaluate.speed: prompt_tokens + new_tokens = {length} is above the model's context of {limit}"
+        raise ConfigError("recipe", [problem])
 
 
 def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> None:

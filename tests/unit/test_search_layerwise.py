@@ -48,11 +48,14 @@ def test_forms_of_a_layer_are_its_sizes_and_none():
     layer = smollm2().layer
     forms = layer_variants(settings, TargetConfig(), layer, ParallelConfig())
     expected = [(1536, 3, 9), (1536, 1, 3), (768, 3, 9), (768, 1, 3)]
-    assert [(form.ffn_hidden_size, form.num_query_groups, form.num_attention_heads) for form in forms[:-1]] == expected
+    assert [
+        (form.mlp.ffn_hidden_size, form.attention.num_query_groups, form.attention.num_attention_heads)
+        for form in forms[:-1]
+    ] == expected
     assert forms[0] == layer
     assert forms[-1] is None
     rounded = layer_variants(settings, TargetConfig(multiple_of=500), layer, ParallelConfig())
-    assert {form.ffn_hidden_size for form in rounded[1:-1]} == {1500, 1000}
+    assert {form.mlp.ffn_hidden_size for form in rounded[1:-1]} == {1500, 1000}
 
 
 def test_costs_of_layers_add_up_to_those_of_the_model():
