@@ -50,3 +50,16 @@ def run_tasks_at(folder: Path, parallel: ParallelConfig, tasks: list[str], inclu
 def samples_of(out: Path, task: str) -> list[dict[str, Any]]:
     """What `run_tasks` wrote of a task's items."""
     return [json.loads(line) for line in (out / f"{task}.jsonl").read_text().splitlines()]
+
+
+def run_by_name(folder: Path, tasks: Path, task: str) -> dict[str, float] | None:
+    """Metrics of a task as `lm_eval` itself gives them; every rank runs it, and local rank 0 has the result."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import nemo_minitron.evaluation.lm_eval_model  # noqa: F401 - registers the model
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    arguments = f"pretrained={folder},tensor=2,precision=fp32"
+    found = simple_evaluate("nemo_minitron", arguments, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    return None if found is None else dict(found["results"][task])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.parallel.lm_eval_jobs import run_tasks_at, samples_of
+from tests.parallel.lm_eval_jobs import run_by_name, run_tasks_at, samples_of
 from tests.ranks import run_on_ranks
 from tests.tiny import WORDS, sentences, write_llama
 
@@ -135,3 +135,9 @@ def test_what_was_answered_is_not_asked_again(model, tasks, tmp_path):
     assert 0 < second["asked"] <= len(lines) - kept + 1 < first["asked"]
     keys = [json.loads(line)[0] for line in answers.read_text().splitlines()]
     assert sorted(keys) == sorted(json.loads(line)[0] for line in lines)
+
+
+@pytest.mark.slow
+def test_the_harness_finds_it_by_name(model, tasks, expected):
+    first, _ = run_on_ranks(2, run_by_name, model, tasks, "toy_choice")
+    assert first["acc,none"] == pytest.approx(expected["results"]["toy_choice"]["acc,none"])
