@@ -8,7 +8,7 @@ PYTHON312 ?= python3.12
 PYTHON313 ?= python3.13
 RUN ?= runs/demo
 TESTS ?= tests
-# Test files that run at a time; the ones that start ranks take about 1 GB a rank.
+# Test files that run at a time; the ones that start ranks take about 1 GB per rank.
 WORKERS ?= 2
 # Where torch comes from; empty for pip's ordinary index, whose build for Linux brings some gigabytes of CUDA. PyTorch
 # keeps an index of builds for CPUs, a tenth of that: make install TORCH_INDEX_URL=...

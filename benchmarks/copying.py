@@ -2,7 +2,7 @@
 
 Before each contest the source leaves the page cache (`posix_fadvise`), since 16 GB and a copy of it do not fit there on
 the machines this is meant for; each ends with everything on the disk (`fsync`). A job is a process of its own, and its
-whole life counts: interpreter, imports, work. Its memory is `ru_maxrss`, which includes all of that too.
+complete life counts: interpreter, imports, work. Its memory is `ru_maxrss`, which includes all of that too.
 """
 
 import os

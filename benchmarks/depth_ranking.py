@@ -4,9 +4,10 @@
 
 Both rank the 30 layers of a random model of SmolLM2-135M's shape in fp32 by the rise of the loss on one text. The naive
 way runs the model once for each layer, without it, from the embedding to the loss. Ours starts each run from the states
-before the layer, which the whole model has computed, and scores the labels of as many candidates together as fill a
+before the layer, which the complete model has computed, and scores the labels of as many candidates together as fill a
 tile of the output layer. Layers, norm and loss are the same code. The two take turns, candidate by candidate, and the
-ratio is one of CPU time, so that it holds on a machine that others use too. The whole model's own pass counts in both.
+ratio is one of CPU time, so that it holds on a machine that others use too. The complete model's own pass counts in
+both.
 
 Either way computes the output layer once a candidate, and here it costs as much as six or seven layers. So the ratio is
 above one half; it comes nearer to it in models with more layers, wider ones, or a smaller vocabulary.
@@ -48,7 +49,7 @@ class Ranking:
     leave_one_out_over_naive: float
     """CPU seconds of ours over the naive way's."""
     largest_difference: float
-    """Between the two ways' losses, nats a token, over all layers."""
+    """Between the two ways' losses, nats per token, over all layers."""
     seconds: float
     """CPU seconds of ours."""
     naive_seconds: float
@@ -67,7 +68,7 @@ def compare(*, tokens: int, threads: int, spec: ModelSpec = SMOLLM2_135M) -> Ran
     """Rank the layers in both ways.
 
     Raises:
-        AssertionError: The two ways differ by more than 1e-6 nats a token.
+        AssertionError: The two ways differ by more than 1e-6 nats per token.
     """
     torch.set_num_threads(threads)
     here = megatron_runtime.start(ParallelConfig(), seed=0)
@@ -88,7 +89,7 @@ def compare(*, tokens: int, threads: int, spec: ModelSpec = SMOLLM2_135M) -> Ran
 
     rises = (torch.stack(without) - base) / tokens
     difference = (ours.layers("lm_loss") - rises).abs().max().item()
-    assert difference <= 1e-6, f"the two ways differ by {difference} nats a token"
+    assert difference <= 1e-6, f"the two ways differ by {difference} nats per token"
     return Ranking(
         leave_one_out_over_naive=seconds / naive_seconds,
         largest_difference=difference,
@@ -119,7 +120,7 @@ class _Turns:
 
 
 def _naive(model: MinitronGPT, batch: MicroBatch, skip: int | None) -> Tensor:
-    """Summed loss of a whole pass, without a layer if one is named."""
+    """Summed loss of a complete pass, without a layer if one is named."""
     x_SBH, rotary = model._preprocess(input_ids=batch.tokens, position_ids=batch.position_ids)[:2]
     for number, layer in enumerate(model.decoder.layers):
         if number != skip:
@@ -146,7 +147,8 @@ def main() -> None:
     else:
         print(
             f"leave-one-out over naive {result.leave_one_out_over_naive:.3f} ({result.seconds:.1f} and "
-            f"{result.naive_seconds:.1f} CPU seconds), largest difference {result.largest_difference:.1e} nats a token"
+            f"{result.naive_seconds:.1f} CPU seconds), largest difference "
+            f"{result.largest_difference:.1e} nats per token"
         )
 
 

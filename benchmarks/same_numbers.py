@@ -37,7 +37,7 @@ CHAINS: dict[str, list[str]] = {
         *("score.depth={metrics: [lm_loss], samples: 4}",),
     ],
 }
-"""Whole chains of the tiny recipe, as overrides of it."""
+"""Complete chains of the tiny recipe, as overrides of it."""
 OBJECTIVES: dict[str, list[str]] = {
     "forward KL": [],
     "ramp": [

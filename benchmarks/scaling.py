@@ -63,7 +63,7 @@ ASSUMPTIONS = (
     ("scoring against a forward pass", f"{SCORING_OVERHEAD}", "measured, benchmarks/2026-11-24-scoring.md"),
     (
         "cached targets",
-        f"{CACHE_BYTES} bytes a token at 50 draws",
+        f"{CACHE_BYTES} bytes per token at 50 draws",
         "arXiv:2503.16870: about 12 ids; 1 byte, and 3 an id; SmolLM2-135M on Wikipedia, measured: 17 ids, 52 bytes",
     ),
     (
@@ -108,7 +108,7 @@ class Step:
 
     @property
     def hours(self) -> float:
-        """Of the whole training, without saving."""
+        """Of the complete training, without saving."""
         return TOKENS / (SAMPLES * LENGTH) * self.seconds / 3600
 
     @property
@@ -228,7 +228,7 @@ def _sizes() -> str:
             )
         )
     return _markdown(
-        "pair | parameters | bf16 weights | GFLOP a token: teacher forward, student step | checkpoint | cache",
+        "pair | parameters | bf16 weights | GFLOP per token: teacher forward, student step | checkpoint | cache",
         rows,
     )
 
@@ -275,7 +275,7 @@ def _distilling(*, cached: bool) -> str:
             )
         )
     headings = (
-        "teacher | GPUs | layout | GB a rank | compute, s | TP, s | PP, s | DP, s | of it hidden, s | step, s | MFU "
+        "teacher | GPUs | layout | GB per rank | compute, s | TP, s | PP, s | DP, s | of it hidden, s | step, s | MFU "
         "| a save, its share | hours | GPU-hours"
     )
     return _markdown(headings, rows)

@@ -25,7 +25,7 @@ from nemo_minitron.models.scripts import Script, calibration_script, reported_er
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.write import write_checkpoint
-from nemo_minitron.stages.team import environment_rank
+from nemo_minitron.stages.processes import environment_rank
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_prune")

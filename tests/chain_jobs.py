@@ -1,4 +1,4 @@
-"""Whole chains in this process, for tests that look inside a training stage or end it at odd moments."""
+"""Complete chains in this process, for tests that look inside a training stage or end it at odd moments."""
 
 import io
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def run_to(
         run_chain(
             chain, request, team=team, reporter=Reporter(silent=team.rank > 0, stream=io.StringIO(), terminal=False)
         )
-        return {stage.name: folder.result(stage.name) for stage in chain if folder.is_whole(stage.name)}
+        return {stage.name: folder.result(stage.name) for stage in chain if folder.is_complete(stage.name)}
     finally:
         runtime.stop()
 

@@ -1,4 +1,4 @@
-"""Whole model jobs for tests: module-level functions that any rank can run, returning plain numbers."""
+"""Complete model jobs for tests: module-level functions that any rank can run, returning plain numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from nemo_minitron.config.run import RunConfig
 
 
 def config_for(model: Path, corpus: Path, **changes: Any) -> RunConfig:
-    """A run of seconds over the tiny model; `changes` replace whole sections."""
+    """A run of seconds over the tiny model; `changes` replace complete sections."""
     data: dict[str, Any] = {
         "name": "tiny",
         "precision": "fp32",

@@ -123,10 +123,10 @@ def recipe_rows(
     """
     watch = Watch()
     watch.install()
-    found: dict[str, dict[str, Any]] = {"whole": {}, "stopped": {}}
+    found: dict[str, dict[str, Any]] = {"complete": {}, "stopped": {}}
     again = run.with_name("again")
     shutil.copytree(run, again)
-    with watch.attempt(found["whole"]):
+    with watch.attempt(found["complete"]):
         _run(again, inputs, begun or {})
     with watch.attempt(found["stopped"], KILLED):
         _run(run, inputs, begun or {})

@@ -1,4 +1,4 @@
-"""A tiny model, tokenizer and corpus on disk, so that whole stages run in seconds."""
+"""A tiny model, tokenizer and corpus on disk, so that complete stages run in seconds."""
 
 import random
 from collections.abc import Callable

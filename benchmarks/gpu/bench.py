@@ -122,7 +122,7 @@ class Bench:
 
     @cached_property
     def matrix_rate(self) -> float:
-        """Operations a second of one large matrix product in `dtype` on random numbers, measured."""
+        """Operations per second of one large matrix product in `dtype` on random numbers, measured."""
         size = 256 if self.tiny else 8192
         a, b = (self.normal(size, size) for _ in range(2))
         product = torch.empty(size, size, device=self.device, dtype=self.dtype)

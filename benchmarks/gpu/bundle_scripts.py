@@ -66,7 +66,7 @@ site=$(cd "${1:?"usage: sh engine.sh SITE"}" && pwd)
 cd "$(dirname "$0")"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 export NVTE_FRAMEWORK=pytorch MAX_JOBS="${MAX_JOBS:-$(nproc)}"
-# pip would replace the whole folder `transformer_engine`, which other wheels have filled.
+# pip would replace the complete folder `transformer_engine`, which other wheels have filled.
 "${PYTHON:-python3}" -m pip wheel --no-index --no-deps --no-build-isolation --wheel-dir built \\
   ./transformer_engine_torch-*.tar.gz
 for wheel in built/*.whl; do "${PYTHON:-python3}" -m zipfile -e "$wheel" "$site"; done

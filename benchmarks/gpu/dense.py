@@ -40,7 +40,7 @@ def logits(hidden: Tensor, weight: Tensor, vocab_size: int, dtype: torch.dtype) 
 
 
 def causal_attention(qkv: Tensor, angles: Tensor, *, groups: int, head_dim: int, window: int | None) -> Tensor:
-    """Grouped-query attention with rotary positions on whole score matrices.
+    """Grouped-query attention with rotary positions on complete score matrices.
 
     Args:
         qkv: `[S, B, groups * (heads + 2) * head_dim]` float64: of each group its query heads, its key, its value.

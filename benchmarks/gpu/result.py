@@ -32,7 +32,7 @@ def is_good(results: Sequence[dict[str, Any]]) -> bool:
 
 
 def write(folder: Path, stem: str, head: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """Write `<stem>.json` and `<stem>.md`, each whole or not at all."""
+    """Write `<stem>.json` and `<stem>.md`, each complete or not at all."""
     _replace(folder / f"{stem}.json", json.dumps({**head, "checks": list(results)}, indent=1) + "\n")
     _replace(folder / f"{stem}.md", _markdown(head, results))
 

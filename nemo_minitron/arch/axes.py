@@ -14,7 +14,7 @@ class Axis(StrEnum):
     VOCAB = "vocab"
     """Token rows of embedding and output layer."""
     HIDDEN = "hidden"
-    """Channels of the residual stream; one index set for the whole model."""
+    """Channels of the residual stream; one index set for the complete model."""
     FFN = "ffn"
     """Neurons of a layer's MLP; every layer has its own index set."""
     HEAD = "head"

@@ -103,7 +103,7 @@ _SCALE_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context
 
 
 def transformer_fields(spec: ModelSpec) -> dict[str, Any]:
-    """Fields of `TransformerConfig` and of the model around it, `activation_func` by name. See `says_all`."""
+    """Fields of `TransformerConfig` and of the model around it, `activation_func` by name. See `is_representable`."""
     settings = _settings(spec)
     fields = {field: settings[name] for name, field in _FIELDS.items() if name in settings}
     fields |= {
@@ -150,7 +150,7 @@ def _norm_kind(spec: ModelSpec) -> str:
     return "LayerNorm" if spec.norm.subtracts_mean else "RMSNorm"
 
 
-def says_all(spec: ModelSpec) -> bool:
+def is_representable(spec: ModelSpec) -> bool:
     """Whether those fields, with `rope_fields`, describe all that the model computes."""
     return has_plain_layers(spec) and not isinstance(spec.rope_scaling, YarnScaling)
 

@@ -23,7 +23,7 @@ LEGACY_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_mode
 
 SPEC_NAME = "te_gpt"
 """NeMo-1's name for layers of Transformer Engine."""
-UNSAYABLE_NAME = "nemo_minitron"
+NOT_REPRESENTABLE_NAME = "nemo_minitron"
 """In its place where NeMo-1's keys cannot say what the model computes. NeMo-1 knows no such layers and stops before it
 computes something else; our own reader takes the architecture from `minitron.spec`."""
 
@@ -84,7 +84,7 @@ def nemo_config(
     """`model_config.yaml` data.
 
     Args:
-        spec: The architecture; stored whole under `minitron.spec`, so that nothing is lost.
+        spec: The architecture; stored complete under `minitron.spec`, so that nothing is lost.
         family: Key of `arch.families`; None for the nearest one.
         precision: NeMo's `precision` key: "bf16" or "32".
         tokenizer: NeMo's `tokenizer` section.
@@ -94,7 +94,7 @@ def nemo_config(
     return {
         "mcore_gpt": True,
         "transformer_engine": True,
-        "name": SPEC_NAME if says_all(spec) else UNSAYABLE_NAME,
+        "name": SPEC_NAME if is_representable(spec) else NOT_REPRESENTABLE_NAME,
         "micro_batch_size": 1,
         "global_batch_size": 8,
         "tensor_model_parallel_size": 1,
@@ -111,7 +111,7 @@ def nemo_config(
     }
 
 
-def says_all(spec: ModelSpec) -> bool:
+def is_representable(spec: ModelSpec) -> bool:
     """Whether NeMo-1's own keys describe a model without `minitron.spec`."""
     scaling = spec.rope_scaling in (None, _LLAMA_31_SCALING) or isinstance(spec.rope_scaling, LinearScaling)
     return scaling and has_plain_layers(spec)

@@ -2,7 +2,7 @@
 
 For each weight: its canonical name, the axis of each dimension, its packing and its tensor-parallel split.
 Counting parameters, slicing, sharding and conversion all read this table. A new kind of weight is a new row.
-Canonical form is Megatron's (Transformer Engine names), one tensor a layer, unsharded.
+Canonical form is Megatron's (Transformer Engine names), one tensor per layer, unsharded.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 A token has a few entries, each a token id and a value. Sampled targets (Anshumann et al., arXiv:2503.16870) count how
 often an id was drawn: id and count share one little-endian integer of as few bytes as both need, three for
 vocabularies up to 2^18 and 63 draws. Top-k targets hold an fp32 log-probability an entry, and the probability of all
-other ids as one fp32 number a token.
+other ids as one fp32 number per token.
 
 Shapes: S tokens of a sample, E entries of all of them.
 """
@@ -41,7 +41,7 @@ class Coding:
     Attributes:
         kind: What the entries are.
         vocab_size: Ids are below it.
-        width: Draws a token of sampled targets, entries a token of top-k ones: no token has more.
+        width: Draws a token of sampled targets, entries per token of top-k ones: no token has more.
     """
 
     kind: TargetKind
@@ -73,11 +73,11 @@ class Coding:
         """
         head = tokens * self._length_bytes
         if len(data) < head:
-            raise CacheError(f"targets of {tokens} tokens in {len(data)} bytes", rule="the bytes of a whole sample")
+            raise CacheError(f"targets of {tokens} tokens in {len(data)} bytes", rule="the bytes of a complete sample")
         lengths = np.frombuffer(data, f"<u{self._length_bytes}", tokens).astype(np.int64)
         entries = int(lengths.sum())
         if len(data) != head + self._rest_bytes(entries, tokens):
-            raise CacheError(f"{entries} entries in {len(data)} bytes", rule="the bytes of a whole sample")
+            raise CacheError(f"{entries} entries in {len(data)} bytes", rule="the bytes of a complete sample")
         packed = _widen(np.frombuffer(data, np.uint8, entries * self._entry_bytes, head), self._entry_bytes)
         if self.kind is TargetKind.SAMPLED:
             ids = packed & np.uint64((1 << self._id_bits) - 1)

@@ -83,7 +83,7 @@ class CacheManifest:
         """Read `cache.json`.
 
         Raises:
-            CacheError: There is none, or it is not one.
+            CacheError: Missing, or not a target cache.
         """
         path = folder / MANIFEST
         try:
@@ -100,7 +100,7 @@ class CacheManifest:
 
 
 class CacheWriter:
-    """Writes shards, each whole or not at all; what an earlier attempt left whole is kept.
+    """Writes shards, each complete or not at all; what an earlier attempt left complete is kept.
 
     Several processes may write to one folder, each its own shards, once one of them has made it.
 

@@ -79,7 +79,7 @@ class Shard:
             raise _damaged(path, f"{size} of {whole} bytes")
 
     def read(self, sample: int) -> EncodedSample:
-        """One sample, by its number in the whole cache, checked.
+        """One sample, by its number in the complete cache, checked.
 
         Raises:
             CacheError: Its bytes are not what was written.

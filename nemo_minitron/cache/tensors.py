@@ -45,7 +45,7 @@ def sparse_targets(
     """Targets of a micro-batch for the loss.
 
     Args:
-        samples: Stored targets of its samples, whole sequences.
+        samples: Stored targets of its samples, complete sequences.
         positions_BS: Which tokens of each sequence this rank holds; all of them but under context parallelism. Best on
             the host: what is on a GPU is waited for.
         temperature: At which they were taken.

@@ -19,7 +19,7 @@ class DistillationMonitor(ValidationHistory):
             0 for validations only.
 
     Attributes:
-        history: One row a measurement: `step`, `source` (`train` or `val`), and the values in nats a token
+        history: One row a measurement: `step`, `source` (`train` or `val`), and the values in nats per token
             (`agreement`: share of tokens; `hidden`: loss of intermediate states, where some are compared).
     """
 

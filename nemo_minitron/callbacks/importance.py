@@ -17,8 +17,8 @@ from nemo_minitron.pruning.scores import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saving:
-    """How a calibration saves what it has, to be gone on with.
+class ScoreCheckpointing:
+    """How partial sums are checkpointed, so that a calibration can be resumed.
 
     Attributes:
         path: Where; the file is replaced each time, and left there at the end.
@@ -67,7 +67,7 @@ class ImportanceCallback(Callback):
         ffn_site: FfnSite | str = FfnSite.AFTER_ACTIVATION,
         provenance: dict[str, Any] | None = None,
         coverage: Coverage | None = None,
-        saving: Saving | None = None,
+        saving: ScoreCheckpointing | None = None,
     ) -> None:
         self.path = Path(path) if path is not None else None
         self.ffn_site = FfnSite(ffn_site)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: rows of JSON, one a line. Standard library only."""
+"""`metrics.jsonl`: rows of JSON, one per line. Standard library only."""
 
 import json
 import os
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 class MetricsFile:
-    """Rows of JSON, one a line, appended and flushed at once.
+    """Rows of JSON, one per line, appended and flushed at once.
 
     A run that was cut off goes on from a checkpoint that may be older than its last rows. So the first row written by a
     process removes those of its stage that do not come before it: their steps are done again. `resume` does so for a
@@ -44,7 +44,7 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All whole rows of a metrics file; a line that a crash cut short is left out."""
+    """All complete rows of a metrics file; a line that a crash cut short is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

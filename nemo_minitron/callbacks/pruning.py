@@ -105,7 +105,7 @@ class PruningCallback(Callback):
 
         Raises:
             ScoresError: The scores are another model's or another tokenizer's, or not finite.
-            CheckpointError: The student could not be written; what was there before is whole.
+            CheckpointError: The student could not be written; what was there before is complete.
         """
         if self._collects:
             self._importance.on_validation_end(trainer, pl_module)

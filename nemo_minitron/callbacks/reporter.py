@@ -127,11 +127,11 @@ class Reporter:
             self._status = None
 
     def stage_skipped(self, name: str, position: int, count: int) -> None:
-        """A stage was whole already."""
+        """A stage was complete already."""
         self.line(f"{position}/{count} {name:<9} already done")
 
     def stage_finished(self, name: str, position: int, count: int, *, seconds: float, summary: str = "") -> None:
-        """A stage is whole."""
+        """A stage is complete."""
         self.rest()
         self.line(f"{position}/{count} {name:<9} {duration(seconds):>8}  {summary}".rstrip())
 

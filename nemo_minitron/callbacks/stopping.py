@@ -25,7 +25,7 @@ class SaveAndStop(Callback):
         best: Told when what it kept before can go.
 
     Put it behind the callbacks whose state a checkpoint shall hold as it is after the step. The strategy is a
-    `MegatronStrategy`; what it writes while training goes on counts from the step at which it is whole.
+    `MegatronStrategy`; what it writes while training goes on counts from the step at which it is complete.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def convert(
 ) -> Checkpoint:
     """Write a checkpoint in another format; returns what was written, opened.
 
-    What `target` held before stays whole until the new one is.
+    What `target` held before stays complete until the new one is.
 
     Args:
         source: Anything `open_checkpoint` reads.
@@ -70,7 +70,7 @@ def check_target(source: Path, target: Path, *, replace: bool) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path looks like something this package writes, whole or damaged."""
+    """Whether a path looks like something this package writes, complete or damaged."""
     if path.is_file():
         return path.suffix == ".nemo"
     named = any((path / name).is_file() for name in ("config.json", CONFIG_FILE))

@@ -11,7 +11,7 @@ from nemo_minitron.errors import CheckpointError
 
 _CONFIG = {"type": "pyref", "module": "fiddle._src.config", "name": "Config"}
 _METADATA = {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"}
-_DEEPEST = 50
+_MAX_DEPTH = 50
 
 
 def arguments_at(document: Mapping[str, Any], path: str, *, where: str) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def _object(item: Mapping[str, Any], objects: Mapping[str, Any], where: str, dep
 
 
 def _value(value: Any, objects: Mapping[str, Any], where: str, depth: int) -> Any:
-    if depth > _DEEPEST:
-        raise CheckpointError(f"{where}: nested more than {_DEEPEST} levels deep", rule="no object holds itself")
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{where}: nested more than {_MAX_DEPTH} levels deep", rule="no object holds itself")
     value = _follow(value, objects)
     if not isinstance(value, dict):
         return value if isinstance(value, str | int | float | bool) else None

@@ -1,4 +1,4 @@
-"""A folder or an uncompressed tar as one thing to read from, and writes that are whole or absent."""
+"""A folder or an uncompressed tar as one thing to read from, and writes that are complete or absent."""
 
 import errno
 import io
@@ -19,7 +19,7 @@ class Files(Protocol):
 
     @property
     def label(self) -> str:
-        """What to call the whole in messages."""
+        """What to call the complete in messages."""
         ...
 
     def names(self) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def open_files(path: Path) -> Files:
 
 
 def read_bytes(files: Files, name: str) -> bytes:
-    """A whole (small) file.
+    """A complete (small) file.
 
     Raises:
         CheckpointError: There is no such file.
@@ -182,7 +182,7 @@ class Window(io.RawIOBase):
 def staged_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and is removed when not.
 
-    What `target` held before stays whole until the new folder is, and the new one is on the disk before it takes the
+    What `target` held before stays complete until the new folder is, and the new one is on the disk before it takes the
     name. A kill between the two renames leaves the old folder as `.NAME.old`; the next write puts it back first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

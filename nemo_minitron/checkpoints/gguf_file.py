@@ -1,4 +1,4 @@
-"""GGUF files, whole or in parts, as tensors and metadata; every key once, every part there."""
+"""GGUF files, complete or in parts, as tensors and metadata; every key once, every part there."""
 
 import re
 from collections.abc import Mapping

@@ -87,7 +87,7 @@ class _Reader:
             raise SpecError(
                 f"{self.path}: attention.key_length = {head_dim}, attention.value_length = {values}, "
                 f"rope.dimension_count = {rotated}",
-                rule="keys and values of one size, turned whole",
+                rule="keys and values of one size, turned complete",
             )
         context = self._size("context_length")
         scaling = self._scaling(context, head_dim)

@@ -18,9 +18,9 @@ from nemo_minitron.checkpoints.hf_weights import INDEX, SINGLE, HfWeights
 from nemo_minitron.checkpoints.parts import fuse_stored, split_stored, stored_shapes, widest
 from nemo_minitron.checkpoints.plain_data import read_json, spec_of
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsWriter
+from nemo_minitron.checkpoints.sidecar import left_files, travelling_names, with_tokenizer_json
 from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits, stream
 from nemo_minitron.checkpoints.special_ids import IDS_FILE, ids_of, json_bytes, with_ids
-from nemo_minitron.checkpoints.travelling import left_files, travelling_names, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError, denied
 
 SHARD_BYTES = 5_000_000_000
@@ -252,7 +252,7 @@ def write_hf(
 
     Args:
         source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is whole.
+        folder: Where; a folder of that name is replaced once the new one is complete.
         dtype: Type of the weights; None keeps the source's.
         shard_bytes: Largest weight file, unless one tensor alone is larger.
         extra_files: More files by name, as a model card.

@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints.zarr_store import ZarrStore
 
 
 def open_weights(files: Files, folder: str) -> Weights:
-    """Weights in a checkpoint's folder of distributed weights, or in one file a rank beside it.
+    """Weights in a checkpoint's folder of distributed weights, or in one file per rank beside it.
 
     Raises:
         CheckpointError: There are none, or they are damaged.

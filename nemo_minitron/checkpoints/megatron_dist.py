@@ -5,7 +5,7 @@
         .metadata  __0_0.distcp  metadata.json
         common.pt                        Megatron-LM: the training's arguments under `args`
         run_config.yaml                  Megatron-Bridge: the model's fields under `model`
-        minitron.json                    ours: the architecture whole, and the lineage
+        minitron.json                    ours: the architecture complete, and the lineage
         tokenizer/                       Hugging Face files
 
 Of a training's checkpoint the weights are read; optimizer, schedule and random states are passed over.
@@ -24,9 +24,9 @@ from torch import Tensor
 from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.megatron_config import (
     contradictions,
+    is_representable,
     megatron_args,
     rope_fields,
-    says_all,
     spec_from_args,
     spec_from_transformer_fields,
     transformer_fields,
@@ -37,9 +37,9 @@ from nemo_minitron.checkpoints.files import Files, FolderFiles, read_bytes, stag
 from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
+from nemo_minitron.checkpoints.sidecar import order_of, with_tokenizer_json
 from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
 from nemo_minitron.checkpoints.torch_file import read_common_file
-from nemo_minitron.checkpoints.travelling import order_of, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError, SpecError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -48,7 +48,7 @@ TOKENIZER_FOLDER = "tokenizer"
 _ITERATION = "iter_0000001"
 _RUN_CONFIG = "run_config.yaml"
 _COMMON = "common.pt"
-_UNSAYABLE = "nemo_minitron.unsayable.ModelProvider"
+_NOT_REPRESENTABLE = "nemo_minitron.unsayable.ModelProvider"
 """In place of a class where Bridge's fields cannot say what the model computes: Bridge stops, it does not guess."""
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 
@@ -168,7 +168,7 @@ def write_megatron(
 
     Args:
         source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is whole.
+        folder: Where; a folder of that name is replaced once the new one is complete.
         dtype: Type of the weights; None keeps the source's.
         extra_files: Has no place in this format.
     """
@@ -182,11 +182,11 @@ def write_megatron(
         args = argparse.Namespace(**megatron_args(spec, dtype=name), **_training_args(dtype))
         torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 1}, weights / _COMMON)
         (weights / _RUN_CONFIG).write_text(_yaml({"model": _provider(spec, name)}), encoding="utf-8")
-        write_travelling(weights, TOKENIZER_FOLDER, source)
+        write_sidecar(weights, TOKENIZER_FOLDER, source)
         (partial / LATEST).write_text("1", encoding="ascii")
 
 
-def write_travelling(folder: Path, name: str, source: TensorSource) -> None:
+def write_sidecar(folder: Path, name: str, source: TensorSource) -> None:
     """Write `minitron.json` into a folder, and tokenizer files and what travels with them into a folder below it."""
     (folder / OURS).write_text(json.dumps(ours(source), indent=2) + "\n", encoding="utf-8")
     files = source.tokenizer_files()
@@ -274,12 +274,14 @@ def _provider(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     fields = transformer_fields(spec)
     rope = rope_fields(spec)
     default_rope = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
-    sayable = (
-        says_all(spec) and not spec.scaled_embeddings and all(rope.get(k, v) == v for k, v in default_rope.items())
+    representable = (
+        is_representable(spec)
+        and not spec.scaled_embeddings
+        and all(rope.get(k, v) == v for k, v in default_rope.items())
     )
     fields["activation_func"] = {"_target_": fields["activation_func"], "_call_": False}
     return {
-        "_target_": _PROVIDER if sayable else _UNSAYABLE,
+        "_target_": _PROVIDER if representable else _NOT_REPRESENTABLE,
         **fields,
         "rope_scaling": bool(rope),
         "rope_scaling_factor": rope.get("scale_factor", 8.0),

@@ -58,7 +58,7 @@ class Weights(Protocol):
 
 
 class Store(Protocol):
-    """Whole tensors by key, of which boxes can be read."""
+    """Complete tensors by key, of which boxes can be read."""
 
     label: str
 

@@ -5,7 +5,7 @@
     <32 hex digits>_tokenizer.json  tokenizer artifacts, one file each, the digits from their content
 
 In torch_dist, layers of one size are stacked: `model.decoder.layers.mlp.linear_fc2.weight` is `[layers, h, ffn]`, one
-piece a layer. Layers that differ keep a key each: `model.decoder.layers.7.mlp.linear_fc2.weight`. Both are
+piece per layer. Layers that differ keep a key each: `model.decoder.layers.7.mlp.linear_fc2.weight`. Both are
 Megatron-Core's own conventions, so its `dist_checkpointing` loads the folder at any layout.
 """
 
@@ -39,9 +39,9 @@ from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
+from nemo_minitron.checkpoints.sidecar import order_of, travels, with_tokenizer_json
 from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
 from nemo_minitron.checkpoints.torch_dist import TorchDistReader
-from nemo_minitron.checkpoints.travelling import order_of, travels, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 CONFIG_FILE = "model_config.yaml"
@@ -134,7 +134,7 @@ def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | Non
 
     Args:
         source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is whole.
+        folder: Where; a folder of that name is replaced once the new one is complete.
         dtype: Type of the weights; None keeps the source's.
     """
     dtype = dtype or source.dtype
@@ -219,11 +219,11 @@ def pack_nemo(folder: Path, file: Path, *, extra_files: Mapping[str, bytes] | No
 
     Args:
         folder: The folder; it stays as it is.
-        file: The archive; one that is there is replaced once the new one is whole.
+        file: The archive; one that is there is replaced once the new one is complete.
         extra_files: More members by name, as a model card.
 
     Raises:
-        CheckpointError: The folder is not a whole checkpoint.
+        CheckpointError: The folder is not a complete checkpoint.
     """
     open_nemo(folder)
     files = FolderFiles(folder)

@@ -3,7 +3,7 @@
     context/model.yaml       the model and its configuration, every field written out
     context/io.json          the same as NeMo 2 rebuilds it from
     context/nemo_tokenizer/  Hugging Face files
-    context/minitron.json    ours: the architecture whole, and the lineage
+    context/minitron.json    ours: the architecture complete, and the lineage
     weights/                 torch_dist (or zarr), keys with the prefix `module.`
 
 NeMo 2 builds what `io.json` names, by importing it. Nothing is imported here: both files are read as data.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.megatron_config import (
+    is_representable,
     rope_fields,
-    says_all,
     spec_from_transformer_fields,
     transformer_fields,
 )
@@ -36,12 +36,12 @@ from nemo_minitron.checkpoints.megatron_dist import (
     read_ours,
     recorded_spec,
     travelling_files,
-    write_travelling,
+    write_sidecar,
 )
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
+from nemo_minitron.checkpoints.sidecar import with_tokenizer_json
 from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
-from nemo_minitron.checkpoints.travelling import with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 CONTEXT, WEIGHTS = "context", "weights"
@@ -59,7 +59,7 @@ _CLASSES: dict[str, tuple[str, str, str]] = {
     "phi3": ("phi3mini", "Phi3Model", "Phi3Config"),
     "gemma": ("gemma", "GemmaModel", "GemmaConfig"),
 }
-_UNSAYABLE = ("nemo_minitron.unsayable.Model", "nemo_minitron.unsayable.Config")
+_NOT_REPRESENTABLE = ("nemo_minitron.unsayable.Model", "nemo_minitron.unsayable.Config")
 """In place of classes where NeMo 2's fields cannot say what the model computes: NeMo 2 stops, it does not guess."""
 _AUTO_TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
 _TRAINER_CONTEXT = "nemo.lightning.io.pl.TrainerContext"
@@ -185,7 +185,7 @@ def write_nemo2(
 
     Args:
         source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is whole.
+        folder: Where; a folder of that name is replaced once the new one is complete.
         dtype: Type of the weights; None keeps the source's.
         extra_files: Has no place in this format.
     """
@@ -195,7 +195,7 @@ def write_nemo2(
         context.mkdir()
         (partial / WEIGHTS).mkdir()
         write_weights(source, partial / WEIGHTS, prefix=KEY_PREFIX, dtype=dtype)
-        write_travelling(context, _TOKENIZER, source)
+        write_sidecar(context, _TOKENIZER, source)
         model, config = _classes(source.spec, source.family)
         fields = _fields(source.spec, dtype)
         tokenizer = {"pretrained_model_name": _TOKENIZER, "use_fast": True} if source.tokenizer_files() else None
@@ -219,10 +219,10 @@ def _fields(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
 
 def _classes(spec: ModelSpec, family: str) -> tuple[str, str]:
     """Dotted names of the classes of model and configuration."""
-    if family not in _CLASSES or not says_all(spec) or (spec.scaled_embeddings and family != "gemma"):
-        return _UNSAYABLE
+    if family not in _CLASSES or not is_representable(spec) or (spec.scaled_embeddings and family != "gemma"):
+        return _NOT_REPRESENTABLE
     if spec.rope_scaling is not None and family != "llama":
-        return _UNSAYABLE
+        return _NOT_REPRESENTABLE
     module, model, config = _CLASSES[family]
     scaled = "Llama31Config" if spec.rope_scaling is not None else config
     return f"{_MODELS}{module}.{model}", f"{_MODELS}{module}.{scaled}"

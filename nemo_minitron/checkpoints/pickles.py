@@ -1,4 +1,4 @@
-"""Reading pickles of strangers without running them.
+"""Reading untrusted pickles without running them.
 
 A torch_dist folder keeps its index (`.metadata`) and each tensor's header as pickles; a `.bin` or `.ckpt` file is one,
 and so is `common.pt`. An ordinary unpickler would call whatever they name. This one knows short lists of names, each
@@ -33,7 +33,7 @@ class _Inert:
     """Stands in for classes whose content is of no use to us."""
 
 
-_DEEPEST = 20
+_MAX_DEPTH = 20
 _DCP = "torch.distributed.checkpoint."
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
@@ -155,7 +155,7 @@ def _latin_bytes(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# State dicts of whole models: tensors, and the byte streams that Transformer Engine keeps beside them.
+# State dicts of complete models: tensors, and the byte streams that Transformer Engine keeps beside them.
 STATE_NAMES: dict[tuple[str, str], Any] = {
     **TENSOR_NAMES,
     ("torch", "Size"): torch.Size,
@@ -313,8 +313,8 @@ def read_common(data: bytes, *, where: str) -> dict[str, Any]:
 
 def _plain(value: Any, *, depth: int, where: str) -> Any:
     """Stand-ins to plain data: attributes to a dict, a class or function to its name, anything else to None."""
-    if depth > _DEEPEST:
-        raise CheckpointError(f"{where}: nested more than {_DEEPEST} levels deep")
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{where}: nested more than {_MAX_DEPTH} levels deep")
     if isinstance(value, _Record):
         value = vars(value)
     if isinstance(value, Mapping):

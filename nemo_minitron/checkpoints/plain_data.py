@@ -1,4 +1,4 @@
-"""JSON and YAML of strangers as plain data of bounded size, and architectures read from it."""
+"""Untrusted JSON and YAML as plain data of bounded size, and architectures read from it."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -62,7 +62,7 @@ class _Stage:
 
 
 class RankWeights:
-    """Weights in one file a rank.
+    """Weights in one file per rank.
 
     Args:
         files: What holds them.
@@ -75,7 +75,7 @@ class RankWeights:
         self.label = files.label
         self._stages = _stages(files)
         tensor, pipeline = len(self._stages[0].files), len(self._stages)
-        self.layout = f"a file a rank (tensor parallel {tensor}, pipeline {pipeline})"
+        self.layout = f"a file per rank (tensor parallel {tensor}, pipeline {pipeline})"
         self._places: dict[str, tuple[_Stage, str]] = {}
         first_layer = 0
         for stage in self._stages:

@@ -8,9 +8,9 @@ from typing import Any
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PrunableAxis
 from nemo_minitron.arch.spec import LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.sidecar import tokenizer_problem
 from nemo_minitron.checkpoints.source import PLAN_FILE, Checkpoint, tokenizer_digest
 from nemo_minitron.checkpoints.special_ids import ids_of
-from nemo_minitron.checkpoints.travelling import tokenizer_problem
 from nemo_minitron.errors import CheckpointError
 
 
@@ -50,7 +50,7 @@ def tokenizer_of(source: Checkpoint, path: Path) -> tuple[dict[str, bytes], str]
 
 
 def lines(data: Mapping[str, Any]) -> list[str]:
-    """A summary for people: a name and a value a line."""
+    """A summary for people: a name and a value per line."""
     spec = ModelSpec.from_dict(data["architecture"])
     tokenizer = data["tokenizer"]
     rows = [

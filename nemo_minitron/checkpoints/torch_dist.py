@@ -79,10 +79,10 @@ class TorchDistWriter:
         """Append one piece of a tensor.
 
         Args:
-            key: Name of the whole tensor.
+            key: Name of the complete tensor.
             tensor: The piece.
-            offsets: Where the piece begins in the whole; None for a whole tensor.
-            shape: Shape of the whole; None for a whole tensor.
+            offsets: Where the piece begins in the complete; None for a complete tensor.
+            shape: Shape of the complete; None for a complete tensor.
         """
         whole = torch.Size(tensor.shape if shape is None else shape)
         at = torch.Size(offsets or (0,) * len(whole))
@@ -91,7 +91,7 @@ class TorchDistWriter:
         )
         entry.chunks.append(ChunkStorageMetadata(at, tensor.shape))
         start = self._file.tell()
-        # torch.save writes the whole storage of a view; a clone has a storage of its own size.
+        # torch.save writes the complete storage of a view; a clone has a storage of its own size.
         fits = tensor.untyped_storage().nbytes() == tensor.nbytes
         torch.save(tensor.detach() if fits else tensor.detach().clone(), self._file)
         self._place(MetadataIndex(key, at, len(entry.chunks) - 1), start)
@@ -158,7 +158,7 @@ class TorchDistReader:
         check_files(self.tensors, sizes, label=self.label)
 
     def shape(self, key: str) -> Shape:
-        """Shape of a whole tensor."""
+        """Shape of a complete tensor."""
         return self.tensors[key].shape
 
     def dtype(self, key: str) -> torch.dtype:

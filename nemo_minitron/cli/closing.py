@@ -26,14 +26,14 @@ def summary(run: RunFolder, config: RunConfig) -> str:
     lines = _table(run, config)
     if (run.path / "report.html").is_file():
         lines.append(f"report   {shown(run.path / 'report.html')}")
-    if run.is_whole("export"):
+    if run.is_complete("export"):
         files = run.result("export").get("files", {})
         lines.append("student  " + "  ".join(shown(run.stage("export") / name) for name in files.values()))
     return "\n" + "\n".join(lines) if lines else ""
 
 
 def _table(run: RunFolder, config: RunConfig) -> list[str]:
-    if not run.is_whole("evaluate"):
+    if not run.is_complete("evaluate"):
         return []
     evaluated = run.result("evaluate")
     perplexity: dict[str, float] = evaluated["perplexity"]
@@ -67,7 +67,7 @@ def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 def _seconds(run: RunFolder, config: RunConfig) -> list[float]:
     names = [stage.name for stage in chain_for(config)]
-    results: list[dict[str, Any]] = [run.result(name) for name in names if run.is_whole(name)]
+    results: list[dict[str, Any]] = [run.result(name) for name in names if run.is_complete(name)]
     return [float(result["seconds"]) for result in results]
 
 

@@ -87,7 +87,7 @@ def show(job: Job, *, console: Console) -> None:
         teacher=teacher,
         family=family,
         students=preflight.students(config, teacher, folder),
-        described=not folder.is_whole("import") and not preflight.source_is_here(config),
+        described=not folder.is_complete("import") and not preflight.source_is_here(config),
     )
     on_meta, problem = _built(planned)
     console.print(_tables(planned, on_meta), highlight=False)
@@ -180,7 +180,7 @@ def _fit(name: str, work: Work, config: RunConfig, ranks: int) -> Text:
     _, most = tables.fullest(work)
     usable = _usable(config, ranks)
     room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {_memory_name(config, ranks)})"
-    needs = f"{name} needs {most.total / 1e9:.3g} GB a rank"
+    needs = f"{name} needs {most.total / 1e9:.3g} GB per rank"
     if most.total <= usable:
         return Text(f"yes: {needs}, there are {room}", style="green")
     smaller = [kind for kind in Recompute if tables.fullest(work, kind)[1].total <= usable]

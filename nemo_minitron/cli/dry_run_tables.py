@@ -78,7 +78,7 @@ def layout(
 def memory(works: Mapping[str, Work], available: float | None) -> RenderableType:
     """Memory of the fullest rank of every training, and its activations under each kind of recomputation."""
     kinds = [field.name for field in fields(RankMemory)]
-    table = new_table("GB a rank", *kinds, "total", title="")
+    table = new_table("GB per rank", *kinds, "total", title="")
     again = new_table("activations, total", *(f"recompute {kind}" for kind in Recompute), title="")
     for name, work in works.items():
         stage, most = fullest(work)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import typer
 
 from nemo_minitron.errors import LostRankError, MinitronError, denied
+from nemo_minitron.stages.processes import environment_rank, is_reported
 from nemo_minitron.stages.signals import Stopped
-from nemo_minitron.stages.team import environment_rank, is_echo
 
 FAILED = 1
 USER = 2
@@ -37,7 +37,7 @@ def reported(*, debug: bool = False) -> Iterator[None]:
     except MinitronError as error:
         if debug:
             traceback.print_exc()
-        elif not is_echo(error):
+        elif not is_reported(error):
             _say(f"{prefix}{_styled('error:', '1;31')} {error}")
         raise typer.Exit(FAILED if isinstance(error, LostRankError) else USER) from None
     except Stopped as stopped:
@@ -51,7 +51,7 @@ def reported(*, debug: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        if is_echo(error):
+        if is_reported(error):
             raise typer.Exit(FAILED) from None
         refused = denied(error)
         if refused is None or debug:

@@ -1,4 +1,4 @@
-"""Carry out `run` and the stage verbs: read the recipe, meet or start the other processes, run the chain, sum up."""
+"""Carry out `run` and the stage verbs: read the recipe, join or start the other processes, run the chain, sum up."""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from nemo_minitron.launchers.commands import check_ranks
 from nemo_minitron.megatron import launched
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import Stage
-from nemo_minitron.stages.team import environment_rank
+from nemo_minitron.stages.processes import environment_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,19 +120,19 @@ def _run_here(job: Job, config: RunConfig) -> None:
     from nemo_minitron.cli import closing
     from nemo_minitron.stages import preflight
     from nemo_minitron.stages.chain import chain_for
-    from nemo_minitron.stages.engine import Request, meet, run_chain
+    from nemo_minitron.stages.engine import Request, join_processes, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
 
     folder = RunFolder(job.folder(config))
     selected = _selected(job, config)
     ranks, redo = environment_rank()[1], job.redo_from is not None
     preflight.check(selected, config, folder, recipe=job.recipe, ranks=ranks, redo=redo)
-    team = meet(config, folder)
-    reporter = Reporter(silent=team.rank > 0)
-    reporter.line(closing.header(job.recipe, folder.path, config, ranks=team.size))
+    processes = join_processes(config, folder)
+    reporter = Reporter(silent=processes.rank > 0)
+    reporter.line(closing.header(job.recipe, folder.path, config, ranks=processes.size))
     request = Request(config=config, run=folder, redo_from=job.redo_from, last=job.last, only=job.only)
     try:
-        run_chain(chain_for(config), request, team=team, reporter=reporter)
+        run_chain(chain_for(config), request, processes=processes, reporter=reporter)
     finally:
         _stop_runtime()
     reporter.line(closing.summary(folder, config))
@@ -147,7 +147,7 @@ def _selected(job: Job, config: RunConfig) -> tuple[Stage, ...]:
 
 
 def _stop_runtime() -> None:
-    """Take down what a stage or the team started; a run that started nothing has not even imported it."""
+    """Take down what a stage or the processes started; a run that started nothing has not even imported it."""
     runtime = sys.modules.get("nemo_minitron.megatron.runtime")
     if runtime is not None:
         runtime.stop()

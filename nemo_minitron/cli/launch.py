@@ -18,9 +18,9 @@ from types import FrameType
 
 from nemo_minitron.cli import threads
 from nemo_minitron.megatron.launched import LISTENER
+from nemo_minitron.stages.processes import LAUNCHED
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.stages.signals import RUN_AGAIN, SIGNALS, Stopped
-from nemo_minitron.stages.team import LAUNCHED
 
 _GRACE = 60.0
 """Seconds that ranks have to save and stop after one of them failed or was stopped."""

@@ -10,7 +10,7 @@ from nemo_minitron.cli.failures import reported
 from nemo_minitron.stages.chain import TITLES
 from nemo_minitron.version import __version__
 
-WHOLE, STAGES, AROUND = "The whole job", "One stage, with what it needs", "Recipes, plans and the machine"
+WHOLE, STAGES, AROUND = "The complete job", "One stage, with what it needs", "Recipes, plans and the machine"
 
 app = typer.Typer(
     name="nemo-minitron",

@@ -4,7 +4,7 @@ OpenMP reads both when torch is loaded, so they are set before that, and only wh
 
 Left alone, OpenMP starts a thread for each core of the machine, also in a container that may use two of them, and a
 thread that waits for the others spins for milliseconds. On a machine that does other work too, it spins while the
-thread that it waits for has no core to run on. Threads that sleep at once have to be woken thousands of times a step,
+thread that it waits for has no core to run on. Threads that sleep at once have to be woken thousands of times per step,
 which costs a third of the speed of a machine that does nothing else. So they spin for a tenth of a millisecond at most
 where the machine is idle when a command begins, and sleep at once where it is not.
 """

@@ -21,8 +21,8 @@ class CacheConfig(Section):
 
     kind: TargetKind = TargetKind.SAMPLED
     draws: Count = 50
-    """Random draws a token of `sampled` targets. 50 give about 12 ids and 36 bytes (the same paper); a teacher that is
-    less sure gives more, SmolLM2-135M on Wikipedia 17 ids and 52 bytes."""
+    """Random draws per token of `sampled` targets. 50 give about 12 ids and 36 bytes (the same paper); a teacher that
+    is less sure gives more, SmolLM2-135M on Wikipedia 17 ids and 52 bytes."""
     k: Count = 100
     """Ids a token of `top_k` targets; far fewer than 100 do harm (the same paper)."""
     micro_batch_size: Count = 1
@@ -54,5 +54,5 @@ def cache_problems(cache: CacheConfig, distill: DistillConfig, rounds: int) -> l
     if distill.top_k is not None:
         problems.append("distill.top_k is for a teacher in memory; set cache.kind: top_k and cache.k")
     if cache.folder is not None and rounds > 1:
-        problems.append(f"cache.folder with steps = {rounds}: each round sees other samples; leave cache.folder out")
+        problems.append(f"cache.folder with rounds = {rounds}: each round sees other samples; leave cache.folder out")
     return problems

@@ -29,7 +29,7 @@ class DepthConfig(Section):
     """What leaving layers out costs. Nothing is measured unless metrics are named."""
 
     metrics: tuple[Annotated[str, AfterValidator(_metric)], ...] = ()
-    """`lm_loss` (rise of the next-token loss, nats a token), `logit_mse` (squared change of the logits over their
+    """`lm_loss` (rise of the next-token loss, nats per token), `logit_mse` (squared change of the logits over their
     squares), or `package.module:name` of a `DepthMetric` of your own, known by that name from then on."""
     blocks: bool = False
     """Measure blocks of consecutive layers too, which `target.depth_contiguous` chooses from. For L layers this costs
@@ -84,8 +84,8 @@ def target_problems(score: DepthConfig, metric: str, *, contiguous: bool) -> lis
         )
     if contiguous and metric == BLOCK_INFLUENCE:
         problems.append(
-            f"target.depth_contiguous = true needs a metric of whole blocks: set target.depth_metric to {LM_LOSS} or "
-            f"another of score.depth.metrics"
+            f"target.depth_contiguous = true needs a metric of complete blocks: set target.depth_metric to {LM_LOSS} "
+            f"or another of score.depth.metrics"
         )
     elif contiguous and not score.blocks:
         problems.append("target.depth_contiguous = true needs blocks: set score.depth.blocks=true")

@@ -105,11 +105,17 @@ def _with_files_beside(recipe: Path, data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "model": {**model, "architecture": str(recipe.absolute().parent / model["architecture"])}}
 
 
+RENAMED = {"steps": "rounds", "decay_share": "decay_fraction", "most_skipped": "max_consecutive_skips"}
+"""Keys that had other names in earlier versions."""
+
+
 def _explain(model: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = known_keys(model)
+        if (now := ".".join([*location[:-1], RENAMED.get(location[-1], "")])) in known:
+            return f"{key}: is called {now} now"
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         close = close or [name for name in known if name.rsplit(".", 1)[-1] == location[-1]][:1]
         hint = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(_siblings(known, location))}"

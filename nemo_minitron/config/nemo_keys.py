@@ -53,13 +53,13 @@ OPTIMIZER = {
     "schedule": "sched.name",
     "min_lr": "sched.min_lr",
     "warmup_steps": "sched.warmup_steps",
-    "decay_share": "sched.decay_share",
+    "decay_fraction": "sched.decay_fraction",
     "beta1": "betas",
     "beta2": "betas",
 }
 """Fields of `OptimizerConfig` by their keys below `optim`."""
 OPTIM = ("name", "lr", "weight_decay", "betas", "eps", "clip_grad", "distributed", "sched")
-SCHED = ("name", "warmup_steps", "constant_steps", "min_lr", "max_steps", "decay_share")
+SCHED = ("name", "warmup_steps", "constant_steps", "min_lr", "max_steps", "decay_fraction")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,9 @@ NEUTRAL_MINITRON: Mapping[str, Neutral] = {
 NEUTRAL_SCHED: Mapping[str, Neutral] = {
     "warmup_ratio": Neutral((), "sched.warmup_steps, which also takes a fraction of all steps such as 0.05"),
     "constant_ratio": Neutral((), "sched.constant_steps"),
-    **dict.fromkeys(("hold_steps", "hold_ratio"), Neutral((), "sched.name: WarmupStableDecay with sched.decay_share")),
+    **dict.fromkeys(
+        ("hold_steps", "hold_ratio"), Neutral((), "sched.name: WarmupStableDecay with sched.decay_fraction")
+    ),
     **dict.fromkeys(("power", "cycle", "decay_rate"), Neutral((), "sched.name: CosineAnnealing or WarmupAnnealing")),
     "last_epoch": Neutral((-1,), "exp_manager.resume_if_exists=true goes on where training stopped"),
     **dict.fromkeys(("monitor", "reduce_on_plateau"), Neutral((), "the schedule knows only steps")),

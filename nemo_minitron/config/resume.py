@@ -45,7 +45,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("batch.sequence_length", "batch.global_batch_size"), _ORDER),
     "batch.micro_batch_size": _FROM_HERE,
     **dict.fromkeys(("optimizer.lr", "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.schedule"), _FROM_HERE),
-    **dict.fromkeys(("optimizer.decay_share", "optimizer.weight_decay", "optimizer.eps"), _FROM_HERE),
+    **dict.fromkeys(("optimizer.decay_fraction", "optimizer.weight_decay", "optimizer.eps"), _FROM_HERE),
     **dict.fromkeys(("optimizer.clip_grad", "optimizer.distributed"), _FROM_HERE),
     **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), _MOMENTS),
     "validate_every": _FROM_HERE,

@@ -1,4 +1,4 @@
-"""A whole recipe: the sections every stage reads."""
+"""A complete recipe: the sections every stage reads."""
 
 from enum import StrEnum
 from typing import Annotated, Any, Self
@@ -133,7 +133,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the student."""
     seed: NonNegative = DEFAULT_SEED
-    steps: Count = 1
+    rounds: Count = 1
     """Rounds of scoring, pruning and distilling on the way to the target; each scores the model it finds anew, and each
     distillation takes `distill.tokens` and learns from the original teacher."""
     precision: Precision = Precision.AUTO
@@ -165,7 +165,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cache_has_what_is_asked_for(self) -> Self:
-        if self.cache is not None and (problems := cache_problems(self.cache, self.distill, self.steps)):
+        if self.cache is not None and (problems := cache_problems(self.cache, self.distill, self.rounds)):
             raise ValueError("; ".join(problems))
         return self
 
@@ -185,7 +185,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _search_has_what_it_needs(self) -> Self:
-        problems = search_problems(self.search, self.target, self.distill, self.steps)
+        problems = search_problems(self.search, self.target, self.distill, self.rounds)
         if self.target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
             problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
         if problems:

@@ -79,14 +79,14 @@ class SearchConfig(Section):
         return distill.model_copy(update=changes)
 
 
-def search_problems(search: SearchConfig, target: BudgetConfig, distill: DistillConfig, steps: int) -> list[str]:
+def search_problems(search: SearchConfig, target: BudgetConfig, distill: DistillConfig, rounds: int) -> list[str]:
     """What a recipe with a budget asks for that a search cannot give."""
     if not target.budgets:
         return []
     problems = []
     named = ", ".join(f"target.{name}" for name in target.budgets)
-    if steps > 1:
-        problems.append(f"steps = {steps} with a budget ({named}): the search knows one round; give sizes instead")
+    if rounds > 1:
+        problems.append(f"rounds = {rounds} with a budget ({named}): the search knows one round; give sizes instead")
     for name in ("drop_layers", "random_seed"):
         if getattr(target, name, None) is not None:
             problems.append(f"target.{name} with a budget ({named}): the search chooses; give sizes instead")

@@ -26,8 +26,8 @@ class Schedule(StrEnum):
     LINEAR = "linear"
     """A straight line from the peak down to `min_lr`."""
     WSD = "wsd"
-    """Warm-up, stable, decay (arXiv:2404.06395, section 4.2): the peak until the last `decay_share` of all steps, then
-    a straight line down to `min_lr`. What was trained at the peak can be gone on with."""
+    """Warm-up, stable, decay (arXiv:2404.06395, section 4.2): the peak until the last `decay_fraction` of all steps,
+    then a straight line down to `min_lr`. What was trained at the peak can be trained further."""
     CONSTANT = "constant"
     """The peak to the end."""
 
@@ -65,7 +65,7 @@ class OptimizerConfig(Section):
     warmup_steps: Steps = 10
     """Optimizer steps of linear warm-up from zero; below 1, a fraction of all steps."""
     schedule: Schedule = Schedule.COSINE
-    decay_share: Fraction = 0.2
+    decay_fraction: Fraction = 0.2
     """Share of all steps in which schedule `wsd` goes down."""
     weight_decay: float = 0.1
     """Decoupled; norms and biases are left out."""
@@ -91,7 +91,7 @@ class GuardConfig(Section):
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A gradient norm above this many times the median of the last 32 is a spike; None: only what is not finite is
     skipped."""
-    most_skipped: Count = 10
+    max_consecutive_skips: Count = 10
     """Training ends with an error after so many skipped steps in a row."""
 
 

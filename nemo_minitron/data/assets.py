@@ -94,7 +94,7 @@ def location(uri: str, cache: Path | None = None) -> Path:
         return Path(uri).expanduser()
     asset = _parse(uri)
     release = _release_folder(asset, cache)
-    # One folder a parent path: else a folder could be taken for whole when only a file below it had been asked for.
+    # One folder a parent path: else a folder could be taken for complete when only a file below it had been asked for.
     parent = quote(str(asset.member.parent), safe="") if len(asset.member.parts) > 1 else "%"
     return release / parent / asset.member.name
 

@@ -78,7 +78,7 @@ def plain_text(markup: str, namespaces: Iterable[str] = FILE_NAMESPACES) -> str:
 
     Args:
         markup: MediaWiki source of the page.
-        namespaces: Lower-case namespace names whose links are left out whole.
+        namespaces: Lower-case namespace names whose links are left out complete.
     """
     silent = frozenset(namespaces)
     sections: list[tuple[int, str, list[str]]] = [(0, "", [])]

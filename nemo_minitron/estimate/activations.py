@@ -116,7 +116,7 @@ def _attention(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     heads, groups, _ = sizes.on_rank(step.parallel.tensor)
     queries, keys = heads * spec.head_dim, groups * spec.head_dim
     if step.engine:
-        # q + 2k as they come, attention's output [q], which is the next linear's input too, one fp32 number a head.
+        # q + 2k as they come, attention's output [q], which is the next linear's input too, one fp32 number per head.
         kept = (queries + 2 * keys + queries) * element + 4 * heads
         normed_heads = (queries + keys) * element + 4 * (heads + groups)
     else:

@@ -48,7 +48,7 @@ class Traffic:
     Attributes:
         split: The axis.
         collective: The operation.
-        bytes: Size of the whole tensors, all calls together: what is gathered, or what is scattered.
+        bytes: Size of the complete tensors, all calls together: what is gathered, or what is scattered.
         ranks: Ranks in the group.
     """
 
@@ -108,7 +108,7 @@ def _states(spec: ModelSpec, step: Pass) -> int:
 
 
 def _layers(spec: ModelSpec, step: Pass, stage: int, *, passes: int) -> list[Traffic]:
-    """Tensor parallelism outside of the loss: two sums a layer in each direction, and the embedding's.
+    """Tensor parallelism outside of the loss: two sums per layer in each direction, and the embedding's.
 
     Under sequence parallelism a sum becomes a gather before a block and a scattered sum behind it; the backward pass
     gathers the inputs of both blocks a second time (Korthikanti et al., arXiv:2205.05198, sec. 4.2.2).

@@ -8,7 +8,7 @@ from nemo_minitron.arch.weights import feed_forward_count, weights
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 
 PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
-"""Dense bf16 operations a second, from the makers' data sheets."""
+"""Dense bf16 operations per second, from the makers' data sheets."""
 
 
 def gpu_kind(name: str) -> str | None:
@@ -66,9 +66,9 @@ class Duration:
     """How long a number of operations takes on a number of GPUs.
 
     Attributes:
-        flops: Operations of the whole job.
+        flops: Operations of the complete job.
         gpus: How many.
-        peak: Operations a second of one.
+        peak: Operations per second of one.
         mfu: Share of the peak that is reached, 0.4 for a well-tuned job.
     """
 

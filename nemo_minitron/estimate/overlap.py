@@ -130,10 +130,10 @@ def passes_of(
     tokens = step.micro_batch_size * length / (step.parallel.tensor * step.parallel.context)
     forward = tokens * _stage_flops(student, step.parallel, stage, length) / rate
     again = training_flops(student, length, recompute=step.parallel.recompute) / forward_flops(student, length) - 1
-    of_teacher = 0.0
+    capture_teacher = 0.0
     if teacher is not None:
-        of_teacher = step.micro_batches * tokens * _stage_flops(teacher, step.parallel, stage, length) / rate
-    return Passes(forward=forward, backward=again * forward, teacher=of_teacher)
+        capture_teacher = step.micro_batches * tokens * _stage_flops(teacher, step.parallel, stage, length) / rate
+    return Passes(forward=forward, backward=again * forward, teacher=capture_teacher)
 
 
 def bucket_fraction(student: ModelSpec, training: Training, stage: int) -> float:

@@ -60,7 +60,7 @@ class Work:
         return tuple(training_memory(self.model, training, stage, teacher=self.teacher) for stage in stages)
 
     def communication(self, config: RunConfig) -> tuple[dict[Split, Exchange], ...]:
-        """Seconds a step that a rank of each pipeline stage exchanges data on the recipe's cluster, by axis.
+        """Seconds per step that a rank of each pipeline stage exchanges data on the recipe's cluster, by axis.
 
         Empty for a stage that does not train, and without a cluster.
         """

@@ -63,7 +63,7 @@ def generate(
         count: Most tokens to add to each.
         finished: Asked after every token.
         use_cache: Whether to remember keys and values. Without, or where the layers are Transformer Engine's, each
-            token costs a pass over the whole text so far.
+            token costs a pass over the complete text so far.
 
     Returns:
         New tokens of each sample, with the one that finished it. Of equally likely tokens the lower id is taken.
@@ -116,7 +116,7 @@ def _next_tokens(
         chunks: This rank's model chunks.
         runtime: The running layout.
         texts: Token ids so far.
-        progress: Of a cache that holds all tokens of the texts but the last ones; None passes over the whole texts.
+        progress: Of a cache that holds all tokens of the texts but the last ones; None passes over the complete texts.
     """
     lengths = torch.tensor([len(text) for text in texts])
     if progress is None:

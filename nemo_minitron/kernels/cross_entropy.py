@@ -44,7 +44,7 @@ def cross_entropy_gradient(logits: Tensor, normalisers: Tensor, labels: Tensor, 
 
     Args:
         logits: `[N, V]`, overwritten.
-        normalisers: `[2, N]`: peak over the whole vocabulary, and log of the mass above it.
+        normalisers: `[2, N]`: peak over the complete vocabulary, and log of the mass above it.
         labels: Global token ids `[N]`.
         first: Global id of the shard's first token.
     """

@@ -2,7 +2,7 @@
 
 1. `divergence_statistics` reads both logits once and leaves, for each token, what the loss and the statistics need of
    this shard of the vocabulary. The forward and the reverse KL are complete after it.
-2. `divergence_terms` reads both once more for the other divergences, whose terms need probabilities over the whole
+2. `divergence_terms` reads both once more for the other divergences, whose terms need probabilities over the complete
    vocabulary and cannot be rescaled afterwards.
 3. `divergence_gradient` reads both and overwrites the student's logits with their gradient.
 
@@ -82,8 +82,8 @@ def divergence_terms(
     Args:
         student: Logits `[N, V]`.
         teacher: Logits `[N, V]`.
-        normalisers: `[5, N]`: peak over the whole vocabulary and log of the mass above it of the teacher, then of the
-            student, all at the temperature; log of the student's mass at temperature 1 (not read here).
+        normalisers: `[5, N]`: peak over the complete vocabulary and log of the mass above it of the teacher, then of
+            the student, all at the temperature; log of the student's mass at temperature 1 (not read here).
         sums: Overwritten.
         temperature: Divides the logits.
         kind: Name of the divergence; not the forward KL.
@@ -128,7 +128,7 @@ def divergence_gradient(
         student: Logits `[N, V]`, overwritten.
         teacher: Logits `[N, V]`.
         normalisers: As above.
-        slope_sum: Sum of a over the whole vocabulary, `[N]`; not read for the forward KL.
+        slope_sum: Sum of a over the complete vocabulary, `[N]`; not read for the forward KL.
         labels: Global token ids `[N]`, or `[0]` for none.
         first: Global id of the shard's first token.
         temperature: Divides the logits.
@@ -257,16 +257,16 @@ def _store_lookups(
     if TOP:
         at_top = tl.load(student + top, mask=top < columns, other=0).to(tl.float32)
     tl.store(values + 5 * tokens, at_top)
-    of_teacher = 0.0
+    capture_teacher = 0.0
     of_student = 0.0
     found = 0.0
     if LABELS:
         column = tl.load(label) - first
         mine = (column >= 0) & (column < columns)
-        of_teacher = tl.load(teacher + column, mask=mine, other=0).to(tl.float32)
+        capture_teacher = tl.load(teacher + column, mask=mine, other=0).to(tl.float32)
         of_student = tl.load(student + column, mask=mine, other=0).to(tl.float32)
         found = mine.to(tl.float32)
-    tl.store(values + 6 * tokens, of_teacher)
+    tl.store(values + 6 * tokens, capture_teacher)
     tl.store(values + 7 * tokens, of_student)
     tl.store(values + 8 * tokens, found)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 BLOCK = 2048
 """Columns that one program works on at a time: 8 a thread, one aligned load of 16 bits each."""
 WARPS = 8
-"""With such blocks the kernels take 25 to 99 registers a thread on sm_90, and spill none."""
+"""With such blocks the kernels take 25 to 99 registers per thread on sm_90, and spill none."""
 
 EMPTY = -1e30
 """Stands for the maximum of no logits; unlike -inf it can be subtracted from itself."""

@@ -21,7 +21,7 @@ from nemo_minitron.kernels.launch import on_device_of
 from nemo_minitron.ops.importance import Block
 
 ROWS, COLUMNS, WARPS = 32, 128, 4
-"""Of a tile, and of a program: 32 numbers a thread."""
+"""Of a tile, and of a program: 32 numbers per thread."""
 _PROGRAMS = 1024
 """Wanted at the least, so that every multiprocessor has several to choose from."""
 _SHORTEST = 256
@@ -29,7 +29,7 @@ _SHORTEST = 256
 
 
 def moments_block(x_SBC: Tensor, keep_BS: Tensor | None) -> Block:
-    """A whole sequence as one block, in fp32.
+    """A complete sequence as one block, in fp32.
 
     Args:
         x_SBC: Activations of a float dtype other than float64; left unchanged.

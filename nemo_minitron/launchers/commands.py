@@ -30,7 +30,7 @@ def run_command(recipe: str, overrides: Sequence[str], run_dir: Path | None, con
 
 
 def check_ranks(ranks: int, parallel: ParallelConfig) -> None:
-    """Whether a number of processes holds whole copies of the model.
+    """Whether a number of processes holds complete copies of the model.
 
     Raises:
         LayoutError: It does not.

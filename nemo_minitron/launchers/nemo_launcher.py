@@ -213,7 +213,7 @@ def _scores(folder: Path) -> Path:
 def _left_out(config: RunConfig) -> list[str]:
     """What a recipe can ask for and the three scripts do not do."""
     asked = {
-        "steps": config.steps > 1,
+        "rounds": config.rounds > 1,
         "correct": config.correct is not None,
         "cache": config.cache is not None,
         "tune": config.tune is not None,

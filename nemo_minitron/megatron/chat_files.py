@@ -1,7 +1,7 @@
 """Conversations as token files with a mask of the answers, and as samples to train and validate on.
 
 `train` and `validation` each have a pair of Megatron's files for tokens and another for the mask (`train_answer`), one
-sequence a conversation; `chat.json`, which says what is in them, is written last, so a folder that has it is whole.
+sequence a conversation; `chat.json`, which says what is in them, is written last, so a folder that has it is complete.
 """
 
 import hashlib

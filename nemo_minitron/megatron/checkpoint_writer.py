@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints on their way to the disk: whole or not at all, at once or while training goes on.
+"""Megatron distributed checkpoints on their way to the disk: complete or not at all, at once or while training goes on.
 
 Files are written by torch's writer inside this process. Megatron's own forks workers from a process whose torch has
 threads, and loses their errors when they die.
@@ -85,7 +85,7 @@ class BackgroundWriter:
         self._job.start()
 
     def finished(self, *, wait: bool) -> Path | None:
-        """The checkpoint that has become whole since the last call, if one has.
+        """The checkpoint that has become complete since the last call, if one has.
 
         Args:
             wait: Whether to wait for the one under way.
@@ -264,7 +264,7 @@ def _no_room(path: Path, size: int, free: int, cause: str) -> CheckpointError:
     gib = "{:.3g} GiB".format
     return CheckpointError(
         f"{path} could not be written: {cause}; it takes {gib(size / 2**30)} and the disk has {gib(free / 2**30)}",
-        rule="a checkpoint has to fit beside those that are kept; they are whole, and so is all that was finished",
+        rule="a checkpoint has to fit beside those that are kept; they are complete, and so is all that was finished",
         remedy="free some space (or raise the quota, or `ulimit -f`) and repeat the command: it goes on",
     )
 

@@ -51,8 +51,8 @@ def training_dataset(
     """Megatron's shuffled samples of the train split; at least `samples` of them, over as many epochs as that takes.
 
     The order depends on the token files, `sequence_length`, `samples` and `seed`, and on nothing of the layout. Every
-    rank calls it: rank 0 builds the index below `folder/index` (once; whole or not at all), the others wait for it, so
-    all must see the same folder. An item is a dict of `tokens`, `labels`, `loss_mask` and `position_ids`, each
+    rank calls it: rank 0 builds the index below `folder/index` (once; complete or not at all), the others wait for it,
+    so all must see the same folder. An item is a dict of `tokens`, `labels`, `loss_mask` and `position_ids`, each
     `[sequence_length]`; item None is a sample that is masked throughout.
 
     Of a blend it is Megatron's own blended dataset over the prefixes.
@@ -189,7 +189,7 @@ def _dataset_config(info: DataInfo, sequence_length: int, seed: int, **given: An
 
 
 def _build_index(indexed: IndexedDataset, prefix: str, samples: int, config: GPTDatasetConfig, cache: Path) -> None:
-    """Let Megatron write its index files aside, then rename: it would take files cut short by a kill for whole."""
+    """Let Megatron write its index files aside, then rename: it would take files cut short by a kill for complete."""
     if cache.is_dir():
         return
     cache.parent.mkdir(exist_ok=True)

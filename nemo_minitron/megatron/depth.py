@@ -1,12 +1,12 @@
 """A model's output without some of its layers, for many choices of layers at once, at any parallel layout.
 
-The states before a left-out block are computed once, with the whole model, and every candidate starts from them. So
+The states before a left-out block are computed once, with the complete model, and every candidate starts from them. So
 leaving out each of L layers in turn costs about L^2 / 2 layers instead of L^2.
 
-Under a pipeline the candidates follow the whole model like micro-batches: a stage takes in what the stage before it has
-made (a candidate whose block began there), or starts from its own states before the block, runs its layers but for the
-block, and sends the result on. One candidate is on a stage at a time, so memory does not grow with their number:
-a stage holds the whole model's states before its own layers, and a few messages.
+Under a pipeline the candidates follow the complete model like micro-batches: a stage takes in what the stage before it
+has made (a candidate whose block began there), or starts from its own states before the block, runs its layers but for
+the block, and sends the result on. One candidate is on a stage at a time, so memory does not grow with their number:
+a stage holds the complete model's states before its own layers, and a few messages.
 """
 
 from collections import deque
@@ -42,7 +42,7 @@ class Part:
     """Its place among all chunks in the order of the forward pass."""
     layers: range
     states: dict[int, Tensor]
-    """The whole model's states before each layer where a candidate's block begins."""
+    """The complete model's states before each layer where a candidate's block begins."""
 
     def run(
         self, x_SBH: Tensor, block: Block, rotary: Tensor, documents: PackedSeqParams | None
@@ -62,7 +62,7 @@ class LayerSkipper:
     Args:
         chunks: This rank's model chunks, wrapped or not; Transformer Engine's layers or the local ones.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         blocks: What to leave out, one after the other; the same on every rank.
     """
 
@@ -82,13 +82,13 @@ class LayerSkipper:
 
     @torch.no_grad()
     def outputs(self, micro_batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:
-        """Final states, after the norm, of the whole model and of every candidate.
+        """Final states, after the norm, of the complete model and of every candidate.
 
         Every rank of a model copy iterates to the end, with the same micro-batch.
 
         Yields:
             On the last stage, index and states `[s, b, h]`, the same on every tensor-parallel rank: index 0 is the
-            whole model, `1 + i` block `i`. Positions are this context-parallel rank's. Elsewhere nothing.
+            complete model, `1 + i` block `i`. Positions are this context-parallel rank's. Elsewhere nothing.
         """
         size, rank = self._runtime.parallel.context, self._runtime.cp_rank
         local = micro_batch.to(self._runtime.device).on_context_rank(rank, size)
@@ -117,7 +117,7 @@ class LayerSkipper:
             self._sent.popleft()[0].wait()
 
     def check_finite(self) -> None:
-        """Make sure that the whole model's states were finite so far. Collective over all ranks.
+        """Make sure that the complete model's states were finite so far. Collective over all ranks.
 
         Raises:
             ScoresError: Names the first layer whose output was not.
@@ -133,7 +133,7 @@ class LayerSkipper:
             )
 
     def _input(self, part: Part, block: Block, local: MicroBatch) -> Tensor | None:
-        """The states a chunk goes on from; None if the block begins there, where the whole model's states are kept."""
+        """The states that a chunk begins with; None if the block begins there: the complete model's states are kept."""
         if block[0] in part.layers:
             return None
         if part.index > 0:

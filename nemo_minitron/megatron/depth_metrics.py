@@ -51,7 +51,7 @@ class DepthMetric(Protocol):
 
 @dataclass(slots=True)
 class _Sums:
-    """One metric: the whole model first, then each candidate."""
+    """One metric: the complete model first, then each candidate."""
 
     values: Tensor
     count: Tensor
@@ -64,7 +64,7 @@ class _Sums:
 
 @dataclass(slots=True)
 class _Text:
-    """A micro-batch, and what the whole model makes of it."""
+    """A micro-batch, and what the complete model makes of it."""
 
     whole: MicroBatch
     local: MicroBatch
@@ -83,7 +83,7 @@ class DepthCollector:
     Args:
         chunks: This rank's model chunks, wrapped or not.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         blocks: Candidates, from `pruning.depth.candidate_blocks`.
         metrics: `lm_loss`, `logit_mse`, and names of `own`.
         own: Metrics of one's own by name.
@@ -129,7 +129,7 @@ class DepthCollector:
             self._measure(part, self._built_in, own)
 
     def add_own(self, name: str, batches: Iterable[MicroBatch]) -> None:
-        """Measure one of one's own metrics on texts of its own; data-parallel ranks take turns with the batches."""
+        """Evaluate a custom metric on its own text; data-parallel ranks take turns with the batches."""
         for index, batch in enumerate(batches):
             if index % self._runtime.dp_size == self._runtime.dp_rank:
                 self._measure(batch, (), [name])
@@ -183,7 +183,7 @@ class DepthCollector:
             self._add_scores(waiting, text, LM_LOSS in built_in, own)
 
     def _add_change(self, index: int, states_SBH: Tensor, text: "_Text") -> None:
-        """Squared logits of the whole model, or of the difference to it."""
+        """Squared logits of the complete model, or of the difference to it."""
         wide = states_SBH.double() if index == 0 else text.states.double() - states_SBH.double()
         kept = wide.transpose(0, 1)[text.local.keep]
         self._add(LOGIT_MSE, index, self._squared_logits(kept), text.local.keep.sum())

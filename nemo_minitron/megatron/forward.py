@@ -1,6 +1,6 @@
 """One global batch through a model: Megatron's schedules (no pipeline, 1F1B, interleaved), and the sums they report.
 
-Losses come as sums over tokens with a count. Gradients are divided once, by the number of tokens of the whole global
+Losses come as sums over tokens with a count. Gradients are divided once, by the number of tokens of the complete global
 batch, so the way it is cut into micro-batches and ranks does not matter.
 """
 

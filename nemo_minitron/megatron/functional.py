@@ -92,7 +92,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         if weight.dtype == x.dtype:
             return F.rms_norm(x, (x.shape[-1],), weight, eps)
-        # A zero-centred weight comes as 1 + w in fp32: rounded to bf16 it would shift whole channels by up to 4e-3.
+        # A zero-centred weight comes as 1 + w in fp32: rounded to bf16 it would shift complete channels by up to 4e-3.
         wide = at_least_fp32(x)
         return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)

@@ -97,7 +97,7 @@ class ImportanceCollector:
     Args:
         chunks: This rank's model chunks, wrapped or not; Transformer Engine's layers or the local ones.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         ffn_site: What neurons are measured on.
     """
 
@@ -137,7 +137,7 @@ class ImportanceCollector:
     def expect(self, keeps: Sequence[Tensor]) -> None:
         """Announce the micro-batches that come next: for each, `[b, s]` bool, True where a position counts.
 
-        All ranks of a model copy pass the same masks, of whole sequences. Fully masked samples count as none.
+        All ranks of a model copy pass the same masks, of complete sequences. Fully masked samples count as none.
         """
         self._masks = []
         for state in self._states:

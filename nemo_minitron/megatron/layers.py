@@ -186,7 +186,7 @@ def _is_plain(x: Tensor, how: dict[str, Any]) -> bool:
 
 
 class NormedRowParallelLinear(LocalRowLinear):
-    """A linear whose output is normalised before it joins the residual stream; every rank norms the whole of it."""
+    """A linear whose output is normalised before it joins the residual stream; every rank norms all of it."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)

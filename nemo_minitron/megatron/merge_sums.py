@@ -31,7 +31,7 @@ class MergeCollector:
     Args:
         chunks: This rank's model chunks, wrapped or not.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         gaps: What goes; the same on every rank.
     """
 

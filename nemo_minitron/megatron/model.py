@@ -25,7 +25,7 @@ class MinitronGPT(GPTModel):
     """One pipeline chunk of a model.
 
     Attributes:
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         output: What the last stage returns: "logits" `[b, s, V/tp]`, or "hidden" states `[s, b, h]` after the final
             norm, which losses fused with the output layer take. Other stages return their hidden states.
     """
@@ -53,7 +53,7 @@ class MinitronGPT(GPTModel):
             # Rounded to the numbers of the model first, as it was trained.
             embedded = embedded * torch.tensor(self.spec.hidden_size**0.5, dtype=embedded.dtype)
         # A batch of one may come with strides that are not by the book, for which torch.matmul on a CPU copies the next
-        # weight once a token.
+        # weight once per token.
         return embedded.reshape(-1, embedded.shape[-1]).view(embedded.shape), *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -227,7 +227,7 @@ def build_optimizer(
         # A warm-up longer than the training is a ramp that is not finished.
         lr_decay_steps=max(steps - constant_steps, warmup_steps + 1),
         lr_decay_style=_DECAY_STYLES[config.schedule],
-        wsd_decay_steps=max(round(config.decay_share * steps), 1),
+        wsd_decay_steps=max(round(config.decay_fraction * steps), 1),
         lr_wsd_decay_style="linear",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -40,7 +40,7 @@ class BlockReplacer(LayerSkipper):
     Args:
         chunks: This rank's model chunks, wrapped or not.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         replacements: One after the other; the same on every rank.
     """
 
@@ -87,7 +87,7 @@ class BlockLossCollector(DepthCollector):
     Args:
         chunks: This rank's model chunks, wrapped or not.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         replacements: See `BlockReplacer`.
     """
 

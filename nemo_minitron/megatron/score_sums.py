@@ -1,4 +1,4 @@
-"""Where the sums of a whole model's scores lie on its ranks: put together for a file, and dealt out again.
+"""Where the sums of a complete model's scores lie on its ranks: put together for a file, and dealt out again.
 
 A rank holds the sums of its own layers. Those of `ffn` and `head` are split over tensor-parallel ranks by channel; all
 ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal sums of every
@@ -45,7 +45,7 @@ def rank_channels(site: str, layer: int, spec: ModelSpec, runtime: Runtime) -> i
 
 
 def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tensor]:
-    """The whole model's sums under the names of `pruning.scores`, on the CPU, the same on every rank. Collective.
+    """The complete model's sums under the names of `pruning.scores`, on the CPU, the same on every rank. Collective.
 
     Raises:
         ScoresError: A sum is NaN or infinite; names layer and site.
@@ -69,9 +69,9 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
     One data-parallel rank gets everything and the others zeros.
 
     Args:
-        whole: The sums of the whole model.
+        whole: The sums of the complete model.
         layers: Global numbers of this rank's layers.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         runtime: The running layout; need not be the one the sums were gathered at.
     """
     device, first = runtime.device, runtime.dp_rank == 0
@@ -101,7 +101,7 @@ def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
 
 
 def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
-    """Every sum of the whole model in one flat tensor, added up over all ranks, each part counted once."""
+    """Every sum of the complete model in one flat tensor, added up over all ranks, each part counted once."""
     places = list(_layout(spec))
     size = places[-1][2].stop
     flat = torch.zeros(size + spec.num_layers + 2, dtype=torch.float64, device=runtime.device)

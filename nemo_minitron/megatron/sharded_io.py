@@ -32,7 +32,7 @@ PREFIX = "model."
 
 
 def save_weights(chunks: Sequence[nn.Module], folder: Path) -> None:
-    """Write a model's weights to `<folder>/model_weights`, replacing what is there once the new ones are whole.
+    """Write a model's weights to `<folder>/model_weights`, replacing what is there once the new ones are complete.
 
     Every rank calls it; all see the same file system.
 
@@ -63,7 +63,7 @@ def save_training(
     common: dict[str, Any],
     background: BackgroundWriter | None = None,
 ) -> None:
-    """Write all that a training run resumes from into a folder of its own, which appears when it is whole.
+    """Write all that a training run resumes from into a folder of its own, which appears when it is complete.
 
     The folder holds the digest of each of its files.
 
@@ -190,7 +190,7 @@ def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_complete(path: Path) -> None:
-    """Make sure that a folder holds a whole torch_dist checkpoint."""
+    """Make sure that a folder holds a complete torch_dist checkpoint."""
     marker = path / "metadata.json"
     digests.await_visible(marker, seconds=0 if runtime.current().rank == 0 else None)
     if not marker.is_file() or not (path / ".metadata").is_file():

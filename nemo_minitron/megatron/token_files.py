@@ -1,7 +1,7 @@
 """Token files: Megatron's `.bin` and `.idx` for each split, and `data.json`, which says what is in them.
 
 One sequence a document, with one end-of-document token behind it. `data.json` is written last, so a folder that has it
-is whole.
+is complete.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ class SavedModel(Protocol):
 class MegatronConnector(SaveRestoreConnector):
     """NeMo's connector for sharded Megatron weights.
 
-    `save_to("x.nemo")` packs an archive; any other path becomes the unpacked folder. Both are whole or absent.
+    `save_to("x.nemo")` packs an archive; any other path becomes the unpacked folder. Both are complete or absent.
     `restore_from` also reads Hugging Face folders and GGUF files.
 
     Args:
@@ -135,7 +135,7 @@ def model_of(kind: Any, source: TensorSource, *, settings: ModelSettings, traine
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Put a whole folder, or the archive of it, where it belongs."""
+    """Put a complete folder, or the archive of it, where it belongs."""
     if target.suffix == ".nemo":
         pack_nemo(partial, target)
         shutil.rmtree(partial)

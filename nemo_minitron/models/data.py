@@ -161,7 +161,7 @@ class ChatDataModule(TokenDataModule):
         return {}
 
     def val_dataloader(self) -> DataLoader:
-        """Validation conversations in order, one a sample, `validation_samples` of them at most."""
+        """Validation conversations in order, one per sample, `validation_samples` of them at most."""
         return self._loader(ConversationDataset(self.folder, "validation", most=self.settings.validation_samples))
 
 

@@ -203,9 +203,9 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         step = self.trainer.global_step
         if self._matching is None:
             return self.targets.fetch(micro_batches, step=step)
-        with self._matching.of_teacher(self.teacher):
+        with self._matching.capture_teacher(self.teacher):
             targets = self.targets.fetch(micro_batches, step=step)
-        self._matching.deliver(micro_batches, self.teacher[0].config.params_dtype)
+        self._matching.send_targets(micro_batches, self.teacher[0].config.params_dtype)
         return targets
 
     def bind_loss(self, targets: Any, objective: Objective, *, statistics: bool) -> Loss:

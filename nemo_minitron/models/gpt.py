@@ -300,7 +300,7 @@ class MegatronGPTModel(ModelPT):
             MinitronError: The model is split over pipeline stages; use `run_pass`.
         """
         if self.runtime.parallel.pipeline > 1 or len(self.chunks) != 1:
-            raise MinitronError("forward() needs the whole depth of the model on one rank", remedy="use run_pass()")
+            raise MinitronError("forward() needs the complete depth of the model on one rank", remedy="use run_pass()")
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         self.gather_weights()

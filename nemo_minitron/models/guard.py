@@ -36,7 +36,7 @@ class StepGuard:
         """Whether to skip the step. Every rank calls it with equal values.
 
         Args:
-            loss: Of the global batch, in nats a token.
+            loss: Of the global batch, in nats per token.
             grad_norm: Global L2 norm before clipping.
             agree: Whether all ranks say yes; asked where rounding might divide them.
         """
@@ -56,10 +56,10 @@ class StepGuard:
         Raises:
             TrainingError: With the reason of the last one.
         """
-        if self._in_a_row >= self.config.most_skipped:
+        if self._in_a_row >= self.config.max_consecutive_skips:
             raise TrainingError(
                 f"{self._in_a_row} training steps in a row were skipped; the last one because its {self._reason}",
-                rule=f"guard.most_skipped = {self.config.most_skipped}",
+                rule=f"guard.max_consecutive_skips = {self.config.max_consecutive_skips}",
                 remedy="lower the learning rate, lengthen the warm-up, or look at the data; saved checkpoints stay",
             )
 

@@ -94,12 +94,12 @@ class StateMatching:
             )
 
     @property
-    def measures_first(self) -> bool:
+    def needs_forward_first(self) -> bool:
         """Whether the balance of the coming step has to be measured before it."""
         return self.config.balance is HiddenBalance.SAME_STEP or self.factor is None
 
     @contextmanager
-    def of_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
+    def capture_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
         """Keep what the teacher's chunks compute inside the block, instead of what was kept before."""
         self._seen = {teacher: [] for teacher, _ in self.pairs}
 
@@ -109,11 +109,11 @@ class StateMatching:
         with states.watched(chunks, self._seen, take):
             yield
 
-    def deliver(self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype) -> None:
+    def send_targets(self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype) -> None:
         """Bring the teacher's states to where they are compared. Every rank calls it.
 
         Args:
-            micro_batches: Those the teacher has seen, of whole sequences.
+            micro_batches: Those the teacher has seen, of complete sequences.
             dtype: Of the teacher's states.
         """
         self._keeps = [states.local_keep(micro_batch, self._runtime) for micro_batch in micro_batches]
@@ -125,7 +125,7 @@ class StateMatching:
         self._seen = {}
 
     def run(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float, training: bool) -> dict[str, float]:
-        """One pass of the student that compares its states too, after `of_teacher` and `deliver`. Every rank calls it.
+        """Run the student once and compare its states, after `capture_teacher` and `send_targets`. Collective.
 
         Args:
             one_pass: The student's pass over the micro-batches, forward only unless `training`; returns sums.
@@ -138,12 +138,12 @@ class StateMatching:
         """
         if not training:
             return self._measured(one_pass, chunks)
-        if self.measures_first:
+        if self.needs_forward_first:
             report = self._measured(one_pass, chunks)
             self.balance(_divergence(report), report["hidden"])
         assert self.factor is not None, "measured just now, or before"
         factor = self.factor * weight
-        with self.compared(chunks, weight=factor):
+        with self.match(chunks, weight=factor):
             report = one_pass(training=True)
         report["hidden"] = self.total()
         report["loss"] += factor * report["hidden"]
@@ -152,12 +152,12 @@ class StateMatching:
 
     def _measured(self, one_pass: OnePass, chunks: Sequence[nn.Module]) -> dict[str, float]:
         """Forward only; the hidden loss is reported, and no part of the loss."""
-        with self.compared(chunks, weight=None):
+        with self.match(chunks, weight=None):
             report = one_pass(training=False)
         return {**report, "hidden": self.total()}
 
     @contextmanager
-    def compared(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
+    def match(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
         """Compare the states of one pass over the micro-batches; `total` then has the sum.
 
         Micro-batches come in order to every place, in the forward pass as in the backward pass that computes it again.
@@ -246,7 +246,7 @@ class StateMatching:
         return torch.stack(losses).sum()
 
     def _groups(self) -> list[dist.ProcessGroup]:
-        """The groups over which partial sums add up to the whole; each rank's part counts once."""
+        """The groups over which partial sums add up to the complete; each rank's part counts once."""
         parallel, groups = self._runtime.parallel, self._runtime.groups
         over = [groups.pp, groups.dp_cp]
         return [*over, groups.tp] if parallel.sequence_parallel else over

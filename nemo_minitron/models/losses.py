@@ -33,7 +33,7 @@ class LanguageModelLoss:
     Attributes:
         model: Chunk that owns the output layer.
         vocab_size: Real vocabulary; padded columns carry no probability.
-        tensor_group: Ranks that share the vocabulary; None when it is whole.
+        tensor_group: Ranks that share the vocabulary; None when it is complete.
         chunk_tokens: Tokens whose logits exist at one time; None chooses.
     """
 
@@ -219,7 +219,7 @@ def main_gradient(weight: Tensor) -> Tensor | None:
 
 
 def tensor_group(runtime: Runtime) -> ProcessGroup | None:
-    """The ranks that share the vocabulary; None where it is whole, so that no collective is called."""
+    """The ranks that share the vocabulary; None where it is complete, so that no collective is called."""
     return runtime.groups.tp if runtime.parallel.tensor > 1 else None
 
 

@@ -320,7 +320,7 @@ def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
             "name": names[config.schedule],
             "warmup_steps": config.warmup_steps,
             "min_lr": config.min_lr,
-            "decay_share": config.decay_share,
+            "decay_fraction": config.decay_fraction,
         },
     }
 

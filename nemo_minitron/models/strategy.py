@@ -190,7 +190,7 @@ class MegatronStrategy(Strategy):
         """Done in `load_checkpoint`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write weights, optimizer and Lightning's loop state to a folder, whole or not at all. Every rank calls it."""
+        """Write weights, optimizer and Lightning's loop state to a folder, complete or not at all. Collective."""
         # Without Lightning's copy of the configuration and the class it has: neither is plain data.
         common = {
             key: value for key, value in checkpoint.items() if not key.startswith(("hyper_parameters", "hparams_"))
@@ -206,7 +206,7 @@ class MegatronStrategy(Strategy):
         )
 
     def finish_saving(self, *, wait: bool) -> Path | None:
-        """The asynchronous checkpoint that has become whole since the last call, if one has. Every rank calls it.
+        """The asynchronous checkpoint that has become complete since the last call, if one has. Every rank calls it.
 
         Args:
             wait: Whether to wait for the one that is being written.
@@ -227,7 +227,7 @@ class MegatronStrategy(Strategy):
         What the checkpoint's training had is compared with what is asked of this one first.
 
         Raises:
-            CheckpointError: The folder is not a whole checkpoint of this model.
+            CheckpointError: The folder is not a complete checkpoint of this model.
             TrainingError: Something was changed that cannot change while a training goes on.
         """
         folder = Path(checkpoint_path)

@@ -39,7 +39,7 @@ def token_dissimilarity(x_in_SBH: Tensor, x_out_SBH: Tensor) -> Tensor:
     """1 - cos(input, output) of every token, `[s, b]`, in [0, 2]; higher means that the layer does more.
 
     Computed in float32 (float64 for float64). Block Influence is its mean over kept tokens; the caller sums and counts.
-    Placement: needs the whole hidden dimension; under sequence or context parallelism every rank passes its own
+    Placement: needs the complete hidden dimension; under sequence or context parallelism every rank passes its own
     tokens. Inputs are left unchanged; no gradient is meant to be taken. Source: Men et al., arXiv:2403.03853, eq. (1).
     """
     workspace = Workspace()

@@ -1,6 +1,6 @@
 """Divergences between two distributions over the vocabulary, per token, in nats.
 
-Inputs are log-probabilities whose last dimension is the whole vocabulary; -inf marks an impossible token. Nothing is
+Inputs are log-probabilities whose last dimension is the complete vocabulary; -inf marks an impossible token. Nothing is
 reduced or masked here. Shapes: `...V` in, `...` out. These are the dense forms: training on the full vocabulary never
 builds their inputs, see `nemo_minitron.parallel.fused_linear_kd`. Each is a sum over tokens of the vocabulary, so on a
 shard of it they give that shard's part.
@@ -16,7 +16,7 @@ from nemo_minitron.config.objective import DivergenceKind
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """KL(teacher || student) of every token: the student is asked to cover all that the teacher does.
+    """KL(teacher || student) of every token: the student is asked to are mode-covering.
 
     0 exactly where the two agree; +inf where the student excludes a token that the teacher allows. Gradient with
     respect to both. Source: Hinton et al., arXiv:1503.02531; Muralidharan et al., arXiv:2407.14679, eq. (7).

@@ -5,7 +5,7 @@ sequence, then over samples (the paper's "batch"). For a sample and a channel,
 
     m = mean |x|        n = sqrt(sum x^2)        v = mean (x - mean x)^2        over the kept positions of the sequence.
 
-Over samples we keep the sum and the sum of squares of each: six numbers a channel from which all nine (batch,
+Over samples we keep the sum and the sum of squares of each: six numbers per channel from which all nine (batch,
 sequence) aggregations follow later, and which add up over micro-batches, ranks and runs.
 
 Shapes: S sequence, B samples of a micro-batch, C channels of a site, H query heads.
@@ -88,7 +88,7 @@ def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace:
     """Sum a site's activations over blocks of `rows` positions, with as few passes and calls as there can be.
 
     Mean and variance come from batch normalisation's own statistics: squared deviations from the mean, which stay exact
-    where the mean is large. On a GPU they come from reductions over the whole sequence.
+    where the mean is large. On a GPU they come from reductions over the complete sequence.
 
     Args:
         x_SBC: Activations; left unchanged. Whatever stands at masked positions, NaN included, has no effect.
@@ -114,7 +114,7 @@ def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace:
 
 
 def _reduced(x_SBC: Tensor) -> Block:
-    """A whole sequence as one block by plain reductions, as GPUs do them best.
+    """A complete sequence as one block by plain reductions, as GPUs do them best.
 
     The variance is of deviations from the mean: a difference of squares would lose all digits where the mean is large.
     """

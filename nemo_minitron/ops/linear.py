@@ -3,7 +3,7 @@
 `torch.mm` goes to MKL in fp32 (and to oneDNN in bf16). On processors that are not Intel's MKL has no AVX-512 code, and
 is a little slower with AVX2 in the forward product, where it packs the weight; where few rows meet many columns, as in
 an output layer, it packs slowly on any processor. oneDNN does better in these cases. The values differ by rounding
-only. Everything is decided by facts about the processor, never by timing, so that a run which is gone on with ends with
+only. Everything is decided by facts about the processor, never by timing, so that a run which is resumed ends with
 the same bytes.
 """
 

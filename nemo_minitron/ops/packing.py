@@ -2,7 +2,7 @@
 
 Canonical (Megatron) order along dimension 0. QKV: for each KV group its query heads, then its key, then its value,
 `head_dim` rows each. Gated MLP: all gate rows, then all up rows. Everything works on weights `[rows, h]` and biases
-`[rows]` alike, and on a tensor-parallel shard that holds whole groups.
+`[rows]` alike, and on a tensor-parallel shard that holds complete groups.
 """
 
 import torch
@@ -59,7 +59,7 @@ def qkv_rows(heads: Tensor, groups: Tensor, *, num_heads: int, num_groups: int, 
         groups: Kept KV groups; every kept head belongs to one of them.
         num_heads: Query heads before pruning.
         num_groups: KV groups before pruning.
-        head_dim: Channels a head.
+        head_dim: Channels per head.
     """
     per_group = num_heads // num_groups
     slots = []  # a slot is head_dim rows: [q ... q, k, v] per group

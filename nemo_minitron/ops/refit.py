@@ -16,7 +16,7 @@ def refit_change(weight_HF: Tensor, kept_K: Tensor, moment_FF: Tensor, cross_FH:
     It pulls towards the weights as they are. Inputs that never differ from zero get no change.
 
     Args:
-        weight_HF: The whole map.
+        weight_HF: The complete map.
         kept_K: Which of its inputs stay, ascending.
         moment_FF: `sum a a^T`.
         cross_FH: `sum a r^T`.

@@ -5,7 +5,7 @@ the draws. Its expectation is p, and the gradient of the forward KL is linear in
 the full distribution on average. Source: Anshumann et al., arXiv:2503.16870. Top-k targets: the k likeliest ids with
 their log-probabilities, and one bucket with the probability of all others.
 
-Shapes: N tokens, K entries a token.
+Shapes: N tokens, K entries per token.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class SparseTargets:
     """A few entries of the teacher's distribution for every token; the same on all tensor-parallel ranks.
 
     Attributes:
-        ids: `[N, K]` int32 or int64, each at most once a token; -1 in places that are not used.
+        ids: `[N, K]` int32 or int64, each at most once per token; -1 in places that are not used.
         log_probs: `[N, K]` float: log-probabilities (top-k) or logarithms of the shares of draws (sampled); -inf where
             `ids` is -1.
         tail: `[N]` probability of all other ids together, for top-k targets. None for sampled targets, whose entries
@@ -70,7 +70,7 @@ def uniforms(seed: int, counters: Tensor, draws: int) -> Tensor:
     Args:
         seed: Any integer.
         counters: `[N]` int64, each token's own number, for example its place in the data.
-        draws: How many numbers a token.
+        draws: How many numbers per token.
     """
     start = _mixed(_mixed(counters.long() + _signed(seed * _GOLDEN)) + _signed((seed >> 64) * _GOLDEN))
     steps = torch.arange(1, draws + 1, device=counters.device) * _signed(_GOLDEN)

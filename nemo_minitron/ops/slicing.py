@@ -21,7 +21,7 @@ def slice_dims(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
 
     Args:
         tensor: Any shape.
-        keep: Dimension -> int64 indices. Dimensions not named stay whole.
+        keep: Dimension -> int64 indices. Dimensions not named stay complete.
 
     Raises:
         PlanError: An index is out of range.
@@ -44,7 +44,7 @@ def slice_dims(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
 
 
 def _cut_matrix(matrix: Tensor, rows: Tensor | None, columns: Tensor, out: Tensor) -> None:
-    """Rows first, by copying whole ones, then columns.
+    """Rows first, by copying complete ones, then columns.
 
     By numpy's `take`, ten times as fast as torch's `index_select` on columns; on rows it is as fast, and waits for no
     second thread, which on a busy machine costs more than that thread is worth. mode="clip" takes straight into `out`
@@ -67,7 +67,7 @@ def _bits(tensor: Tensor) -> Any:
 
 
 def _is_everything(tensor: Tensor, dim: int, indices: Tensor) -> bool:
-    """Whether indices name a whole dimension in order.
+    """Whether indices name a complete dimension in order.
 
     Raises:
         PlanError: One is out of range.

@@ -18,8 +18,8 @@ def divergence_terms(log_q: Tensor, log_p: Tensor, p: Tensor, q: Tensor, diverge
     """D(p, q) of this shard's columns, `[rows]`, without the temperature's square.
 
     Args:
-        log_q: The student's log-probabilities over the whole vocabulary, `[rows, columns]`. On return: dD / dlog q of
-            every column up to a multiple of q, which does not change `a - q sum(a)`.
+        log_q: The student's log-probabilities over the complete vocabulary, `[rows, columns]`. On return: dD / dlog q
+            of every column up to a multiple of q, which does not change `a - q sum(a)`.
         log_p: The teacher's. Arbitrary on return, as is p.
         p: exp(log_p).
         q: exp(log_q). Unchanged.

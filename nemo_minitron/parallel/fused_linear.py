@@ -21,19 +21,19 @@ from nemo_minitron.parallel.collectives import gather, group_rank, split_group, 
 from nemo_minitron.parallel.vocab import real_columns
 
 # On a CPU the matrix products want tall chunks, the element-wise passes want blocks that stay in a core's cache.
-CHUNK_BYTES_LEAST = 192 << 20  # 512 tokens of two models with 49,152 words in fp32: below that, products slow down
-CHUNK_BYTES_MOST = 256 << 20
-CHUNK_SHARE = 1 / 6
+MIN_CHUNK_BYTES = 192 << 20  # 512 tokens of two models with 49,152 words in fp32: below that, products slow down
+MAX_CHUNK_BYTES = 256 << 20
+CHUNK_FRACTION = 1 / 6
 """Memory of all buffers of logits together: this share of one float32 `[tokens, columns]` tensor, within the bounds.
 With the element-wise blocks it stays below a quarter of that tensor wherever that matters."""
 # Threads meet after each operation on a block: few large blocks, since a busy machine makes them wait for each other.
-_BLOCK_ELEMENTS_A_THREAD = 1 << 19
-_BLOCK_ELEMENTS_MOST = 1 << 22
+_BLOCK_ELEMENTS_PER_THREAD = 1 << 19
+_MAX_BLOCK_ELEMENTS = 1 << 22
 _BLOCK_ELEMENTS_SPLIT = 1 << 21  # every block costs a collective when the vocabulary is split
 _HIDDEN_GRAD_ROWS = 256  # several threads finish oneDNN's long, thin product in half the time in such pieces
 _WEIGHT_GRAD_ROWS = 4096
 
-# On a GPU a block is the whole chunk: every block costs launches, every chunk one pass over the weight's gradient.
+# On a GPU a block is the complete chunk: every block costs launches, every chunk one pass over the weight's gradient.
 CHUNK_BYTES_ON_GPU = 2 << 30
 """Memory of a chunk's logits and of the scratch buffers that torch's operations need; Triton's kernels need none."""
 _WEIGHT_GRAD_ROWS_ON_GPU = 32768
@@ -49,22 +49,22 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(tokens: int, columns: int, bytes_a_logit: int, wanted: int | None, device: torch.device = _CPU) -> int:
-    """Tokens a chunk: the wanted number, or even shares whose buffers of logits fit the memory given above."""
+def chunk_rows(tokens: int, columns: int, bytes_per_logit: int, wanted: int | None, device: torch.device = _CPU) -> int:
+    """Tokens per chunk: the wanted number, or even shares whose buffers of logits fit the memory given above."""
     if wanted is not None:
         return max(1, min(wanted, tokens))
-    budget = min(max(int(CHUNK_SHARE * 4 * tokens * columns), CHUNK_BYTES_LEAST), CHUNK_BYTES_MOST)
+    budget = min(max(int(CHUNK_FRACTION * 4 * tokens * columns), MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     if device.type != "cpu":
         budget = CHUNK_BYTES_ON_GPU
-    most = max(1, budget // (bytes_a_logit * max(columns, 1)))
+    most = max(1, budget // (bytes_per_logit * max(columns, 1)))
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
 
 
 def block_rows(rows: int, columns: int, device: torch.device, tp: ProcessGroup | None) -> int:
-    """Tokens an element-wise block of torch's operations: what fits in cache on a CPU, the whole chunk elsewhere."""
+    """Tokens per element-wise block of torch's operations: what fits in cache on a CPU, elsewhere the chunk."""
     if device.type != "cpu":
         return max(1, rows)
-    threads_share = min(_BLOCK_ELEMENTS_A_THREAD * torch.get_num_threads(), _BLOCK_ELEMENTS_MOST)
+    threads_share = min(_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), _MAX_BLOCK_ELEMENTS)
     elements = threads_share if tp is None else _BLOCK_ELEMENTS_SPLIT
     return max(1, min(rows, elements // max(columns, 1)))
 
@@ -268,11 +268,11 @@ class OutputLayer:
         return group_rank(self.tp) * self.columns
 
     def rows_of_chunk(self, hidden: Tensor, loss: ChunkLoss) -> int:
-        """Tokens a chunk of `hidden` `[kept, h]`."""
-        bytes_a_logit = loss.logits_held * hidden.dtype.itemsize
+        """Tokens per chunk of `hidden` `[kept, h]`."""
+        bytes_per_logit = loss.logits_held * hidden.dtype.itemsize
         if hidden.device.type != "cpu" and not (loss.has_kernels and kernels_run(hidden.device, hidden.dtype)):
-            bytes_a_logit += loss.scratch_held * wide_dtype(hidden.dtype).itemsize
-        return chunk_rows(hidden.shape[0], self.columns, bytes_a_logit, self.chunk_tokens, hidden.device)
+            bytes_per_logit += loss.scratch_held * wide_dtype(hidden.dtype).itemsize
+        return chunk_rows(hidden.shape[0], self.columns, bytes_per_logit, self.chunk_tokens, hidden.device)
 
     def blocks(self, logits: Tensor) -> Iterator[slice]:
         """Rows of a chunk that are worked on at one time."""
@@ -380,7 +380,7 @@ def row_max(x: Tensor, out: Tensor) -> Tensor:
 
 
 def share(peak: Tensor, mass: Tensor, tp: ProcessGroup | None) -> Tensor:
-    """What turns a rank's `exp(x - peak)` into probabilities over the whole vocabulary; `mass` is their sum.
+    """What turns a rank's `exp(x - peak)` into probabilities over the complete vocabulary; `mass` is their sum.
 
     Any shape, the same in and out.
     """

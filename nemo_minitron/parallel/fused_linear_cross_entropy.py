@@ -1,4 +1,4 @@
-"""Cross-entropy over the whole vocabulary with the output layer inside; the sibling of `fused_linear_kd`.
+"""Cross-entropy over the complete vocabulary with the output layer inside; the sibling of `fused_linear_kd`.
 
 Shapes: N tokens, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
 """
@@ -58,7 +58,7 @@ def fused_linear_cross_entropy(
         labels: `[N]` token ids.
         keep: `[N]` bool; None keeps all.
         vocab_size: Real tokens; columns beyond it carry no probability.
-        chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
+        chunk_tokens: Tokens per chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
         weight_gradient: See `fused_linear_kd`.
     """

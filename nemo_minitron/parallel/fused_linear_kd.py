@@ -1,4 +1,4 @@
-"""Divergence between teacher and student over the whole vocabulary, with both output layers inside.
+"""Divergence between teacher and student over the complete vocabulary, with both output layers inside.
 
     KD = T^2 * sum over kept tokens of D(softmax(teacher_hidden @ teacher_weight.T / T),
                                          softmax(student_hidden @ student_weight.T / T))
@@ -95,7 +95,7 @@ def fused_linear_kd(  # noqa: PLR0917 - two pairs and their mask and labels, in 
         kd_weight: Factor of the divergence.
         lm_weight: Factor of the student's cross-entropy; above 0 it needs `labels`.
         vocab_size: Real tokens; columns beyond it carry no probability and receive a gradient of 0.
-        chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
+        chunk_tokens: Tokens per chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
         weight_gradient: `[V, h]`, float32 for bfloat16 weights. The gradient of `student_weight` is added here in the
             forward pass and autograd gets none, which saves a tensor of its size and rounds nothing between
@@ -172,7 +172,7 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _ChunkDivergen
     """Fill in the values of a block of tokens and turn the student's logits into their gradient, in place."""
     s, t = widened("student block", student), widened("teacher block", teacher)
     p = WORKSPACE.take("probabilities", (s.shape[0], s.shape[1]), s.dtype, s.device)
-    cold = None  # the student's softmax at temperature 1, where the loss needs it beside the one at T
+    softmax_t1 = None  # the student's softmax at temperature 1, where the loss needs it beside the one at T
     temperature = job.divergence.temperature
     _peaks(s, t, values, statistics=job.statistics)
     s.sub_(values[Value.STUDENT_PEAK].unsqueeze(1))
@@ -181,21 +181,21 @@ def _block(student: Tensor, teacher: Tensor, values: Tensor, job: _ChunkDivergen
         if job.labels is not None:
             torch.sum(torch.exp(t, out=p), -1, out=values[Value.TEACHER_MASS_1])
             torch.sum(torch.exp(s, out=p), -1, out=values[Value.STUDENT_MASS_1])
-            cold = p.clone() if want_gradient and job.lm_weight else None
+            softmax_t1 = p.clone() if want_gradient and job.lm_weight else None
         s.mul_(1 / temperature)
         t.mul_(1 / temperature)
     torch.sum(torch.exp(t, out=p), -1, out=values[Value.TEACHER_MASS])
-    hot_lm_weight = job.lm_weight if cold is None else 0.0
+    tempered_lm_weight = job.lm_weight if softmax_t1 is None else 0.0
     if job.divergence.kind is DivergenceKind.FORWARD_KL:
-        _forward_kl(s, t, p, values, job, lm_weight=hot_lm_weight, want_gradient=want_gradient)
+        _forward_kl(s, t, p, values, job, lm_weight=tempered_lm_weight, want_gradient=want_gradient)
     else:
-        _other_divergence(s, t, p, values, job, lm_weight=hot_lm_weight, want_gradient=want_gradient)
+        _other_divergence(s, t, p, values, job, lm_weight=tempered_lm_weight, want_gradient=want_gradient)
     if not want_gradient:
         return
-    if cold is not None:
+    if softmax_t1 is not None:
         rows = slice(Value.STUDENT_PEAK, Value.STUDENT_PEAK + 1), slice(Value.STUDENT_MASS_1, None)
-        (cold_share,) = share(values[rows[0]], values[rows[1]], job.layer.tp)
-        s.addcmul_(cold, (cold_share * job.lm_weight).unsqueeze(1))
+        (inv_partition_t1,) = share(values[rows[0]], values[rows[1]], job.layer.tp)
+        s.addcmul_(softmax_t1, (inv_partition_t1 * job.lm_weight).unsqueeze(1))
     if s is not student:
         student.copy_(s)
 
@@ -268,7 +268,7 @@ def _peaks(s: Tensor, t: Tensor, values: Tensor, *, statistics: bool) -> None:
 
 
 def _token_sums(values_RKN: Tensor, job: _ChunkDivergence) -> Tensor:
-    """Loss, divergence, agreement, both cross-entropies over the whole vocabulary, summed over a chunk's tokens."""
+    """Loss, divergence, agreement, both cross-entropies over the complete vocabulary, summed over a chunk's tokens."""
     v = dict(zip(Value, values_RKN.unbind(1), strict=True))
     t_peak, s_peak = v[Value.TEACHER_PEAK], v[Value.STUDENT_PEAK]
     scale = 1 / job.divergence.temperature

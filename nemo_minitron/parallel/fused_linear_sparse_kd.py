@@ -10,7 +10,7 @@ with respect to the student's logits over T is `a - q A` at an entry's id and `q
 Value and `a` come from the dense formulas on `[rows, K + 1]` numbers, the rest from one pass over a chunk of logits. On
 a GPU two Triton kernels make it (`nemo_minitron.kernels.rest`).
 
-Shapes: N tokens, K entries a token, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
+Shapes: N tokens, K entries per token, h hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -69,7 +69,7 @@ def fused_linear_sparse_kd(
         kd_weight: Factor of the divergence.
         lm_weight: Factor of the student's cross-entropy; above 0 it needs `labels`.
         vocab_size: Real tokens; columns beyond it carry no probability.
-        chunk_tokens: Tokens a chunk; None takes what the memory set in `fused_linear` allows.
+        chunk_tokens: Tokens per chunk; None takes what the memory set in `fused_linear` allows.
         tp: Ranks that share the vocabulary.
         weight_gradient: See `fused_linear_kd`.
         statistics: Also count top-1 agreement and, given labels, the student's cross-entropy.
@@ -180,10 +180,10 @@ def _block(logits: Tensor, entries: _Entries, job: _ChunkSparse, want_gradient: 
     temperature, tp = job.divergence.temperature, job.layer.tp
     s = widened("student block", logits)
     # The loss may need the student's softmax at temperature 1 beside the one at T.
-    cold = _softmax(s.clone(), tp) if temperature != 1 and job.labels is not None else None
+    softmax_t1 = _softmax(s.clone(), tp) if temperature != 1 and job.labels is not None else None
     s.mul_(1 / temperature)
     if s.shape[1]:
-        # Only what the entries leave over is summed: the whole less the entries would lose a small tail to rounding.
+        # Only what the entries leave over is summed: the complete less the entries would lose a small tail to rounding.
         s.scatter_add_(1, entries.local, torch.where(entries.mine, -torch.inf, 0).to(s.dtype))
     peak = row_max(s, s.new_empty(s.shape[0])).clamp_min_(EMPTY)
     mass = s.sub_(peak.unsqueeze(1)).exp_().sum(1)
@@ -197,18 +197,18 @@ def _block(logits: Tensor, entries: _Entries, job: _ChunkSparse, want_gradient: 
     best_of_rest = torch.where(masses > 0, peaks, -torch.inf).amax(0)
     agreement = (heaviest == torch.maximum(at_entries.amax(1), best_of_rest)).sum()
     if want_gradient:
-        total = slope.sum(1) - (job.lm_weight if cold is None else 0.0)
+        total = slope.sum(1) - (job.lm_weight if softmax_t1 is None else 0.0)
         # Of a column outside the entries: e^(s - peak) times what follows, with both exponents at most 0.
         into_tail = torch.where(slope[:, -1] == 0, 0, slope[:, -1] * (peak - log_rest).exp())
         s.mul_((into_tail - total * (peak - log_z).exp()).to(s.dtype).unsqueeze(1))
         if s.shape[1]:
             at_ids = slope[:, :-1] - student_logp[:, :-1].exp() * total.unsqueeze(1)
             s.scatter_add_(1, entries.local, torch.where(entries.mine, at_ids, 0).to(s.dtype))
-        if cold is not None and job.lm_weight:
-            s.add_(cold[0], alpha=job.lm_weight)
+        if softmax_t1 is not None and job.lm_weight:
+            s.add_(softmax_t1[0], alpha=job.lm_weight)
         if s is not logits:
             logits.copy_(s)
-    return kd, agreement, log_z if cold is None else cold[1]
+    return kd, agreement, log_z if softmax_t1 is None else softmax_t1[1]
 
 
 def _on_kernels(
@@ -218,7 +218,7 @@ def _on_kernels(
     from nemo_minitron.kernels.rest import rest_gradient, rest_statistics
 
     temperature, lm_weight = job.divergence.temperature, job.lm_weight
-    cold = temperature != 1 and job.labels is not None
+    softmax_t1 = temperature != 1 and job.labels is not None
     if logits.shape[1]:
         logits.scatter_add_(1, entries.local, torch.where(entries.mine, -torch.inf, 0).to(logits.dtype))
     values = torch.empty(3, logits.shape[0], dtype=torch.float32, device=logits.device)
@@ -229,7 +229,7 @@ def _on_kernels(
     at_entries = raw / temperature
     log_z = torch.logaddexp(log_rest, at_entries.logsumexp(1))
     log_z_1 = log_z
-    if cold:
+    if softmax_t1:
         log_z_1 = torch.logaddexp(torch.logsumexp(peaks + masses_1.log(), 0), raw.logsumexp(1))
     student_logp = torch.cat([at_entries, log_rest.unsqueeze(1)], 1) - log_z.unsqueeze(1)
     kd, slope = _value_and_slope(student_logp, entries.target_logp.double(), job)
@@ -238,13 +238,13 @@ def _on_kernels(
     agreement = (heaviest == torch.maximum(raw.amax(1), best_of_rest)).sum()
     if want_gradient:
         peak = values[0].double()
-        total = slope.sum(1) - (0.0 if cold else lm_weight)
+        total = slope.sum(1) - (0.0 if softmax_t1 else lm_weight)
         into_tail = torch.where(slope[:, -1] == 0, 0, slope[:, -1] * (peak / temperature - log_rest).exp())
         factor = into_tail - total * (peak / temperature - log_z).exp()
-        factor_1 = lm_weight * (peak - log_z_1).exp() if cold else torch.zeros_like(peak)
+        factor_1 = lm_weight * (peak - log_z_1).exp() if softmax_t1 else torch.zeros_like(peak)
         rest_gradient(logits, torch.stack([peak, factor, factor_1]).float(), temperature)
         at_ids = slope[:, :-1] - student_logp[:, :-1].exp() * total.unsqueeze(1)
-        if cold:
+        if softmax_t1:
             at_ids += lm_weight * (raw - log_z_1.unsqueeze(1)).exp()
         if logits.shape[1]:
             logits.scatter_add_(1, entries.local, torch.where(entries.mine, at_ids, 0).to(logits.dtype))

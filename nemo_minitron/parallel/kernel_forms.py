@@ -1,7 +1,7 @@
 """The Triton forms of the fused losses on one chunk: kernels on this rank's shard, and the collectives between them.
 
 One collective a chunk for the cross-entropy, the forward and the reverse KL, two for the other divergences: the masses
-have to be known over the whole vocabulary before their terms can be formed.
+have to be known over the complete vocabulary before their terms can be formed.
 
 Shapes: N tokens of the chunk, V real columns of this rank's shard, R ranks.
 """

@@ -1,6 +1,6 @@
 """Sparse targets from the teacher's hidden states and output layer, in chunks of tokens, at any tensor-parallel size.
 
-No `[tokens, vocabulary]` tensor of all tokens exists, and every rank ends with the same whole targets. Shapes: N
+No `[tokens, vocabulary]` tensor of all tokens exists, and every rank ends with the same complete targets. Shapes: N
 tokens, H hidden size, V this rank's shard of the (padded) vocabulary, R ranks.
 """
 
@@ -127,8 +127,8 @@ def _chunks(  # noqa: PLR0917 - its callers' arguments, in their order
     """Rows and their logits over T, `[rows, real columns]` in the wide dtype; meant to be overwritten."""
     wide = wide_dtype(hidden.dtype)
     real = real_columns(weight.shape[0], vocab_size=vocab_size, tp=tp)
-    bytes_a_logit = hidden.dtype.itemsize + wide.itemsize + _CUMULATIVE_BYTES
-    size = chunk_rows(hidden.shape[0], weight.shape[0], bytes_a_logit, chunk_tokens, hidden.device)
+    bytes_per_logit = hidden.dtype.itemsize + wide.itemsize + _CUMULATIVE_BYTES
+    size = chunk_rows(hidden.shape[0], weight.shape[0], bytes_per_logit, chunk_tokens, hidden.device)
     for rows in pieces(hidden.shape[0], size):
         logits = project("teacher", hidden[rows], weight[:real]).to(wide)
         yield rows, logits if temperature == 1 else logits.mul_(1 / temperature)

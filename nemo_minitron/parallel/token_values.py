@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class Value(IntEnum):
-    """What is kept of each token: numbers of this rank's shard, from which those of the whole vocabulary follow."""
+    """What is kept of each token: numbers of this rank's shard, from which those of the complete vocabulary follow."""
 
     TEACHER_PEAK = 0  # largest logit, before the temperature
     TEACHER_MASS = 1  # sum of exp((logit - peak) / T)

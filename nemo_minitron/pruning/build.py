@@ -23,9 +23,9 @@ from nemo_minitron.pruning.sizes import hidden_size, named_layers, num_layers, s
 def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> PruningPlan:
     """Keep what scores highest; ties go to the lower index.
 
-    Layers are chosen first, by `target.depth_metric`, unless they are named. Hidden channels are ranked over the whole
-    model, neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each kept
-    group.
+    Layers are chosen first, by `target.depth_metric`, unless they are named. Hidden channels are ranked over the
+    complete model, neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each
+    kept group.
 
     Args:
         scores: Scores of `spec`.
@@ -141,7 +141,7 @@ def _mixes(plan: LayerPlan, teacher: LayerSpec, scores: Mapping[Axis, Tensor]) -
     """Fold the residuals of a layer's dropped heads into kept ones (arXiv:2407.14679, section 2.3).
 
     Heads that share a key and value are merged with those they share it with, in their query weights. Heads with a key
-    and value of their own are merged over the whole layer, in query, key and value weights. Output weights stay.
+    and value of their own are merged over the complete layer, in query, key and value weights. Output weights stay.
     """
     found: dict[Axis, Mixes] = {}
     for row in axes_of(teacher):

@@ -1,16 +1,16 @@
 """Depth scores: what a model loses without a layer, or without several in a row; part of the score file.
 
 A candidate is a block of consecutive layers to leave out, `(first, length)`. A metric sums a loss (lower: better) over
-tokens or samples, once for the whole model and once without each candidate. Names in the file, all float64:
+tokens or samples, once for the complete model and once without each candidate. Names in the file, all float64:
 
     depth.blocks              first layer and length of each candidate          [candidates, 2]
     depth.samples             calibration samples                              []
     depth.{metric}.sum        summed loss without each candidate                [candidates]
-    depth.{metric}.base       the whole model's                                []
+    depth.{metric}.base       the complete model's                                []
     depth.{metric}.count      what they are divided by: tokens, or samples      []
 
 Sums add up over shards of data and over ranks. What a candidate is worth (higher: more important) is the increase of
-the mean loss, `(sum - base) / count`. The exception is `logit_mse`, whose base is the whole model's summed squared
+the mean loss, `(sum - base) / count`. The exception is `logit_mse`, whose base is the complete model's summed squared
 logits: it is worth `sum / base`, with `sum = sum (M_full - M_without)^2` over tokens and vocabulary (Nemotron Elastic,
 arXiv:2511.16664).
 """
@@ -89,7 +89,7 @@ class DepthScores:
         return int(self.tensors["depth.samples"])
 
     def values(self, metric: str) -> Tensor:
-        """What each candidate is worth `[candidates]`: nats a token for `lm_loss`, a ratio for `logit_mse`.
+        """What each candidate is worth `[candidates]`: nats per token for `lm_loss`, a ratio for `logit_mse`.
 
         Raises:
             ScoresError: The metric was not measured.
@@ -104,7 +104,7 @@ class DepthScores:
         return sums / base if metric == LOGIT_MSE else (sums - base) / count
 
     def base(self, metric: str) -> float:
-        """The whole model's mean of a metric; of `logit_mse`, its squared logits a token."""
+        """The complete model's mean of a metric; of `logit_mse`, its squared logits per token."""
         return float(self.tensors[f"depth.{metric}.base"] / self.tensors[f"depth.{metric}.count"])
 
     def layers(self, metric: str) -> Tensor:
@@ -256,7 +256,7 @@ def _check_metric(metric: str, blocks: tuple[Block, ...], tensors: Mapping[str, 
     places = [f"without {block_text(block)}" for block in blocks]
     wrong = [place for place, value in zip(places, sums.tolist(), strict=True) if not _finite(value)]
     if not _finite(float(base)):
-        wrong = ["of the whole model"]
+        wrong = ["of the complete model"]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ScoresError(

@@ -11,7 +11,7 @@ from nemo_minitron.pruning.ranges import to_ranges
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AxisDiff:
-    """One axis (of one layer of the teacher, or of the whole model) in two plans. Indices are the teacher's."""
+    """One axis (of one layer of the teacher, or of the complete model) in two plans. Indices are the teacher's."""
 
     axis: str
     layer: int | None

@@ -30,7 +30,7 @@ class PartialScores:
     """What validation summed up alongside: `ce`, `tokens`."""
 
     def save(self, path: Path) -> None:
-        """Write under a temporary name, then put in place: a kill leaves the file before whole."""
+        """Write under a temporary name, then put in place: a kill leaves the file before complete."""
         metadata = {
             "format": FORMAT,
             "consumed": json.dumps(self.consumed),

@@ -1,7 +1,7 @@
 """Importance scores: the sums that a calibration pass leaves, as one file, and the importance of units from them.
 
 For a site, a sample and a channel let `m`, `n`, `v` be mean |x|, L2 norm and variance over the sequence. A file holds,
-for every site of every layer, the sums over samples of `m, m^2, n, n^2, v, v^2` (float64, one number a channel). All
+for every site of every layer, the sums over samples of `m, m^2, n, n^2, v, v^2` (float64, one number per channel). All
 nine (batch, sequence) aggregations of arXiv:2407.14679, sec. 2.2, follow from them. Names:
 
     layers.{i}.hidden.attention.{mean|l2|var}.{sum|sumsq}   output of the norm before attention     [hidden]
@@ -13,7 +13,8 @@ nine (batch, sequence) aggregations of arXiv:2407.14679, sec. 2.2, follow from t
     samples, tokens                                         how many they rest on                   []
     depth....                                               see `pruning.depth`
 
-Sums of other samples add up, so files that were made from parts of a calibration set merge into the file of the whole.
+Sums of other samples add up, so files that were made from parts of a calibration set merge into the file of the
+complete.
 """
 
 import json

@@ -9,7 +9,7 @@ from nemo_minitron.arch.weights import parameter_count
 
 
 def size_rows(before: ModelSpec, after: ModelSpec) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Name of a size and its values in both models: one value, or one a layer."""
+    """Name of a size and its values in both models: one value, or one per layer."""
     for row in MODEL_AXES:
         yield row.label, [before.size(row)], [after.size(row)]
     for row in LAYER_AXES:

@@ -20,7 +20,7 @@ COLOURS = {"teacher": "#475569", "pruned": "#c2410c", "distilled": "#0f766e", "t
 KEPT, CUT, INK, MUTED, GRID = "#0f766e", "#e11d48", "#1e293b", "#64748b", "#e2e8f0"
 WIDTH = 7.2
 METRIC_UNITS = {
-    "lm_loss": "rise of the loss\n(nats a token)",
+    "lm_loss": "rise of the loss\n(nats per token)",
     "logit_mse": "squared change of the\nlogits / their squares",
 }
 _MOST_CURVES = 7
@@ -182,7 +182,7 @@ def distillation(rows: list[Row]) -> str:
         left, right = figure.subplots(1, 2)
         _line(left, rows, "train/kl", colour="#94d3c9", label="training batches", marker="", width=1.0)
         _line(left, rows, "val/kl", colour=COLOURS["distilled"], label="held-out text")
-        left.set(title="KL(teacher || student)", ylabel="nats a token", ylim=(0, None))
+        left.set(title="KL(teacher || student)", ylabel="nats per token", ylim=(0, None))
         _line(right, rows, "val/ce", colour=COLOURS["distilled"], label="student")
         teacher = [row["val/teacher_ce"] for row in rows if "val/teacher_ce" in row]
         if teacher:
@@ -190,7 +190,7 @@ def distillation(rows: list[Row]) -> str:
         start = [row["val/ce"] for row in rows if "val/ce" in row and row["step"] == 0]
         if start:
             right.axhline(start[0], color=COLOURS["pruned"], linestyle=":", linewidth=1.2, label="pruned, undistilled")
-        right.set(title="Held-out cross-entropy", ylabel="nats a token")
+        right.set(title="Held-out cross-entropy", ylabel="nats per token")
         for axes in (left, right):
             axes.set_xlabel("tokens trained on")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: compact(value)))

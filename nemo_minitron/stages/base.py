@@ -27,7 +27,7 @@ class StageContext:
 
     config: "RunConfig"
     run: RunFolder
-    """`run.stage("prune")` is the folder of a whole stage, `run.result("prune")` what it returned."""
+    """`run.stage("prune")` is the folder of a complete stage, `run.result("prune")` what it returned."""
     out: Path
     """Where the stage writes. It survives a kill and is renamed when the stage returns."""
     stage: "Stage"

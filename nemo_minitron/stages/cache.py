@@ -60,7 +60,7 @@ def cache_folder(context: StageContext) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What a whole cache holds."""
+    """What a complete cache holds."""
     manifest = TargetCache(folder).manifest
     size = sum(path.stat().st_size for path in folder.glob("targets-*.bin"))
     tokens = manifest.samples * manifest.sequence_length
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_token": size / tokens,
         "digest": manifest.digest(),
-        "summary": f"{tokens:,} tokens, {size / 1e6:.1f} MB, {size / tokens:.1f} bytes a token",
+        "summary": f"{tokens:,} tokens, {size / 1e6:.1f} MB, {size / tokens:.1f} bytes per token",
     }
 
 

@@ -1,6 +1,6 @@
 """The pipeline as a function of the recipe: every stage, what it reads, and which keys it depends on, in order.
 
-With `steps: 3` the stages score, prune and distill come three times. Those of the earlier rounds are called `score.1`,
+With `rounds: 3` the stages score, prune and distill come three times. Those of the earlier rounds are called `score.1`,
 `prune.1`, `distill.1`, `score.2` and so on; the last round's have the plain names, so that `distill` is where the
 finished student comes from, whatever the recipe.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
 TITLES: dict[str, str] = {
     "import": "Read the model into a checkpoint folder.",
     "data": "Turn texts into token files with the model's own tokenizer.",
-    "chat": "Turn conversations into token files that know the answers, if the recipe tunes on them.",
+    "tokenize_chat": "Turn conversations into token files that know the answers, if the recipe tunes on them.",
     "correct": "Fine-tune the teacher on the distillation data first, if the recipe asks for it.",
     "score": "Measure the importance of layers, channels, neurons and heads.",
     "search": "Find the best sizes within a budget, if the target names one.",
@@ -57,7 +57,7 @@ _CACHE_KEYS = (
 _SEARCH_KEYS = ("search", "target", "distill", "export.formats", "precision", "seed")
 
 ROUND = ("score", "prune", "distill")
-"""The stages that `steps` repeats."""
+"""The stages that `rounds` repeats."""
 
 
 def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
@@ -74,7 +74,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         ),
     ]
     if config.tune is not None:
-        stages.append(_stage("chat", inputs={"teacher": teacher}, sections=_CHAT_KEYS))
+        stages.append(_stage("tokenize_chat", inputs={"teacher": teacher}, sections=_CHAT_KEYS))
     if config.correct is not None:
         stages.append(
             _stage(
@@ -87,7 +87,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         )
         teacher = "correct/teacher"
     model = teacher
-    for number in range(1, config.steps + 1):
+    for number in range(1, config.rounds + 1):
         stages += _round(number, config, teacher=teacher, model=model)
         model = f"{stages[-1].name}/student"
     models = {"teacher": teacher, "pruned": "prune/student", "distilled": "distill/student"}
@@ -95,7 +95,7 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
         stages.append(
             _stage(
                 "tune",
-                inputs={"student": model, "chat": "chat", "teacher": teacher},
+                inputs={"student": model, "tokenize_chat": "tokenize_chat", "teacher": teacher},
                 sections=("tune", "precision", "seed"),
                 collective=True,
                 saves_when_stopped=True,
@@ -110,15 +110,15 @@ def chain_for(config: "RunConfig") -> tuple[Stage, ...]:
     return (*stages, _stage("report", needs=everything, sections=("name",)))
 
 
-def round_name(stage: str, number: int, steps: int) -> str:
-    """What a stage of round `number` (from 1) of `steps` is called."""
-    return stage if number == steps else f"{stage}.{number}"
+def round_name(stage: str, number: int, rounds: int) -> str:
+    """What a stage of round `number` (from 1) of `rounds` is called."""
+    return stage if number == rounds else f"{stage}.{number}"
 
 
 def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> list[Stage]:
     """Score and prune the model that has come so far, then teach the result with the original teacher."""
     score, prune, cache, distill = (
-        round_name(stage, number, config.steps) for stage in (*ROUND[:2], "cache", ROUND[2])
+        round_name(stage, number, config.rounds) for stage in (*ROUND[:2], "cache", ROUND[2])
     )
     lesson = {"teacher": teacher} if config.cache is None else {"cache": f"{cache}/targets"}
     merging, searching = config.target.merge_layers, bool(config.target.budgets)
@@ -128,7 +128,7 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
         _stage(
             score,
             inputs={"model": model, "data": "data", **({"teacher": teacher} if merging else {})},
-            sections=("score", "precision", *(("target", "steps") if merging else ())),
+            sections=("score", "precision", *(("target", "rounds") if merging else ())),
             **working,
         )
     ]
@@ -140,7 +140,7 @@ def _round(number: int, config: "RunConfig", *, teacher: str, model: str) -> lis
         _stage(
             prune,
             inputs={**scored, **({"plan": "search/plan.json"} if searching else {})},
-            sections=("target", "steps"),
+            sections=("target", "rounds"),
             round=number,
         )
     )

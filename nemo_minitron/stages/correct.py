@@ -25,4 +25,4 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     result = train(context, job)
     first, last = result["history"][0]["ce"], result["validation"]["ce"]
-    return {**result, "summary": f"the teacher's cross-entropy {first:.3f} -> {last:.3f} nats a token"}
+    return {**result, "summary": f"the teacher's cross-entropy {first:.3f} -> {last:.3f} nats per token"}

@@ -47,7 +47,7 @@ def measure_depth(
     Args:
         chunks: This rank's model chunks.
         runtime: The running layout.
-        spec: Architecture of the whole model.
+        spec: Architecture of the complete model.
         data: Token files; their calibration split is used.
         settings: The recipe's `score`.
         tokenizer_files: The model's tokenizer, for metrics that bring their own texts.

@@ -39,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     return {
         **result,
         "objective": _objective(settings),
-        "summary": f"KL to the teacher {first:.3f} -> {last:.3f} nats a token",
+        "summary": f"KL to the teacher {first:.3f} -> {last:.3f} nats per token",
     }
 
 
@@ -59,11 +59,11 @@ def _from_cache(context: StageContext, data: TokenDataModule, cache: CacheConfig
     )
     result = train(context, job)
     first, last = result["history"][0]["ce"], result["validation"]["ce"]
-    extent = f"{cache.draws} draws a token" if cache.kind is TargetKind.SAMPLED else f"{cache.k} ids a token"
+    extent = f"{cache.draws} draws per token" if cache.kind is TargetKind.SAMPLED else f"{cache.k} ids per token"
     return {
         **result,
         "objective": f"{_objective(settings)}, from a cache of {extent}",
-        "summary": f"cross-entropy {first:.3f} -> {last:.3f} nats a token",
+        "summary": f"cross-entropy {first:.3f} -> {last:.3f} nats per token",
     }
 
 

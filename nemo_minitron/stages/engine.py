@@ -1,4 +1,4 @@
-"""Run a chain of stages in a run folder: skip what is whole, go on in what was cut off, end cleanly in any case."""
+"""Run a chain of stages in a run folder: skip what is complete, go on in what was cut off, end cleanly in any case."""
 
 import os
 import time
@@ -19,18 +19,18 @@ from nemo_minitron.stages.files import as_user_error, read_json, write_json
 from nemo_minitron.stages.outlook import Outlook
 from nemo_minitron.stages.plan import Action, Step, decide, select
 from nemo_minitron.stages.precision import PrecisionChoice, settle
-from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import (
+from nemo_minitron.stages.processes import (
     LAUNCHED,
-    Alone,
-    Team,
-    as_echo,
+    Processes,
+    SingleProcess,
     environment_rank,
-    gather,
-    lost_another,
+    join,
+    mark_reported,
+    peer_error,
     release_memory,
     start_collectives,
 )
+from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.stages.temporary import temporary_files_in
 from nemo_minitron.version import __version__
 
@@ -53,19 +53,19 @@ class Request:
     """Bring this stage up to date, with what it needs, and no other."""
 
 
-def meet(config: RunConfig, run: RunFolder) -> Team:
+def join_processes(config: RunConfig, run: RunFolder) -> Processes:
     """The processes of this run, which may lose one while they are meeting.
 
     Raises:
         LayoutError: The parallel sizes do not fit the number of processes.
         LostRankError: Another rank is gone.
     """
-    with _loss_named(run, environment_rank()[0]):
-        return gather(config.parallel, seed=config.seed)
+    with _report_lost_rank(run, environment_rank()[0]):
+        return join(config.parallel, seed=config.seed)
 
 
 def run_chain(
-    chain: Sequence[Stage], request: Request, *, team: Team | None = None, reporter: Reporter | None = None
+    chain: Sequence[Stage], request: Request, *, processes: Processes | None = None, reporter: Reporter | None = None
 ) -> None:
     """Do what a command asks. Collective: every rank calls it with equal arguments.
 
@@ -73,42 +73,44 @@ def run_chain(
         MinitronError: Something a user can mend; what was finished stays finished.
         Stopped: A signal ended the run; the same command continues it.
     """
-    team = team or Alone()
-    reporter = reporter or Reporter(silent=team.rank > 0)
+    processes = processes or SingleProcess()
+    reporter = reporter or Reporter(silent=processes.rank > 0)
     with ExitStack() as stack:
         stack.enter_context(signals.handled())
-        with _loss_named(request.run, team.rank):
-            request, precision = _settle_precision(request, team, reporter)
+        with _report_lost_rank(request.run, processes.rank):
+            request, precision = _settle_precision(request, processes, reporter)
             doing = "looks at the run folder"
-            steps = _together(team, request.run.path, lambda: _prepare(chain, request, precision, stack), doing=doing)
-        stack.enter_context(temporary_files_in(request.run, team.rank))
+            steps = _on_rank_zero(
+                processes, request.run.path, lambda: _prepare(chain, request, precision, stack), doing=doing
+            )
+        stack.enter_context(temporary_files_in(request.run, processes.rank))
         by_name = {stage.name: stage for stage in chain}
         outcome = "stopped"
         try:
-            with _loss_named(request.run, team.rank):
-                outlook = _outlook(steps, by_name, request, team)
+            with _report_lost_rank(request.run, processes.rank):
+                outlook = _outlook(steps, by_name, request, processes)
                 for position, (name, data) in enumerate(steps, start=1):
                     step = Step(stage=by_name[name], **data)
-                    _one(step, request, team, reporter, outlook, position=position, count=len(steps))
+                    _run_step(step, request, processes, reporter, outlook, position=position, count=len(steps))
             outcome = "finished"
         except MinitronError as error:
             outcome = f"failed: {error.what.splitlines()[0]}"
             raise
         finally:
             reporter.rest()
-            if team.rank == 0:
-                _close(request, outcome)
+            if processes.rank == 0:
+                _record_outcome(request, outcome)
 
 
 @contextmanager
-def _loss_named(run: RunFolder, rank: int) -> Iterator[None]:
+def _report_lost_rank(run: RunFolder, rank: int) -> Iterator[None]:
     """Turn what the network says when another rank is gone, while connecting too, into an error that says so."""
     try:
         yield
     except MinitronError:
         raise
     except BaseException as error:
-        if told := lost_another(error):
+        if told := peer_error(error):
             raise _lost(told, run, rank) from error
         raise
 
@@ -120,13 +122,15 @@ def _lost(told: str, run: RunFolder, rank: int) -> BaseException:
         rule="all ranks go on, or none does; the lost one's own output, or its machine's, says why",
         remedy=run.where_to_go_on(),
     )
-    return as_echo(error) if LAUNCHED in os.environ else error
+    return mark_reported(error) if LAUNCHED in os.environ else error
 
 
-def _settle_precision(request: Request, team: Team, reporter: Reporter) -> tuple[Request, PrecisionChoice | None]:
+def _settle_precision(
+    request: Request, processes: Processes, reporter: Reporter
+) -> tuple[Request, PrecisionChoice | None]:
     """The request with bf16 or fp32 in the place of `auto`; says which, and warns of a bf16 that is emulated."""
     is_new = not (request.run.path / "manifest.json").is_file()
-    config, choice = settle(request.config, request.run, team)
+    config, choice = settle(request.config, request.run, processes)
     if choice is not None and choice.asked is Precision.AUTO:
         reporter.line(f"precision {choice.chosen} (auto: {choice.reason})")
     elif choice is not None and choice.warning and is_new:
@@ -165,19 +169,19 @@ def _prepare(
 
 
 def _outlook(
-    steps: Sequence[tuple[str, dict[str, Any]]], by_name: Mapping[str, Stage], request: Request, team: Team
+    steps: Sequence[tuple[str, dict[str, Any]]], by_name: Mapping[str, Stage], request: Request, processes: Processes
 ) -> Outlook | None:
     """What is ahead, on the rank that speaks."""
     ahead = [by_name[name] for name, data in steps if data["action"] != Action.SKIP]
-    if team.rank > 0:
+    if processes.rank > 0:
         return None
-    return Outlook(request.config, request.run, ahead, chain=list(by_name.values()), ranks=team.size)
+    return Outlook(request.config, request.run, ahead, chain=list(by_name.values()), ranks=processes.size)
 
 
-def _one(
+def _run_step(
     step: Step,
     request: Request,
-    team: Team,
+    processes: Processes,
     reporter: Reporter,
     outlook: Outlook | None,
     *,
@@ -187,12 +191,12 @@ def _one(
     stage, run = step.stage, request.run
     if step.action is Action.SKIP:
         reporter.stage_skipped(stage.name, position, count)
-        if team.rank == 0 and stage.changed is not None and (changes := stage.changed(request.config, run)):
+        if processes.rank == 0 and stage.changed is not None and (changes := stage.changed(request.config, run)):
             reporter.line(_changed_since(stage.name, changes))
         return
     left = None if outlook is None else outlook.seconds()
     reporter.stage_started(stage.name, position, count, resumed=step.action is Action.CONTINUE, left=left)
-    record = _together(team, request.run.path, lambda: _begin(step, run), doing=f"begins stage {stage.name}")
+    record = _on_rank_zero(processes, request.run.path, lambda: _begin(step, run), doing=f"begins stage {stage.name}")
     started = time.monotonic()
     manifest.reset_peak_memory()
     speed.reset_gpu_memory()
@@ -202,37 +206,37 @@ def _one(
         out=run.partial(stage.name),
         stage=stage,
         resumed=step.action is Action.CONTINUE,
-        rank=team.rank,
-        world_size=team.size,
+        rank=processes.rank,
+        world_size=processes.size,
         minutes_left=None if outlook is None else outlook.minutes_for(stage),
         reporter=reporter,
     )
     with signals.deferred() if stage.saves_when_stopped else nullcontext():
         try:
-            result = _done(stage, context, team)
+            result = _done(stage, context, processes)
         except BaseException:
-            if team.rank == 0:
+            if processes.rank == 0:
                 _note_time(run, stage.name, record, started)
             raise
-        if team.rank == 0:
+        if processes.rank == 0:
             seconds = time.monotonic() - started
             record["seconds"] = round(record["seconds"] + seconds, 3)
             result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
         doing = f"finishes stage {stage.name}"
-        _together(team, request.run.path, lambda: _finish(step, run, record, result), doing=doing)
+        _on_rank_zero(processes, request.run.path, lambda: _finish(step, run, record, result), doing=doing)
     if outlook is not None:
         outlook.finished(stage.name, seconds)
     reporter.stage_finished(stage.name, position, count, seconds=record["seconds"], summary=result.get("summary", ""))
 
 
-def _done(stage: Stage, context: StageContext, team: Team) -> dict[str, Any]:
+def _done(stage: Stage, context: StageContext, processes: Processes) -> dict[str, Any]:
     """Do a stage, by all ranks or by rank 0; returns what it returned."""
     if not stage.collective:
-        work = _with_help(team, stage, context)
-        return _together(team, context.run.path, work, doing=f"does stage {stage.name}")
+        work = _with_help(processes, stage, context)
+        return _on_rank_zero(processes, context.run.path, work, doing=f"does stage {stage.name}")
     start_collectives(context.config.parallel, seed=context.config.seed)
     result = _guarded(stage, context)
-    result |= _gpu_memory(team)
+    result |= _gpu_memory(processes)
     release_memory()
     return result
 
@@ -246,9 +250,9 @@ def _changed_since(name: str, changes: Sequence[str]) -> str:
     return f"          its sources changed since; what it made is from before (--from {name} makes it anew){told}"
 
 
-def _gpu_memory(team: Team) -> dict[str, Any]:
+def _gpu_memory(processes: Processes) -> dict[str, Any]:
     """Peak GPU memory of the rank that held most, as a part of the stage's result; empty without GPUs. Collective."""
-    peaks = [peak for peak in team.collect(speed.peak_gpu_memory()) if peak]
+    peaks = [peak for peak in processes.collect(speed.peak_gpu_memory()) if peak]
     most = {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]} if peaks else {}
     return {"peak_gpu_memory_gb": most} if most else {}
 
@@ -291,35 +295,35 @@ def _note_time(run: RunFolder, name: str, record: dict[str, Any], started: float
         return
 
 
-def _together(team: Team, folder: Path, work: Callable[[], T], *, doing: str) -> T:
+def _on_rank_zero(processes: Processes, folder: Path, work: Callable[[], T], *, doing: str) -> T:
     """Let rank 0 do something; every rank gets the value, or rank 0's error. Those that wait say what it is doing."""
     value: T | None = None
     error: BaseException | None = None
-    if team.rank == 0:
+    if processes.rank == 0:
         try:
             value = work()
         except (Exception, signals.Stopped) as caught:
             error = as_user_error(caught, folder) or caught
-    if team.size > 1:
+    if processes.size > 1:
         sent = (
             error if isinstance(error, (MinitronError, signals.Stopped, type(None))) else RuntimeError("rank 0 failed")
         )
-        value, received = team.broadcast((value, sent), doing=doing)
-        error = error or (as_echo(received) if received is not None else None)
+        value, received = processes.broadcast((value, sent), doing=doing)
+        error = error or (mark_reported(received) if received is not None else None)
     if error is not None:
         raise error
     return cast("T", value)
 
 
-def _with_help(team: Team, stage: Stage, context: StageContext) -> Callable[[], dict[str, Any]]:
+def _with_help(processes: Processes, stage: Stage, context: StageContext) -> Callable[[], dict[str, Any]]:
     """What rank 0 does in a stage that it does alone; with what it shares, the other ranks help first.
 
     Whoever waits for it hears of rank 0 once, with or without something to do.
     """
-    if stage.help is None or team.size == 1:
+    if stage.help is None or processes.size == 1:
         return lambda: _guarded(stage, context)
-    if team.rank > 0:
-        if (job := team.broadcast(None)) is not None:
+    if processes.rank > 0:
+        if (job := processes.broadcast(None)) is not None:
             stage.help(context, job)
         return dict
     heard = False
@@ -327,7 +331,7 @@ def _with_help(team: Team, stage: Stage, context: StageContext) -> Callable[[], 
     def share(job: Any) -> None:
         nonlocal heard
         heard = True
-        team.broadcast(job)
+        processes.broadcast(job)
 
     def work() -> dict[str, Any]:
         try:
@@ -353,7 +357,7 @@ def _redo_begun(request: Request) -> bool:
     return request.redo_from is not None and path.is_file() and read_json(path) == _redo_mark(request)
 
 
-def _close(request: Request, outcome: str) -> None:
+def _record_outcome(request: Request, outcome: str) -> None:
     try:
         if outcome == "finished":
             (request.run.stages / _REDO).unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.chain import MODELS
 from nemo_minitron.stages.files import write_json
+from nemo_minitron.stages.processes import mark_reported
 from nemo_minitron.stages.session import make_trainer, restore, validate
-from nemo_minitron.stages.team import as_echo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -159,7 +159,7 @@ def _tasks(
     try:
         found = led(_scorer(model, tokenizer, settings.task_batch_size), work)
     except MinitronError as error:
-        raise error if context.rank == 0 else as_echo(error) from None
+        raise error if context.rank == 0 else mark_reported(error) from None
     for task, row in found.items():
         metric = row["metrics"][row["metric"]]
         spread = "" if metric["standard_error"] is None else f" ± {metric['standard_error']:.4f}"

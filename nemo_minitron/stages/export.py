@@ -86,7 +86,7 @@ def _check(context: StageContext, student: Path) -> dict[str, float]:
     """Largest difference of logits by format, on every rank.
 
     A model on one rank is compared layer by layer, so that it need not fit into memory; one that is spread over ranks
-    is run as it lies.
+    runs at its current layout.
 
     Raises:
         CheckpointError: One is beyond `export.check_tolerance`, or is no number.

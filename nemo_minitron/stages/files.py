@@ -54,7 +54,7 @@ def as_user_error(error: BaseException, folder: Path) -> MinitronError | None:
     """What a user can do about an exception of the file system; None when it is something else.
 
     A full disk reaches us as `OSError`, but also as the `RuntimeError` or `SafetensorError` of a library that wrote for
-    us, so the words of the whole chain of causes are looked at.
+    us, so the words of the complete chain of causes are looked at.
     """
     chain = list(_causes(error))
     for item in chain:

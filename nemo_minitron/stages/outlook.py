@@ -63,7 +63,7 @@ class Outlook:
         section = self._training(stage)
         if section is None or section.minutes is None or section.minutes_of is not BudgetOf.RUN:
             return None
-        ahead = [other for other in self._chain if other.name in self._left or not self._run.is_whole(other.name)]
+        ahead = [other for other in self._chain if other.name in self._left or not self._run.is_complete(other.name)]
         sharing = [other for other in ahead if self._training(other) is section or other.name == stage.name]
         spent = sum(self._run.result(other.name).get("seconds", 0.0) for other in self._chain if other not in ahead)
         others = sum(self._expected(other) for other in ahead if other not in sharing)
@@ -79,7 +79,7 @@ class Outlook:
         return section if isinstance(section, TrainingConfig) else None
 
     def _model(self) -> ModelSpec | None:
-        if self._teacher is None and self._run.is_whole("import") and "spec" in (read := self._run.result("import")):
+        if self._teacher is None and self._run.is_complete("import") and "spec" in (read := self._run.result("import")):
             self._teacher = ModelSpec.from_dict(read["spec"])
         return self._teacher
 

@@ -16,13 +16,13 @@ class Action(StrEnum):
     """What happens to a stage."""
 
     SKIP = "skip"
-    """It is whole, and made from the same inputs."""
+    """It is complete, and made from the same inputs."""
     CONTINUE = "continue"
     """An attempt with the same inputs was cut off: go on in its folder."""
     DO = "do"
     """Nothing of it is there."""
     REDO = "redo"
-    """What is there is set aside until the new one is whole."""
+    """What is there is set aside until the new one is complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def select(
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    section = {"correct": "correct", "chat": "tune", "tune": "tune", "cache": "cache"}.get(name)
+    section = {"correct": "correct", "tokenize_chat": "tune", "tune": "tune", "cache": "cache"}.get(name)
     asked = f"; the recipe has no section `{section}:`" if section else ""
     if name == "search":
         asked = "; the recipe's target has no budget, as target.ratio=0.75 or target.params=100M"
@@ -103,7 +103,7 @@ def decide(
         if stage.name in forced:
             action = Action.REDO if record else Action.DO
         else:
-            whole = run.is_whole(stage.name)
+            whole = run.is_complete(stage.name)
             if record:
                 conflicts += _conflicts(stage, record, settings, whole=whole)
             action = _action(stage, record, digest, upstream, whole=whole)

@@ -7,8 +7,8 @@ from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.stages import manifest
+from nemo_minitron.stages.processes import Processes
 from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import Team
 
 WORTH = 1.25
 """bf16 is chosen on a CPU where its products are at least this many times as fast as fp32's. It rounds more, so a tie
@@ -80,7 +80,7 @@ def agreed(choices: list[PrecisionChoice]) -> PrecisionChoice:
     return first
 
 
-def settle(config: RunConfig, folder: RunFolder, team: Team) -> tuple[RunConfig, PrecisionChoice | None]:
+def settle(config: RunConfig, folder: RunFolder, processes: Processes) -> tuple[RunConfig, PrecisionChoice | None]:
     """The recipe with its precision settled, and how that came about; None where there is nothing to measure.
 
     A run keeps what it has chosen before, on whatever machine it continues. Collective.
@@ -91,9 +91,9 @@ def settle(config: RunConfig, folder: RunFolder, team: Team) -> tuple[RunConfig,
     asked = config.precision
     if asked is Precision.FP32:
         return config, None
-    choice = team.broadcast(_recorded(folder, asked) if team.rank == 0 else None)
+    choice = processes.broadcast(_recorded(folder, asked) if processes.rank == 0 else None)
     if choice is None:
-        choice = agreed(team.collect(measure(asked)))
+        choice = agreed(processes.collect(measure(asked)))
     return config.model_copy(update={"precision": choice.chosen}), choice
 
 

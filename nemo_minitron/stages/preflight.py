@@ -36,9 +36,9 @@ def check(
     Raises:
         MinitronError: The recipe cannot run as it is.
     """
-    ahead = [stage for stage in stages if not folder.is_whole(stage.name)]
+    ahead = [stage for stage in stages if not folder.is_complete(stage.name)]
     _check_sources(recipe, ahead, config)
-    if any(stage.name in ("data", "chat") for stage in ahead) and (problem := tokenizer_problem(config)):
+    if any(stage.name in ("data", "tokenize_chat") for stage in ahead) and (problem := tokenizer_problem(config)):
         raise DataError(
             f"model.source = {config.model.source}: its tokenizer cannot be used: {problem}",
             rule="texts are tokenized by the model's own tokenizer",
@@ -64,7 +64,7 @@ def teacher_model(config: RunConfig, folder: RunFolder) -> tuple[ModelSpec, str]
         SpecError: `model.architecture` describes another model than `model.source` is.
         MinitronError: Neither can be read.
     """
-    if folder.is_whole("import"):
+    if folder.is_complete("import"):
         result = folder.result("import")
         return ModelSpec.from_dict(result["spec"]), result["family"]
     from nemo_minitron.checkpoints.hf import read_architecture, read_family
@@ -196,7 +196,7 @@ def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> Non
     if problems:
         raise LayoutError(
             "a batch cannot be shared out so: " + "; ".join(problems),
-            rule=f"{copies} copies of the model take equally many whole micro-batches each",
+            rule=f"{copies} copies of the model take equally many complete micro-batches each",
             remedy="change the batch sizes, or the sizes under parallel:",
         )
 
@@ -236,7 +236,7 @@ def _check_sources(recipe: str, ahead: Sequence[Stage], config: RunConfig) -> No
     named: dict[str, tuple[str, tuple[str, ...]]] = {
         "import": ("model.source", (config.model.source,)),
         "data": ("data.sources", config.data.sources),
-        "chat": ("tune.sources", () if config.tune is None else config.tune.sources),
+        "tokenize_chat": ("tune.sources", () if config.tune is None else config.tune.sources),
     }
     missing = [
         f"{key}: {path}: no such file or folder; give its place on this machine, as {key}=..."

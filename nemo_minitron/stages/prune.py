@@ -32,7 +32,7 @@ def run(context: StageContext) -> dict[str, Any]:
         plan = PruningPlan.load(context.input("plan"))
         check_export(context.config, plan.student, teacher.family)
     else:
-        check_export(context.config, round_specs(target, original, context.config.steps)[-1], teacher.family)
+        check_export(context.config, round_specs(target, original, context.config.rounds)[-1], teacher.family)
         scores = Scores.load(context.input("scores"))
         scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
         plan = build_plan(scores, target_of(context, original), teacher.spec)
@@ -58,7 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def target_of(context: StageContext, original: ModelSpec) -> TargetConfig:
     """What the stage's round asks of the model that it has."""
     config = context.config
-    return round_targets(config.target, original, config.steps)[context.stage.round - 1]
+    return round_targets(config.target, original, config.rounds)[context.stage.round - 1]
 
 
 def _student(context: StageContext, pruned: PrunedSource) -> TensorSource:

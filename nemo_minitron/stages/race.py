@@ -20,8 +20,8 @@ from nemo_minitron.models.data import TokenDataModule
 from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.stages import signals
+from nemo_minitron.stages.processes import release_memory
 from nemo_minitron.stages.session import make_trainer, validate
-from nemo_minitron.stages.team import release_memory
 
 
 @dataclass(frozen=True, kw_only=True)

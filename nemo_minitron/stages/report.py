@@ -37,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def gather(context: StageContext) -> ReportContent:
     """Read what the other stages left."""
-    folder, steps = context.run, context.config.steps
+    folder, rounds = context.run, context.config.rounds
     results = {name: folder.result(name) for name in context.stage.needs}
     return ReportContent(
         name=context.config.name,
@@ -48,18 +48,18 @@ def gather(context: StageContext) -> ReportContent:
         manifest=read_json(folder.path / "manifest.json"),
         recipe=to_yaml(context.config),
         importance=importance(
-            folder.stage(round_name("score", 1, steps)) / "scores.safetensors",
-            [folder.stage(round_name("prune", number, steps)) / "plan.json" for number in range(1, steps + 1)],
+            folder.stage(round_name("score", 1, rounds)) / "scores.safetensors",
+            [folder.stage(round_name("prune", number, rounds)) / "plan.json" for number in range(1, rounds + 1)],
             context.config.target,
         ),
-        rounds=[_round(folder, number, steps) for number in range(1, steps + 1)],
+        rounds=[_round(folder, number, rounds) for number in range(1, rounds + 1)],
         metrics=_metrics(folder.stage("distill") / "metrics.jsonl"),
     )
 
 
-def _round(folder: RunFolder, number: int, steps: int) -> Row:
+def _round(folder: RunFolder, number: int, rounds: int) -> Row:
     """What one round cut, and how close to the teacher its distillation came."""
-    pruned, distilled = (folder.result(round_name(stage, number, steps)) for stage in ("prune", "distill"))
+    pruned, distilled = (folder.result(round_name(stage, number, rounds)) for stage in ("prune", "distill"))
     history = distilled.get("history") or [{}]
     return {
         "spec": pruned["spec"],

@@ -10,7 +10,7 @@ from nemo_minitron.stages.run_folder import CHECKPOINTS
 
 
 def newest_whole(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
-    """The whole checkpoint with the most steps. Collective: rank 0 looks, all ranks share the reading.
+    """The complete checkpoint with the most steps. Collective: rank 0 looks, all ranks share the reading.
 
     A damaged one is set aside as `STEP.damaged`, where it stays until the stage is finished.
 
@@ -32,7 +32,7 @@ def newest_whole(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
             _set_aside(path, aside)
         warn(f"warning: {path} is damaged ({fault}); set aside as {aside.name}, going on from the one before")
     if paths:
-        warn("warning: no whole checkpoint is left: training starts from the beginning")
+        warn("warning: no complete checkpoint is left: training starts from the beginning")
     return None
 
 

@@ -1,9 +1,9 @@
-"""The folder of a run: where each stage works, what is whole, and who may write.
+"""The folder of a run: where each stage works, what is complete, and who may write.
 
     config.resolved.yaml  manifest.json  metrics.jsonl  tensorboard/  report.html  summary.json  README.md
-    stages/<name>/            a whole stage: its files, result.json and DONE
+    stages/<name>/            a complete stage: its files, result.json and DONE
     stages/.<name>.partial/   a stage at work; survives a kill, and the same command goes on in it
-    stages/.replaced/         whole stages set aside by a redo, until the new ones are whole
+    stages/.replaced/         complete stages set aside by a redo, until the new ones are complete
     stages/.lock              held by the process at work (released by the system when that dies)
     .tmp/                     temporary files of libraries, while a process is at work
 
@@ -46,7 +46,7 @@ OWN_FILES = (
 
 
 class RunFolder:
-    """Paths of a run, and the few moves that change what is whole. Nothing is created before `create`."""
+    """Paths of a run, and the few moves that change what is complete. Nothing is created before `create`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -75,12 +75,12 @@ class RunFolder:
         self.stages.mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str) -> Path:
-        """The folder of a whole stage.
+        """The folder of a complete stage.
 
         Raises:
             RunFolderError: The stage has not been finished.
         """
-        if not self.is_whole(name):
+        if not self.is_complete(name):
             raise RunFolderError(
                 f"{self.path}: stage {name} is not finished",
                 rule=f"this needs what stage {name} makes",
@@ -88,17 +88,17 @@ class RunFolder:
             )
         return self.stages / name
 
-    def is_whole(self, name: str) -> bool:
+    def is_complete(self, name: str) -> bool:
         """Whether a stage has been finished."""
         return (self.stages / name / DONE).is_file()
 
     def result(self, name: str) -> dict[str, Any]:
-        """What a whole stage returned, with `seconds` and `peak_memory_gb` added by the engine."""
+        """What a complete stage returned, with `seconds` and `peak_memory_gb` added by the engine."""
         return read_json(self.stage(name) / RESULT)
 
     def done(self, name: str) -> dict[str, Any] | None:
-        """The record of a whole stage; None when there is none."""
-        return read_json(self.stages / name / DONE) if self.is_whole(name) else None
+        """The record of a complete stage; None when there is none."""
+        return read_json(self.stages / name / DONE) if self.is_complete(name) else None
 
     def partial(self, name: str) -> Path:
         """Where a stage works."""
@@ -115,7 +115,7 @@ class RunFolder:
         write_json(self.partial(name) / ATTEMPT, record)
 
     def finish(self, name: str, record: dict[str, Any], result: dict[str, Any]) -> Path:
-        """Turn a working folder, once it is on the disk, into a whole stage; what it replaces goes after that."""
+        """Turn a working folder, once it is on the disk, into a complete stage; what it replaces goes after that."""
         partial, whole = self.partial(name), self.stages / name
         write_json(partial / RESULT, result)
         write_json(partial / DONE, record)
@@ -124,7 +124,7 @@ class RunFolder:
         return whole
 
     def adopt(self, name: str) -> bool:
-        """Rename a working folder that is whole (a kill may have come between); whether there was one."""
+        """Rename a working folder that is complete (a kill may have come between); whether there was one."""
         partial = self.partial(name)
         if not (partial / DONE).is_file():
             return False
@@ -137,7 +137,7 @@ class RunFolder:
         return True
 
     def set_aside(self, name: str) -> None:
-        """Move a stage, whole and partial, out of the way, where it stays until its successor is whole."""
+        """Move a stage, complete and partial, out of the way, where it stays until its successor is complete."""
         for path in (self.stages / name, self.partial(name)):
             if not path.exists() or (path == self.partial(name) and (path / DONE).is_file()):
                 continue
@@ -161,7 +161,7 @@ class RunFolder:
         newest = self.newest_checkpoint()
         if newest is None:
             return "no training checkpoint is there; finished stages are kept, and the same command goes on behind them"
-        return f"newest whole checkpoint: {newest} (step {int(newest.stem)}); the same command goes on from there"
+        return f"newest complete checkpoint: {newest} (step {int(newest.stem)}); the same command goes on from there"
 
     def clear_leftovers(self) -> None:
         """Remove unfinished files that a killed process has left, in stages at work and in finished ones; and `.tmp`.

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from nemo_minitron.callbacks.importance import ImportanceCallback, Saving
+from nemo_minitron.callbacks.importance import ImportanceCallback, ScoreCheckpointing
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.run import RunConfig
@@ -49,7 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
         ffn_site=settings.ffn_site,
         provenance={"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]},
         coverage=coverage,
-        saving=Saving(
+        saving=ScoreCheckpointing(
             path=context.out / PARTIAL,
             every=settings.checkpoint_every,
             samples=len(windows),
@@ -97,7 +97,7 @@ def _leave(context: StageContext, scores: Scores) -> None:
 
 
 def _speed(model: MegatronGPTModel, rate: float | None, sequence_length: int) -> dict[str, float | None]:
-    """Tokens a second over all ranks, and the fraction of the GPUs' peak that they were scored at."""
+    """Tokens per second over all ranks, and the fraction of the GPUs' peak that they were scored at."""
     flops, devices = forward_flops(model.spec, sequence_length), model.runtime.world_size
     return {
         "tokens_per_second": None if rate is None else round(rate, 2),
@@ -108,7 +108,7 @@ def _speed(model: MegatronGPTModel, rate: float | None, sequence_length: int) ->
 def calibrate(
     model_path: Path, data: Path, config: RunConfig, importance: ImportanceCallback, *others: Callback
 ) -> float:
-    """Validate a model over the calibration samples with the callback attached; returns its nats a token."""
+    """Validate a model over the calibration samples with the callback attached; returns its nats per token."""
     trainer, model = _calibrator(model_path, config, importance, *others)
     windows = calibration_windows(data, config)
     return validate(model, windows, micro_batch_size=config.score.micro_batch_size, trainer=trainer)["val/ce"]

@@ -12,7 +12,7 @@ from nemo_minitron.config.run import RunConfig
 from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.models.strategy import MegatronStrategy
-from nemo_minitron.stages.team import release_memory
+from nemo_minitron.stages.processes import release_memory
 
 ModelT = TypeVar("ModelT", bound=MegatronGPTModel)
 

@@ -141,7 +141,7 @@ def is_at_work(run: RunFolder) -> bool:
 
 
 def _stage(run: RunFolder, name: str, *, running: bool, now: float) -> StageView:
-    if run.is_whole(name):
+    if run.is_complete(name):
         result = run.result(name)
         return StageView(name, State.DONE, result.get("seconds"), str(result.get("summary", "")))
     attempt = run.partial(name) / ATTEMPT
@@ -189,7 +189,7 @@ def _planned(run: RunFolder, config: RunConfig, stage: str) -> tuple[int | None,
     for folder in (run.partial(stage), run.stages / stage):
         if (folder / budget.FILE).is_file():
             return int(read_json(folder / budget.FILE)["steps"]), tokens
-    if run.is_whole(stage):
+    if run.is_complete(stage):
         return int(run.result(stage)["steps"]), tokens
     return None, tokens
 

@@ -21,8 +21,8 @@ def students_of(config: RunConfig, teacher: ModelSpec, run: RunFolder | None = N
         SearchError: No shape fits the budgets.
     """
     if not config.target.budgets:
-        return round_specs(config.target, teacher, config.steps)
-    if run is not None and run.is_whole("search"):
+        return round_specs(config.target, teacher, config.rounds)
+    if run is not None and run.is_complete("search"):
         return (ModelSpec.from_dict(run.result("search")["spec"]),)
     problem = posed(config, teacher)
     return (problem.spec(problem.candidates[0].sizes),)

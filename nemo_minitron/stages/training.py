@@ -33,7 +33,7 @@ from nemo_minitron.stages.training_job import TrainingJob
 def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     """Write the trained model and `metrics.jsonl`; returns steps, tokens, speed and validations. Collective.
 
-    Goes on from the newest whole checkpoint of an earlier attempt. A time budget becomes a number of steps first.
+    Goes on from the newest complete checkpoint of an earlier attempt. A time budget becomes a number of steps first.
     """
     if job.settings.minutes is not None:
         job = _with_steps_fixed(context, job)
@@ -123,7 +123,7 @@ def _budget(context: StageContext) -> dict[str, Any]:
 
 
 def _speed(model: MegatronGPTModel, throughput: Throughput, sequence_length: int) -> dict[str, float | None]:
-    """Tokens a second, and the fraction of the GPUs' peak that student and teacher together computed at."""
+    """Tokens per second, and the fraction of the GPUs' peak that student and teacher together computed at."""
     found = throughput.summary()
     flops = training_flops(model.spec, sequence_length)
     if isinstance(model, MegatronGPTDistillationModel) and (teacher := model.targets.teacher) is not None:

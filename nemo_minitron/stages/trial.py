@@ -13,8 +13,8 @@ from nemo_minitron.models.strategy import MegatronStrategy
 from nemo_minitron.stages import signals
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.budget import Costs
+from nemo_minitron.stages.processes import release_memory
 from nemo_minitron.stages.session import make_trainer, restore
-from nemo_minitron.stages.team import release_memory
 from nemo_minitron.stages.training_job import TrainingJob
 
 MIN_STEPS = 2

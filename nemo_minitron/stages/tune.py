@@ -22,11 +22,11 @@ def run(context: StageContext) -> dict[str, Any]:
         model=context.input("student"),
         settings=settings,
         distillation=settings.as_distillation().with_teacher(context.input("teacher")) if taught else None,
-        data=ChatDataModule(context.input("chat"), settings, seed=context.config.seed),
+        data=ChatDataModule(context.input("tokenize_chat"), settings, seed=context.config.seed),
         monitor=DistillationMonitor() if taught else ValidationHistory(("ce",)),
         metric="ce",
         result="student",
     )
     result = train(context, job)
     first, last = result["history"][0]["ce"], result["validation"]["ce"]
-    return {**result, "summary": f"cross-entropy of held-out answers {first:.3f} -> {last:.3f} nats a token"}
+    return {**result, "summary": f"cross-entropy of held-out answers {first:.3f} -> {last:.3f} nats per token"}

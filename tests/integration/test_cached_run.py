@@ -33,7 +33,7 @@ def undisturbed(inputs, tmp_path_factory) -> Path:
 def test_the_student_learns_and_the_report_says_from_what(undisturbed):
     result = json.loads((undisturbed / "stages/distill/result.json").read_text())
     assert result["validation"]["ce"] < result["history"][0]["ce"] - 0.1
-    assert "from a cache of 50 draws a token" in result["objective"]
+    assert "from a cache of 50 draws per token" in result["objective"]
     cache = json.loads((undisturbed / "stages/cache/result.json").read_text())
     assert cache["samples"] == 160
     assert 1 < cache["bytes_per_token"] < 50 * 3
@@ -54,7 +54,7 @@ def test_killed_while_it_writes_the_same_command_goes_on(undisturbed, inputs, tm
     assert done.returncode == 0, done.stderr
     after = {path.name: path.stat().st_mtime_ns for path in run.glob("stages/cache/targets/targets-*.bin")}
     assert len(after) == 20
-    assert all(after[name] == moment for name, moment in written.items()), "what was whole stays"
+    assert all(after[name] == moment for name, moment in written.items()), "what was complete stays"
     expected = weights(undisturbed)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
 

@@ -16,7 +16,7 @@ from tests.tiny import write_corpus, write_llama
 KILLS = 20
 # Two rounds, with everything in training that has a memory: validations, the best model, several checkpoints.
 CHANGES = {
-    "steps": 2,
+    "rounds": 2,
     "target": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64},
     "distill": {
         "tokens": 8 * 8 * 64,

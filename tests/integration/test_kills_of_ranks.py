@@ -118,7 +118,7 @@ def killed(rank: int, moment: float, job: tuple[Path, Path, dict, Path]) -> bool
 
 
 def check_checkpoints(run: Path) -> bool:
-    """Whatever has a checkpoint's name is whole, by a reading that is not ours; returns whether there is one."""
+    """Whatever has a checkpoint's name is complete, by a reading that is not ours; returns whether there is one."""
     folders = sorted(run.glob("stages/.distill.partial/checkpoints/*"))
     assert not [path for path in folders if path.suffix == ".damaged"], "no attempt found a damaged one"
     whole = [path for path in folders if path.suffix == ".ckpt" and not path.name.startswith(".")]

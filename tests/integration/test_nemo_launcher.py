@@ -107,7 +107,7 @@ def test_the_other_scripts_take_what_the_launcher_writes():
 
 def test_what_the_scripts_do_not_do_is_refused():
     with pytest.raises(ConfigError) as refused:
-        nemo_launcher.submit({"stages": ["score", "evaluate"]}, plan("steps=3", "correct={}"))
+        nemo_launcher.submit({"stages": ["score", "evaluate"]}, plan("rounds=3", "correct={}"))
 
     assert refused.value.problems == [
         "stages: evaluate: one of score, prune, distill",

@@ -71,12 +71,12 @@ ROWS: dict[str, Row] = {
     "optimizer.min_lr": told(OTHER, 1e-3, f"{SCHED}min_lr", min_lr=1e-3),
     "optimizer.warmup_steps": told(OTHER, 8, f"{SCHED}warmup_steps", warmup=8),
     "optimizer.schedule": Row(OTHER, "linear", {f"{SCHED}name": "WarmupAnnealing"}, used={"schedule": "linear"}),
-    "optimizer.decay_share": Row(
+    "optimizer.decay_fraction": Row(
         OTHER,
         0.5,
-        {f"{SCHED}name": "WarmupStableDecay", f"{SCHED}decay_share": 0.5},
-        {"distill.optimizer.schedule": "wsd", "distill.optimizer.decay_share": 0.5},
-        {"schedule": "wsd", "decay_share": 0.5},
+        {f"{SCHED}name": "WarmupStableDecay", f"{SCHED}decay_fraction": 0.5},
+        {"distill.optimizer.schedule": "wsd", "distill.optimizer.decay_fraction": 0.5},
+        {"schedule": "wsd", "decay_fraction": 0.5},
     ),
     "optimizer.weight_decay": told(OTHER, 0.5, f"{OPTIM}weight_decay", weight_decay=0.5),
     "optimizer.beta1": Row(REFUSED, 0.8, {f"{OPTIM}betas": [0.8, 0.95]}),
@@ -93,7 +93,7 @@ ROWS: dict[str, Row] = {
     "patience": Row(SAME, 5),
     "finish_with": Row(REFUSED, "best"),
     "guard.spike_factor": told(SAME, 1e6, f"{GUARD}spike_factor"),
-    "guard.most_skipped": told(SAME, 3, f"{GUARD}most_skipped"),
+    "guard.max_consecutive_skips": told(SAME, 3, f"{GUARD}max_consecutive_skips"),
     "kd_weight": told(REFUSED, 0.5, f"{DISTILLATION}kd_weight"),
     "lm_weight": told(REFUSED, 0.5, f"{DISTILLATION}lm_weight"),
     "hidden_weight": told(REFUSED, 0.5, f"{DISTILLATION}hidden_weight"),
@@ -146,7 +146,7 @@ def learning_rate(step: int, **asked: Any) -> float:
     lr, low, warmup = (asked.get(name, usual) for name, usual in (("lr", 2e-3), ("min_lr", 2e-4), ("warmup", 3)))
     schedule = asked.get("schedule", "cosine")
     last = asked.get("schedule_steps", asked.get("steps", STEPS))
-    share = asked.get("decay_share", 0.2)
+    share = asked.get("decay_fraction", 0.2)
     if step <= warmup:
         return lr * step / warmup
     falling = (step - warmup) / (last - asked.get("constant", 0) - warmup)
@@ -230,7 +230,7 @@ def test_every_setting_of_a_training_has_a_row():
 
 
 def test_an_undisturbed_training_is_what_it_was_asked_to_be(recipe, hydra, epoch):
-    whole = recipe["whole"]
+    whole = recipe["complete"]
     assert list(whole["samples"]) == list(range(1, STEPS + 1))
     assert len({sample for samples in whole["samples"].values() for sample in samples}) == STEPS * BATCH
     assert epoch >= LONGER * BATCH
@@ -251,7 +251,7 @@ def test_a_recipe_goes_on_exactly_or_is_refused(name, recipe):
 def test_a_script_goes_on_exactly_or_is_refused(name, recipe, hydra):
     row = (ROWS | BESIDE).get(name, Row(SAME, None))
     if name in hydra:
-        assert problems({**hydra, "whole": recipe["whole"]}, name, row) == []
+        assert problems({**hydra, "complete": recipe["complete"]}, name, row) == []
     else:
         assert row.hydra is None
 
@@ -275,7 +275,7 @@ def test_a_layout_that_the_optimizer_cannot_have_is_refused_before_a_step(hydra)
 
 def problems(found: dict[str, dict[str, Any]], name: str, row: Row) -> list[str]:
     """What an attempt did that was not asked for."""
-    attempt, whole = found[name], found["whole"]
+    attempt, whole = found[name], found["complete"]
     if row.outcome is REFUSED:
         return refusal_problems(attempt, row)
     said = attempt.get("refused", "") + str(attempt.get("status", ""))
@@ -316,7 +316,7 @@ def counted(found: dict[str, dict[str, Any]], name: str, steps: int) -> tuple[in
     assert list(second) == list(range(SAVED + 1, steps + 1)), list(second)
     read = [sample for step in range(1, SAVED + 1) for sample in first[step]]
     read += [sample for samples in second.values() for sample in samples]
-    wanted = [sample for samples in found["whole"]["samples"].values() for sample in samples][: steps * BATCH]
+    wanted = [sample for samples in found["complete"]["samples"].values() for sample in samples][: steps * BATCH]
     assert read[: len(wanted)] == wanted, "the order is another one"
     twice = sum(count - 1 for count in Counter(read).values())
     return twice, len(set(wanted) - set(read))
@@ -369,7 +369,9 @@ def test_states_of_the_optimizer_stay_as_they_are_split_where_nothing_is_said(pr
     [found] = run_on_ranks(1, _split, run, inputs)
     assert found["nothing"]["result"]["changes"] == []
     assert counted(found, "nothing", STEPS) == (0, 0)
-    assert all(torch.equal(*pair) for pair in zip(found["nothing"]["weights"], found["whole"]["weights"], strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(found["nothing"]["weights"], found["complete"]["weights"], strict=True)
+    )
     assert "optimizer.distributed (optim.distributed): True in the checkpoint, now False" in found["no"]["refused"]
 
 
@@ -384,7 +386,7 @@ def test_the_matrix(recipe, hydra, capsys):
     lines = [f"{'setting':26} {'other value':>22}  {'recipe':24} {'hydra':24}"]
     counts: Counter[str] = Counter()
     for name, row in (ROWS | BESIDE).items():
-        cells = [cell(door, name, row) for door in (recipe, {**hydra, "whole": recipe["whole"]})]
+        cells = [cell(door, name, row) for door in (recipe, {**hydra, "complete": recipe["complete"]})]
         counts.update(text.partition(":")[0] for text in cells)
         lines.append(f"{name:26} {str(row.value)[:22]:>22}  {cells[0]:24} {cells[1]:24}")
     with capsys.disabled():

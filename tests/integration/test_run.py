@@ -1,4 +1,4 @@
-"""The whole job from the command line on a tiny model: once undisturbed, once killed in every stage."""
+"""The complete job from the command line on a tiny model: once undisturbed, once killed in every stage."""
 
 import json
 import signal

@@ -1,6 +1,6 @@
 """Scores against a float64 reference written from the paper, on what `transformers` computes.
 
-The forward pass is ours in fp32 and theirs in float64, so the tolerance covers a whole model's rounding.
+The forward pass is ours in fp32 and theirs in float64, so the tolerance covers a complete model's rounding.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Teacher correction and tuning on conversations as parts of a whole run."""
+"""Teacher correction and tuning on conversations as parts of a complete run."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,19 @@ def run_all(run: Path, inputs: Path, correct: dict, tune: dict) -> dict:
 
 def test_the_stages_of_the_recipe_are_there_in_order(finished):
     _, results = finished
-    order = ["import", "data", "chat", "correct", "score", "prune", "distill", "tune", "evaluate", "export", "report"]
+    order = [
+        "import",
+        "data",
+        "tokenize_chat",
+        "correct",
+        "score",
+        "prune",
+        "distill",
+        "tune",
+        "evaluate",
+        "export",
+        "report",
+    ]
     assert list(results) == order
 
 
@@ -81,7 +93,7 @@ def test_loss_is_that_of_transformers_on_the_answers(finished, tmp_path):
     write_hf(open_checkpoint(run / "stages/distill/student"), tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     total, count = 0.0, 0
-    conversations = ConversationDataset(run / "stages/chat", "validation")
+    conversations = ConversationDataset(run / "stages.tokenize_chat", "validation")
     for item in (conversations[index] for index in range(len(conversations))):
         with torch.no_grad():
             logits = model(item["tokens"][None]).logits[0].double()

@@ -58,7 +58,7 @@ def sample_statistics(tokens: Iterable[Any]) -> dict[str, Any]:
 
 
 def over_samples(values: Sequence[Any], batch: str) -> Any:
-    """One number a channel from the statistic of each sample."""
+    """One number per channel from the statistic of each sample."""
     count, total = len(values), 0.0
     for value in values:
         total = total + (value * value if batch == "l2" else abs(value))

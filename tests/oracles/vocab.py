@@ -36,7 +36,7 @@ def mask_padding(logits: Tensor, *, vocab_size: int, tp: ProcessGroup | None) ->
 
 
 def vocab_log_softmax(logits: Tensor, *, tp: ProcessGroup | None) -> Tensor:
-    """Log-probabilities over the whole vocabulary; the result is split as the logits are."""
+    """Log-probabilities over the complete vocabulary; the result is split as the logits are."""
     logits = _wide(logits)
     peak = max_over(logits.amax(-1, keepdim=True), tp)  # no gradient through the shift
     shifted = logits - peak

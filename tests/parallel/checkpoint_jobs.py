@@ -162,13 +162,13 @@ def _error_of(action: Any) -> str:
 
 
 def lose_a_rank(how: str) -> str:
-    """What `lost_another` makes of the other rank's end, or of its silence."""
+    """What `peer_error` makes of the other rank's end, or of its silence."""
     import os
     from datetime import timedelta
 
     from torch import distributed, ones
 
-    from nemo_minitron.stages.team import lost_another
+    from nemo_minitron.stages.processes import peer_error
 
     group = distributed.new_group(timeout=timedelta(seconds=2))
     if distributed.get_rank() == 1:
@@ -180,5 +180,5 @@ def lose_a_rank(how: str) -> str:
         for _ in range(1000):
             distributed.all_reduce(ones(1), group=group)
     except RuntimeError as error:
-        return lost_another(error)
+        return peer_error(error)
     return ""

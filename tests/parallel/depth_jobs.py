@@ -101,7 +101,7 @@ def prepare(chunks: list[Any], case: DepthCase) -> None:
 
 
 def naive(spec_name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The collector's sums, and those of whole passes with the ordinary loss over models that lack a block."""
+    """The collector's sums, and those of complete passes with the ordinary loss over models that lack a block."""
     from nemo_minitron.megatron import runtime
     from nemo_minitron.megatron.build import build_chunks
     from nemo_minitron.megatron.forward import MicroBatch, reduce_report, run
@@ -210,7 +210,7 @@ def stage(folder: Path, *, partial: Path | None = None, cut_after: int | None = 
 
 
 def cut_off_and_go_on(folder: Path) -> dict[str, Any]:
-    """Whole, cut off, gone on with, and gone on with from a damaged file."""
+    """Complete, cut off, resumed, and resumed from a damaged file."""
     stage_files(folder)
     whole, _ = stage(folder)
     cut = stage(folder, partial=folder / "partial", cut_after=4)
@@ -220,7 +220,7 @@ def cut_off_and_go_on(folder: Path) -> dict[str, Any]:
     damaged, again = stage(folder, partial=folder / "partial")
     (folder / "partial").write_bytes(kept)
     return {
-        "whole": whole,
+        "complete": whole,
         "cut": cut,
         "resumed": resumed,
         "seen": seen,

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the score stage: run it whole, in parts, or until it is killed."""
+"""What ranks do in the tests of the score stage: run it complete, in parts, or until it is killed."""
 
 import os
 import signal
@@ -23,8 +23,8 @@ def score_stage(folder: Path, out: Path, how: dict[str, Any], *, kill: int = 0, 
     from nemo_minitron.megatron import runtime
     from nemo_minitron.megatron.data import read_info
     from nemo_minitron.stages.base import Stage, StageContext
+    from nemo_minitron.stages.processes import environment_rank
     from nemo_minitron.stages.score import run
-    from nemo_minitron.stages.team import environment_rank
 
     config = config_for(folder / "hf", folder / "corpus", score=BASE | how)
     out.mkdir(exist_ok=True)

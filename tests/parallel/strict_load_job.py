@@ -10,7 +10,7 @@ SIZES: dict[str, Any] = {"layers": 4, "hidden": 64, "heads": 8, "groups": 4, "ch
 
 
 def load_strictly(folders: dict[str, str], tensor: int, pipeline: int) -> dict[str, dict[str, Any]]:
-    """This rank's parameters by folder and name, as numpy arrays; layers by their number in the whole model.
+    """This rank's parameters by folder and name, as numpy arrays; layers by their number in the complete model.
 
     Args:
         folders: Prefix of the keys to the folder of the weights.

@@ -17,7 +17,7 @@ DP2 = Case("tied", distributed=True)
 @pytest.mark.parametrize("case", [TP2, DP2], ids=["tp2", "dp2"])
 def test_what_is_saved_while_training_goes_on_is_the_step_that_was_asked_for(case, tmp_path):
     for found in run_on_ranks(2, jobs.save_while_training, case, tmp_path):
-        assert found["during"] == (None, False), "it has no name before it is whole"
+        assert found["during"] == (None, False), "it has no name before it is complete"
         assert found["done"]
         assert len(found["at_once"]) == 2
         assert found["meanwhile"] == found["at_once"]

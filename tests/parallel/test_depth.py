@@ -1,4 +1,4 @@
-"""Depth metrics: what leaving layers out costs, against transformers and whole passes, the same at every layout."""
+"""Depth metrics: what leaving layers out costs, against transformers and complete passes, the same at every layout."""
 
 from functools import cache
 

@@ -28,7 +28,7 @@ def same(found, expected):
 
 
 def test_every_metric_of_the_recipe_is_measured(measured):
-    whole = measured[1]["whole"]
+    whole = measured[1]["complete"]
     assert {name.split(".")[1] for name in whole} == {
         "blocks",
         "samples",
@@ -47,20 +47,20 @@ def test_what_was_cut_off_goes_on_and_comes_to_the_same(measured):
     result = measured[1]
     assert result["cut"] == [1, 2, 3, 4]
     assert result["seen"] == [4, 5, 6, 7], "it measured again what was saved, or left something out"
-    same(result["resumed"], result["whole"])
+    same(result["resumed"], result["complete"])
 
 
 def test_a_damaged_partial_file_means_beginning_again(measured):
     result = measured[1]
     assert result["again"] == [1, 2, 3, 4, 5, 6, 7]
-    same(result["damaged"], result["whole"])
+    same(result["damaged"], result["complete"])
 
 
 def test_it_goes_on_with_more_data_parallel_ranks(measured):
     folder, result = measured
     for tensors, seen in run_on_ranks(2, go_on, folder):
         assert seen == [5, 7]
-        same(tensors, result["whole"])
+        same(tensors, result["complete"])
 
 
 def go_on(folder):

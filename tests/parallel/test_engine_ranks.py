@@ -10,17 +10,22 @@ from nemo_minitron.errors import DataError
 from nemo_minitron.megatron import waiting
 from nemo_minitron.stages.base import Stage, StageContext
 from nemo_minitron.stages.engine import Request, run_chain
+from nemo_minitron.stages.processes import DistributedProcesses, is_reported
 from nemo_minitron.stages.run_folder import RunFolder
-from nemo_minitron.stages.team import Ranks, is_echo
 from tests.jobs import config_for
 from tests.ranks import run_on_ranks
 
 
-def go(folder: Path, chain: tuple[Stage, ...]) -> Ranks:
+def go(folder: Path, chain: tuple[Stage, ...]) -> DistributedProcesses:
     config = config_for(folder, folder)
-    team = Ranks(config.parallel, config.seed)
-    run_chain(chain, Request(config=config, run=RunFolder(folder / "run")), team=team, reporter=Reporter(silent=True))
-    return team
+    processes = DistributedProcesses(config.parallel, config.seed)
+    run_chain(
+        chain,
+        Request(config=config, run=RunFolder(folder / "run")),
+        processes=processes,
+        reporter=Reporter(silent=True),
+    )
+    return processes
 
 
 def note(context: StageContext) -> dict:
@@ -29,12 +34,12 @@ def note(context: StageContext) -> dict:
 
 
 def two_stages(folder: Path) -> tuple[int, dict, dict]:
-    team = go(
+    processes = go(
         folder, (Stage(name="import", run=note), Stage(name="score", run=note, collective=True, needs=("import",)))
     )
     run = RunFolder(folder / "run")
     files = {name: sorted(path.name for path in run.stage(name).glob("rank*")) for name in ("import", "score")}
-    return team.rank, files, run.result("score")
+    return processes.rank, files, run.result("score")
 
 
 def test_only_collective_stages_run_everywhere_and_all_see_what_is_whole(tmp_path):
@@ -53,7 +58,7 @@ def failing_stage(folder: Path) -> tuple[str, bool]:
     try:
         go(folder, (Stage(name="import", run=refuse),))
     except DataError as error:
-        return str(error), is_echo(error)
+        return str(error), is_reported(error)
     return "", False
 
 

@@ -111,12 +111,12 @@ def measured(case: Case) -> tuple[dict[str, int], RankMemory]:
         shared: dict[str, Any] = {"vocab_size": case.spec.vocab_size, "tensor_group": tensor_group(here)}
         loss: Any = LanguageModelLoss(model=chunks[-1], **shared)
         if teacher:
-            with matching.of_teacher(teacher) if matching else nullcontext():
+            with matching.capture_teacher(teacher) if matching else nullcontext():
                 states = forward.collect_hidden(teacher, batches, here)
             if matching is not None:
-                matching.deliver(batches, chunks[0].config.params_dtype)
+                matching.send_targets(batches, chunks[0].config.params_dtype)
             loss = DistillationLoss(student=chunks[-1], teacher=teacher[-1], teacher_states=states, **shared)
-        with matching.compared(chunks, weight=1.0) if matching else nullcontext():
+        with matching.match(chunks, weight=1.0) if matching else nullcontext():
             forward.run(wrapped, batches, loss, runtime=here, forward_only=False)
 
     gradients()  # what the first step alone allocates and keeps

@@ -1,4 +1,5 @@
-"""The Triton form of every fused loss against whole float64 tensors, in Triton's interpreter, alone and on two ranks.
+"""The Triton form of every fused loss against complete float64 tensors, in Triton's interpreter, alone and on two
+ranks.
 
 The reference is `tests.oracles.divergence`, which works on probabilities, and torch's cross-entropy. That the kernels
 also compile for a GPU is checked by compiling them: the interpreter takes more than the compiler does.

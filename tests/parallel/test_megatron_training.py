@@ -64,7 +64,7 @@ def learning_rates(config: OptimizerConfig, steps: int) -> list[float]:
 
 def test_warm_up_stable_decay() -> None:
     """20 steps, 4 of warm-up, the last 5 down from 1 to 0.1: the rate of step `t` by its definition."""
-    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4, schedule=Schedule.WSD, decay_share=0.25)
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4, schedule=Schedule.WSD, decay_fraction=0.25)
     expected = [min(t / 4, 1.0) if t <= 15 else 1.0 - 0.9 * (t - 15) / 5 for t in range(1, 21)]
     assert run_on_ranks(1, learning_rates, config, 20)[0] == pytest.approx(expected)
 

@@ -1,4 +1,5 @@
-"""Sums for merging dropped layers: those of transformers' activations, the same at every layout; and the whole job."""
+"""Sums for merging dropped layers: those of transformers' activations, the same at every layout; and the complete
+job."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""The whole trainer and the whole scoring pass give the same numbers at every layout (fp32, tiny model)."""
+"""The complete trainer and the complete scoring pass give the same numbers at every layout (fp32, tiny model)."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Every divergence, full, top-k and sampled, fused and dense, at every world size, in value and in every gradient.
 
-The reference (`tests.oracles.divergence`) works on whole float64 tensors of probabilities in one process.
+The reference (`tests.oracles.divergence`) works on complete float64 tensors of probabilities in one process.
 """
 
 import functools

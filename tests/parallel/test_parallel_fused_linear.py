@@ -1,4 +1,5 @@
-"""The fused output layers against plain autograd on whole tensors, in value and in every gradient, at every world size.
+"""The fused output layers against plain autograd on complete tensors, in value and in every gradient, at every world
+size.
 
 The reference is torch.nn.functional.kl_div and cross_entropy on one process in float64; it shares no code with ours.
 """
@@ -48,7 +49,7 @@ def problem(dtype=torch.float64, vocab_size=14):
 
 
 def reference_kl(data, vocab_size, temperature, scale=1.0, weights=(1.0, 0.0)):
-    """Value, gradients of student states and weight, and the statistics, from whole float64 tensors."""
+    """Value, gradients of student states and weight, and the statistics, from complete float64 tensors."""
     hidden = data["student_hidden"].double().clone().requires_grad_()
     weight = data["student_weight"].double().clone().requires_grad_()
     keep, labels = data["keep"], data["labels"][data["keep"]]

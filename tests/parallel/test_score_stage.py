@@ -22,7 +22,7 @@ def made(tmp_path_factory):
     write_corpus(folder / "corpus")
     run_on_ranks(1, jobs.prepare, folder)
     runs = {
-        "whole": {},
+        "complete": {},
         "first": {"samples": 4},
         "second": {"first_sample": 4, "samples": 7},
         "before": {"ffn_site": "before_activation", "samples": 4},
@@ -41,14 +41,14 @@ def assert_same(got: Scores, expected: Scores, tolerance: float) -> None:
 
 def test_a_kill_at_any_moment_costs_nothing_but_time(made):
     folder, results = made
-    whole = (folder / "whole" / FILE).read_bytes()
+    whole = (folder / "complete" / FILE).read_bytes()
     for batches in (2, 5):  # before the first save, and between two
         out = folder / f"killed after {batches}"
         with pytest.raises(RankError, match="died without a word"):
             run_on_ranks(1, killed, folder, out, batches)
         (result,) = run_on_ranks(1, score_stage, folder, out, {})
         assert (out / FILE).read_bytes() == whole
-        assert result["calibration_nats"] == results["whole"]["calibration_nats"]
+        assert result["calibration_nats"] == results["complete"]["calibration_nats"]
         assert result["batches"] == 11 - batches // 3 * 3, "it did not go on from the newest save"
         assert [path.name for path in out.iterdir()] == [FILE]
 
@@ -58,7 +58,7 @@ def test_a_signal_saves_and_the_next_run_goes_on(made):
     ((stopped, result),) = run_on_ranks(1, stop_and_go_on, folder, folder / "stopped", 5)
     assert stopped == {"stopped": 5}
     assert result["batches"] == 6
-    assert (folder / "stopped" / FILE).read_bytes() == (folder / "whole" / FILE).read_bytes()
+    assert (folder / "stopped" / FILE).read_bytes() == (folder / "complete" / FILE).read_bytes()
 
 
 def test_another_number_of_ranks_goes_on_too(made):
@@ -69,16 +69,16 @@ def test_another_number_of_ranks_goes_on_too(made):
         run_on_ranks(2, killed, folder, out, 3)
     (result,) = run_on_ranks(1, score_stage, folder, out, {})
     assert result["batches"] == 11 - 6
-    assert_same(Scores.load(out / FILE), Scores.load(folder / "whole" / FILE), 1e-12)
-    assert result["calibration_nats"] == pytest.approx(results["whole"]["calibration_nats"], rel=1e-6)
+    assert_same(Scores.load(out / FILE), Scores.load(folder / "complete" / FILE), 1e-12)
+    assert result["calibration_nats"] == pytest.approx(results["complete"]["calibration_nats"], rel=1e-6)
     for stopped, finished in run_on_ranks(2, stop_and_go_on, folder, folder / "two", 2):
         assert (stopped, finished["batches"]) == ({"stopped": 2}, 4)
-    assert_same(Scores.load(folder / "two" / FILE), Scores.load(folder / "whole" / FILE), 1e-12)
+    assert_same(Scores.load(folder / "two" / FILE), Scores.load(folder / "complete" / FILE), 1e-12)
 
 
 def test_parts_merge_into_the_whole(made):
     folder, results = made
-    whole, first, second = (Scores.load(folder / name / FILE) for name in ("whole", "first", "second"))
+    whole, first, second = (Scores.load(folder / name / FILE) for name in ("complete", "first", "second"))
     assert (first.samples, second.samples, results["second"]["first_sample"]) == (4, 7, 4)
     for merged in (first.merge(second), second.merge(first)):
         assert_same(merged, whole, 1e-12)

@@ -100,7 +100,7 @@ def test_a_step_that_is_not_a_number_on_one_rank_is_skipped_on_all(run, inputs):
 
 def test_too_many_skipped_steps_end_training_with_a_reason(run, inputs):
     with pytest.raises(RankError, match=r"4 training steps in a row were skipped; the last one because .* is nan"):
-        distill(run, inputs, before=poison_everything, guard={"most_skipped": 4})
+        distill(run, inputs, before=poison_everything, guard={"max_consecutive_skips": 4})
     assert list((run / "stages/.distill.partial/checkpoints").glob("00000005.ckpt")), "what was saved before stays"
 
 
@@ -164,7 +164,7 @@ def stop_after_seven_steps() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_at_another_data_parallel_size(run, inputs, tmp_path, before, after):
-    whole = shutil.copytree(run, tmp_path / "whole")
+    whole = shutil.copytree(run, tmp_path / "complete")
     settings = {"optimizer": {**STEADY, "distributed": True}, "validate_every": 10, "checkpoint_every": 5}
     ((expected, weights, _),) = distill(whole, inputs, **settings)
     with pytest.raises(RankError, match="stopped on purpose"):
@@ -196,7 +196,7 @@ def test_a_run_that_gathers_weights_late_validates_saves_and_goes_on_bit_for_bit
 
 def test_a_run_with_losses_on_hidden_states_goes_on_bit_for_bit(run, inputs, tmp_path):
     """The projection, its moments and the balance come back."""
-    whole = shutil.copytree(run, tmp_path / "whole")
+    whole = shutil.copytree(run, tmp_path / "complete")
     hidden = {"layers": [[-2, -2]], "embedding": True}
     settings = {"tokens": 10 * 8 * 64, "optimizer": STEADY, "checkpoint_every": 5, "hidden": hidden}
     ((expected, weights, _),) = distill(whole, inputs, **settings)

@@ -18,7 +18,7 @@ from nemo_minitron.config.training import OptimizerConfig
 
 SAMPLES, LENGTH, MICRO_BATCHES = 2, 32, 4
 
-# Operations of torch.distributed, and which of their arguments is the whole tensor.
+# Operations of torch.distributed, and which of their arguments is the complete tensor.
 _KINDS = {
     "allreduce_": ("all-reduce", 0),
     "allreduce_coalesced_": ("gradient all-reduce", 0),
@@ -33,7 +33,7 @@ _SCALARS = 16
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the whole tensors of each kind of collective, in the names of `estimate.communication`.
+    """Bytes of the complete tensors of each kind of collective, in the names of `estimate.communication`.
 
     Megatron's buffers of gradients and weights are the only ones that travel coalesced.
     """

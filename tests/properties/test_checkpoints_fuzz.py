@@ -1,7 +1,7 @@
-"""Damaged checkpoints: every reader gives a whole model or a clear refusal, never another exception.
+"""Damaged checkpoints: every reader gives a complete model or a clear refusal, never another exception.
 
 Three kinds of damage: bits and bytes, truncation, and well-formed files that say something else (other shapes, types,
-keys, values). What was cut off may only be read as whole if it reads exactly as before.
+keys, values). What was cut off may only be read as complete if it reads exactly as before.
 """
 
 import io
@@ -238,16 +238,16 @@ def test_a_whole_model_or_a_refusal(root: Path, target: str) -> None:
             file.write_bytes(data)
             outcome, tensors = _read(root / checkpoint)
             found[outcome] += 1
-            if cut and outcome == "whole":
+            if cut and outcome == "complete":
                 assert expected.keys() == tensors.keys()
                 assert all(torch.equal(tensors[key], expected[key]) for key in expected), (
-                    "a part was taken for the whole"
+                    "a part was taken for the complete"
                 )
     finally:
         file.write_bytes(whole)
     assert found["refused"] > 0
-    assert set(found) <= {"refused", "whole"}
-    assert _read(root / checkpoint)[0] == "whole"
+    assert set(found) <= {"refused", "complete"}
+    assert _read(root / checkpoint)[0] == "complete"
     outcomes.update(found)
     outcomes["targets"] += 1
 
@@ -256,15 +256,15 @@ def test_count(capsys: pytest.CaptureFixture[str]) -> None:
     """Last in the file, so that it sees all of them."""
     if outcomes["targets"] < len(TARGETS):
         pytest.skip("only some targets were selected")
-    total = outcomes["refused"] + outcomes["whole"]
+    total = outcomes["refused"] + outcomes["complete"]
     with capsys.disabled():
-        print(f"\n  {total} damaged inputs to {len(TARGETS)} readers: {outcomes['refused']} refused, the rest whole")
+        print(f"\n  {total} damaged inputs to {len(TARGETS)} readers: {outcomes['refused']} refused, the rest complete")
     assert total >= AT_LEAST
 
 
 def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     try:
-        return "whole", _tensors(open_checkpoint(path))
+        return "complete", _tensors(open_checkpoint(path))
     except MinitronError as error:
         return ("refused" if str(error).strip() else "refused without a word"), {}
 

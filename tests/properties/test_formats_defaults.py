@@ -129,7 +129,7 @@ def gguf_tensors() -> dict[str, np.ndarray]:
 
 
 def test_keys_of_gguf_files(tmp_path: Path) -> None:
-    assert open_gguf(write_gguf(tmp_path / "whole.gguf", METADATA)).spec == GGUF_SPEC
+    assert open_gguf(write_gguf(tmp_path / "complete.gguf", METADATA)).spec == GGUF_SPEC
     counts: Counter[str] = Counter()
     for key, value in METADATA.items():
         changes: dict[str, dict[str, Any]] = {"delete": {name: v for name, v in METADATA.items() if name != key}}
@@ -212,7 +212,7 @@ def test_split_files_are_read_whole(tmp_path: Path) -> None:
     split = {"split.count": 2, "split.tensors.count": len(tensors)}
     write_gguf(tmp_path / "m-00001-of-00002.gguf", METADATA | split | {"split.no": 0}, first)
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1, **split}, second)
-    whole = open_gguf(write_gguf(tmp_path / "whole.gguf", METADATA))
+    whole = open_gguf(write_gguf(tmp_path / "complete.gguf", METADATA))
     parts = open_gguf(tmp_path / "m-00001-of-00002.gguf")
     assert parts.spec == whole.spec
     for name in whole.names():

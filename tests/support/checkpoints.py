@@ -74,7 +74,7 @@ def equal(one: TensorSource, other: TensorSource) -> bool:
 
 
 def _foreign(path: Path, state: dict[str, torch.Tensor], **config: Any) -> Path:
-    """A NeMo-1 folder by torch's own writer: whole stacked tensors, none of our keys."""
+    """A NeMo-1 folder by torch's own writer: complete stacked tensors, none of our keys."""
     path.mkdir()
     keys = {
         "num_layers": 3,

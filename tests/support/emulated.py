@@ -1,4 +1,4 @@
-"""Importing this first makes a process take the branches of a GPU machine; a pytest plugin for whole test files too.
+"""Importing this first makes a process take the branches of a GPU machine; a pytest plugin for complete test files too.
 
 python -m pytest -p tests.support.emulated tests/parallel/test_megatron_layouts.py
 """

@@ -1,4 +1,4 @@
-"""Weights as NeMo 1 laid them out: one file a rank, zarr arrays, archives."""
+"""Weights as NeMo 1 laid them out: one file per rank, zarr arrays, archives."""
 
 import io
 import json

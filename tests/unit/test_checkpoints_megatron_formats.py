@@ -50,7 +50,7 @@ def test_bytes_through_every_format_and_back(folders: Path, tmp_path: Path, fami
     """Hugging Face, canonical, `.nemo`, NeMo 2, Megatron, Hugging Face; as it is and pruned."""
     source = open_hf(toy(folders, family, tied))
     assert (source.family, source.spec.tied_embeddings, source.dtype) == (family, tied, torch.bfloat16)
-    for name, first in {"whole": source, "pruned": PrunedSource(source, plan_for(source))}.items():
+    for name, first in {"complete": source, "pruned": PrunedSource(source, plan_for(source))}.items():
         root = tmp_path / name
         write_hf(first, root / "hf")
         write_folder(open_checkpoint(root / "hf"), root / "canonical")
@@ -62,7 +62,9 @@ def test_bytes_through_every_format_and_back(folders: Path, tmp_path: Path, fami
         assert files == sorted(path.name for path in (root / "back").iterdir())
         for file in files:
             assert (root / "back" / file).read_bytes() == (root / "hf" / file).read_bytes(), file
-    assert (tmp_path / "whole" / "back" / WEIGHTS).read_bytes() == (toy(folders, family, tied) / WEIGHTS).read_bytes()
+    assert (tmp_path / "complete" / "back" / WEIGHTS).read_bytes() == (
+        toy(folders, family, tied) / WEIGHTS
+    ).read_bytes()
 
 
 SPECS = {

@@ -103,7 +103,7 @@ def test_memory_is_used_again_only_when_nobody_has_it() -> None:
         del first
         second = memory.empty(shape, torch.bfloat16).fill_(2)
         assert second.data_ptr() != place
-        assert second.untyped_storage().nbytes() == second.nbytes  # torch.save writes whole storages
+        assert second.untyped_storage().nbytes() == second.nbytes  # torch.save writes complete storages
         assert torch.all(view == 1)
         del view
         third = memory.empty((1 << 19, 1), torch.float32)

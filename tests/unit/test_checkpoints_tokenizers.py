@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from nemo_minitron.checkpoints.gguf_tokenizer import convert_tokenizer
 from nemo_minitron.checkpoints.sentencepiece_file import read_sentencepiece
 from nemo_minitron.checkpoints.sentencepiece_tokenizer import build_tokenizer
+from nemo_minitron.checkpoints.sidecar import tokenizer_problem, with_tokenizer_json
 from nemo_minitron.checkpoints.tekken_tokenizer import tekken_files
-from nemo_minitron.checkpoints.travelling import tokenizer_problem, with_tokenizer_json
 from nemo_minitron.errors import CheckpointError
 
 SCRIPTS = (

@@ -252,7 +252,7 @@ def test_a_run_refuses_what_a_dry_run_refuses_before_it_begins(given, tmp_path):
 
 def test_dry_run_shows_every_round_and_every_training(given):
     chat = given[2].removeprefix("data.sources=[").removesuffix("]")
-    out, _ = invoke("run", *given, "--dry-run", "steps=2", "correct={tokens: 1024}", f"tune={{sources: [{chat}]}}")
+    out, _ = invoke("run", *given, "--dry-run", "rounds=2", "correct={tokens: 1024}", f"tune={{sources: [{chat}]}}")
     assert re.search(r"round 1 +student", out)
     assert re.search(r"FFN size +96 +80 +64", out)
     assert re.search(r"correct +2 +512 +1,024", out)
@@ -261,7 +261,7 @@ def test_dry_run_shows_every_round_and_every_training(given):
     order = (
         "import",
         "data",
-        "chat",
+        "tokenize_chat",
         "correct",
         "score.1",
         "prune.1",

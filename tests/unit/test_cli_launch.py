@@ -154,7 +154,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(start, tmp_path, los
     assert status == 137
     assert err == (
         f"error: rank {lost} was ended by SIGKILL, as the system does when memory runs out\n"
-        f"  newest whole checkpoint: {checkpoint} (step 30); the same command goes on from there\n"
+        f"  newest complete checkpoint: {checkpoint} (step 30); the same command goes on from there\n"
     )
     assert time.monotonic() - began < 25
 

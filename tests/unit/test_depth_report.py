@@ -43,7 +43,7 @@ def test_the_report_shows_them_only_when_they_were_measured():
 def test_the_number_of_layers_that_went_has_a_curve_of_its_own():
     svg = figures.block_curve(replace(importance(), depth=measured()), "lm_loss")
     assert f"{len(DROPPED)} layers, as many as went" in svg
-    assert "nats a token" in svg
+    assert "nats per token" in svg
 
 
 def test_dropped_layers_are_marked_and_losses_below_zero_can_be_drawn():

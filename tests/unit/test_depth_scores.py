@@ -88,7 +88,7 @@ def test_what_measures_other_things_cannot_be_merged():
     [
         ({"depth__lm_loss__sum": torch.tensor([35, 36, torch.nan, 31, 39, 38, 32, 34, 33]).double()}, "layers 0-2"),
         ({"depth__lm_loss__sum": torch.tensor([35, 36, 1, 31, 39, 38, torch.inf, 34, 33]).double()}, "without layer 2"),
-        ({"depth__lm_loss__base": number(torch.nan)}, "of the whole model is NaN"),
+        ({"depth__lm_loss__base": number(torch.nan)}, "of the complete model is NaN"),
         ({"depth__lm_loss__count": number(0)}, "lm_loss counts nothing"),
         ({"depth__logit_mse__base": number(0)}, "logit_mse counts nothing"),
         ({"depth__lm_loss__sum": torch.zeros(8).double()}, r"shaped \(8,\)"),
@@ -171,4 +171,4 @@ def test_every_problem_of_a_recipes_depth_keys_is_told():
     assert "target.depth_metric = 'lm_loss' is not measured: add it to score.depth.metrics" in told
     assert "set score.depth.blocks=true" in told
     told = problems(target={"depth_contiguous": True})
-    assert "needs a metric of whole blocks" in told
+    assert "needs a metric of complete blocks" in told

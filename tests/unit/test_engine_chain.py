@@ -92,7 +92,7 @@ def test_a_failed_stage_goes_on_in_its_own_folder(recorder, run):
     recorder.fail_in = "score"
     with pytest.raises(RuntimeError, match="stop here"):
         go(recorder, run)
-    assert not run.is_whole("score")
+    assert not run.is_complete("score")
     recorder.fail_in = None
     (run.partial("score") / "half").write_text("kept")
     assert go(recorder, run) == ["score", "prune", "report"]
@@ -177,7 +177,7 @@ def test_a_kill_between_done_and_rename_costs_nothing(recorder, run):
     go(recorder, run)
     run.stage("prune").rename(run.partial("prune"))
     assert go(recorder, run) == []
-    assert run.is_whole("prune")
+    assert run.is_complete("prune")
 
 
 def test_deciding_changes_nothing(recorder, run):
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_message_and_the_stage_can_go_on(recorder, run):
     recorder.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "big.bin")
     with pytest.raises(RunFolderError, match=r"big.bin: no space left on the disk"):
         go(recorder, run)
-    assert run.is_whole("import")
+    assert run.is_complete("import")
     recorder.fail_in = None
     assert go(recorder, run) == ["score", "prune", "report"]
 
@@ -277,7 +277,7 @@ def test_a_training_stage_that_ends_in_spite_of_a_signal_is_whole(recorder, run)
     chain = (Stage(name="import", run=train, saves_when_stopped=True), recorder.stage("score"))
     with pytest.raises(signals.Stopped):
         go(recorder, run, chain=chain)
-    assert run.is_whole("import")
+    assert run.is_complete("import")
     assert recorder.ran == []
 
 

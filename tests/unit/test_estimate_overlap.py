@@ -29,7 +29,7 @@ PARAMETERS = 2 * LAYER + 5 * 1024 + 2 * VOCABULARY
 LENGTH, MICRO_BATCHES = 4096, 4
 MACHINE = Machine(gpu="h100", gpus=32, gpus_per_node=8, mfu=0.5)
 RATE, WIRE = 989e12 * 0.5, 50e9 * 0.7
-# A token: two operations a weight, and 4 a channel and each of 2048 positions on average.
+# A token: two operations per weight, and 4 a channel and each of 2048 positions on average.
 LAYER_FLOPS = 2 * LAYER + 4 * 1024 * 2048
 PASS = LENGTH * (2 * LAYER_FLOPS + 2 * VOCABULARY) / RATE
 
@@ -99,7 +99,7 @@ def test_the_interleaved_schedule_hides_sends_but_for_those_that_fill_the_pipeli
 
 
 def test_tensor_parallel_ranks_of_one_node_use_nvlink_and_nothing_is_hidden():
-    """Two sums a layer and direction and one of the embedding, in bf16; the loss's gradient of the states in fp32."""
+    """Two sums per layer and direction and one of the embedding, in bf16; the loss's gradient of the states in fp32."""
     found = communication(SPEC, training(ParallelConfig(tensor=2), 16), 0, MACHINE)[Split.TENSOR]
     states = LENGTH * 1024 * MICRO_BATCHES
     assert found == (0, pytest.approx((9 * 2 + 4) * states / (450e9 * 0.7), rel=1e-6))
@@ -127,7 +127,7 @@ def shown(overrides: list[str]) -> list[float]:
     path = recipes.find("qwen3_8b_to_6b_depth_64gpu_h100")
     config = load_recipe(path, overrides)
     teacher = read_architecture(path.parent / config.model.architecture)
-    students = round_specs(config.target, teacher, config.steps)
+    students = round_specs(config.target, teacher, config.rounds)
     work = work_of("distill", 1, config, teacher, students, ranks=64)
     table = dry_run_tables.communication({"distill": work}, config)
     return [float(next(iter(table.columns[index].cells))) for index in (4, 5)]

@@ -68,7 +68,7 @@ def planned(name: str, overrides: list[str], kind: str) -> tuple[RunConfig, floa
     config = load_recipe(path, overrides)
     assert config.model.architecture is not None
     teacher = read_architecture(path.parent / config.model.architecture)
-    students = round_specs(config.target, teacher, config.steps)
+    students = round_specs(config.target, teacher, config.rounds)
     work = work_of(kind, 1, config, teacher, students, ranks=config.cluster.gpus)
     return config, work.duration(config).gpu_hours
 

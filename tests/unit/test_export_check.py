@@ -52,7 +52,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", ["llama 3.2", "nemotron", "phi4 mini", "gemma", "gemma3"])
 def test_states_are_those_of_transformers(case: str, tmp_path: Path, here: Runtime) -> None:
-    """One layer in memory at a time, on both sides, gives what the whole model gives."""
+    """One layer in memory at a time, on both sides, gives what the complete model gives."""
     tiny.write_family(tmp_path / "hf", case)
     write_folder(open_hf(tmp_path / "hf"), tmp_path / "nemo")
     ours, theirs = (

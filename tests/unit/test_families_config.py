@@ -323,7 +323,7 @@ def test_nemo_keys_alone_say_what_they_can(case: str) -> None:
         return
     found = spec_from_nemo_config(config)
     assert found == spec
-    # Mistral without a window, and Phi-3 without one and with whole heads turned, compute what Llama does.
+    # Mistral without a window, and Phi-3 without one and with complete heads turned, compute what Llama does.
     twin = {"mistral": "llama", "phi3": "llama"}
     assert nearest_family(found) == twin.get(case, family)
 

@@ -221,7 +221,7 @@ def test_attention_in_a_window_as_gpus_do_it(window: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
 def test_a_zero_centred_norm_is_not_rounded_before_it_is_used(norm: str) -> None:
-    """In bf16 every channel's error averages out over tokens; a factor rounded to bf16 would move whole channels."""
+    """In bf16 every channel's error averages out over tokens; a factor rounded to bf16 would move complete channels."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 256, generator=generator).bfloat16()
     linear = torch.nn.Module()

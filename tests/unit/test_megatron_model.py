@@ -253,7 +253,7 @@ def test_gradients_that_are_not_finite_change_nothing(here: Runtime) -> None:
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_learning_rates(schedule: Schedule, here: Runtime) -> None:
     chunks = build_chunks(SPEC, here, Precision.FP32, seed=1)
-    config = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule=schedule, decay_share=0.5)
+    config = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule=schedule, decay_fraction=0.5)
     optimizer = optim.build_optimizer(optim.wrap(chunks, config), config, Precision.FP32, 6)
     rates = []
     for _ in range(6):

@@ -44,7 +44,7 @@ def test_other_ranks_can_say_no():
 
 
 def test_too_many_in_a_row_end_training_with_the_reason():
-    guard = StepGuard(GuardConfig(most_skipped=3))
+    guard = StepGuard(GuardConfig(max_consecutive_skips=3))
     for loss in (math.nan, math.nan, 2.0, math.nan, math.nan):
         guard.refuses(loss, 1.0)
         guard.check()

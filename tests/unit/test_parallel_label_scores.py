@@ -1,4 +1,4 @@
-"""Labels scored token by token: torch's own cross-entropy on whole logits, at every tiling."""
+"""Labels scored token by token: torch's own cross-entropy on complete logits, at every tiling."""
 
 import pytest
 import torch

@@ -17,6 +17,7 @@ from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import recipes
 from nemo_minitron.cli.main import app
 from nemo_minitron.config.load import load_recipe
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.rounds import round_specs
 from tests.tiny import write_llama
 
@@ -158,7 +159,7 @@ def test_whatever_cites_a_paper_is_in_the_table_above(recipe):
 def test_parameters_are_the_papers(recipe):
     config = load_recipe(recipe.path, [])
     teacher = read_architecture(Path(config.model.architecture))
-    student = round_specs(config.target, teacher, config.steps)[-1]
+    student = round_specs(config.target, teacher, config.rounds)[-1]
     before, after, inner = BILLIONS[recipe.name]
     assert round(parameter_count(teacher) / 1e9, 1) == before
     assert round(parameter_count(student) / 1e9, 1) == after
@@ -253,3 +254,16 @@ def test_a_source_that_is_another_model_than_described_is_refused(tiny, tmp_path
     assert "model.architecture" in done.stderr
     assert "hidden_size is 576 in the one and 64 in the other" in done.stderr
     assert "vocab_size" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "now"),
+    [
+        ("steps=2", "rounds"),
+        ("distill.optimizer.decay_share=0.1", "distill.optimizer.decay_fraction"),
+        ("distill.guard.most_skipped=3", "distill.guard.max_consecutive_skips"),
+    ],
+)
+def test_keys_that_had_another_name_are_refused_with_the_new_one(given: str, now: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{given.partition('=')[0]}: is called {now} now"):
+        load_recipe(recipes.find("tiny/tiny_cpu").path, ["model.source=m", "data.sources=[t]", given])

@@ -20,10 +20,10 @@ from nemo_minitron.stages.run_folder import RunFolder
 TRAININGS = {"correct": CorrectConfig, "distill": DistillConfig, "tune": TuneConfig}
 GOES_ON: dict[str, Any] = {
     **{"tokens": 8192, "batch.micro_batch_size": 2, "optimizer.lr": 5e-5, "optimizer.min_lr": 1e-6},
-    **{"optimizer.warmup_steps": 3, "optimizer.schedule": "linear", "optimizer.decay_share": 0.4},
+    **{"optimizer.warmup_steps": 3, "optimizer.schedule": "linear", "optimizer.decay_fraction": 0.4},
     **{"optimizer.weight_decay": 0.0, "optimizer.eps": 1e-6, "optimizer.clip_grad": 0.5},
     **{"validate_every": 7, "checkpoint_every": 7, "keep_last": 3, "async_save": True, "log_every": 5, "patience": 2},
-    **{"guard.spike_factor": 9.0, "guard.most_skipped": 3, "loss_chunk_tokens": 64, "offload_teacher": True},
+    **{"guard.spike_factor": 9.0, "guard.max_consecutive_skips": 3, "loss_chunk_tokens": 64, "offload_teacher": True},
     "optimizer.distributed": True,  # the checkpoint says whether it can
 }
 REFUSED: dict[str, Any] = {

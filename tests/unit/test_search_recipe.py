@@ -26,7 +26,7 @@ def recipe(**sections) -> RunConfig:
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"steps": 2}, "steps = 2 with a budget (target.ratio)"),
+        ({"rounds": 2}, "rounds = 2 with a budget (target.ratio)"),
         ({"target": {"ratio": 0.75, "drop_layers": [1]}}, "target.drop_layers with a budget"),
         ({"target": {"ratio": 0.75, "random_seed": 1}}, "target.random_seed with a budget"),
         ({"target": {"ratio": 0.75, "merge_layers": True}}, "target.merge_layers with a budget"),
@@ -50,7 +50,7 @@ def test_what_a_search_cannot_do_is_refused(sections, told):
 
 
 def test_a_section_without_a_budget_is_left_alone():
-    config = recipe(target={}, steps=2, search={"layerwise": {}})
+    config = recipe(target={}, rounds=2, search={"layerwise": {}})
     assert "search" not in {stage.name for stage in chain_for(config)}
 
 

@@ -138,7 +138,7 @@ def test_settings_survive_the_way_through_a_nemo_configuration():
             },
             **{"hidden": {"layers": [[-2, -1]], "kind": "mse"}, "hidden_weight": 0.4, "teacher_precision": "fp32"},
             **{"offload_teacher": True, "freeze_embeddings": True, "loss_chunk_tokens": 7, "kd_weight": 0.7},
-            "optimizer": {"lr": 1e-3, "warmup_steps": 0.25, "schedule": "wsd", "decay_share": 0.3, "clip_grad": 0.5},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 0.25, "schedule": "wsd", "decay_fraction": 0.3, "clip_grad": 0.5},
             "guard": {"spike_factor": 9},
         },
         source="recipe",

@@ -11,7 +11,7 @@ from nemo_minitron.estimate.compute import peak_flops_of
 from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
 from nemo_minitron.report import build
 from nemo_minitron.stages import engine, manifest, speed
-from nemo_minitron.stages.team import Alone
+from nemo_minitron.stages.processes import SingleProcess
 
 
 class Card:
@@ -37,7 +37,7 @@ def test_without_a_gpu_nothing_is_said(monkeypatch):
     speed.reset_gpu_memory()
     assert speed.peak_gpu_memory() == {}
     assert speed.gpu_name() is None
-    assert engine._gpu_memory(Alone()) == {}
+    assert engine._gpu_memory(SingleProcess()) == {}
 
 
 def test_peak_memory_is_that_of_the_fullest_rank(monkeypatch):
@@ -46,7 +46,7 @@ def test_peak_memory_is_that_of_the_fullest_rank(monkeypatch):
     assert card.resets == 1
     assert speed.peak_gpu_memory() == {"allocated": 12.346, "reserved": 20.0}
 
-    class Three(Alone):
+    class Three(SingleProcess):
         def collect(self, value):
             return [value, {"allocated": 30.0, "reserved": 31.0}, {}]
 

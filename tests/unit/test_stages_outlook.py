@@ -112,7 +112,7 @@ def test_a_stage_that_is_done_counts_with_its_time(fast):
 
 def test_rounds_share_the_time_of_the_run(fast):
     rounds = (f"{name}.1" for name in ("score", "prune", "distill"))
-    ahead, stages = of_the_run(fast, *LATER, *rounds, steps=2, target={"ffn_hidden_size": 48})
+    ahead, stages = of_the_run(fast, *LATER, *rounds, rounds=2, target={"ffn_hidden_size": 48})
     first, last = (ahead.minutes_for(stages[name]) for name in ("distill.1", "distill"))
     assert first == last
     # Two rounds score and prune, the second with fewer neurons; what is evaluated after them has half as many.

@@ -69,7 +69,7 @@ def test_with_none_left_training_starts_from_the_beginning(folder):
     told = []
     assert newest_whole(folder, warn=told.append) is None
     assert len(told) == 4
-    assert told[-1] == "warning: no whole checkpoint is left: training starts from the beginning"
+    assert told[-1] == "warning: no complete checkpoint is left: training starts from the beginning"
 
 
 def test_without_checkpoints_nothing_is_said(tmp_path):

@@ -34,7 +34,7 @@ with RunFolder(Path(sys.argv[1])).locked():
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """A run that was at work in its distillation, at step 4 of 10, with 32 tokens a second and 64 a step."""
+    """A run that was at work in its distillation, at step 4 of 10, with 32 tokens per second and 64 a step."""
     folder = RunFolder(tmp_path / "run")
     folder.create()
     config = load_recipe(

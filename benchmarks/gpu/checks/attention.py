@@ -64,7 +64,7 @@ def _forward_backward(qkv: Tensor, tables: tuple[Tensor, Tensor], **how: Any) ->
 
 @check(order=60, seconds=20, kind=Kind.SPEED)
 def attention_speed(bench: Bench) -> Outcome:
-    """Time, memory and kernels of attention at models' sizes; none may build whole score matrices."""
+    """Time, memory and kernels of attention at models' sizes; none may build complete score matrices."""
     lines, figures, ok = [], {}, True
     shapes = [(9, 3, 64, 2048, None), (32, 8, 128, 8192, None), (32, 8, 128, 8192, 4096)]
     shapes += [(8, 4, 256, 8192, None), (8, 4, 256, 8192, 1024)]

@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.registry import Kind, Outcome, Target, UnavailableError, check, is_installed
 
 PRODUCTS = 4
-"""Of the whole loss: logits of student and teacher, and the gradients of the student's states and weight."""
+"""Of the complete loss: logits of student and teacher, and the gradients of the student's states and weight."""
 
 
 def _sizes(bench: Bench) -> tuple[int, int, int]:

@@ -106,7 +106,7 @@ def no_hidden_waits(bench: Bench) -> Outcome:
 
 @check(order=50, seconds=20, limit=90, needs=NEEDS)
 def background_save(bench: Bench) -> Outcome:
-    """A checkpoint written beside a busy card is whole, equal, and not held up by it."""
+    """A checkpoint written beside a busy card is complete, equal, and not held up by it."""
     train = models.training(bench)
     train.step()
     writer, folder, took = BackgroundWriter(), bench.folder(), {}
@@ -125,7 +125,7 @@ def background_save(bench: Bench) -> Outcome:
         took[busy] = time.perf_counter() - started
         bench.sync()
         if writer.finished(wait=True) != path:
-            raise ValueError("the checkpoint did not become whole")
+            raise ValueError("the checkpoint did not become complete")
     expected = train.step()
     second = models.training(bench)
     sharded_io.load_training(second.chunks, second.optimizer, folder / "True.ckpt")

@@ -142,7 +142,7 @@ def _ropes(config: Mapping[str, Any]) -> tuple[Rope, Rope]:
         base=_LOCAL_BASE,
     )
     if near.scaling or other.percent != 1 or near.percent != 1:
-        raise SpecError("config.json: local layers of gemma3 turn without scaling, and all heads turn whole")
+        raise SpecError("config.json: local layers of gemma3 turn without scaling, and all heads turn complete")
     return other, near
 
 

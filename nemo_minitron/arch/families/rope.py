@@ -38,7 +38,7 @@ def read_rope(config: Mapping[str, Any], *, percent: float) -> Rope:
         (one, first), (other, second) = ropes.items()
         raise SpecError(
             f"config.json: {one} says {_words(first)}, and {other} says {_words(second)}",
-            rule=f"they agree: transformers 5 takes {other} whole, transformers 4 knows no rope_parameters",
+            rule=f"they agree: transformers 5 takes {other} complete, transformers 4 knows no rope_parameters",
             remedy="keep the one that is meant",
         )
     return next(iter(ropes.values()))

@@ -1,6 +1,6 @@
 """The processes of one run as the engine sees them: rank 0 decides and does the file work, the others follow.
 
-One process alone needs none of torch, so `gather` loads it only where there are several.
+One process alone needs none of torch, so `join` loads it only where there are several.
 """
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -28,18 +28,18 @@ _LOST_WORDS = (
 """What Gloo, NCCL and torch's store say when a process at the other end is gone or silent."""
 
 
-def as_echo(error: BaseException) -> BaseException:
+def mark_reported(error: BaseException) -> BaseException:
     """Mark an error that rank 0 shows, so that the other ranks end with it in silence."""
     error.add_note(_ECHO)
     return error
 
 
-def is_echo(error: BaseException) -> bool:
+def is_reported(error: BaseException) -> bool:
     """Whether rank 0 shows this error."""
     return _ECHO in getattr(error, "__notes__", ())
 
 
-def lost_another(error: BaseException) -> str:
+def peer_error(error: BaseException) -> str:
     """What the network says if an error means that another rank is gone or silent; empty if it means something else."""
     seen: BaseException | None = error
     while seen is not None:
@@ -50,7 +50,7 @@ def lost_another(error: BaseException) -> str:
     return ""
 
 
-class Team(Protocol):
+class Processes(Protocol):
     """What the engine asks of the processes of a run. Every method is collective."""
 
     rank: int
@@ -66,7 +66,7 @@ class Team(Protocol):
         """Whether all ranks said yes."""
 
 
-class Alone:
+class SingleProcess:
     """A run of one process."""
 
     rank = 0
@@ -85,7 +85,7 @@ class Alone:
         return ok
 
 
-class Ranks:
+class DistributedProcesses:
     """Several processes, met through `nemo_minitron.megatron.runtime`."""
 
     def __init__(self, parallel: "ParallelConfig", seed: int) -> None:
@@ -142,10 +142,10 @@ def environment_rank() -> tuple[int, int]:
     return place.rank, place.world_size
 
 
-def gather(parallel: "ParallelConfig", *, seed: int) -> Team:
+def join(parallel: "ParallelConfig", *, seed: int) -> Processes:
     """Meet the other processes of this run, if there are any.
 
     Raises:
         LayoutError: The parallel sizes do not fit the number of processes.
     """
-    return Ranks(parallel, seed) if environment_rank()[1] > 1 else Alone()
+    return DistributedProcesses(parallel, seed) if environment_rank()[1] > 1 else SingleProcess()
