@@ -266,4 +266,4 @@ def test_a_source_that_is_another_model_than_described_is_refused(tiny, tmp_path
 )
 def test_keys_that_had_another_name_are_refused_with_the_new_one(given: str, now: str) -> None:
     with pytest.raises(ConfigError, match=rf"{given.partition('=')[0]}: is called {now} now"):
-        load_recipe(recipes.find("tiny/tiny_cpu").path, ["model.source=m", "data.sources=[t]", given])
+        load_recipe(recipes.find("tiny_cpu"), ["model.source=m", "data.sources=[t]", given])
