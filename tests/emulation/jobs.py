@@ -38,6 +38,12 @@ def score_all(cases: list[ScoreCase]) -> list[dict[str, torch.Tensor]]:
     return [score(case) for case in cases]
 
 
+def score_without_triton(case: ScoreCase) -> dict[str, torch.Tensor]:
+    """Triton would look for a driver."""
+    os.environ[SWITCH] = "0"
+    return score(case)
+
+
 def train_by_default(run: Run) -> dict[str, Any]:
     """As the settings say, or by what is right on this device where they say nothing; a rank sees one GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
