@@ -60,7 +60,8 @@ def test_two_gpus_send_gradients_and_weights_while_they_compute():
 
 
 def test_scores_are_the_cpu_s():
-    expected, found = run_on_ranks(1, jobs.score_all, [ScoreCase("tied")])[0][0], on_gpu("score_without_triton", ScoreCase("tied"))
+    [[expected]] = run_on_ranks(1, jobs.score_all, [ScoreCase("tied")])
+    found = on_gpu("score_without_triton", ScoreCase("tied"))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}")
