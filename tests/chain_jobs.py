@@ -24,7 +24,7 @@ def run_to(
     from nemo_minitron.cli import quiet
     from nemo_minitron.megatron import runtime
     from nemo_minitron.stages.chain import chain_for
-    from nemo_minitron.stages.engine import Request, meet, run_chain
+    from nemo_minitron.stages.engine import Request, join_processes, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
 
     quiet.install()
@@ -32,12 +32,15 @@ def run_to(
         before()
     config = merged(inputs, **changes)
     folder = RunFolder(run)
-    team = meet(config, folder)
+    processes = join_processes(config, folder)
     try:
         chain = chain_for(config)
         request = Request(config=config, run=folder, last=last)
         run_chain(
-            chain, request, team=team, reporter=Reporter(silent=team.rank > 0, stream=io.StringIO(), terminal=False)
+            chain,
+            request,
+            processes=processes,
+            reporter=Reporter(silent=processes.rank > 0, stream=io.StringIO(), terminal=False),
         )
         return {stage.name: folder.result(stage.name) for stage in chain if folder.is_complete(stage.name)}
     finally:

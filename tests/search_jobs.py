@@ -79,14 +79,14 @@ def losses_of_cuts(
     from nemo_minitron.pruning.apply import PrunedSource
     from nemo_minitron.pruning.build import build_plan_by_layer
     from nemo_minitron.pruning.scores import Scores
-    from nemo_minitron.stages.engine import meet
+    from nemo_minitron.stages.engine import join_processes
     from nemo_minitron.stages.race import loss_of
     from nemo_minitron.stages.run_folder import RunFolder
 
     config = merged(inputs, **changes)
     teacher = open_checkpoint(run / "stages/import/teacher")
     scores = Scores.load(run / "stages/score/scores.safetensors")
-    meet(config, RunFolder(run))
+    join_processes(config, RunFolder(run))
     found = []
     try:
         for layer, form in cuts:

@@ -139,18 +139,18 @@ def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
     from nemo_minitron.config.load import load_recipe
     from nemo_minitron.megatron import build, optim, runtime
     from nemo_minitron.stages.chain import chain_for
-    from nemo_minitron.stages.engine import Request, meet, run_chain
+    from nemo_minitron.stages.engine import Request, join_processes, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
 
     quiet.install()
     watched = Watched(build, optim)
     config = load_recipe(recipe, overrides)
     folder = RunFolder(run)
-    team = meet(config, folder)
+    processes = join_processes(config, folder)
     gc.disable()  # what a stage leaves is to be freed when it ends, not when the collector happens to run
     try:
         chain = chain_for(config)
-        run_chain(chain, Request(config=config, run=folder), team=team, reporter=watched.reporter(Reporter))
+        run_chain(chain, Request(config=config, run=folder), processes=processes, reporter=watched.reporter(Reporter))
         results = {stage.name: folder.result(stage.name) for stage in chain}
     finally:
         gc.enable()

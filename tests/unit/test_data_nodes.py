@@ -149,7 +149,7 @@ def run_data(overrides: list[str], run: Path, node: bool) -> dict[str, Any]:
     from nemo_minitron.megatron import runtime
     from nemo_minitron.stages import data
     from nemo_minitron.stages.chain import chain_for
-    from nemo_minitron.stages.engine import Request, meet, run_chain
+    from nemo_minitron.stages.engine import Request, join_processes, run_chain
     from nemo_minitron.stages.run_folder import RunFolder
 
     os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = ("0", "1") if node else (os.environ["RANK"], "2")
@@ -159,12 +159,12 @@ def run_data(overrides: list[str], run: Path, node: bool) -> dict[str, Any]:
     data.help_with = lambda *args: helped.append(original(*args))
     config = load_recipe(RECIPE, overrides)
     folder = RunFolder(run)
-    team = meet(config, folder)
+    processes = join_processes(config, folder)
     try:
         run_chain(
             chain_for(config),
             Request(config=config, run=folder, last="data"),
-            team=team,
+            processes=processes,
             reporter=Reporter(silent=True),
         )
     finally:
