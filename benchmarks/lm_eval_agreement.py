@@ -50,12 +50,12 @@ def main() -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from nemo_minitron.checkpoints.convert import DTYPES, Format, convert
+    from nemo_minitron.checkpoints.convert import DTYPES, convert
     from nemo_minitron.data.assets import resolve
 
     folder = options.out / "hf"
     if not (folder / "config.json").is_file():
-        convert(resolve(options.model), folder, to=Format.HF, dtype=DTYPES["float32"])
+        convert(resolve(options.model), folder, to="hf", dtype=DTYPES["float32"])
 
 
 def _ran(options: argparse.Namespace) -> list[tuple[str, float]]:

@@ -93,12 +93,7 @@ def losses_of_cuts(
             sizes = dict(enumerate(teacher.spec.layers))
             before = sizes.pop(layer)
             if not form.get("dropped"):
-                groups = form["num_query_groups"]
-                sizes[layer] = type(before)(
-                    num_attention_heads=groups * before.num_attention_heads // before.num_query_groups,
-                    num_query_groups=groups,
-                    ffn_hidden_size=form["ffn_hidden_size"],
-                )
+                sizes[layer] = before.with_sizes(**form)
             plan = build_plan_by_layer(scores, config.target, sizes, provenance={})
             found.append(loss_of(PrunedSource(teacher, plan), config, run / "stages/data"))
     finally:

@@ -13,7 +13,8 @@ from nemo_minitron.config.load import load_recipe
 from nemo_minitron.data import shards as shards_module
 from nemo_minitron.errors import DataError
 from nemo_minitron.report.build import _data
-from nemo_minitron.stages import chat, data, sources
+from nemo_minitron.stages import data, sources
+from nemo_minitron.stages import tokenize_chat as chat
 from tests.tiny import sentences, write_llama, write_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/tiny_cpu.yaml"
