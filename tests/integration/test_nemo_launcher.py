@@ -111,7 +111,7 @@ def test_what_the_scripts_do_not_do_is_refused():
 
     assert refused.value.problems == [
         "stages: evaluate: one of score, prune, distill",
-        "steps: not through this launcher; use `nemo-minitron submit`",
+        "rounds: not through this launcher; use `nemo-minitron submit`",
         "correct: not through this launcher; use `nemo-minitron submit`",
     ]
 

@@ -245,7 +245,7 @@ def test_closed_output_is_no_defect():
 def test_a_run_refuses_what_a_dry_run_refuses_before_it_begins(given, tmp_path):
     _, err = invoke("run", *given, "target.ffn_hidden_size=4096", status=2)
     assert "ffn_hidden_size = 4096" in err
-    _, err = invoke("run", *given, "steps=40", status=2)
+    _, err = invoke("run", *given, "rounds=40", status=2)
     assert "would cut nothing" in err
     assert not (tmp_path / "run").exists()
 
@@ -271,7 +271,7 @@ def test_dry_run_shows_every_round_and_every_training(given):
         "distill",
         "tune",
     )
-    assert [name for name in re.findall(r"([a-z]+(?:\.\d)?):\s+do\b", out)][: len(order)] == list(order)
+    assert [name for name in re.findall(r"([a-z_]+(?:\.\d)?):\s+do\b", out)][: len(order)] == list(order)
 
 
 def test_a_verb_without_its_section_says_so(given):
