@@ -85,6 +85,7 @@ def test_the_page_has_what_it_announces(extended: Extended) -> None:
 
 def test_the_divergence_equals_its_closed_form_and_trains_a_student(extended: Extended) -> None:
     assert all(value < 1e-12 for value in extended.facts["torch"].values()), extended.facts["torch"]
+    assert extended.facts["has_kernels"]
     assert all(value < 1e-5 for value in extended.facts["triton"].values()), extended.facts["triton"]
     settings = json.loads(extended.result("distill/DONE").read_text())["settings"]
     assert settings["distill.divergence"] == "hellinger"

@@ -19,11 +19,14 @@ from nemo_minitron.checkpoints.convert import convert
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.safetensors_file import SafetensorsFile
 from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.ops.divergence import Divergence
+from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
+from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
 from tests import tiny
 
 
@@ -56,8 +59,11 @@ def written_again(folder: Path) -> bool:
     )
 
 
-def divergence_errors(dtype: torch.dtype, *, temperature: float) -> dict[str, float]:
-    """Of the dense form and of the fused loss and its gradients, against 1 - sum(sqrt(p q)) in float64."""
+def divergence_errors(dtype: torch.dtype, *, temperature: float, k: int = 4) -> dict[str, float]:
+    """Of the dense form, the fused loss and its gradients, and the loss on the teacher's best k tokens and the rest.
+
+    Against 1 - sum(sqrt(p q)) in float64.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -72,6 +78,13 @@ def divergence_errors(dtype: torch.dtype, *, temperature: float) -> dict[str, fl
     expected.sum().backward()
     divergence = Divergence(kind="hellinger", temperature=temperature)
     dense = divergence.per_token(student.detach().log_softmax(-1), teacher.log_softmax(-1))
+    logp, ids = teacher.log_softmax(-1).topk(k)
+    p_k, q_k = logp.exp(), q.detach().gather(1, ids)
+    rest = ((1 - p_k.sum(-1)) * (1 - q_k.sum(-1))).sqrt()
+    expected_k = (1 - (p_k * q_k).sqrt().sum(-1) - rest).sum() * temperature**2
+    tail = (1 - p_k.sum(-1)).to(dtype)
+    targets = SparseTargets(ids=ids, log_probs=logp.to(dtype), tail=tail, temperature=temperature)
+    sparse = fused_linear_sparse_kd(hidden, weight, targets, divergence=divergence, vocab_size=13)
     for x in (hidden, weight):
         x.requires_grad_()
     loss = fused_linear_kd(hidden, weight, teacher_hidden, teacher_weight, divergence=divergence, vocab_size=13)
@@ -79,6 +92,7 @@ def divergence_errors(dtype: torch.dtype, *, temperature: float) -> dict[str, fl
     return {
         "dense": error(dense, expected.detach()),
         "loss": error(loss.loss_sum.detach(), expected.sum().detach()),
+        "top k": error(sparse.loss_sum, expected_k),
         "d_hidden": error(hidden.grad, exact[0].grad),
         "d_weight": error(weight.grad, exact[1].grad),
     }
@@ -86,15 +100,15 @@ def divergence_errors(dtype: torch.dtype, *, temperature: float) -> dict[str, fl
 
 def main(folder: Path) -> None:
     tiny.FAMILY_CONFIGS["arcee"] = (ArceeConfig, {})
-    theirs = tiny.write_family(
-        folder / "hf", "arcee", trained_steps=60
-    )  # distillation refuses a teacher that knows nothing
+    # Trained, since distillation refuses a teacher that is worse than a uniform guess.
+    theirs = tiny.write_family(folder / "hf", "arcee", trained_steps=60)
     tiny.write_corpus(folder / "corpus")
     facts = {
         "package": str(Path(nemo_minitron.__file__).parent),
         "logits": logits_error(folder / "hf", theirs),
         "written_again": written_again(folder / "hf"),
         "torch": divergence_errors(torch.float64, temperature=1.7),
+        "has_kernels": kernels_run(torch.device("cpu"), torch.float32),
         "triton": divergence_errors(torch.float32, temperature=1.7),
     }
     print(json.dumps(facts))
