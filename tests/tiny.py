@@ -125,12 +125,15 @@ FAMILY_CONFIGS = {
 `hidden_size / num_attention_heads`, windows and original contexts shorter than the texts of tests."""
 
 
-def write_family(path: Path, name: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model out of `FAMILY_CONFIGS` with 4 layers, hidden 64, 8 heads in 4 groups of 16 channels, FFN 96."""
+def write_family(path: Path, name: str, *, seed: int = 0, trained_steps: int = 0, **changes: object) -> PreTrainedModel:
+    """A model out of `FAMILY_CONFIGS` with 4 layers, hidden 64, 8 heads in 4 groups of 16 channels, FFN 96.
+
+    Random, or trained for some steps as in `write_llama`.
+    """
     kind, extra = FAMILY_CONFIGS[name]
     settings = _sizes({"head_dim": 16}) | extra | changes
     config = kind(**{key: value for key, value in settings.items() if value is not None or key == "sliding_window"})
-    return _write(path, config, AutoModelForCausalLM.from_config, seed)
+    return _write(path, config, AutoModelForCausalLM.from_config, seed, trained_steps)
 
 
 def _sizes(sizes: dict[str, int]) -> dict[str, object]:
