@@ -93,7 +93,7 @@ def test_loss_is_that_of_transformers_on_the_answers(finished, tmp_path):
     write_hf(open_checkpoint(run / "stages/distill/student"), tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     total, count = 0.0, 0
-    conversations = ConversationDataset(run / "stages.tokenize_chat", "validation")
+    conversations = ConversationDataset(run / "stages/tokenize_chat", "validation")
     for item in (conversations[index] for index in range(len(conversations))):
         with torch.no_grad():
             logits = model(item["tokens"][None]).logits[0].double()
