@@ -41,7 +41,7 @@ class Coding:
     Attributes:
         kind: What the entries are.
         vocab_size: Ids are below it.
-        width: Draws a token of sampled targets, entries per token of top-k ones: no token has more.
+        width: Draws per token of sampled targets, entries per token of top-k ones: no token has more.
     """
 
     kind: TargetKind

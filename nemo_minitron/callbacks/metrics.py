@@ -6,8 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_minitron.callbacks.metrics_file import MetricsFile, Row, read_rows
+from nemo_minitron.callbacks.metrics_file import MetricsFile, Row
 from nemo_minitron.callbacks.reporter import Reporter
+from nemo_minitron.json_lines import read_rows
 
 
 class MetricsLogger(Callback):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.json_lines import read_rows
+
 Row = dict[str, Any]
 
 
@@ -41,17 +43,6 @@ class MetricsFile:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All complete rows of a metrics file; a line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def _order(row: Row) -> tuple[int, bool]:

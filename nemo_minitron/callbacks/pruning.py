@@ -1,7 +1,8 @@
 """A pruned student from an ordinary `trainer.validate` over calibration data: scores, plan and checkpoint."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class PruningCallback(Callback):
             source = scratch = self.folder / ".teacher"
             pl_module.save_to(scratch)
         try:
-            self.plan, self.students = _on_first_rank(lambda: self._prune(pl_module, source))
+            work = partial(self._prune, pl_module, source)
+            self.plan, self.students = megatron_runtime.on_rank_zero(work, doing="prunes")
         finally:
             if scratch is not None and trainer.is_global_zero:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -138,10 +140,13 @@ class PruningCallback(Callback):
         scores.check_made_for(model.spec, tokenizer_digest=digest_of_files(model.tokenizer_files))
         plan = build_plan(scores, self.target, model.spec)
         student = PrunedSource(open_checkpoint(source), plan)
-        scores.save(self.folder / "scores.safetensors")
-        plan.save(self.folder / "plan.json")
         name = "student" + (FORMATS[self.formats[0]].suffix if len(self.formats) == 1 else "")
-        return plan, write_checkpoint(student, self.folder / name, self.formats)
+        try:
+            scores.save(self.folder / "scores.safetensors")
+            plan.save(self.folder / "plan.json")
+            return plan, write_checkpoint(student, self.folder / name, self.formats)
+        except OSError as error:
+            raise MinitronError(f"PruningCallback: rank 0 could not write ({error})") from error
 
 
 def _check_depth(target: TargetConfig) -> None:
@@ -186,23 +191,3 @@ def _importance_before(callback: PruningCallback, trainer: Trainer) -> Importanc
             remedy="exchange the two, or leave ImportanceCallback out",
         )
     return found
-
-
-def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """What rank 0 makes of it, on every rank; its error is raised on every rank, since they would wait for ever."""
-    result: Any = None
-    failure: Exception | None = None
-    if megatron_runtime.current().rank == 0:
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-            if isinstance(error, OSError):
-                failure = MinitronError(f"PruningCallback: rank 0 could not write ({error})")
-            # A stranger's error may not survive the way to the other ranks.
-            stranger = not isinstance(failure, MinitronError)
-            result = RuntimeError(f"rank 0: {type(error).__name__}: {error}") if stranger else failure
-    result = megatron_runtime.broadcast_object(result, patient=True, doing="prunes")
-    if isinstance(result, Exception):
-        raise failure or result
-    return result

@@ -19,7 +19,7 @@ class Files(Protocol):
 
     @property
     def label(self) -> str:
-        """What to call the complete in messages."""
+        """What to call all of it in messages."""
         ...
 
     def names(self) -> tuple[str, ...]:

@@ -81,8 +81,8 @@ class TorchDistWriter:
         Args:
             key: Name of the complete tensor.
             tensor: The piece.
-            offsets: Where the piece begins in the complete; None for a complete tensor.
-            shape: Shape of the complete; None for a complete tensor.
+            offsets: Where the piece begins in the tensor; None for a complete tensor.
+            shape: Shape of the tensor; None for a complete tensor.
         """
         whole = torch.Size(tensor.shape if shape is None else shape)
         at = torch.Size(offsets or (0,) * len(whole))

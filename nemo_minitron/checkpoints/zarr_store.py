@@ -98,7 +98,7 @@ class ZarrStore:
         if not shape or len(shape) != len(chunks):
             raise CheckpointError(
                 f"{where}: shape {str(header.get('shape'))[:80]}, chunks {str(header.get('chunks'))[:80]}",
-                rule="whole numbers, one a dimension",
+                rule="whole numbers, one per dimension",
             )
         if header.get("zarr_format") != 2 or header.get("order") != "C" or header.get("filters"):
             raise CheckpointError(f"{where}: not a plain array", rule="zarr_format 2, order C, no filters")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemo_minitron.stages.manifest import processor_name
+from nemo_minitron.processor import processor_name
 from nemo_minitron.version import __version__
 
 OK, EXTRA, WARN, BAD = "ok", "extra", "costs", "needed"

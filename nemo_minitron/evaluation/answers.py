@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.json_lines import append_rows, rows_to_continue
+
 
 class AnswerFile:
     """Answers by request, one JSON line each; a line that was cut off is left out.
@@ -19,14 +21,7 @@ class AnswerFile:
         self._known: dict[str, Any] = {}
         if path is None:
             return
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        lines = text.splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-            path.write_text("".join(lines), encoding="utf-8")
-        for line in lines:
-            key, answer = json.loads(line)
-            self._known[key] = answer
+        self._known.update(rows_to_continue(path))
 
     def __len__(self) -> int:
         """Number of answers."""
@@ -38,14 +33,10 @@ class AnswerFile:
 
     def add(self, pairs: Sequence[tuple[tuple[Any, ...], Any]]) -> None:
         """Keep answers to requests, on disk when it returns."""
-        lines = []
-        for request, answer in pairs:
-            key = _key(request)
-            self._known[key] = answer
-            lines.append(json.dumps([key, answer]) + "\n")
-        if self.path is not None and lines:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+        rows = [(_key(request), answer) for request, answer in pairs]
+        self._known.update(rows)
+        if self.path is not None and rows:
+            append_rows(self.path, rows)
 
 
 def _key(request: Sequence[Any]) -> str:

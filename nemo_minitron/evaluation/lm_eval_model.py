@@ -23,7 +23,7 @@ from nemo_minitron.evaluation.scoring import Continuation, Prompt, Score, TokenS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MOST_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 256
 """Of a task that does not say how long its answers may be; the `hf` backend's."""
 
 
@@ -117,7 +117,7 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
     @property
     def max_gen_toks(self) -> int:
         """New tokens, of a task that does not say."""
-        return MOST_NEW_TOKENS
+        return MAX_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:

@@ -38,7 +38,7 @@ def build_chunks(
     seed: int | None = None,
     fp8: bool = False,
 ) -> list[MinitronGPT]:
-    """This rank's chunks of a model, one a virtual pipeline stage, on this rank's device.
+    """This rank's chunks of a model, one per virtual pipeline stage, on this rank's device.
 
     Args:
         spec: The architecture; its layers may differ in size.

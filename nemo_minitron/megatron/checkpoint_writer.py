@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
     def request(self, state: dict[str, Any], partial: Path) -> AsyncRequest:
         """What is to be done: the files, then Megatron's marker, then the move. Collective."""
         request = dist_checkpointing.save(state, str(partial), sharded_strategy=self, async_sharded_save=True)
-        request.add_finalize_fn(lambda: _on_first_rank(lambda: self._finish(partial)))
+        request.add_finalize_fn(lambda: runtime.on_rank_zero(lambda: self._finish(partial), doing="finishes files"))
         return request
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *unused: Any) -> AsyncRequest:
@@ -218,7 +218,7 @@ def _ready_to_write(state: dict[str, Any], path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     size = _size(state)
     with _explained(path, partial, size):
-        _on_first_rank(lambda: _make_room(partial))
+        runtime.on_rank_zero(lambda: _make_room(partial), doing="makes room")
         _check_space(path, size)
         if not runtime.agree(digests.await_visible(partial)):
             raise CheckpointError(
@@ -312,18 +312,6 @@ def _told(error: BaseException) -> str:
     if _TORCH_SAVE_FAILED in str(error):
         return f"{os.strerror(errno.ENOSPC)}? {str(error).splitlines()[0]}"
     return f"{type(error).__name__}: {error}".strip()
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Do something on rank 0 while the others wait; an error there is raised on every rank."""
-    problem = None
-    if runtime.current().rank == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-    if (problem := runtime.broadcast_object(problem, patient=True, doing="finishes files")) is not None:
-        raise OSError(problem)
 
 
 def _make_room(partial: Path) -> None:

@@ -7,16 +7,17 @@ groups that somebody else made (Lightning, a test) are used as they are, and lef
 import ctypes
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.errors import LayoutError
+from nemo_minitron.errors import LayoutError, MinitronError
 from nemo_minitron.megatron import cpu, launched, rendezvous, waiting
 
 T = TypeVar("T")
@@ -189,6 +190,29 @@ def broadcast_object(value: T | None, *, source: int = 0, patient: bool = False,
     else:
         dist.broadcast_object_list(values, src=source, device=current().device)
     return values[0]
+
+
+def on_rank_zero(work: Callable[[], T], *, doing: str) -> T:
+    """What rank 0 makes of `work`, or its error, on every rank: those that wait would wait for ever. Collective.
+
+    Args:
+        work: Called on rank 0 alone; what it returns travels pickled.
+        doing: What the ranks that wait say of it, as `prunes`.
+    """
+    value: T | None = None
+    failure: Exception | None = None
+    if current().rank == 0:
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+    told = failure
+    if not isinstance(failure, MinitronError | OSError | None):  # other errors may not survive the way
+        told = RuntimeError(f"rank 0: {type(failure).__name__}: {failure}")
+    value, received = broadcast_object((value, told), patient=True, doing=doing)
+    if received is not None:
+        raise failure or received
+    return cast("T", value)
 
 
 def gather_objects(value: T, *, group: ProcessGroup | None = None) -> list[T]:

@@ -50,7 +50,7 @@ class MegatronGPTModel(ModelPT):
         spec: The architecture.
         family: Key of `arch.families`; saved with the model.
         settings: The rest.
-        chunks: This rank's part of the model, one a virtual pipeline stage.
+        chunks: This rank's part of the model, one per virtual pipeline stage.
         tokenizer_files: Hugging Face tokenizer files by name; saved with the model.
         validation_reports: What each batch of the latest validation summed up to.
         lineage: Where the model comes from (base model, licence, plan); saved with the model.

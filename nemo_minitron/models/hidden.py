@@ -246,7 +246,7 @@ class StateMatching:
         return torch.stack(losses).sum()
 
     def _groups(self) -> list[dist.ProcessGroup]:
-        """The groups over which partial sums add up to the complete; each rank's part counts once."""
+        """The groups over which partial sums add up to the total; each rank's part counts once."""
         parallel, groups = self._runtime.parallel, self._runtime.groups
         over = [groups.pp, groups.dp_cp]
         return [*over, groups.tp] if parallel.sequence_parallel else over

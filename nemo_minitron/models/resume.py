@@ -166,7 +166,7 @@ def asked(
         "steps": steps,
         **_plain(settings),
         **({} if spec is None else {f"architecture.{key}": value for key, value in spec.to_dict().items()}),
-        **_on_first_rank(lambda: _identities(paths), doing="looks at teacher and student"),
+        **runtime.on_rank_zero(lambda: _identities(paths), doing="looks at teacher and student"),
         **(data.described() if isinstance(data, DescribedData) else {}),
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
@@ -221,11 +221,6 @@ def _identities(paths: Mapping[str, Path | None]) -> dict[str, str]:
         except OSError:
             continue
     return found
-
-
-def _on_first_rank(work: Callable[[], T], *, doing: str) -> T:
-    here = runtime.current()
-    return runtime.broadcast_object(work() if here.rank == 0 else None, patient=True, doing=doing)
 
 
 def _shown(value: Any) -> str:

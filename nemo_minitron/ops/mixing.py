@@ -11,7 +11,7 @@ Terms = Sequence[tuple[int, int]]
 def mix_slots(
     cut: Tensor, whole: Tensor, mixes: Iterable[tuple[int, Terms]], *, head_dim: int, columns: Tensor | None
 ) -> Tensor:
-    """Replace slots of a cut QKV weight or bias by sums over slots of the complete one.
+    """Replace slots of a cut QKV weight or bias by sums over slots of the uncut one.
 
     A slot is the `head_dim` rows of one query head, key or value. Sums are taken in float64 and rounded once.
 

@@ -183,7 +183,7 @@ def _block(logits: Tensor, entries: _Entries, job: _ChunkSparse, want_gradient: 
     softmax_t1 = _softmax(s.clone(), tp) if temperature != 1 and job.labels is not None else None
     s.mul_(1 / temperature)
     if s.shape[1]:
-        # Only what the entries leave over is summed: the complete less the entries would lose a small tail to rounding.
+        # Only what the entries leave over is summed: the total less the entries would lose a small tail to rounding.
         s.scatter_add_(1, entries.local, torch.where(entries.mine, -torch.inf, 0).to(s.dtype))
     peak = row_max(s, s.new_empty(s.shape[0])).clamp_min_(EMPTY)
     mass = s.sub_(peak.unsqueeze(1)).exp_().sum(1)

@@ -3,7 +3,6 @@
 The order of a race is decided here, from losses alone; how a loss comes about is the caller's.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.errors import SearchError
+from nemo_minitron.json_lines import append_rows
 
 Measurement = Callable[[str, int, int], float]
 """`measure(candidate, rung, seed)`: a loss in nats per token. Rung 0 is the candidate as pruned."""
@@ -22,22 +22,13 @@ class Record:
     """What was measured so far, one JSON line each, so that a race that was cut off goes on behind its last candidate.
 
     Args:
-        rows: What an earlier attempt left (`read_rows`); the same on every rank.
+        rows: What an earlier attempt left (`rows_to_continue`); the same on every rank.
         path: Where this process adds to it; None where another one does.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]] = (), path: Path | None = None) -> None:
         self._path = path
         self._rows = {(row["candidate"], row["rung"], row["seed"]): row for row in rows}
-
-    @staticmethod
-    def read_rows(path: Path) -> list[dict[str, Any]]:
-        """The rows of a file; a last line that was cut short is taken out of it."""
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        complete = [line for line in lines if line.endswith("\n")]
-        if len(complete) < len(lines):
-            path.write_text("".join(complete), encoding="utf-8")
-        return [json.loads(line) for line in complete]
 
     def find(self, candidate: str, rung: int, seed: int) -> dict[str, Any] | None:
         """A measurement: with `loss`, or with `failed` and the reason."""
@@ -48,8 +39,7 @@ class Record:
         row = {"candidate": candidate, "rung": rung, "seed": seed, **values}
         self._rows[candidate, rung, seed] = row
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(self._path, [row])
 
     @property
     def failures(self) -> dict[str, str]:
@@ -168,17 +158,13 @@ def _measured(
 
 
 def rank_correlation(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
-    """Spearman's rank correlation over the names in both; None for fewer than three."""
+    """Spearman's rank correlation over the names in both; None for fewer than three, or where all are equal."""
     names = [name for name in after if name in before]
     if len(names) < 3:
         return None
-    first, second = (_ranks([losses[name] for name in names]) for losses in (before, after))
-    if first.std() == 0 or second.std() == 0:
+    first, second = ([losses[name] for name in names] for losses in (before, after))
+    if min(first) == max(first) or min(second) == max(second):
         return None
-    return float(np.corrcoef(first, second)[0, 1])
+    from scipy.stats import spearmanr  # slow to import
 
-
-def _ranks(values: Sequence[float]) -> Any:
-    """Ranks from 0; equal values share the mean of theirs."""
-    array = np.array(values)
-    return (array[:, None] > array).sum(axis=1) + ((array[:, None] == array).sum(axis=1) - 1) / 2
+    return float(spearmanr(first, second).statistic)

@@ -4,7 +4,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from nemo_minitron.processor import processor_name
 from nemo_minitron.search.axes import FFN, GROUPS, HEADS, HIDDEN, sizes_of
 from nemo_minitron.search.latency import PARTS, PHASES, Conditions, LatencyTable
 from nemo_minitron.search.space import Space
@@ -27,12 +27,7 @@ def device_name() -> str:
     """The device that this process computes on: the GPU's name, or the processor's with its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} thread(s)"
+    return f"{processor_name()}, {torch.get_num_threads()} thread(s)"
 
 
 def grid_of(space: Space, points: int = 4) -> dict[str, list[int]]:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.processor import processor_name
 from nemo_minitron.stages.files import read_json, write_json
 from nemo_minitron.version import __version__
 
@@ -104,16 +105,6 @@ def hardware() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": gpu_names(),
     }
-
-
-def processor_name() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:

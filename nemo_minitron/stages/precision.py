@@ -6,6 +6,7 @@ from typing import Any
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import LayoutError
+from nemo_minitron.processor import processor_name
 from nemo_minitron.stages import manifest
 from nemo_minitron.stages.processes import Processes
 from nemo_minitron.stages.run_folder import RunFolder
@@ -55,7 +56,7 @@ def measure(asked: Precision) -> PrecisionChoice:
     return PrecisionChoice(
         asked=asked,
         chosen=faster if asked is Precision.AUTO else asked,
-        device=torch.cuda.get_device_name(device) if on_gpu else manifest.processor_name(),
+        device=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
         bf16_over_fp32=round(ratio, 3),
     )
 

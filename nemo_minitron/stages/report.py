@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.callbacks.metrics_file import read_rows
 from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.json_lines import read_rows
 from nemo_minitron.report import build
 from nemo_minitron.report.content import Depth, Importance, ReportContent, Row, summary
 from nemo_minitron.stages.base import StageContext

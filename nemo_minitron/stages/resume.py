@@ -9,7 +9,7 @@ from nemo_minitron.megatron import runtime
 from nemo_minitron.stages.run_folder import CHECKPOINTS
 
 
-def newest_whole(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
+def newest_complete(folder: Path, *, warn: Callable[[str], None]) -> Path | None:
     """The complete checkpoint with the most steps. Collective: rank 0 looks, all ranks share the reading.
 
     A damaged one is set aside as `STEP.damaged`, where it stays until the stage is finished.

@@ -12,6 +12,7 @@ from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.json_lines import rows_to_continue
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.pruning.apply import PrunedSource
@@ -134,7 +135,7 @@ class _Search:
 
 def _record(path: Path, rank: int) -> Record:
     """What an earlier attempt measured, the same on every rank; rank 0 adds to it."""
-    rows = runtime.broadcast_object(Record.read_rows(path) if rank == 0 else None)
+    rows = runtime.on_rank_zero(lambda: rows_to_continue(path), doing="reads what was measured before")
     return Record(rows, path if rank == 0 else None)
 
 

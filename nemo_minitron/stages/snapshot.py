@@ -1,18 +1,17 @@
 """What a run folder says of a run while it goes on. Reads only, and needs neither torch nor the process at work."""
 
 import fcntl
-import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.errors import RunFolderError
+from nemo_minitron.json_lines import read_rows
 from nemo_minitron.stages import budget, manifest
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.files import read_json
@@ -152,7 +151,7 @@ def _stage(run: RunFolder, name: str, *, running: bool, now: float) -> StageView
 
 
 def _training(run: RunFolder, config: RunConfig, begun: list[str]) -> TrainingView | None:
-    rows = [row for row in _rows(run.metrics) if row.get("stage") in begun]
+    rows = [row for row in read_rows(run.metrics) if row.get("stage") in begun]
     if not rows:
         return None
     stage = str(rows[-1]["stage"])
@@ -192,21 +191,6 @@ def _planned(run: RunFolder, config: RunConfig, stage: str) -> tuple[int | None,
     if run.is_complete(stage):
         return int(run.result(stage)["steps"]), tokens
     return None, tokens
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl` that are complete: the last one may be in the middle of being written."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
 
 
 def _seconds(text: str) -> float:

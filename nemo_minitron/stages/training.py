@@ -25,7 +25,7 @@ from nemo_minitron.models.strategy import MegatronStrategy
 from nemo_minitron.stages import budget, signals, speed, trial
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.files import read_json
-from nemo_minitron.stages.resume import newest_whole
+from nemo_minitron.stages.resume import newest_complete
 from nemo_minitron.stages.session import make_trainer, restore, with_run
 from nemo_minitron.stages.training_job import TrainingJob
 
@@ -38,7 +38,7 @@ def train(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     if job.settings.minutes is not None:
         job = _with_steps_fixed(context, job)
     checkpoints = context.out / "checkpoints"
-    resume_from = newest_whole(checkpoints, warn=context.reporter.line)
+    resume_from = newest_complete(checkpoints, warn=context.reporter.line)
     if resume_from is not None:
         job = _compared(context, job, resume_from)
     settings = job.settings

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_minitron.callbacks.metrics_file import read_rows
+from nemo_minitron.json_lines import read_rows
 from tests import chain_jobs
 from tests.ranks import run_on_ranks
 from tests.tiny import write_corpus, write_llama

@@ -78,12 +78,11 @@ def slow_first_rank() -> str:
 
     from torch.distributed import distributed_c10d, group
 
-    from nemo_minitron.callbacks.pruning import _on_first_rank
     from nemo_minitron.megatron import runtime
 
     runtime.start(ONE, seed=0)
     distributed_c10d._set_pg_timeout(timedelta(seconds=1), group.WORLD)
-    return _on_first_rank(lambda: time.sleep(2.5) or "pruned")
+    return runtime.on_rank_zero(lambda: time.sleep(2.5) or "pruned", doing="prunes")
 
 
 def prune_all(folder: Path, cases: list[PruneCase]) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.callbacks.metrics import MetricsLogger
-from nemo_minitron.callbacks.metrics_file import MetricsFile, read_rows
+from nemo_minitron.callbacks.metrics_file import MetricsFile
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.callbacks.reporter import Reporter, clock, compact, duration
 from nemo_minitron.callbacks.throughput import Throughput
+from nemo_minitron.json_lines import read_rows
 
 TOKENS = 10
 

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from nemo_minitron.errors import SearchError, TrainingError
+from nemo_minitron.json_lines import rows_to_continue
 from nemo_minitron.search.race import Record, Rung, Standing, rank_correlation, run_race
 
 NAMES = list("abcdefgh")
@@ -100,7 +101,7 @@ def test_a_race_that_was_cut_off_goes_on_behind_its_last_candidate(tmp_path, tor
     assert len(lines) == len(whole.asked)
     path.write_text("".join(lines[:10]) + torn)
     rest = Course()
-    result = race(rest, Record(Record.read_rows(path), path))
+    result = race(rest, Record(rows_to_continue(path), path))
     assert rest.asked == whole.asked[10:]
     assert result == expected
     assert [json.loads(line) for line in path.read_text().splitlines()] == [json.loads(line) for line in lines]

@@ -134,7 +134,7 @@ def test_a_dry_run_says_what_auto_will_be_and_measures_here(device, tmp_path, mo
 
     assert _precision(config("auto"), RunFolder(tmp_path / "new")) == (
         Precision.BF16,
-        f" (auto: bf16 products are 2 x as fast as fp32 on {precision.manifest.processor_name()})",
+        f" (auto: bf16 products are 2 x as fast as fp32 on {precision.processor_name()})",
     )
     assert _precision(config("fp32"), RunFolder(tmp_path / "new")) == (Precision.FP32, "")
     on_gpus = config_for(Path("hf"), Path("corpus"), precision="auto", cluster={"nodes": 2})

@@ -9,7 +9,7 @@ from nemo_minitron.callbacks.history import BestModel
 from nemo_minitron.checkpoints import digests
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron import runtime
-from nemo_minitron.stages.resume import newest_whole
+from nemo_minitron.stages.resume import newest_complete
 from nemo_minitron.stages.run_folder import RunFolder
 
 
@@ -34,9 +34,9 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_newest_whole_one_is_taken(folder):
+def test_the_newest_complete_one_is_taken(folder):
     told = []
-    assert newest_whole(folder, warn=told.append) == folder / "00000006.ckpt"
+    assert newest_complete(folder, warn=told.append) == folder / "00000006.ckpt"
     assert told == []
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_one_is_set_aside_with_a_warning(folder, damage):
     harm, words = DAMAGE[damage]
     harm(folder / "00000006.ckpt")
     told = []
-    assert newest_whole(folder, warn=told.append) == folder / "00000004.ckpt"
+    assert newest_complete(folder, warn=told.append) == folder / "00000004.ckpt"
     (text,) = told
     assert f"warning: {folder}/00000006.ckpt is damaged" in text
     assert words in text
@@ -67,14 +67,14 @@ def test_with_none_left_training_starts_from_the_beginning(folder):
     for path in folder.iterdir():
         (path / ".metadata").write_bytes(b"")
     told = []
-    assert newest_whole(folder, warn=told.append) is None
+    assert newest_complete(folder, warn=told.append) is None
     assert len(told) == 4
     assert told[-1] == "warning: no complete checkpoint is left: training starts from the beginning"
 
 
 def test_without_checkpoints_nothing_is_said(tmp_path):
     told = []
-    assert newest_whole(tmp_path / "none", warn=told.append) is None
+    assert newest_complete(tmp_path / "none", warn=told.append) is None
     assert told == []
 
 
