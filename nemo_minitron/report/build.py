@@ -206,11 +206,11 @@ def _search(result: Row) -> Row:
 def _data(sources: Row) -> Row:
     """What was given, what was used of it, and why the rest was not."""
     rows = [
-        (row["kind"], f"{row['files']:,} files", f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['skipped']:,}")
+        (row["kind"], _files(row["files"]), f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['skipped']:,}")
         for row in sources["rows"]
     ]
     rows += [("skipped", row["reason"], "", "", f"{row['documents']:,}") for row in sources["skipped"]]
-    rows += [("not used", row["reason"], f"{row['files']:,} files", "", "") for row in sources["left_out"]]
+    rows += [("not used", row["reason"], _files(row["files"]), "", "") for row in sources["left_out"]]
     return {"headings": ("source", "", "documents", "tokens", "documents skipped"), "rows": rows}
 
 
@@ -304,3 +304,7 @@ def _provenance(content: ReportContent) -> list[tuple[str, str]]:
     ]
     commands = manifest.get("commands", [])
     return [*found, ("started", str(commands[0]["start"]))] if commands else found
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'' if count == 1 else 's'}"

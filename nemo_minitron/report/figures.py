@@ -196,9 +196,10 @@ def distillation(rows: list[Row]) -> str:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: compact(value)))
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="center right", fontsize=8)
+                # Below the axes: training curves leave no corner free.
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8, columnspacing=1.2)
 
-    return svg(draw, height=2.9)
+    return svg(draw, height=3.2)
 
 
 def stage_seconds(seconds: dict[str, float]) -> str:
