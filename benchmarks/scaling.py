@@ -64,7 +64,7 @@ ASSUMPTIONS = (
     (
         "cached targets",
         f"{CACHE_BYTES} bytes per token at 50 draws",
-        "arXiv:2503.16870: about 12 ids; 1 byte, and 3 an id; SmolLM2-135M on Wikipedia, measured: 17 ids, 52 bytes",
+        "arXiv:2503.16870: about 12 ids; 1 byte, and 3 per id; SmolLM2-135M on Wikipedia, measured: 17 ids, 52 bytes",
     ),
     (
         "storage",
