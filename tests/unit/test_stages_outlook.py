@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.outlook import EFFICIENCY, Outlook
 from nemo_minitron.stages.run_folder import RunFolder
