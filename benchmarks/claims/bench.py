@@ -67,7 +67,8 @@ class Bench:
         """Cut the student, train it if there is a lesson, and read the held-out windows with it.
 
         Returns:
-            Nats and KL to the teacher per token of every window, the teacher's nats, the student's parameters.
+            Nats and KL to the teacher per token of every window (of every micro-batch, where that has more), the
+            teacher's nats, the student's parameters.
         """
         student = self._source(trial.student)
         if trial.lesson is None:
@@ -173,7 +174,7 @@ class Bench:
         settings = self.config.evaluate
         samples = math.ceil(settings.max_tokens / settings.sequence_length)
         windows = WindowDataset(self._data, SPLIT, settings.sequence_length, samples, spread=True)
-        validate(model, windows, micro_batch_size=1, trainer=trainer)
+        validate(model, windows, micro_batch_size=self.config.distill.batch.micro_batch_size, trainer=trainer)
         found = {"nats": "ce", "kl": "kl", "teacher_nats": "teacher_ce"}
         reports = model.validation_reports
         return {

@@ -55,9 +55,7 @@ LAST_BUT_TWO = hidden("last but two", "{layers: [[-3, -3]]}")
 LAST_BUT_TWO_AND_EMBEDDING = hidden("last but two, embedding", "{layers: [[-3, -3]], embedding: true}")
 LAST = hidden("last", "{layers: [[-1, -1]]}")
 CACHE = Lesson("KL, 50 cached draws", ("cache.kind=sampled",), cached=True)
-CORRECTION = Lesson(
-    "KL, corrected teacher", ("correct.tokens={tokens}", "correct.validation_samples=1"), corrected=True
-)
+CORRECTION = Lesson("KL, corrected teacher", corrected=True)
 
 
 class When(StrEnum):

@@ -1,4 +1,4 @@
-"""The runner of the claims on a tiny model: trials in one process, one line each, and a set that was cut off goes on."""
+"""The runner of the claims on a tiny model: one process, a line for each trial, and a set that was cut off goes on."""
 
 import json
 import math
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 CLAIMS = ("beginning", "cache", "correction", "iterative")
 SMALL = (
     "distill.tokens=6144",
+    "distill.batch.micro_batch_size=1",
     "evaluate.max_tokens=512",
     "score.depth.metrics=[lm_loss]",
     "score.depth.blocks=true",
