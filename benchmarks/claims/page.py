@@ -1,7 +1,7 @@
 """Tables of the claims out of a results file, and the pages that hold them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 
 from benchmarks.claims.results import Difference, Results
@@ -15,8 +15,11 @@ SURE = 2.0
 """Standard errors from which on a difference counts."""
 SMALL = 0.01
 """Nats per token that count as no difference where a paper found none."""
+WIDE = 0.05
+"""Nats per token: an error of half of it or more tells no difference from none."""
 NOT_RUN = "not run yet"
 NO_SEEDS = "none"
+VERDICTS = ("agrees", "disagrees", "undecided", NOT_RUN)
 ON_THE_PAGE = tuple(claim for claim in CLAIMS if claim is not OBJECTIVES)
 
 
@@ -52,7 +55,7 @@ def summary(results: Results, file: str) -> str:
     rows = []
     for claim in ON_THE_PAGE:
         verdicts = [verdict(finding, claim, results) for finding in claim.findings]
-        told = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
+        told = ", ".join(f"{word}: {verdicts.count(word)}" for word in VERDICTS if word in verdicts)
         rows.append((f"[{claim.title}](#{_anchor(claim.title)})", told, *_took(claim, results)))
     table = _markdown(["claim", "the papers' findings here", "seeds", "minutes", "CPU minutes"], rows)
     return f"{table}\n\n<sub>{_about(results)} `benchmarks/{file}`.</sub>"
@@ -60,7 +63,7 @@ def summary(results: Results, file: str) -> str:
 
 def section(claim: Claim, results: Results) -> str:
     """A claim's table, what the papers found beside what was found here, and its time."""
-    parts = [_markdown(_HEADINGS, (_row(row, results) for row in claim.rows))]
+    parts = [_markdown(_HEADINGS, (_row(row, results) for row in claim.rows), numbers=True)]
     if claim.findings:
         headings = ["the papers", "here", "seeds", ""]
         parts.append(_markdown(headings, (_compared(finding, claim, results) for finding in claim.findings)))
@@ -77,7 +80,9 @@ def verdict(finding: Finding, claim: Claim, results: Results) -> str:
         return NOT_RUN
     sure = SURE * found.error
     if finding.equal:
-        return "agrees" if abs(found.mean) <= max(sure, SMALL) else "disagrees"
+        if abs(found.mean) > max(sure, SMALL):
+            return "disagrees"
+        return "agrees" if sure <= WIDE else "undecided"
     if abs(found.mean) <= sure:
         return "undecided"
     return "agrees" if found.mean > 0 else "disagrees"
@@ -102,13 +107,13 @@ def _row(row: Row, results: Results) -> tuple[str, ...]:
     )
 
 
-def _count(before: dict[int, object], after: dict[int, object]) -> str:
+def _count(before: Sized, after: Sized) -> str:
     return f"{len(after)}" if len(before) == len(after) else f"{len(before)}, {len(after)}"
 
 
 def _compared(finding: Finding, claim: Claim, results: Results) -> tuple[str, ...]:
     found = _difference(finding, claim, results)
-    pair = f"{finding.other} - {finding.better}, {finding.when}"
+    pair = f"{finding.other} minus {finding.better}, {finding.when}"
     if found is None:
         return f"{finding.text}", pair, "0", NOT_RUN
     unit = "KL" if finding.measure is Measure.KL else "loss"
@@ -126,8 +131,8 @@ def _took(claim: Claim, results: Results) -> tuple[str, str, str]:
     """Seeds, minutes and CPU minutes; what claims share counts in each."""
     wanted = trials((claim,))
     seeds = sorted({seed for trial in wanted for seed in results.of(trial)})
-    times = (results.seconds(wanted, clock) / 60 for clock in ("seconds", "cpu_seconds"))
-    return ", ".join(map(str, seeds)) or NO_SEEDS, *(f"{minutes:.0f}" for minutes in times)
+    minutes, cpu = (f"{results.seconds(wanted, clock) / 60:.0f}" for clock in ("seconds", "cpu_seconds"))
+    return ", ".join(map(str, seeds)) or NO_SEEDS, minutes, cpu
 
 
 def _about(results: Results) -> str:
@@ -148,6 +153,8 @@ def _anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
-def _markdown(headings: list[str], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", "| " + " | ".join("---" for _ in headings) + " |"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+def _markdown(headings: list[str], rows: Iterable[tuple[str, ...]], *, numbers: bool = False) -> str:
+    """A table; with `numbers`, all columns but the first are aligned at the right."""
+    rule = ["---", *(["---:" if numbers else "---"] * (len(headings) - 1))]
+    lines = [headings, rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,7 +10,7 @@ from benchmarks.claims.students import Lesson, Student, Trial
 
 # -- students: shares of the teacher's sizes, so that a small model can stand in for SmolLM2 in tests ----------------
 
-WIDTH_TARGET = ("hidden_size=0.8889", "ffn_hidden_size=0.75", "multiple_of=8")
+WIDTH_TARGET = ("hidden_size=0.8889", "ffn_hidden_size=0.75", "multiple_of=4")
 """SmolLM2-135M: hidden 512 of 576, FFN 1152 of 1536; 101.9M of 134.5M parameters."""
 DEPTH_TARGET = ("num_layers=0.7",)
 """21 of 30 layers; 102.7M."""

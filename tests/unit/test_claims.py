@@ -71,7 +71,9 @@ def test_a_difference_within_two_errors_decides_nothing(influence, loss, told):
     assert page.verdict(METRICS.findings[0], METRICS, results) == told
 
 
-@pytest.mark.parametrize(("cached", "told"), [([2.001, 2.002], "agrees"), ([2.5, 2.51], "disagrees")])
+@pytest.mark.parametrize(
+    ("cached", "told"), [([2.001, 2.002], "agrees"), ([2.5, 2.51], "disagrees"), ([1.0, 3.0], "undecided")]
+)
 def test_where_the_paper_found_no_difference_a_sure_one_disagrees(cached, told):
     resident, drawn = (row.trial(When.AFTER) for row in CACHED.rows)
     results = Results([line(resident, [2.0, 2.0]), line(drawn, cached)])
