@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_minitron.checkpoints.large_files import open_binary
 from nemo_minitron.checkpoints.tensors import read_tensor, write_tensor
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.json_lines import without_double_keys
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -146,13 +147,8 @@ class SafetensorsWriter:
 
 
 def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(text, object_pairs_hook=without_duplicates)
+        header = json.loads(text, object_pairs_hook=without_double_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
