@@ -104,12 +104,7 @@ class Reporter:
     ) -> None:
         """A stage begins: a line in a log; a spinner on a terminal, where its line appears when it ends.
 
-        Args:
-            name: Of the stage.
-            position: From 1.
-            count: Of the stages.
-            resumed: Whether it continues an earlier attempt.
-            left: Seconds until the run ends, as far as that is known.
+        `left` is in seconds until the run ends, where that is known.
         """
         ends = "" if left is None else f" · the run ends in about {duration(round(left))}"
         if resumed or not self.terminal:

@@ -51,10 +51,6 @@ _KINDS = frozenset(int(kind) for kind in Kind)
 def convert_tokenizer(path: Path, field: Field) -> dict[str, bytes]:
     """Hugging Face tokenizer files, and generation defaults with the special token ids.
 
-    Args:
-        path: The GGUF file.
-        field: Looks up metadata: `field(key, default)`.
-
     Raises:
         CheckpointError: There is no tokenizer, or one of a kind that cannot be converted faithfully.
     """

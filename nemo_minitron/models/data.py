@@ -145,10 +145,7 @@ class _OneAfterAnother(Dataset[dict[str, Tensor]]):
 class ChatDataModule(TokenDataModule):
     """Conversations: batches of the train split in an order by seed, and the validation split as it lies.
 
-    Args:
-        folder: What the chat stage wrote.
-        settings: As in the base class; `pack` puts several conversations into one sample.
-        seed: Order of the conversations, the same at every layout.
+    The folder is what the chat stage wrote; `settings.pack` puts several conversations into one sample.
     """
 
     settings: TuneConfig

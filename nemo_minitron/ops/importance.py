@@ -36,10 +36,6 @@ class SequenceMoments:
     count: Tensor
     """`[B]` float64: kept positions of each sample."""
 
-    def plus(self, other: "SequenceMoments") -> "SequenceMoments":
-        """The moments of both shards together."""
-        return SequenceMoments(self.sums + other.sums, self.count + other.count)
-
     def finish(self) -> Tensor:
         """m, n and v of every sample, `[3, B, C]`; zeros for a sample without kept positions."""
         abs_sum, square_sum, total = self.sums
@@ -125,12 +121,7 @@ def _reduced(x_SBC: Tensor) -> Block:
 
 
 def joined_moments(sites: Sequence[Sequence[Block]], count_B: Tensor) -> SequenceMoments:
-    """The moments of several sites of the same samples and blocks, their channels side by side.
-
-    Args:
-        sites: Of each site, what `sequence_blocks` gave.
-        count_B: Kept positions of each sample.
-    """
+    """The moments of several sites of the same samples and blocks, their channels side by side."""
     samples = count_B.shape[0]
     sums: Tensor | None = None
     for blocks in zip(*sites, strict=True):
@@ -150,9 +141,7 @@ def sequence_moments(x_SBC: Tensor, keep_BS: Tensor | None = None) -> SequenceMo
 
     Sums of up to a thousand terms are float32 (float64 for float64 input), those of more are float64.
 
-    Args:
-        x_SBC: Activations; left unchanged. Whatever stands at masked positions, NaN included, has no effect.
-        keep_BS: True where a position counts; None keeps all, which is faster.
+    Masking is as in `sequence_blocks`.
     """
     size, samples, channels = x_SBC.shape
     blocks = sequence_blocks(x_SBC, keep_BS, block_rows(size, samples, channels, x_SBC.device), Workspace())

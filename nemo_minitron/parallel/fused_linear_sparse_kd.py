@@ -59,20 +59,8 @@ def fused_linear_sparse_kd(
     teacher's entropy. `top1_agreement` takes the target's heaviest entry for the teacher's best token, and
     `teacher_ce_sum` is None: a label need not be among the entries.
 
-    Args:
-        student_hidden: `[N, h]` after the final norm, the same on every tensor-parallel rank.
-        student_weight: `[V, h]`, rank r holding tokens `r * V` and following.
-        targets: Of all N tokens, masked ones included (their contents do not matter).
-        keep: `[N]` bool; None keeps all.
-        labels: `[N]` token ids, for the cross-entropy of `lm_weight` and `statistics`.
-        divergence: None is the forward KL, the only one for sampled targets. Its temperature must be the targets'.
-        kd_weight: Factor of the divergence.
-        lm_weight: Factor of the student's cross-entropy; above 0 it needs `labels`.
-        vocab_size: Real tokens; columns beyond it carry no probability.
-        chunk_tokens: Tokens per chunk; None takes what the memory set in `fused_linear` allows.
-        tp: Ranks that share the vocabulary.
-        weight_gradient: See `fused_linear_kd`.
-        statistics: Also count top-1 agreement and, given labels, the student's cross-entropy.
+    `targets` are of all N tokens, masked ones included (their contents do not matter). `divergence` None is the forward
+    KL, the only one for sampled targets; its temperature must be the targets'.
 
     Raises:
         ValueError: The divergence does not fit the targets.
