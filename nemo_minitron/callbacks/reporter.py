@@ -67,10 +67,7 @@ class Progress:
 class Reporter:
     """Speaks for a run.
 
-    Args:
-        silent: Say nothing (ranks above 0).
-        stream: Where to; standard output unless given.
-        terminal: Whether bars can be drawn; found out from the stream unless given.
+    Ranks above 0 are silent. It goes to standard output, and bars are drawn on a terminal, unless told otherwise.
     """
 
     def __init__(self, *, silent: bool = False, stream: TextIO | None = None, terminal: bool | None = None) -> None:

@@ -54,8 +54,7 @@ _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 def open_megatron(folder: Path) -> Checkpoint:
     """Open a Megatron-LM or Megatron-Bridge checkpoint.
 
-    Args:
-        folder: The folder of an iteration, or the one above, whose latest iteration is taken.
+    The folder is that of an iteration, or the one above, whose latest iteration is taken.
 
     Raises:
         CheckpointError: A file is missing or damaged or asks for code, a weight is missing, unknown or of the wrong

@@ -63,11 +63,7 @@ class TorchDistWriter:
     def add(self, key: str, tensor: Tensor, *, offsets: Shape | None = None, shape: Shape | None = None) -> None:
         """Append one piece of a tensor.
 
-        Args:
-            key: Name of the complete tensor.
-            tensor: The piece.
-            offsets: Where the piece begins in the tensor; None for a complete tensor.
-            shape: Shape of the tensor; None for a complete tensor.
+        `offsets` say where the piece begins in the tensor of that name and `shape`; None for a complete tensor.
         """
         whole = torch.Size(tensor.shape if shape is None else shape)
         at = torch.Size(offsets or (0,) * len(whole))

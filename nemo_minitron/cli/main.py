@@ -233,14 +233,24 @@ def _go(
     *,
     dry_run: bool = False,
     debug: bool,
-    **stages: str | None,
+    redo_from: str | None = None,
+    last: str | None = None,
+    only: str | None = None,
 ) -> None:
-    """Carry out a job, or say what it comes to; `stages` are those fields of `Job`."""
     with reported(debug=debug):
         from nemo_minitron.cli.job import Job
         from nemo_minitron.cli.job import run as carry_out
 
-        job = Job(recipe=recipe, overrides=overrides or [], run_dir=run_dir, ranks=ranks, debug=debug, **stages)
+        job = Job(
+            recipe=recipe,
+            overrides=overrides or [],
+            run_dir=run_dir,
+            redo_from=redo_from,
+            last=last,
+            only=only,
+            ranks=ranks,
+            debug=debug,
+        )
         if not dry_run:
             raise typer.Exit(carry_out(job))
         from rich.console import Console

@@ -181,11 +181,7 @@ class ChatDataModule(TokenDataModule):
 class CalibrationDataModule(_RankDataModule):
     """Windows of the calibration split, in order, for `trainer.validate`.
 
-    Args:
-        folder: What the data stage wrote.
-        sequence_length: Tokens of a sample.
-        samples: Take only the first ones; None for all.
-        global_batch_size: Samples of one batch over all data-parallel ranks.
+    Only the first `samples` are taken; None for all. Batches are of `global_batch_size` samples over all ranks.
 
     Attributes:
         provenance: Digests of the texts and of the tokenizer, for `ImportanceCallback`.

@@ -37,13 +37,8 @@ class StateMatching:
     The projection is the same on every rank and no part of the model: it has its own gradient sum and optimizer step,
     is kept in training checkpoints, and is gone when training ends.
 
-    Args:
-        config: What is compared.
-        student: Architecture of the student.
-        teacher: Architecture of the teacher.
-        runtime: The running layout.
-        optimizer: Settings of the projection's AdamW, the student's; its learning rate comes with each step.
-        kept: The teacher's channels that the student has, in order; None where they are not known.
+    `optimizer` has the settings of the projection's AdamW, which are the student's; its learning rate comes with
+    each step. `kept` are the teacher's channels that the student has, in order; None where they are not known.
 
     Attributes:
         projection: `[H, h]` fp32, from the student's `h` channels to the teacher's `H`; None for none.

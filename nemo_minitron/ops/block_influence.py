@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_minitron.ops.importance import Workspace
+from nemo_minitron.ops.memory import Workspace
 
 
 class Stream(NamedTuple):
@@ -21,7 +21,7 @@ class Stream(NamedTuple):
 def stream_of(x_SBH: Tensor, workspace: Workspace, name: str) -> Stream:
     """A copy of the states in the workspace, under a name, with their lengths."""
     wide = torch.float64 if x_SBH.dtype == torch.float64 else torch.float32
-    states = workspace.take(x_SBH.shape, x_SBH, name=name, dtype=wide).copy_(x_SBH).flatten(0, 1)
+    states = workspace.take(name, x_SBH.shape, wide, x_SBH.device).copy_(x_SBH).flatten(0, 1)
     return Stream(states, torch.linalg.vector_norm(states, dim=-1))
 
 

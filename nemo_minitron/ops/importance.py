@@ -13,13 +13,13 @@ Shapes: S sequence, B samples of a micro-batch, C channels of a site, H query he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.config.sites import Aggregation
+from nemo_minitron.ops.memory import Workspace
 
 # Elements of a site that are summed up at once. A call costs more than a cache miss, so blocks are large.
 _BLOCK_ELEMENTS = 1 << 20
@@ -54,21 +54,6 @@ class Block(NamedTuple):
     """Positions, masked ones (which are zeros) included."""
 
 
-class Workspace:
-    """Memory that is used again for every site. Fresh pages for each would cost more than the sums taken in them."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, shape: Sequence[int], like: Tensor, *, name: str = "", dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor with whatever values; valid until the next one of that name, type and device is taken."""
-        key, size = (name, dtype or like.dtype, like.device), prod(shape)
-        memory = self._memory.get(key)
-        if memory is None or memory.numel() < size:
-            memory = self._memory[key] = torch.empty(size, dtype=key[1], device=key[2])
-        return memory[:size].view(*shape)
-
-
 def block_rows(positions: int, samples: int, channels: int, device: torch.device) -> int:
     """Positions of a block, for sites of up to `channels` channels; the last block may be shorter.
 
@@ -98,7 +83,7 @@ def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace:
     blocks = []
     for first in range(0, x_SBC.shape[0], rows):
         x_RBC = x_SBC[first : first + rows]
-        buffer_RBC = workspace.take(x_RBC.shape, x_RBC, dtype=wide)
+        buffer_RBC = workspace.take("site", x_RBC.shape, wide, x_RBC.device)
         as_it_is = x_RBC.dtype == wide and keep_BS is None and x_RBC.is_contiguous()
         x_RD = (x_RBC if as_it_is else buffer_RBC.copy_(x_RBC)).flatten(1)
         if keep_BS is not None:

@@ -63,7 +63,6 @@ class _ChunkCrossEntropy:
     layer: OutputLayer
     logits_held: int = 1
     scratch_held: int = 1
-    has_kernels: bool = True
     sums: int = 2
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:

@@ -5,7 +5,6 @@ from nemo_minitron.ops.block_influence import dissimilarity, stream_of
 from nemo_minitron.ops.importance import (
     SequenceMoments,
     SiteSums,
-    Workspace,
     _reduced,
     aggregate,
     head_importance,
@@ -14,6 +13,7 @@ from nemo_minitron.ops.importance import (
     kv_group_importance,
     sequence_moments,
 )
+from nemo_minitron.ops.memory import Workspace
 from tests.oracles import importance as oracle
 from tests.support.emulation import gpu_branches
 from tests.tolerances import TOL
