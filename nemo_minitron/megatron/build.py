@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.errors import LayoutError

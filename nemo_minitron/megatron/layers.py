@@ -22,7 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from nemo_minitron.arch.spec import Activation, LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.functional import (
     Starts,
