@@ -121,25 +121,6 @@ def joined_moments(sites: Sequence[Sequence[Block]], count_B: Tensor) -> Sequenc
     return SequenceMoments(sums, count_B)
 
 
-def sequence_moments(x_SBC: Tensor, keep_BS: Tensor | None = None) -> SequenceMoments:
-    """Sum one site's activations over the sequence.
-
-    Sums of up to a thousand terms are float32 (float64 for float64 input), those of more are float64.
-
-    Masking is as in `sequence_blocks`.
-    """
-    size, samples, channels = x_SBC.shape
-    blocks = sequence_blocks(x_SBC, keep_BS, block_rows(size, samples, channels, x_SBC.device), Workspace())
-    return joined_moments([blocks], kept_positions(x_SBC, keep_BS))
-
-
-def kept_positions(x_SBC: Tensor, keep_BS: Tensor | None) -> Tensor:
-    """How many positions of each sample count, `[B]` float64."""
-    if keep_BS is None:
-        return torch.full((x_SBC.shape[1],), x_SBC.shape[0], dtype=torch.float64, device=x_SBC.device)
-    return keep_BS.sum(-1, dtype=torch.float64)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -7,11 +7,11 @@ from nemo_minitron.ops.importance import (
     SiteSums,
     _reduced,
     aggregate,
+    block_rows,
     head_importance,
     joined_moments,
-    kept_positions,
     kv_group_importance,
-    sequence_moments,
+    sequence_blocks,
 )
 from nemo_minitron.ops.memory import Workspace
 from tests.oracles import importance as oracle
@@ -31,6 +31,16 @@ def keep_mask():
     keep[2, :30] = False
     keep[4, ::2] = False
     return keep
+
+
+def kept_positions(x_SBC, keep_BS):
+    keep_BS = torch.ones(x_SBC.shape[1::-1], dtype=torch.bool) if keep_BS is None else keep_BS
+    return keep_BS.sum(-1, dtype=torch.float64)
+
+
+def sequence_moments(x_SBC, keep_BS=None):
+    blocks = sequence_blocks(x_SBC, keep_BS, block_rows(*x_SBC.shape, x_SBC.device), Workspace())
+    return joined_moments([blocks], kept_positions(x_SBC, keep_BS))
 
 
 def kept_samples(x_SBC, keep_BS):
