@@ -134,9 +134,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def attach_cache(self, folder: Path, *, order: Sequence[int] | None = None) -> None:
         """Learn from stored targets.
 
-        Args:
-            folder: What the cache stage wrote.
-            order: For each training sample in order, its number in the cache; None if they are the same.
+        `order` has the number in the cache of each training sample in order; None if they are the same.
 
         Raises:
             CacheError: The cache does not fit the model or the objective.
@@ -178,7 +176,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         micro_batches = self.micro_batches(batch)
         objective = self.objective.at(min(step / max(self.trainer.max_steps - 1, 1), 1.0))
         is_watched = self.statistics_every > 0 and step % self.statistics_every == 0
-        self.optimizers().zero_grad()
+        self.lightning_optimizer.zero_grad()
 
         targets = self.fetch_targets(micro_batches)
         loss = self.bind_loss(targets, objective, statistics=is_watched or step == 0)
