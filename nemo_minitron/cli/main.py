@@ -167,9 +167,54 @@ def _evaluate(
     )
 
 
+def _report(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Put on top of the recipe; or more runs, to compare them."),
+    ] = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Where the page on RUN... goes. (default: RUN/report.html, of several comparison.html)",
+            show_default=False,
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+    nproc: Ranks = None,
+    debug: Debug = False,
+) -> None:
+    """The stage verb that takes run folders too."""
+    with reported(debug=debug):
+        from nemo_minitron.cli import report as pages
+
+        if folders := pages.folders([recipe, *(overrides or [])]):
+            print(pages.report(folders, out))
+            return
+    _go(
+        recipe,
+        overrides,
+        run_dir=run_dir,
+        redo_from="report" if redo else None,
+        only="report",
+        ranks=nproc,
+        dry_run=dry_run,
+        debug=debug,
+    )
+
+
 for _name, _title in TITLES.items():
     if _name == "evaluate":
         app.command(name=_name, help=_title, rich_help_panel=STAGES)(_evaluate)
+    elif _name == "report":
+        app.command(
+            name=_name, help=f"{_title} Several run folders: compare them on one page.", rich_help_panel=STAGES
+        )(_report)
     else:
         _add_verb(_name, _title)
 
