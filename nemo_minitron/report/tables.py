@@ -284,9 +284,9 @@ def provenance(content: ReportContent) -> list[tuple[str, str]]:
     gpus = hardware.get("gpus") or []
     precision = (manifest.get("precision") or {}).get("chosen")
     found = [
-        ("seed", str(manifest.get("seed"))),
+        *([("seed", str(manifest["seed"]))] if "seed" in manifest else []),
         ("commit", str(manifest.get("git") or "not run from a git checkout")),
-        ("machine", machine + (f", {', '.join(gpus)}" if gpus else ", no GPU")),
+        *([("machine", machine + (f", {', '.join(gpus)}" if gpus else ", no GPU"))] if hardware else []),
         *([("precision", f"{precision}, chosen by measurement")] if precision else []),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())),
     ]

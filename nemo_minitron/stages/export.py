@@ -71,13 +71,14 @@ def _making(context: StageContext) -> Making:
             return {}
 
     distilled = result("distill")
+    is_known = all(map(context.run.is_complete, ("import", "prune")))
     return Making(
         recipe=to_yaml(context.config),
         objective=distilled.get("objective", ""),
         tokens=distilled.get("tokens"),
         sources=tuple(str(source) for source in context.config.data.named),
         evaluation=result("evaluate"),
-        content=gather(context.run, context.config, scores=False) if context.run.is_complete("prune") else None,
+        content=gather(context.run, context.config, scores=False) if is_known else None,
     )
 
 

@@ -16,9 +16,10 @@ from nemo_minitron.json_lines import read_rows
 from nemo_minitron.report import build
 from nemo_minitron.report.compare import Compared, comparison
 from nemo_minitron.report.content import Depth, Importance, ReportContent, Row, summary
+from nemo_minitron.stages import manifest
 from nemo_minitron.stages.base import StageContext, flatten
 from nemo_minitron.stages.chain import chain_for, round_name
-from nemo_minitron.stages.files import read_json, write_json, write_text
+from nemo_minitron.stages.files import write_json, write_text
 from nemo_minitron.stages.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> Repo
         teacher=ModelSpec.from_dict(results["import"]["spec"]),
         student=ModelSpec.from_dict(results["prune"]["spec"]),
         results=results,
-        manifest=read_json(folder.path / "manifest.json"),
+        manifest=manifest.read(folder.path),
         recipe=to_yaml(config),
         importance=_importance(folder, config) if scores else None,
         rounds=[_round(folder, number, rounds) for number in range(1, rounds + 1)],

@@ -101,6 +101,7 @@ def test_a_run_that_has_not_come_far_still_has_a_report():
     assert page.open == []
     assert page.addresses == ["data:,"]
     assert summary(content)["tokens"] is None
+    assert "None" not in " ".join(page.words)
     assert "small" in build.readme(content)
 
 
