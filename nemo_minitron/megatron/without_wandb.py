@@ -28,7 +28,7 @@ class _NotForMegatron:
 def hide_wandb() -> None:
     """Have Megatron-Core's imports of wandb fail from now on, unless somebody has imported it already."""
     if not any(isinstance(hook, _NotForMegatron) for hook in sys.meta_path):
-        sys.meta_path.insert(0, _NotForMegatron())  # type: ignore[arg-type]  # typeshed asks for more than Python does
+        sys.meta_path.insert(0, _NotForMegatron())
 
 
 def _importer(frame: FrameType | None) -> str:
