@@ -89,11 +89,14 @@ class Settling:
         task = Task(name, rung, seed)
         try:
             loss = self._search.measure(*task)
-        except (RuntimeError, ValueError) as error:
-            # Ranks that share a candidate may have met it at different places, or one of them alone: they cannot go on
-            # together. The same command does, without this candidate.
-            if runtime.current().world_size > 1 and not peer_error(error):
-                append_rows(_part(self._context, self._context.rank), [failed_row(task, error)])
+        except (MinitronError, RuntimeError, ValueError) as error:
+            row = failed_row(task, error)
+            if isinstance(error, failures(runtime.current().world_size)):
+                self._tell(row)
+            elif not peer_error(error):
+                # Ranks that share a candidate may have met it at different places, or one of them alone: they cannot go
+                # on together. The same command does, without this candidate.
+                append_rows(_part(self._context, self._context.rank), [row])
             raise
         self._tell({**task._asdict(), "loss": loss})
         return loss
