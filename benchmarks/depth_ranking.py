@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.build import build_chunks

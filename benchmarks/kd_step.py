@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks.transformers_step import Objective, TransformersStep
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config import distillation
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig

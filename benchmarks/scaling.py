@@ -13,7 +13,8 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute

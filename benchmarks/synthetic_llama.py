@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import ModelSpec, RopeScaling, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec, RopeScaling
 from nemo_minitron.arch.weights import weight_named, weights
 from nemo_minitron.checkpoints.hf import write_hf
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.bench import Bench
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import optim, runtime

@@ -7,7 +7,8 @@ here settings become a spec. Plain data.
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.arch.spec import Activation, AnyScaling, LinearScaling, ModelSpec, Norm, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import Activation, AnyScaling, LinearScaling, ModelSpec, Norm
 from nemo_minitron.errors import SpecError
 
 SIZES = (

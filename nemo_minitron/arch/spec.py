@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, Scope, outer_axis
+from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.errors import SpecError
 
 
@@ -87,126 +88,6 @@ class YarnScaling:
 
 
 AnyScaling = RopeScaling | LinearScaling | YarnScaling
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
-    """A mixer: causal attention with grouped queries."""
-
-    num_attention_heads: int
-    num_query_groups: int
-    local: bool = False
-    """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Sizes by the names of their fields."""
-        return {"num_attention_heads": self.num_attention_heads, "num_query_groups": self.num_query_groups}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mlp:
-    """A feed-forward: two matrices with an activation between them."""
-
-    ffn_hidden_size: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Sizes by the names of their fields."""
-        return {"ffn_hidden_size": self.ffn_hidden_size}
-
-
-Mixer = Attention
-"""What exchanges information between positions."""
-FeedForward = Mlp
-"""What transforms each position."""
-_Part = TypeVar("_Part", Attention, Mlp)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerSpec:
-    """One layer: a mixer, then a feed-forward; each reads and writes the residual stream, and either may be absent."""
-
-    mixer: Mixer | None
-    feed_forward: FeedForward | None
-
-    @property
-    def parts(self) -> tuple[Mixer | FeedForward, ...]:
-        """The mixer and the feed-forward, as far as there are any."""
-        return tuple(part for part in (self.mixer, self.feed_forward) if part is not None)
-
-    @property
-    def attention(self) -> Attention:
-        """The mixer, of a layer that has attention.
-
-        Raises:
-            SpecError: It has none.
-        """
-        if not isinstance(self.mixer, Attention):
-            raise SpecError("a layer has no attention", rule="this step needs attention in every layer")
-        return self.mixer
-
-    @property
-    def mlp(self) -> Mlp:
-        """The feed-forward, of a layer that has an MLP.
-
-        Raises:
-            SpecError: It has none.
-        """
-        if not isinstance(self.feed_forward, Mlp):
-            raise SpecError("a layer has no MLP", rule="this step needs an MLP in every layer")
-        return self.feed_forward
-
-    @property
-    def local(self) -> bool:
-        """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
-        return isinstance(self.mixer, Attention) and self.mixer.local
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Every size of the layer by the name of its field."""
-        return {name: size for part in self.parts for name, size in part.sizes.items()}
-
-    def size(self, row: PrunableAxis) -> int:
-        """Units of an axis; 0 for an axis that the layer does not have."""
-        return self.sizes.get(row.size, 0)
-
-    def with_sizes(self, **sizes: int) -> "LayerSpec":
-        """A copy with other sizes, by the names of `sizes`.
-
-        Raises:
-            SpecError: The layer has no such size.
-        """
-        if unknown := sorted(set(sizes) - set(self.sizes)):
-            raise SpecError(f"a layer has no {', '.join(unknown)}")
-        return LayerSpec(mixer=_resized(self.mixer, sizes), feed_forward=_resized(self.feed_forward, sizes))
-
-    def looking_back(self, *, local: bool) -> "LayerSpec":
-        """A copy whose attention is local, or is not."""
-        return replace(self, mixer=replace(self.attention, local=local))
-
-    def on_rank(self, tensor: int) -> "RankSizes":
-        """What one of `tensor` ranks holds; 0 for what the layer does not have."""
-        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-        return RankSizes(*(self.sizes.get(name, 0) // tensor for name in names))
-
-
-class RankSizes(NamedTuple):
-    """What a tensor-parallel rank holds of a layer."""
-
-    heads: int
-    groups: int
-    neurons: int
-
-
-def transformer_layer(
-    *, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int, local: bool = False
-) -> LayerSpec:
-    """A layer of attention and an MLP."""
-    return LayerSpec(
-        mixer=Attention(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, local=local),
-        feed_forward=Mlp(ffn_hidden_size=ffn_hidden_size),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,9 +210,9 @@ class ModelSpec:
         if self.rope_scaling is not None and (kind := _SCALINGS[type(self.rope_scaling)]):
             data["rope_scaling"]["kind"] = kind
         if len(set(self.layers)) == 1:
-            data["layers"] = {"count": self.num_layers, **_layer_data(self.layers[0])}
+            data["layers"] = {"count": self.num_layers, **self.layers[0].to_dict()}
         else:
-            data["layers"] = [_layer_data(layer) for layer in self.layers]
+            data["layers"] = [layer.to_dict() for layer in self.layers]
         return data
 
     @classmethod
@@ -369,39 +250,6 @@ class ModelSpec:
 _TRAITS = ("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base")
 
 
-_PARTS = ("mixer", "feed_forward")
-
-
-def _resized(part: _Part | None, sizes: Mapping[str, int]) -> _Part | None:
-    if part is None:
-        return None
-    changes: dict[str, Any] = {name: size for name, size in sizes.items() if name in part.sizes}
-    return replace(part, **changes)
-
-
-def _layer_data(layer: LayerSpec) -> dict[str, Any]:
-    """The fields of a layer's parts side by side, since their names tell which part they belong to; null for none."""
-    absent = {name: None for name in _PARTS if getattr(layer, name) is None}
-    return {**layer.sizes, **absent, **({"local": True} if layer.local else {})}
-
-
-def _layer_from(data: Mapping[str, Any]) -> LayerSpec:
-    left = dict(data)
-    layer = LayerSpec(mixer=_part_from(Attention, "mixer", left), feed_forward=_part_from(Mlp, "feed_forward", left))
-    if left:
-        raise TypeError(f"a layer has no {', '.join(sorted(left))}")
-    return layer
-
-
-def _part_from(kind: type[_Part], name: str, left: dict[str, Any]) -> _Part | None:
-    """A part of a layer, whose fields are taken out of the data."""
-    if name in left:
-        if (found := left.pop(name)) is not None:
-            raise TypeError(f"a layer's {name} is {str(found)[:40]!r}, not null")
-        return None
-    return kind(**{field.name: left.pop(field.name) for field in fields(kind) if field.name in left})
-
-
 # Llama 3.1's has no name in the data: it was the only one.
 _SCALINGS: dict[type[Any], str | None] = {RopeScaling: None, LinearScaling: "linear", YarnScaling: "yarn"}
 
@@ -424,8 +272,8 @@ def _layers_from(data: Any) -> tuple[LayerSpec, ...]:
         sizes = {key: value for key, value in data.items() if key != "count"}
         if type(data["count"]) is not int or not 0 <= data["count"] <= MAX_LAYERS:
             raise ValueError(f"layers.count = {str(data['count'])[:40]} is not a number up to {MAX_LAYERS}")
-        return (_layer_from(sizes),) * data["count"]
-    return tuple(_layer_from(item) for item in data)
+        return (LayerSpec.from_dict(sizes),) * data["count"]
+    return tuple(LayerSpec.from_dict(item) for item in data)
 
 
 def _problems(spec: ModelSpec) -> Iterator[str]:

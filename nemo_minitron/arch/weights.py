@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.spec import Attention, FeedForward, LayerSpec, Mixer, Mlp, ModelSpec
+from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mixer, Mlp
+from nemo_minitron.arch.spec import ModelSpec
 
 LAYER_PREFIX = "decoder.layers.{i}."
 

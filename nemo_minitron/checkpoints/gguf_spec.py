@@ -5,15 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.arch.spec import (
-    MAX_LAYERS,
-    AnyScaling,
-    LinearScaling,
-    ModelSpec,
-    RopeScaling,
-    YarnScaling,
-    transformer_layer,
-)
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import MAX_LAYERS, AnyScaling, LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.checkpoints.gguf_file import GgufFile
 from nemo_minitron.errors import CheckpointError, SpecError
 

@@ -6,7 +6,8 @@ Korthikanti et al., arXiv:2205.05198, sec. 4, with the fused attention kernel, w
 
 from dataclasses import dataclass, replace
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.megatron.functional import QUERY_BLOCK
 from nemo_minitron.megatron.placement import chunk_layers

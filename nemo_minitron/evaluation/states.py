@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.arch.spec import LayerSpec
+from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.megatron.build import build_chunks

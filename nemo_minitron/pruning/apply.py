@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing, Scope, is_prunable, outer_axis, row_of
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, names_of
 from nemo_minitron.ops.mixing import mix_slots

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis, outer_axis
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.ops.ranking import ranked, top_heads, top_indices

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, row_of
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.source import PLAN_FILE

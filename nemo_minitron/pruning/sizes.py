@@ -5,7 +5,8 @@ from fractions import Fraction
 from math import lcm
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, outer_axis
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
 from nemo_minitron.pruning.plan import narrowed, rescaling

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis, PrunableAxis, outer_axis
-from nemo_minitron.arch.spec import LayerSpec
+from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.pruning.mixes import Mixes, problems_of
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, outer_axis
-from nemo_minitron.arch.spec import LayerSpec
+from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.sizes import LayerwiseConfig, TargetConfig
 from nemo_minitron.errors import SearchError

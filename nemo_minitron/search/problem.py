@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_minitron.arch.axes import PRUNABLE
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
 from nemo_minitron.config.training import DistillConfig

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.arch.spec import LayerSpec, ModelSpec
+from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import LayerwiseConfig
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.data import WindowDataset, loader

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import cpu, optim, runtime, sharded_io

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from benchmarks import kd_step
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import optim, runtime
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm
 from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.config.training import OptimizerConfig

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.estimate.activations import Pass
 from nemo_minitron.estimate.communication import Collective, Split, Traffic, checkpoint_bytes, step_traffic

@@ -11,7 +11,8 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import distributed, nn
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron.hooks import ImportanceCollector, fused_norm
 from nemo_minitron.megatron.model import MinitronGPT

@@ -14,18 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.megatron_config import megatron_args, spec_from_args, spec_from_transformer_fields
 from nemo_minitron.arch.megatron_config import transformer_fields as fields_of
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import (
-    Activation,
-    LinearScaling,
-    ModelSpec,
-    Norm,
-    RopeScaling,
-    YarnScaling,
-    transformer_layer,
-)
+from nemo_minitron.arch.spec import Activation, LinearScaling, ModelSpec, Norm, RopeScaling, YarnScaling
 from nemo_minitron.checkpoints.gguf import open_gguf
 from nemo_minitron.checkpoints.gguf_file import GgufFile
 from nemo_minitron.errors import MinitronError

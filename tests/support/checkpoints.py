@@ -13,7 +13,8 @@ import yaml
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from nemo_minitron.arch.families import nearest_family
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.checkpoints.source import TensorSource
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.pruning.scores import site_names
 
 SPEC = ModelSpec(

@@ -1,6 +1,7 @@
 """A model small enough to prune by hand."""
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 
 SPEC = ModelSpec(
     vocab_size=16,

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from nemo_minitron.arch.axes import Axis
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.report.content import Importance, ReportContent
 
 TEACHER = ModelSpec(

@@ -1,6 +1,7 @@
 """Architectures that tests of the search share."""
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 
 
 def smollm2() -> ModelSpec:

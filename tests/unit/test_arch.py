@@ -10,8 +10,9 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from nemo_minitron.arch.families import FAMILIES, family_named, family_of_hf_config
+from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, RopeScaling, transformer_layer
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, RopeScaling
 from nemo_minitron.arch.weights import parameter_count, part_shapes, weight_named, weights
 from nemo_minitron.checkpoints.hf import hf_names
 from nemo_minitron.errors import SpecError

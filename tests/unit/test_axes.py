@@ -10,7 +10,8 @@ from torch import Tensor
 
 import nemo_minitron
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PRUNABLE, Axis, outer_axis
-from nemo_minitron.arch.spec import Attention, LayerSpec, Mlp, ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import Attention, LayerSpec, Mlp, transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import ROWS, parameter_count, weights
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.sizes import MultipleOf, TargetConfig

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import dry_run_tables, recipes
 from nemo_minitron.config.load import load_recipe

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import recipes
 from nemo_minitron.config.load import load_recipe

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from nemo_minitron.arch.families import FAMILIES, Family, family_named, family_of_hf_config, nearest_family
+from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.nemo_config import nemo_config, spec_from_nemo_config
-from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, YarnScaling, transformer_layer
+from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, YarnScaling
 from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.checkpoints.hf import hf_names
 from nemo_minitron.checkpoints.parts import stored_shapes

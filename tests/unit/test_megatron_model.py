@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from nemo_minitron.arch.families import family_of_hf_config
-from nemo_minitron.arch.spec import ModelSpec, RopeScaling, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec, RopeScaling
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule

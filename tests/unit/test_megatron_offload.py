@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.build import build_chunks

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.pruning.apply import PrunedSource

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.apply import PrunedSource

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_minitron.arch.axes import Axis
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.config.sizes import TargetConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis
-from nemo_minitron.arch.spec import transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.config.sizes import LayerSizes, TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.build import build_plan

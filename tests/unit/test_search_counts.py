@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, NemotronConfig, Qwen3Config
 
 from nemo_minitron.arch.families import family_named
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.estimate.compute import forward_flops

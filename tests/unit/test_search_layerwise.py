@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from nemo_minitron.arch.spec import transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.config.parallel import ParallelConfig

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.arch.families.rope import read_rope, scaling_data
-from nemo_minitron.arch.spec import ModelSpec, transformer_layer
+from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
 
 

@@ -1,0 +1,176 @@
+"""A layer of a model: a mixer and a feed-forward, each of one of several kinds, as plain, frozen data."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+from nemo_minitron.arch.axes import PrunableAxis
+from nemo_minitron.errors import SpecError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """A mixer: causal attention with grouped queries."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    local: bool = False
+    """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their fields."""
+        return {"num_attention_heads": self.num_attention_heads, "num_query_groups": self.num_query_groups}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mlp:
+    """A feed-forward: two matrices with an activation between them."""
+
+    ffn_hidden_size: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their fields."""
+        return {"ffn_hidden_size": self.ffn_hidden_size}
+
+
+Mixer = Attention
+"""What exchanges information between positions."""
+FeedForward = Mlp
+"""What transforms each position."""
+Part = Mixer | FeedForward
+
+MIXERS: tuple[type[Mixer], ...] = (Attention,)
+FEED_FORWARDS: tuple[type[FeedForward], ...] = (Mlp,)
+PARTS = ("mixer", "feed_forward")
+_Part = TypeVar("_Part", bound=Part)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """One layer: a mixer, then a feed-forward; each reads and writes the residual stream, and either may be absent."""
+
+    mixer: Mixer | None
+    feed_forward: FeedForward | None
+
+    @property
+    def parts(self) -> tuple[Mixer | FeedForward, ...]:
+        """The mixer and the feed-forward, as far as there are any."""
+        return tuple(part for part in (self.mixer, self.feed_forward) if part is not None)
+
+    @property
+    def attention(self) -> Attention:
+        """The mixer, of a layer that has attention.
+
+        Raises:
+            SpecError: It has none.
+        """
+        if not isinstance(self.mixer, Attention):
+            raise SpecError("a layer has no attention", rule="this step needs attention in every layer")
+        return self.mixer
+
+    @property
+    def mlp(self) -> Mlp:
+        """The feed-forward, of a layer that has an MLP.
+
+        Raises:
+            SpecError: It has none.
+        """
+        if not isinstance(self.feed_forward, Mlp):
+            raise SpecError("a layer has no MLP", rule="this step needs an MLP in every layer")
+        return self.feed_forward
+
+    @property
+    def local(self) -> bool:
+        """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
+        return isinstance(self.mixer, Attention) and self.mixer.local
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every size of the layer by the name of its field."""
+        return {name: size for part in self.parts for name, size in part.sizes.items()}
+
+    def size(self, row: PrunableAxis) -> int:
+        """Units of an axis; 0 for an axis that the layer does not have."""
+        return self.sizes.get(row.size, 0)
+
+    def with_sizes(self, **sizes: int) -> "LayerSpec":
+        """A copy with other sizes, by the names of `sizes`.
+
+        Raises:
+            SpecError: The layer has no such size.
+        """
+        if unknown := sorted(set(sizes) - set(self.sizes)):
+            raise SpecError(f"a layer has no {', '.join(unknown)}")
+        return LayerSpec(mixer=_resized(self.mixer, sizes), feed_forward=_resized(self.feed_forward, sizes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data: the fields of both parts side by side, without those at their defaults; null for no part."""
+        data: dict[str, Any] = {name: None for name in PARTS if getattr(self, name) is None}
+        for part in self.parts:
+            data |= {item.name: getattr(part, item.name) for item in fields(part) if _is_said(part, item)}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            TypeError: The data has a field that no part has, or lacks one.
+        """
+        left = dict(data)
+        layer = cls(
+            mixer=_part_from(MIXERS, "mixer", left), feed_forward=_part_from(FEED_FORWARDS, "feed_forward", left)
+        )
+        if left:
+            raise TypeError(f"a layer has no {', '.join(sorted(left))}")
+        return layer
+
+    def looking_back(self, *, local: bool) -> "LayerSpec":
+        """A copy whose attention is local, or is not."""
+        return replace(self, mixer=replace(self.attention, local=local))
+
+    def on_rank(self, tensor: int) -> "RankSizes":
+        """What one of `tensor` ranks holds; 0 for what the layer does not have."""
+        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+        return RankSizes(*(self.sizes.get(name, 0) // tensor for name in names))
+
+
+class RankSizes(NamedTuple):
+    """What a tensor-parallel rank holds of a layer."""
+
+    heads: int
+    groups: int
+    neurons: int
+
+
+def transformer_layer(
+    *, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int, local: bool = False
+) -> LayerSpec:
+    """A layer of attention and an MLP."""
+    return LayerSpec(
+        mixer=Attention(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, local=local),
+        feed_forward=Mlp(ffn_hidden_size=ffn_hidden_size),
+    )
+
+
+def _resized(part: _Part | None, sizes: Mapping[str, int]) -> _Part | None:
+    if part is None:
+        return None
+    changes: dict[str, Any] = {name: size for name, size in sizes.items() if name in part.sizes}
+    return replace(part, **changes)
+
+
+def _is_said(part: Part, item: Field[Any]) -> bool:
+    return item.default is MISSING or getattr(part, item.name) != item.default
+
+
+def _part_from(kinds: tuple[type[_Part], ...], name: str, left: dict[str, Any]) -> _Part | None:
+    """A part of a layer, whose fields are taken out of the data; their names tell its kind."""
+    if name in left:
+        if (found := left.pop(name)) is not None:
+            raise TypeError(f"a layer's {name} is {str(found)[:40]!r}, not null")
+        return None
+    kind = max(kinds, key=lambda each: sum(item.name in left for item in fields(each)))
+    return kind(**{item.name: left.pop(item.name) for item in fields(kind) if item.name in left})
