@@ -5,6 +5,7 @@ leaves of it, and no collective reaches another group. The groups know of each o
 processes first met through, and through connections that are used only to meet again.
 """
 
+import base64
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
@@ -12,8 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import ProcessGroupGloo
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
 from nemo_minitron.errors import LostRankError
 from nemo_minitron.megatron import runtime
@@ -36,7 +36,7 @@ class RankGroup:
     """Groups in all."""
     rank: int = 0
     """This process's among all ranks."""
-    store: dist.Store | None = field(default=None, repr=False)
+    store: Store | None = field(default=None, repr=False)
     """Shared by all groups; None where there is one."""
 
     def tickets(self, total: int) -> Iterator[int]:
@@ -75,29 +75,29 @@ def in_groups(count: int, work: Callable[[RankGroup], T]) -> list[T]:
         return [alone if whole.world_size == 1 else runtime.broadcast_object(alone)]
     met = runtime.shared_store()
     assert met is not None, "most_groups() is 1 otherwise"
-    store = dist.PrefixStore(f"apart/{next(_partings)}", met)
+    store = PrefixStore(f"apart/{next(_partings)}", met)
     # Every rank is past its last collective when all have come here, so that the groups may be taken down.
-    everyone = ProcessGroupGloo(dist.PrefixStore("everyone", store), whole.rank, whole.world_size, APART)
+    everyone = ProcessGroupGloo(PrefixStore("everyone", store), whole.rank, whole.world_size, APART)
     size = whole.world_size // count
     number, rank = divmod(whole.rank, size)
     group = RankGroup(number=number, count=count, rank=whole.rank, store=store)
-    runtime.move(dist.PrefixStore(f"group/{number}", store), rank, size)
+    runtime.move(PrefixStore(f"group/{number}", store), rank, size)
     try:
         value = work(group)
     except BaseException as error:
         _leave_word(store, f"rank {whole.rank}: {type(error).__name__}: {error}")
         raise
     if rank == 0:
-        store.set(f"value/{number}", pickle.dumps(value))
+        store.set(f"value/{number}", base64.b64encode(pickle.dumps(value)).decode())
     _meet(everyone, store)
-    values: list[T] = [pickle.loads(store.get(f"value/{each}")) for each in range(count)]
-    runtime.move(dist.PrefixStore("again", store), whole.rank, whole.world_size)
+    values: list[T] = [pickle.loads(base64.b64decode(store.get(f"value/{each}"))) for each in range(count)]
+    runtime.move(PrefixStore("again", store), whole.rank, whole.world_size)
     return values
 
 
-def _meet(everyone: ProcessGroupGloo, store: dist.Store) -> None:
+def _meet(everyone: ProcessGroupGloo, store: Store) -> None:
     try:
-        everyone.barrier().wait()
+        everyone.barrier().wait()  # type: ignore[attr-defined]  # torch's stub lacks it
     except RuntimeError as error:
         if (told := _word(store)) is None:
             raise
@@ -108,7 +108,7 @@ def _meet(everyone: ProcessGroupGloo, store: dist.Store) -> None:
         ) from error
 
 
-def _leave_word(store: dist.Store, told: str) -> None:
+def _leave_word(store: Store, told: str) -> None:
     """Tell the others why this group ends, if they can still be told."""
     try:
         store.set("ended", told)
@@ -116,7 +116,7 @@ def _leave_word(store: dist.Store, told: str) -> None:
         return
 
 
-def _word(store: dist.Store) -> str | None:
+def _word(store: Store) -> str | None:
     """Why a group has ended."""
     try:
         return store.get("ended").decode(errors="replace") if store.check(["ended"]) else None

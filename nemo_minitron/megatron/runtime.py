@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import Store
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError, MinitronError
@@ -96,7 +97,7 @@ class _Started:
 
     runtime: Runtime | None = None
     owns_processes: bool = False
-    store: dist.Store | None = None
+    store: Store | None = None
     """Through which the processes met; None where somebody else has connected them."""
     patient: ProcessGroup | None = None
 
@@ -151,12 +152,12 @@ def stop() -> None:
         _started.owns_processes, _started.store = False, None
 
 
-def shared_store() -> dist.Store | None:
+def shared_store() -> Store | None:
     """What `start` has met the other processes through, for `move`; None where somebody else connected them."""
     return _started.store
 
 
-def move(store: dist.Store, rank: int, world_size: int) -> Runtime:
+def move(store: Store, rank: int, world_size: int) -> Runtime:
     """Give up all groups and take another place, in the same layout: for a while the world is another one.
 
     Collective over the ranks of the new world. Seeds are those of `start`; whatever was built on the groups is void.
@@ -330,7 +331,7 @@ def _tune_cpu() -> None:
     set_option(trim_threshold, 2**31 - 1)
 
 
-def _rendezvous(place: _Place, backend: str) -> dist.Store | None:
+def _rendezvous(place: _Place, backend: str) -> Store | None:
     """Connect the processes; returns the store that they met through, None for one alone."""
     if backend == "nccl":
         for name, value in _NCCL_SETTINGS.items():

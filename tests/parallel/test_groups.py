@@ -49,6 +49,7 @@ def apart_and_back(parallel: ParallelConfig, counts: list[int]) -> tuple[list[An
         runtime.stop()
 
 
+@pytest.mark.slow
 def test_each_group_is_a_world_of_its_own_and_the_large_one_comes_back():
     results = on_ranks(4, apart_and_back, ParallelConfig(), [2, 4, 1])
     assert all(result == results[0] for result in results), "every rank has what every group's first rank returned"
