@@ -186,7 +186,7 @@ def _leave(context: StageContext, search: "_Search", race: RaceResult, rows: lis
     write_json(context.out / RESULT, results.to_json(problem, race, rows))
     write_text(context.out / TABLE, results.to_csv(rows))
     budget = next(iter(problem.limits))
-    write_text(context.out / PICTURE, pareto(rows, budget, rungs=len(race.standings)))
+    write_text(context.out / PICTURE, pareto(rows, budget, rungs=len(race.standings)).wide)
     search.plan(race.winner).save(context.out / PLAN)
     write_text(context.out / RECIPE, _recipe(context.config, race.winner, search.target(race.winner)))
 
