@@ -62,7 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "budget": next(iter(problem.limits)),
         "failed": record.failures,
         "rank_correlations": race.correlations,
-        "summary": f"{race.winner} is the best of {len(problem.candidates)}: "
+        "summary": f"{race.winner} is the best of {len(rows)}: "
         f"{race.standings[-1].losses[race.winner]:.3f} nats per token",
     }
 
