@@ -119,7 +119,7 @@ def _plan(
 
 def _layer_plan(importance: _Importance, layer: int, target: TargetConfig, how: dict[str, Any]) -> LayerPlan:
     teacher = importance.spec.layers[layer]
-    student = student_layer(target, teacher)
+    student = student_layer(target.for_layer(layer), teacher)
     scores = {row.axis: importance.importance(row.axis, layer, **how) for row in axes_of(teacher)}
     kept: dict[Axis, Tensor] = {}
     for row in axes_of(teacher):

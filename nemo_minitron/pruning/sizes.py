@@ -35,9 +35,8 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
             rule="a student is cut out of its teacher: no size grows, every KV group keeps as many heads as the others",
             remedy="change the sizes under target",
         )
-    kept = named_layers(target, teacher)
-    sizes = [teacher.layers[index] for index in kept or range(num_layers(target, teacher))]
-    layers = tuple(student_layer(target, layer) for layer in sizes)
+    kept = named_layers(target, teacher) or range(num_layers(target, teacher))
+    layers = tuple(student_layer(target.for_layer(index), teacher.layers[index]) for index in kept)
     channels = hidden_size(target, teacher)
     ratio = rescaling(teacher, channels) if target.rescale_norms else Fraction(1)
     return narrowed(teacher, channels, layers, norm_ratio=ratio)
@@ -95,8 +94,16 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
         yield from _size_problems(target, row.size, teacher.size(row))
     if target.drop_layers is not None:
         yield from _drop_problems(target, teacher, list(target.drop_layers))
-    for sizes in dict.fromkeys(teacher.layers):
+    for sizes in dict.fromkeys(layer for index, layer in enumerate(teacher.layers) if index not in target.by_layer):
         yield from _layer_problems(target, sizes)
+    for index in target.by_layer:
+        if index >= teacher.num_layers:
+            yield f"by_layer.{index}: the teacher's layers are 0-{teacher.num_layers - 1}"
+        elif index in (target.drop_layers or ()):
+            yield f"by_layer.{index}: drop_layers drops it"
+        else:
+            problems = _layer_problems(target.for_layer(index), teacher.layers[index])
+            yield from (f"by_layer.{index}: {problem}" for problem in problems)
 
 
 def _size_problems(target: TargetConfig, name: str, size: int) -> Iterator[str]:
