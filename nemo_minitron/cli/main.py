@@ -145,9 +145,43 @@ def _evaluate(
     _go(recipe, all_overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=redo_from, only="evaluate")
 
 
+def _report(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Put on top of the recipe; or more runs, to compare them."),
+    ] = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Where the page on RUN... goes. (default: RUN/report.html, of several comparison.html)",
+            show_default=False,
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+    nproc: Ranks = None,
+    debug: Debug = False,
+) -> None:
+    """The stage verb that takes run folders too."""
+    with reported(debug=debug):
+        from nemo_minitron.cli import report as pages
+
+        if folders := pages.folders([recipe, *(overrides or [])]):
+            print(pages.report(folders, out))
+            return
+    redo_from = "report" if redo else None
+    _go(recipe, overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=redo_from, only="report")
+
+
 for _name, _title in TITLES.items():
-    _command = app.command(name=_name, help=_title, rich_help_panel=STAGES)
-    _command(_evaluate if _name == "evaluate" else _verb(_name))
+    _own = _report if _name == "report" else _evaluate if _name == "evaluate" else _verb(_name)
+    _more = " Several run folders: compare them on one page." if _name == "report" else ""
+    app.command(name=_name, help=_title + _more, rich_help_panel=STAGES)(_own)
 
 
 app.command(rich_help_panel=AROUND)(checkpoint.convert)
