@@ -36,6 +36,7 @@ from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.files import Files, FolderFiles, read_bytes, staged_folder
 from nemo_minitron.checkpoints.layouts import open_weights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
+from nemo_minitron.checkpoints.parts import dtype_of
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
 from nemo_minitron.checkpoints.sidecar import order_of, with_tokenizer_json
 from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
@@ -100,7 +101,8 @@ class _Reader:
 
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self.weights.get(weight_named(self.spec, name)).to(self.dtype)
+        weight = weight_named(self.spec, name)
+        return self.weights.get(weight).to(dtype_of(weight, self.dtype))
 
     def _read_spec(self) -> ModelSpec:
         rows = self.weights.vocab_rows()
