@@ -7,7 +7,7 @@ conventions.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import NamedTuple, Protocol
 
 import torch
@@ -78,9 +78,6 @@ class Store(Protocol):
 class DistributedWeights:
     """Weights of a distributed checkpoint.
 
-    Args:
-        store: Its tensors.
-
     Raises:
         CheckpointError: There is no word embedding among them.
     """
@@ -109,13 +106,7 @@ class DistributedWeights:
         for weight in weights(spec):
             place = place_of(weight, spec, stacked=self.stacked)
             expected[self.prefix + place.key] = (weight, place.leading + weight.shape)
-        if missing := sorted(set(expected) - self._keys):
-            raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
-        if extra := sorted(self._keys - set(expected)):
-            raise CheckpointError(
-                f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
-                rule="no weight is left out in silence",
-            )
+        check_names(expected.keys(), self._keys, label=label)
         for key, (weight, shape) in expected.items():
             check_shape(weight, self.store.tensors[key].shape, shape, where=f"{label}: {key}")
 
@@ -139,6 +130,21 @@ class DistributedWeights:
             if prefix + EMBEDDING in self.store.tensors:
                 return prefix
         raise CheckpointError(f"{self.store.label}: has no {EMBEDDING}", rule="the weights of a GPT model")
+
+
+def check_names(expected: Set[str], found: Set[str], *, label: str) -> None:
+    """Compare names of weights.
+
+    Raises:
+        CheckpointError: One is missing or unknown.
+    """
+    if missing := sorted(expected - found):
+        raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
+    if extra := sorted(found - expected):
+        raise CheckpointError(
+            f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
+            rule="no weight is left out in silence",
+        )
 
 
 def check_shape(weight: Weight, stored: Shape, expected: Shape, *, where: str) -> None:
