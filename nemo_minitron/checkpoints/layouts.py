@@ -9,6 +9,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.files import Files, read_bytes
 from nemo_minitron.checkpoints.megatron_weights import DistributedWeights, Weights
+from nemo_minitron.checkpoints.parts import dtype_of
 from nemo_minitron.checkpoints.plain_data import read_json
 from nemo_minitron.checkpoints.rank_weights import RankWeights, has_rank_files
 from nemo_minitron.checkpoints.sidecar import with_tokenizer_json
@@ -55,7 +56,8 @@ def checkpoint_of(
     check_tokenizer_fits(files, spec, where=where)
 
     def get(name: str) -> Tensor:
-        return weights.get(weight_named(spec, name)).to(dtype)
+        weight = weight_named(spec, name)
+        return weights.get(weight).to(dtype_of(weight, dtype))
 
     return Checkpoint(
         spec=spec,

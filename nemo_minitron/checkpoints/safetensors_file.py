@@ -79,6 +79,20 @@ class SafetensorsFile:
             file.seek(self._data_start + entry.start)
             return read_tensor(file, entry.shape, entry.dtype, where=f"{self.path}: {name}")
 
+    def get_rows(self, name: str, index: int, first: int, last: int) -> Tensor:
+        """Rows of one matrix of a tensor `[matrices, rows, columns]`; nothing else of it is read.
+
+        Raises:
+            KeyError: There is none of that name.
+            CheckpointError: The file has shrunk since it was opened.
+        """
+        entry = self.entries[name]
+        _, rows, columns = entry.shape
+        start = (index * rows + first) * columns * entry.dtype.itemsize
+        with open_binary(self.path, "rb", nbytes=self._size) as file:
+            file.seek(self._data_start + entry.start + start)
+            return read_tensor(file, (last - first, columns), entry.dtype, where=f"{self.path}: {name}")
+
     def _check_places(self, available: int) -> None:
         end = 0
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):

@@ -8,8 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemo_minitron.arch.axes import LAYER_AXES
-from nemo_minitron.arch.sizes import PARAMETERS, named_sizes
+from nemo_minitron.arch.sizes import PARAMETERS, first_size, layer_axes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.run import RunConfig
@@ -46,13 +45,15 @@ def layout(
     parallel = config.parallel
     copies = ranks / parallel.model_parallel_size
     axes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {copies:g}"
+    axes += f", EP {parallel.expert} of DP" if parallel.expert > 1 else ""
     title = f"layout: {ranks} rank{'s' if ranks > 1 else ''} = {axes}"
     table = new_table("a rank holds", "divided by", *models, title=title)
-    for row in LAYER_AXES:
+    for row in layer_axes(next(iter(models.values()))):
         if row.divided_by:
             ranks_of = getattr(parallel, row.divided_by)
-            found = (spec.size(row, 0) for spec in models.values())
-            table.add_row(row.label, f"TP {ranks_of}", *(_share(size, ranks_of) for size in found))
+            found = (first_size(spec, row) for spec in models.values())
+            by = {"expert": "EP"}.get(row.divided_by, "TP")
+            table.add_row(row.label, f"{by} {ranks_of}", *(_share(size, ranks_of) for size in found))
     table.add_row("vocabulary, padded", f"TP {parallel.tensor}", *(_vocabulary(s, parallel) for s in models.values()))
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     by = f"PP {parallel.pipeline}" + (f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")
@@ -61,7 +62,8 @@ def layout(
     pieces = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     names = f"CP {parallel.context}" + (f" x TP {parallel.tensor}" if parallel.sequence_parallel else "")
     table.add_row("positions of a sample", names, *(_share(length, pieces) for _ in models))
-    table.add_row("experts", "EP 1", *("none" for _ in models), style="dim")
+    if not any(spec.has_experts for spec in models.values()):
+        table.add_row("experts", "EP 1", *("none" for _ in models), style="dim")
     if on_meta:
         most = [f"{max(on_meta[name]):,}" if name in on_meta else "" for name in models]
         table.add_row("parameters, built on meta", "", *most, style="bold")

@@ -26,6 +26,7 @@ PARALLEL = {
     "pipeline": "pipeline_model_parallel_size",
     "virtual_pipeline": "virtual_pipeline_model_parallel_size",
     "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
     "sequence_parallel": "sequence_parallel",
     "recompute": "activations_checkpoint_granularity",
 }
@@ -86,7 +87,7 @@ _FUSION = "chosen where Transformer Engine's layers are; leave it out"
 _FP8 = "minitron.distillation.teacher_fp8 multiplies a teacher's weights in fp8; a student is trained in bf16 or fp32"
 _RECOMPUTE = "activations_checkpoint_granularity: selective or full, the same in every layer"
 _FSDP = "optim.distributed splits optimizer states over data-parallel ranks"
-_MOE = "experts are not supported"
+_MOE = "the architecture of a model with experts is read from minitron.spec; expert_model_parallel_size is read"
 _DATA = "data come with the data module, from a folder that the data stage wrote"
 _BORDERS = "the data stage's data.reset_attention_mask; it is noted in model.data and does all three; leave it out"
 _RUNTIME = "not part of training here; leave it out"
@@ -152,7 +153,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     **dict.fromkeys(("fsdp", "fsdp_sharded_checkpoint"), Neutral((False,), _FSDP)),
     "fsdp_sharding_strategy": Neutral(("full",), _FSDP),
     "fsdp_grad_reduce_dtype": Neutral((32, "32"), _FSDP),
-    "expert_model_parallel_size": Neutral((1,), _MOE),
     **dict.fromkeys(("moe_router_topk", "moe_grouped_gemm", "moe_token_dispatcher_type"), Neutral((), _MOE)),
     "rampup_batch_size": Neutral((), "global_batch_size is the same at every step; leave it out"),
     "pipeline_model_parallel_split_rank": Neutral((), "of encoder-decoder models; leave it out"),

@@ -137,7 +137,19 @@ def _mlp(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     neurons = sizes.on_rank(step.parallel.tensor).neurons
     # The first linear's output, [gate; up] or [F], and the next one's input [F]; where gated, ours keeps act(gate) too.
     numbers = 2 if not spec.activation.gated else 3 if step.engine else 4
-    return numbers * neurons * bytes_of(step.precision)
+    return numbers * neurons * bytes_of(step.precision) + _routing(spec, sizes, step)
+
+
+def _routing(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes a token that experts keep beside their neurons, if all are chosen equally often.
+
+    For each expert that a token is routed to, what enters it [H], what leaves it [H], and its index; for all experts
+    the router's scores and weights in fp32.
+    """
+    if not sizes.has_experts:
+        return 0
+    experts = sizes.moe
+    return experts.top_k * (2 * spec.hidden_size * bytes_of(step.precision) + 8) + 3 * 4 * experts.num_experts
 
 
 def micro_batches_alive(step: Pass, stage: int) -> int:

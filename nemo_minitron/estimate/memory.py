@@ -81,6 +81,7 @@ def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tu
     vocabulary = others = 0
     for weight in weights(spec):
         share = parallel.tensor if weight.row.tensor_parallel_dim is not None else 1
+        share *= 1 if weight.expert is None else parallel.expert
         if weight.layer is not None:
             others += weight.numel // share if weight.layer in layers else 0
         elif weight.shape[0] == spec.vocab_size and len(weight.shape) == 2:
@@ -91,6 +92,15 @@ def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tu
         elif is_last:
             others += weight.numel
     return vocabulary, others
+
+
+def expert_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> int:
+    """Parameters of routed experts on any rank of a pipeline stage."""
+    if not spec.has_experts:
+        return 0
+    layers = own_layers(spec, parallel, stage)
+    experts = (weight.numel for weight in weights(spec) if weight.expert is not None and weight.layer in layers)
+    return sum(experts) // (parallel.tensor * parallel.expert)
 
 
 def training_memory(
@@ -106,10 +116,13 @@ def training_memory(
     # bf16 weights have fp32 masters; fp32 weights are their own.
     per_parameter = _MOMENTS + (_MASTER if step.precision is Precision.BF16 else 0)
     copies = training.data_parallel * step.parallel.context if training.distributed_optimizer else 1
+    # Of experts there are fewer copies, so that each has a larger part of their states.
+    again = expert_parameters(student, step.parallel, stage) * (min(step.parallel.expert, copies) - 1)
     return RankMemory(
         weights=(vocabulary + others) * bytes_of(step.precision),
         gradients=trained * _GRADIENT,
-        optimizer=trained * per_parameter // copies + _projection(student, teacher, training) * (_MASTER + _MOMENTS),
+        optimizer=(trained + again) * per_parameter // copies
+        + _projection(student, teacher, training) * (_MASTER + _MOMENTS),
         teacher=0 if teacher is None else _teacher(teacher, student, training, stage),
         activations=activations(student, step, stage),
         loss=_loss(student, training, stage, models=1 if teacher is None else 2)

@@ -13,7 +13,7 @@ def run_command(recipe: str, overrides: Sequence[str], run_dir: Path | None, con
     """The shell command for a recipe: this machine without `cluster`, torchrun on one node, a batch job on several."""
     cluster = config.cluster
     if cluster is None:
-        ranks = config.parallel.model_parallel_size
+        ranks = config.parallel.ranks
         line = ["nemo-minitron", *arguments("run", recipe, overrides, run_dir)]
         return shlex.join([*line, "--nproc", str(ranks)] if ranks > 1 else line)
     if cluster.nodes == 1:
@@ -28,11 +28,10 @@ def check_ranks(ranks: int, parallel: ParallelConfig) -> None:
     Raises:
         LayoutError: It does not.
     """
-    needed = parallel.model_parallel_size
+    needed = parallel.ranks
     if ranks % needed:
         raise LayoutError(
-            f"{ranks} process(es) for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-            f"x context {parallel.context}",
+            f"{ranks} process(es) for {parallel.told}",
             rule=f"the number of processes is a multiple of {needed}; what is left over is data parallel",
             remedy=f"--nproc {needed}, other sizes under parallel:, or another cluster.nodes and gpus_per_node",
         )

@@ -53,6 +53,8 @@ class Groups:
     """Both of the above: the ranks over which token sums and gradients are added."""
     mp: ProcessGroup
     """One copy of the model: TP and PP together."""
+    ep: ProcessGroup
+    """Data-parallel ranks that share the experts of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,7 @@ class Runtime:
     cp_rank: int
     dp_rank: int
     dp_size: int
+    ep_rank: int = 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -280,11 +283,10 @@ def _find_place() -> _Place:
 
 
 def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
-    if world_size % parallel.model_parallel_size:
+    if world_size % parallel.ranks:
         raise LayoutError(
-            f"{world_size} process(es) for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-            f"x context {parallel.context}",
-            rule=f"the number of processes is a multiple of {parallel.model_parallel_size}",
+            f"{world_size} process(es) for {parallel.told}",
+            rule=f"the number of processes is a multiple of {parallel.ranks}",
             remedy="start more processes (--nproc), or lower the sizes under parallel:",
         )
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
@@ -374,6 +376,7 @@ def _make_groups(parallel: ParallelConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(STALLED.total_seconds() / 60),
     )
@@ -400,6 +403,7 @@ def _describe(place: _Place, device: torch.device, parallel: ParallelConfig, see
         dp=state.get_data_parallel_group(),
         dp_cp=state.get_data_parallel_group(with_context_parallel=True),
         mp=state.get_model_parallel_group(),
+        ep=state.get_expert_model_parallel_group(),
     )
     return Runtime(
         rank=place.rank,
@@ -414,4 +418,5 @@ def _describe(place: _Place, device: torch.device, parallel: ParallelConfig, see
         cp_rank=groups.cp.rank(),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
+        ep_rank=groups.ep.rank(),
     )

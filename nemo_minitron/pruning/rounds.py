@@ -8,7 +8,7 @@ every round is a model one could have asked for, and the last one is the target 
 from fractions import Fraction
 from math import ceil, gcd
 
-from nemo_minitron.arch.axes import PRUNABLE, outer_axis
+from nemo_minitron.arch.axes import PRUNABLE, size_divisor
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -80,7 +80,7 @@ def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: i
     for row in PRUNABLE:
         if row.size not in first:
             continue
-        if (outer := outer_axis(row)) is None:
+        if (outer := size_divisor(row)) is None:
             step = getattr(target.multiple_of, row.size)
             sizes[row.size] = between(first[row.size], last[row.size], number, steps, multiple_of=step)
         else:

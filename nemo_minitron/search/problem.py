@@ -1,7 +1,7 @@
 """A recipe's search as one object: the space, the budgets, the shapes that fit, the candidates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_minitron.arch.axes import PRUNABLE
 from nemo_minitron.arch.layer import LayerSpec
@@ -9,6 +9,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
 from nemo_minitron.config.training import DistillConfig
+from nemo_minitron.errors import SearchError
 from nemo_minitron.search.axes import Sizes, named, resized
 from nemo_minitron.search.choose import Candidate, choose_candidates
 from nemo_minitron.search.measures import Latency, Measure, limits, measures
@@ -65,12 +66,20 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
         SpecError: The teacher's layers differ in size.
     """
     target, search = config.target, config.search
+    if teacher.has_experts and search.layerwise is not None:
+        raise SearchError(
+            "search.layerwise for a model with experts",
+            rule="layers take smaller MLPs, fewer KV groups, or go",
+            remedy="leave search.layerwise out",
+        )
+    teacher = replace(teacher, layers=tuple(layer.routed_to(target.top_k) for layer in teacher.layers))
+    always = (*ALWAYS, "active_params") if teacher.has_experts else ALWAYS
     space = make_space(search, target, teacher, config.parallel)
     upper = limits(target, teacher)
     found = find_shapes(
         space, measures(teacher, target.deployment, list(upper), latency), upper, tolerance=search.tolerance
     )
-    measured = measures(teacher, target.deployment, list(dict.fromkeys([*upper, *ALWAYS])), latency)
+    measured = measures(teacher, target.deployment, list(dict.fromkeys([*upper, *always])), latency)
     candidates = choose_candidates(space, found, search.candidates, measured, upper)
     return SearchProblem(
         config=config, space=space, found=found, limits=upper, measured=measured, candidates=candidates

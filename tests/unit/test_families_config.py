@@ -176,7 +176,7 @@ REFUSED = [
     (LLAMA, {"vocab_size": "many"}, "vocab_size = 'many'"),
     (QWEN3_06B, {"use_sliding_window": True}, "use_sliding_window = True"),
     (QWEN3_06B, {"attention_bias": True}, "attention_bias = True"),
-    (QWEN3_06B, {"model_type": "qwen3_moe"}, "experts"),
+    (QWEN3_06B, {"num_experts": 8}, "num_experts = 8"),
     (MINITRON_4B, {"attention_bias": True}, "attention_bias = True"),
     (MINITRON_4B, {"hidden_act": "silu"}, "hidden_act = 'silu'"),
     (MINITRON_4B, {"rope_parameters": tiny.LLAMA_3_SCALING}, "rope_scaling"),

@@ -22,7 +22,7 @@ class Rope(NamedTuple):
     scaling: AnyScaling | None
 
 
-def read_rope(config: Mapping[str, Any], *, percent: float) -> Rope:
+def read_rope(config: Mapping[str, Any], *, percent: float, base: float = BASE) -> Rope:
     """The one set of rotary parameters of a model.
 
     `rope_parameters` and `rope_scaling` may both be there, and `rope_theta` and `partial_rotary_factor` may stand in
@@ -32,9 +32,9 @@ def read_rope(config: Mapping[str, Any], *, percent: float) -> Rope:
         SpecError: They do not, a value is missing or of the wrong kind, or the scaling is not supported.
     """
     found = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
-    ropes = {key: parse_rope(value, config, where=key, percent=percent) for key, value in found.items()}
+    ropes = {key: parse_rope(value, config, where=key, percent=percent, base=base) for key, value in found.items()}
     if not ropes:
-        return parse_rope({}, config, where="rope_parameters", percent=percent)
+        return parse_rope({}, config, where="rope_parameters", percent=percent, base=base)
     if len(set(ropes.values())) > 1:
         (one, first), (other, second) = ropes.items()
         raise SpecError(
