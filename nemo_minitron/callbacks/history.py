@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.core.classes import ModelPT
 
 
 class ValidationHistory(Callback):
     """Keeps what each validation measured; it goes into checkpoints.
-
-    Args:
-        names: Metrics to keep, logged by the model under `val/`.
 
     Attributes:
         history: One row a measurement: `step`, `source` (`val`), and the values.
@@ -89,6 +87,7 @@ class BestModel(Callback):
         if self.value is None or value < self.value:
             self.step, self.value, self._without = trainer.global_step, value, 0
             if self.path is not None:
+                assert isinstance(pl_module, ModelPT), "NeMo's models can be saved"
                 pl_module.save_to(self.path)
             return
         self._without += 1
@@ -98,8 +97,7 @@ class BestModel(Callback):
     def drop_others(self, checkpoints: Sequence[int]) -> None:
         """Remove models that neither this run nor one that goes on from a checkpoint can end with. On one rank.
 
-        Args:
-            checkpoints: Steps of those that are kept. Each was saved before the validation of its step.
+        A checkpoint was saved before the validation of its step.
         """
         kept = self._kept()
         needed = {self.step, *(max((step for step in kept if step < saved), default=None) for saved in checkpoints)}

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.checkpoints import digests
+from nemo_minitron.checkpoints.megatron_weights import place_of
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import checkpoint_writer, param_gather, runtime
 from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
@@ -159,7 +160,7 @@ def _without_padding(value: Any, spec: ModelSpec) -> Any:
         part = data[:kept]
         shape = (spec.vocab_size, *value.global_shape[1:])
         # Ranks hold unequal parts: no regular grid.
-        grid = {"local_shape": tuple(part.shape), "global_shape": shape, "axis_fragmentations": None}
+        grid: dict[str, Any] = {"local_shape": tuple(part.shape), "global_shape": shape, "axis_fragmentations": None}
         return [replace(exact, key=key, data=part, dtype=part.dtype, replica_id=replica_id, **grid)]
 
     def merge(parts: Any) -> Tensor:
@@ -209,7 +210,7 @@ def _check_names(path: Path, spec: ModelSpec) -> None:
     """Compare the names and shapes in a checkpoint with the model's, and list every difference at once."""
     found = {
         name: tuple(entry.size)
-        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     wanted = stored_shapes(spec)
@@ -231,9 +232,6 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's weights in `model_weights`; a uniform model's layers are stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights(spec):
-        if weight.layer is None or not spec.is_uniform:
-            shapes[PREFIX + weight.name] = weight.shape
-        else:
-            stacked = weight.row.name.replace("{i}.", "")
-            shapes[PREFIX + stacked] = (spec.num_layers, *weight.shape)
+        place = place_of(weight, spec, stacked=spec.is_uniform)
+        shapes[PREFIX + place.key] = place.leading + weight.shape
     return shapes

@@ -11,9 +11,7 @@ from nemo_minitron.megatron.optim import StepInfo, TrainOptimizer
 class MegatronOptimizer(Optimizer):
     """Passes Lightning's calls on to a `TrainOptimizer`, which owns master weights, clipping and schedule.
 
-    Attributes:
-        inner: The optimizer that does the work.
-        last: What the latest step reported (gradient norm, learning rate, skipped).
+    `last` is what the latest step reported.
     """
 
     def __init__(self, inner: TrainOptimizer) -> None:
@@ -38,9 +36,7 @@ class MegatronOptimizer(Optimizer):
         """Clear gradients and Megatron's gradient buffers."""
         self.inner.zero_grad()
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, refuse: Callable[[float], bool] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, refuse: Callable[[float], bool] | None = None) -> Any:
         """Update the weights; a closure, if given, runs first.
 
         Args:
