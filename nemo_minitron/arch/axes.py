@@ -23,6 +23,14 @@ class Axis(StrEnum):
     """Key/value heads of a layer, each with its query heads."""
     LAYER = "layer"
     """Complete transformer layers."""
+    EXPERT = "expert"
+    """Routed experts of a layer, each with its row of the router."""
+    EXPERT_FFN = "expert_ffn"
+    """Neurons of a layer's routed experts; every expert has its own, and all experts of a layer have equally many."""
+    SHARED_FFN = "shared_ffn"
+    """Neurons of the expert of a layer that sees every token."""
+    SINGLE = "single"
+    """One row; never pruned, present so that the gate of a shared expert has an axis."""
     HEAD_CHANNEL = "head_channel"
     """Channels inside one head; never pruned, present so that per-head norms have an axis."""
 
@@ -83,8 +91,28 @@ SITES: tuple[Site, ...] = (
     ),
     Site(name="ffn", axis=Axis.FFN, part="feed_forward", is_split=True, where="input of mlp.linear_fc2"),
     Site(name="head", axis=Axis.HEAD, part="mixer", is_split=True, where="input of self_attention.linear_proj"),
+    Site(
+        name="expert_ffn",
+        axis=Axis.EXPERT_FFN,
+        part="feed_forward",
+        is_split=True,
+        where="input of each expert's linear_fc2 before the router's weight, over the tokens routed to it",
+    ),
+    Site(
+        name="shared_ffn",
+        axis=Axis.SHARED_FFN,
+        part="feed_forward",
+        is_split=True,
+        where="input of mlp.shared_experts.linear_fc2",
+    ),
 )
 """Of a layer, in the order of a score file."""
+
+TOKEN_SUMS = {
+    "expert.output": "the router's weight of an expert times the L2 norm of its output, summed over tokens",
+    "expert.routed": "tokens that were routed to an expert",
+}
+"""Sums over tokens by unit, by their names in score files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +129,9 @@ class PrunableAxis:
         unit: What messages call one of its units; the plural adds an s.
         divided_by: Key of a recipe's `parallel` that divides it over ranks; "" for none.
         within: The axis each of whose units holds equally many of this one's, so that only units of a kept one stay.
+        each: Whether its size counts the units inside one unit of `within`, not those of the complete layer.
         sums: The axis whose scores inside a unit add up to the unit's score. Such an axis has no sites.
+        token_sums: Keys of `TOKEN_SUMS` that its scores follow from. Such an axis has no sites.
         is_head: Whether a unit is `head_dim` channels, whose L2 norm is the unit's score.
         mixes: Key, in a plan, of units that take on what dropped ones differ by (`pruning.mixes`); "" where that
             cannot be.
@@ -119,7 +149,9 @@ class PrunableAxis:
     unit: str
     divided_by: str = ""
     within: Axis | None = None
+    each: bool = False
     sums: Axis | None = None
+    token_sums: tuple[str, ...] = ()
     is_head: bool = False
     mixes: str = ""
     symbol: str
@@ -197,6 +229,44 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         unit="neuron",
         divided_by="tensor",
     ),
+    PrunableAxis(
+        axis=Axis.EXPERT,
+        symbol="E",
+        coarse=16,
+        is_searched=True,
+        scope=Scope.LAYER,
+        size="num_experts",
+        plan="experts",
+        label="experts",
+        unit="expert",
+        divided_by="expert",
+        token_sums=tuple(TOKEN_SUMS),
+    ),
+    PrunableAxis(
+        axis=Axis.EXPERT_FFN,
+        symbol="X",
+        coarse=64,
+        is_searched=True,
+        scope=Scope.LAYER,
+        size="expert_ffn_hidden_size",
+        plan="expert_ffn",
+        label="expert FFN size",
+        unit="neuron",
+        divided_by="tensor",
+        within=Axis.EXPERT,
+        each=True,
+    ),
+    PrunableAxis(
+        axis=Axis.SHARED_FFN,
+        symbol="S",
+        coarse=64,
+        scope=Scope.LAYER,
+        size="shared_ffn_hidden_size",
+        plan="shared_ffn",
+        label="shared expert FFN size",
+        unit="neuron",
+        divided_by="tensor",
+    ),
 )
 """Every axis that can be cut, in the order in which sizes are decided: an axis comes after the one it lies within."""
 
@@ -228,3 +298,8 @@ def is_prunable(axis: Axis) -> bool:
 def outer_axis(row: PrunableAxis) -> PrunableAxis | None:
     """The row of the axis that an axis lies within."""
     return None if row.within is None else _BY_AXIS[row.within]
+
+
+def size_divisor(row: PrunableAxis) -> PrunableAxis | None:
+    """The row of the axis whose size divides an axis's size, since that one counts over all units it lies within."""
+    return None if row.each else outer_axis(row)

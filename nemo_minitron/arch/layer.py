@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from enum import StrEnum
+from typing import Any, NamedTuple, TypeVar, cast
 
-from nemo_minitron.arch.axes import PrunableAxis
+from nemo_minitron.arch.axes import PrunableAxis, outer_axis
 from nemo_minitron.errors import SpecError
 
 
@@ -35,14 +36,64 @@ class Mlp:
         return {"ffn_hidden_size": self.ffn_hidden_size}
 
 
+class RouterScore(StrEnum):
+    """What a router makes of its logits."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moe:
+    """A feed-forward: experts, each an MLP, of which a router chooses `top_k` for every token, and their weights."""
+
+    num_experts: int
+    expert_ffn_hidden_size: int
+    """Of each routed expert."""
+    top_k: int
+    shared_ffn_hidden_size: int = 0
+    """Of the expert that sees every token beside the chosen ones; 0: there is none."""
+    shared_gate: bool = False
+    """Whether the output of the shared expert is multiplied by the sigmoid of a linear function of the token."""
+    score_function: RouterScore = RouterScore.SOFTMAX
+    normalize_top_k: bool = True
+    """Whether the weights of the chosen experts are divided by their sum."""
+    correction_bias: bool = False
+    """Whether experts are chosen by their score plus a bias, which their weights do not have (DeepSeek-V3,
+    arXiv:2412.19437, section 2.1.2). Training leaves it as it is."""
+    scaling_factor: float = 1.0
+    """Of the weights."""
+    router_fp32: bool = False
+    """Whether the router multiplies in fp32, whatever the dtype of the model."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "score_function", RouterScore(self.score_function))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their fields."""
+        sizes = {"num_experts": self.num_experts, "expert_ffn_hidden_size": self.expert_ffn_hidden_size}
+        return sizes | ({"shared_ffn_hidden_size": self.shared_ffn_hidden_size} if self.shared_ffn_hidden_size else {})
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not fit together."""
+        found = []
+        if not 1 <= self.top_k <= self.num_experts:
+            found.append(f"top_k = {self.top_k} with num_experts = {self.num_experts}: a token's experts must be there")
+        if self.shared_gate and not self.shared_ffn_hidden_size:
+            found.append("shared_gate = True without a shared expert")
+        return tuple(found)
+
+
 Mixer = Attention
 """What exchanges information between positions."""
-FeedForward = Mlp
+FeedForward = Mlp | Moe
 """What transforms each position."""
 Part = Mixer | FeedForward
 
 MIXERS: tuple[type[Mixer], ...] = (Attention,)
-FEED_FORWARDS: tuple[type[FeedForward], ...] = (Mlp,)
+FEED_FORWARDS: tuple[type[FeedForward], ...] = (Mlp, Moe)
 PARTS = ("mixer", "feed_forward")
 _Part = TypeVar("_Part", bound=Part)
 
@@ -82,6 +133,22 @@ class LayerSpec:
         return self.feed_forward
 
     @property
+    def moe(self) -> Moe:
+        """The feed-forward, of a layer that has experts.
+
+        Raises:
+            SpecError: It has none.
+        """
+        if not isinstance(self.feed_forward, Moe):
+            raise SpecError("a layer has no experts", rule="this step needs experts in the layer")
+        return self.feed_forward
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its feed-forward is a mixture of experts."""
+        return isinstance(self.feed_forward, Moe)
+
+    @property
     def local(self) -> bool:
         """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
         return isinstance(self.mixer, Attention) and self.mixer.local
@@ -92,8 +159,13 @@ class LayerSpec:
         return {name: size for part in self.parts for name, size in part.sizes.items()}
 
     def size(self, row: PrunableAxis) -> int:
-        """Units of an axis; 0 for an axis that the layer does not have."""
+        """Size of an axis; 0 for an axis that the layer does not have."""
         return self.sizes.get(row.size, 0)
+
+    def units(self, row: PrunableAxis) -> int:
+        """Units of an axis in the complete layer, which is its size unless that counts those of one expert alone."""
+        outer = outer_axis(row) if row.each else None
+        return self.size(row) * (1 if outer is None else self.size(outer))
 
     def with_sizes(self, **sizes: int) -> "LayerSpec":
         """A copy with other sizes, by the names of `sizes`.
@@ -103,14 +175,15 @@ class LayerSpec:
         """
         if unknown := sorted(set(sizes) - set(self.sizes)):
             raise SpecError(f"a layer has no {', '.join(unknown)}")
-        return LayerSpec(mixer=_resized(self.mixer, sizes), feed_forward=_resized(self.feed_forward, sizes))
+        feed_forward = cast("FeedForward | None", _resized(self.feed_forward, sizes))
+        return LayerSpec(mixer=_resized(self.mixer, sizes), feed_forward=feed_forward)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data: the fields of both parts side by side, without those at their defaults; null for no part."""
         data: dict[str, Any] = {name: None for name in PARTS if getattr(self, name) is None}
         for part in self.parts:
             data |= {item.name: getattr(part, item.name) for item in fields(part) if _is_said(part, item)}
-        return data
+        return {name: value.value if isinstance(value, StrEnum) else value for name, value in data.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
@@ -127,14 +200,25 @@ class LayerSpec:
             raise TypeError(f"a layer has no {', '.join(sorted(left))}")
         return layer
 
+    def routed_to(self, top_k: int | None) -> "LayerSpec":
+        """A copy whose tokens are routed to so many experts; None, or a layer without experts: as it is."""
+        if top_k is None or not isinstance(self.feed_forward, Moe):
+            return self
+        return replace(self, feed_forward=replace(self.feed_forward, top_k=top_k))
+
     def looking_back(self, *, local: bool) -> "LayerSpec":
         """A copy whose attention is local, or is not."""
         return replace(self, mixer=replace(self.attention, local=local))
 
     def on_rank(self, tensor: int) -> "RankSizes":
         """What one of `tensor` ranks holds; 0 for what the layer does not have."""
-        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-        return RankSizes(*(self.sizes.get(name, 0) // tensor for name in names))
+        heads, groups, neurons = (
+            self.sizes.get(name, 0) // tensor for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+        )
+        if isinstance(self.feed_forward, Moe):
+            experts = self.feed_forward
+            neurons = (experts.top_k * experts.expert_ffn_hidden_size + experts.shared_ffn_hidden_size) // tensor
+        return RankSizes(heads, groups, neurons)
 
 
 class RankSizes(NamedTuple):
@@ -143,6 +227,7 @@ class RankSizes(NamedTuple):
     heads: int
     groups: int
     neurons: int
+    """That a token passes through: of experts, those of the ones it is routed to and of the shared one."""
 
 
 def transformer_layer(

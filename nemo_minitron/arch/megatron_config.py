@@ -7,6 +7,7 @@ command line. Both are translated to and from the spec.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nemo_minitron.arch.expert_fields import expert_fields, feed_forwards
 from nemo_minitron.arch.settings import (
     has_plain_layers,
     settings_in,
@@ -33,7 +34,6 @@ _FIELDS: dict[str, str] = {
     "window": "window_size",
     "zero_centred_norm": "layernorm_zero_centered_gamma",
     "vocab_divisor": "make_vocab_size_divisible_by",
-    "experts": "num_moe_experts",
     "rotary_interleaved": "rotary_interleaved",
     "linear_bias": "add_bias_linear",
     "qkv_bias": "add_qkv_bias",
@@ -56,7 +56,6 @@ _ARGS: dict[str, str] = {
     "qkv_bias": "add_qkv_bias",
     "rotary_percent": "rotary_percent",
     "linear_factor": "rotary_seq_len_interpolation_factor",
-    "experts": "num_experts",
     "zero_centred_norm": "apply_layernorm_1p",
 }
 _GROUPS = "num_query_groups"  # an argument that counts only beside another
@@ -117,7 +116,7 @@ def transformer_fields(spec: ModelSpec) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "apply_rope_fusion": False,  # NeMo 2's classes switch it on; without Transformer Engine they refuse it
     }
-    return fields
+    return fields | expert_fields(spec)
 
 
 def _settings(spec: ModelSpec) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _norm_kind(spec: ModelSpec) -> str:
 
 def is_representable(spec: ModelSpec) -> bool:
     """Whether those fields, with `rope_fields`, describe all that the model computes."""
-    return has_plain_layers(spec) and not isinstance(spec.rope_scaling, YarnScaling)
+    return has_plain_layers(spec, experts=True) and not isinstance(spec.rope_scaling, YarnScaling)
 
 
 def rope_fields(spec: ModelSpec) -> dict[str, Any]:
@@ -224,6 +223,7 @@ def spec_from_transformer_fields(fields: Mapping[str, Any], *, vocab_rows: int, 
         activation=_FUNCTIONS_READ[name, gated],
         norm=_norm(fields, where),
         rope_scaling=_scaling(fields),
+        feed_forward=feed_forwards(_stated(fields), where=where),
     )
 
 
@@ -257,7 +257,7 @@ def megatron_args(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
         "pipeline_model_parallel_size": 1,
         "iteration": 1,
     }
-    return args
+    return args | expert_fields(spec, args=True)
 
 
 def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> ModelSpec:
@@ -287,6 +287,7 @@ def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> M
         activation=activation,
         norm=_norm({**args, "layernorm_zero_centered_gamma": args.get("apply_layernorm_1p")}, where),
         rope_scaling=RopeScaling(factor=factor) if args.get("use_rope_scaling") else None,
+        feed_forward=feed_forwards(_stated(args), where=where),
     )
 
 

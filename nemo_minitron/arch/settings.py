@@ -4,10 +4,12 @@
 here settings become a spec. Plain data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.expert_fields import are_alike
+from nemo_minitron.arch.layer import FeedForward, LayerSpec, transformer_layer
 from nemo_minitron.arch.spec import Activation, AnyScaling, LinearScaling, ModelSpec, Norm
 from nemo_minitron.errors import SpecError
 
@@ -40,6 +42,7 @@ def spec_from_settings(
     activation: Activation,
     norm: Norm,
     rope_scaling: AnyScaling | None = None,
+    feed_forward: Callable[[int], FeedForward] | None = None,
 ) -> ModelSpec:
     """The architecture that settings describe. What is absent has the value that NeMo and Megatron assume.
 
@@ -53,6 +56,7 @@ def spec_from_settings(
         activation: Of MLPs.
         norm: Kind of norms.
         rope_scaling: Other than the linear one that `linear_factor` stands for.
+        feed_forward: That of a layer by its number, in a model with experts.
 
     Raises:
         SpecError: A setting is missing or not supported; names its key.
@@ -73,7 +77,7 @@ def spec_from_settings(
         vocab_size=vocab_size,
         hidden_size=found["hidden_size"],
         head_dim=found["hidden_size"] // heads if head_dim is None else head_dim,
-        layers=(layer,) * found["num_layers"],
+        layers=_layers(layer, found["num_layers"], feed_forward),
         max_position_embeddings=_positions(found, keys, where),
         activation=activation,
         norm=norm,
@@ -88,6 +92,12 @@ def spec_from_settings(
         scaled_embeddings=bool(found.get("scaled_embeddings", False)),
         sliding_window=None if window is None else window[0] + 1,
     )
+
+
+def _layers(layer: LayerSpec, count: int, feed_forward: Callable[[int], FeedForward] | None) -> tuple[LayerSpec, ...]:
+    if feed_forward is None:
+        return (layer,) * count
+    return tuple(replace(layer, feed_forward=feed_forward(index)) for index in range(count))
 
 
 def check_settings(found: Mapping[str, Any], keys: Mapping[str, str], *, where: str) -> None:
@@ -187,10 +197,18 @@ def window_of(spec: ModelSpec) -> list[int] | None:
     return [spec.sliding_window - 1, 0] if spec.sliding_window and spec.layers[0].local else None
 
 
-def has_plain_layers(spec: ModelSpec) -> bool:
-    """Whether keys for one kind of layer, which NeMo and Megatron have, describe all layers."""
+def has_plain_layers(spec: ModelSpec, *, experts: bool = False) -> bool:
+    """Whether keys for one kind of layer, which NeMo and Megatron have, describe all layers.
+
+    Args:
+        spec: The model.
+        experts: Whether there are keys for experts too.
+    """
     mixed = len({layer.local for layer in spec.layers}) > 1
     plain = not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base)
+    if spec.has_experts:
+        one_mixer = len({layer.mixer for layer in spec.layers}) == 1 and all(layer.mixer for layer in spec.layers)
+        return experts and plain and one_mixer and are_alike(spec)
     return spec.is_uniform and plain and len(spec.layer.parts) == 2
 
 

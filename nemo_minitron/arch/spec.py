@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, Scope, outer_axis
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, Scope, size_divisor
+from nemo_minitron.arch.layer import LayerSpec, Moe
 from nemo_minitron.errors import SpecError
 
 
@@ -158,6 +158,15 @@ class ModelSpec:
         chosen = range(self.num_layers) if layers is None else layers
         return sum(self.layers[index].on_rank(1).heads for index in chosen) * self.head_dim
 
+    def units(self, row: PrunableAxis, layer: int) -> int:
+        """Units of an axis of layers in one of them; see `LayerSpec.units`."""
+        return self.layers[layer].units(row)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(layer.has_experts for layer in self.layers)
+
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
@@ -182,23 +191,30 @@ class ModelSpec:
         ffn_hidden_size: int | None = None,
         num_attention_heads: int | None = None,
         num_query_groups: int | None = None,
+        **of_experts: int | None,
     ) -> "ModelSpec":
         """A copy with other sizes; None keeps what is there.
 
-        Layers are cut from the end: which ones really go is the plan's matter.
+        Layers are cut from the end: which ones really go is the plan's matter. In a model with experts, a layer takes
+        the sizes that it has.
         """
         sizes = {
             "ffn_hidden_size": ffn_hidden_size,
             "num_attention_heads": num_attention_heads,
             "num_query_groups": num_query_groups,
+            **of_experts,
         }
         wanted = {key: value for key, value in sizes.items() if value is not None}
         layers = self.layers if num_layers is None else (self.layers * num_layers)[:num_layers]
         return replace(
             self,
             hidden_size=self.hidden_size if hidden_size is None else hidden_size,
-            layers=tuple(layer.with_sizes(**wanted) for layer in layers),
+            layers=tuple(layer.with_sizes(**self._fitting(layer, wanted)) for layer in layers),
         )
+
+    def _fitting(self, layer: LayerSpec, sizes: dict[str, int]) -> dict[str, int]:
+        """Of some sizes those that a layer has, if layers may be of several kinds."""
+        return {name: size for name, size in sizes.items() if not self.has_experts or name in layer.sizes}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` is the inverse. Layers that are all the same are stored once.
@@ -291,10 +307,14 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
             yield f"layer {index}: heads, KV groups and FFN must each be at least 1"
         else:
             yield from (f"layer {index}: {problem}" for problem in _nesting_problems(layer))
+        if isinstance(layer.feed_forward, Moe):
+            yield from (f"layer {index}: {problem}" for problem in layer.feed_forward.problems)
+            if spec.linear_bias or spec.post_norms:
+                yield f"layer {index}: experts have neither biases nor a norm behind them (linear_bias, post_norms)"
 
 
 def _nesting_problems(layer: LayerSpec) -> Iterator[str]:
     for row in LAYER_AXES:
-        size, outer = layer.size(row), outer_axis(row)
+        size, outer = layer.size(row), size_divisor(row)
         if outer is not None and size and size % layer.size(outer):
             yield f"{row.size} = {size} is not a multiple of {outer.size} = {layer.size(outer)}"

@@ -5,12 +5,14 @@ Counting parameters, slicing, sharding and conversion all read this table. A new
 Canonical form is Megatron's (Transformer Engine names), one tensor per layer, unsharded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from typing import Any
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mixer, Mlp
+from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mixer, Mlp, Moe
 from nemo_minitron.arch.spec import ModelSpec
 
 LAYER_PREFIX = "decoder.layers.{i}."
@@ -21,7 +23,8 @@ class WeightRow:
     """One kind of weight.
 
     `axes` names the axis of each dimension. A dimension of a QKV packing is marked `HEAD` and holds query heads and KV
-    groups together; a dimension of a GATE_UP packing is marked `FFN` and holds each neuron twice.
+    groups together; a dimension of a GATE_UP packing is marked `FFN` (of experts: `EXPERT_FFN`, `SHARED_FFN`) and holds
+    each neuron twice.
     """
 
     name: str
@@ -32,6 +35,12 @@ class WeightRow:
     """The kind of mixer or feed-forward that it belongs to; None for a weight outside the layers."""
     when: Callable[[ModelSpec], bool] = lambda spec: True
     """Whether models with such traits have it."""
+    where: Callable[[Moe], bool] | None = None
+    """Whether experts with such traits have it; None: all of them."""
+    per_expert: bool = False
+    """Whether every routed expert of a layer has one."""
+    fp32: bool = False
+    """Whether it is fp32 in a model of any dtype."""
 
     @property
     def per_layer(self) -> bool:
@@ -41,7 +50,8 @@ class WeightRow:
     def present(self, spec: ModelSpec, layer: LayerSpec | None = None) -> bool:
         """Whether a model has it; for a weight of layers, whether that layer of the model has it."""
         has_part = self.part is None or (layer is not None and any(isinstance(p, self.part) for p in layer.parts))
-        return has_part and self.when(spec)
+        fits = self.where is None or (has_part and layer is not None and self.where(layer.moe))
+        return has_part and fits and self.when(spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class Weight:
     shape: tuple[int, ...]
     row: WeightRow
     layer: int | None
+    expert: int | None = None
 
     @property
     def numel(self) -> int:
@@ -72,6 +83,50 @@ def _gated(spec: ModelSpec) -> bool:
 
 _ATTENTION = LAYER_PREFIX + "self_attention."
 _MLP = LAYER_PREFIX + "mlp."
+_EXPERT = _MLP + "experts.local_experts.{e}."
+_SHARED = _MLP + "shared_experts."
+
+
+def _has_shared(experts: Moe) -> bool:
+    return experts.shared_ffn_hidden_size > 0
+
+
+def _fc1(name: str, part: type[FeedForward], axis: Axis, **more: Any) -> tuple[WeightRow, WeightRow]:
+    """The first matrix of an MLP, gated or not."""
+    common: dict[str, Any] = {"name": name, "part": part, "axes": (axis, Axis.HIDDEN), "tensor_parallel_dim": 0, **more}
+    return (
+        WeightRow(packing=Packing.GATE_UP, when=_gated, **common),
+        WeightRow(when=lambda spec: not _gated(spec), **common),
+    )
+
+
+def _fc2(name: str, part: type[FeedForward], axis: Axis, **more: Any) -> WeightRow:
+    """The second matrix of an MLP."""
+    return WeightRow(name=name, part=part, axes=(Axis.HIDDEN, axis), tensor_parallel_dim=1, **more)
+
+
+_EXPERT_ROWS: tuple[WeightRow, ...] = (
+    WeightRow(name=LAYER_PREFIX + "pre_mlp_layernorm.weight", part=Moe, axes=(Axis.HIDDEN,)),
+    WeightRow(name=LAYER_PREFIX + "pre_mlp_layernorm.bias", part=Moe, axes=(Axis.HIDDEN,), when=_biased_norm),
+    WeightRow(name=_MLP + "router.weight", part=Moe, axes=(Axis.EXPERT, Axis.HIDDEN)),
+    WeightRow(
+        name=_MLP + "router.expert_bias",
+        part=Moe,
+        axes=(Axis.EXPERT,),
+        where=lambda experts: experts.correction_bias,
+        fp32=True,
+    ),
+    *_fc1(_EXPERT + "linear_fc1.weight", Moe, Axis.EXPERT_FFN, per_expert=True),
+    _fc2(_EXPERT + "linear_fc2.weight", Moe, Axis.EXPERT_FFN, per_expert=True),
+    *_fc1(_SHARED + "linear_fc1.weight", Moe, Axis.SHARED_FFN, where=_has_shared),
+    _fc2(_SHARED + "linear_fc2.weight", Moe, Axis.SHARED_FFN, where=_has_shared),
+    WeightRow(
+        name=_SHARED + "gate_weight",
+        part=Moe,
+        axes=(Axis.SINGLE, Axis.HIDDEN),
+        where=lambda experts: experts.shared_gate,
+    ),
+)
 
 ROWS: tuple[WeightRow, ...] = (
     WeightRow(name="embedding.word_embeddings.weight", axes=(Axis.VOCAB, Axis.HIDDEN), tensor_parallel_dim=0),
@@ -153,6 +208,7 @@ ROWS: tuple[WeightRow, ...] = (
     WeightRow(
         name=_MLP + "linear_fc2.post_layernorm.weight", part=Mlp, axes=(Axis.HIDDEN,), when=lambda spec: spec.post_norms
     ),
+    *_EXPERT_ROWS,
     WeightRow(name="decoder.final_layernorm.weight", axes=(Axis.HIDDEN,)),
     WeightRow(name="decoder.final_layernorm.bias", axes=(Axis.HIDDEN,), when=_biased_norm),
     WeightRow(
@@ -171,9 +227,20 @@ def weights(spec: ModelSpec) -> tuple[Weight, ...]:
     last = max(index for index, row in enumerate(ROWS) if row.per_layer)
     found = [_fill(row, spec, None) for row in ROWS[:first] if row.present(spec)]
     for index, layer in enumerate(spec.layers):
-        found += [_fill(row, spec, index) for row in ROWS[first : last + 1] if row.present(spec, layer)]
+        found += _of_layer([row for row in ROWS[first : last + 1] if row.present(spec, layer)], spec, index)
     found += [_fill(row, spec, None) for row in ROWS[last + 1 :] if row.present(spec)]
     return tuple(found)
+
+
+def _of_layer(rows: list[WeightRow], spec: ModelSpec, layer: int) -> Iterator[Weight]:
+    """A layer's weights; those of experts one expert after the other."""
+    for per_expert, alike in groupby(rows, key=lambda row: row.per_expert):
+        same = list(alike)
+        if per_expert:
+            experts = range(spec.layers[layer].moe.num_experts)
+            yield from (_fill(row, spec, layer, expert) for expert in experts for row in same)
+        else:
+            yield from (_fill(row, spec, layer) for row in same)
 
 
 def weight_named(spec: ModelSpec, name: str) -> Weight:
@@ -190,14 +257,32 @@ def _by_name(spec: ModelSpec) -> dict[str, Weight]:
     return {weight.name: weight for weight in weights(spec)}
 
 
-def parameter_count(spec: ModelSpec, *, embeddings: bool = True) -> int:
-    """Number of parameters; a tied embedding counts once. Without `embeddings`, the VOCAB weights are left out."""
-    return sum(weight.numel for weight in weights(spec) if embeddings or Axis.VOCAB not in weight.row.axes)
+def parameter_count(spec: ModelSpec, *, embeddings: bool = True, active: bool = False) -> int:
+    """Number of parameters; a tied embedding counts once.
+
+    Args:
+        spec: The architecture.
+        embeddings: Whether the VOCAB weights count.
+        active: Whether to count only those that one token passes through: of routed experts `top_k`.
+    """
+    return sum(
+        weight.numel
+        for weight in weights(spec)
+        if (embeddings or Axis.VOCAB not in weight.row.axes) and not (active and not is_active(weight, spec))
+    )
 
 
 def feed_forward_count(spec: ModelSpec) -> int:
-    """Number of parameters that belong to neurons of MLPs."""
-    return sum(weight.numel for weight in weights(spec) if Axis.FFN in weight.row.axes)
+    """Number of parameters that belong to neurons of MLPs and that one token passes through."""
+    neurons = {Axis.FFN, Axis.EXPERT_FFN, Axis.SHARED_FFN}
+    return sum(w.numel for w in weights(spec) if neurons & set(w.row.axes) and is_active(w, spec))
+
+
+def is_active(weight: Weight, spec: ModelSpec) -> bool:
+    """Whether a token passes through a weight, if it is routed to the first experts."""
+    if weight.expert is None or weight.layer is None:
+        return True
+    return weight.expert < spec.layers[weight.layer].moe.top_k
 
 
 def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
@@ -220,11 +305,11 @@ def packed_groups(weight: Weight, spec: ModelSpec) -> int:
     return spec.layers[weight.layer].attention.num_query_groups
 
 
-def _fill(row: WeightRow, spec: ModelSpec, layer: int | None) -> Weight:
-    name = row.name if layer is None else row.name.format(i=layer)
+def _fill(row: WeightRow, spec: ModelSpec, layer: int | None, expert: int | None = None) -> Weight:
+    name = row.name if layer is None else row.name.format(i=layer, e=expert)
     sizes = None if layer is None else spec.layers[layer]
     shape = tuple(_size(axis, row.packing, spec, sizes) for axis in row.axes)
-    return Weight(name, shape, row, layer)
+    return Weight(name, shape, row, layer, expert)
 
 
 def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None) -> int:
@@ -233,6 +318,8 @@ def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None
             return spec.vocab_size
         case Axis.HIDDEN:
             return spec.hidden_size
+        case Axis.EXPERT | Axis.EXPERT_FFN | Axis.SHARED_FFN | Axis.SINGLE if layer is not None:
+            return _expert_size(axis, layer.moe) * (2 if packing is Packing.GATE_UP else 1)
         case Axis.HEAD_CHANNEL:
             return spec.head_dim
         case Axis.FFN if layer is not None:
@@ -241,3 +328,13 @@ def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None
             extra = 2 * layer.attention.num_query_groups if packing is Packing.QKV else 0
             return (layer.attention.num_attention_heads + extra) * spec.head_dim
     raise AssertionError(f"axis {axis} has no size here")
+
+
+def _expert_size(axis: Axis, experts: Moe) -> int:
+    sizes = {
+        Axis.EXPERT: experts.num_experts,
+        Axis.EXPERT_FFN: experts.expert_ffn_hidden_size,
+        Axis.SHARED_FFN: experts.shared_ffn_hidden_size,
+        Axis.SINGLE: 1,
+    }
+    return sizes[axis]

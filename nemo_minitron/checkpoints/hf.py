@@ -14,8 +14,9 @@ from nemo_minitron.arch.families.keys import AXIS_KEYS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
 from nemo_minitron.checkpoints.files import staged_folder
+from nemo_minitron.checkpoints.hf_experts import split_fused_experts
 from nemo_minitron.checkpoints.hf_weights import INDEX, SINGLE, HfWeights
-from nemo_minitron.checkpoints.parts import fuse_stored, split_stored, stored_shapes, widest
+from nemo_minitron.checkpoints.parts import dtype_of, fuse_stored, split_stored, stored_shapes, widest
 from nemo_minitron.checkpoints.plain_data import read_json, spec_of
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsWriter
 from nemo_minitron.checkpoints.sidecar import left_files, travelling_names, with_tokenizer_json
@@ -35,7 +36,8 @@ _CARRIED_KEYS = (
     *("sliding_window", "attention_dropout", "initializer_range", "use_cache", "pretraining_tp", "resid_pdrop"),
     *("embd_pdrop", "original_max_position_embeddings", "attn_logit_softcapping", "final_logit_softcapping"),
     *("use_bidirectional_attention", "hidden_activation", "hidden_act", "_sliding_window_pattern"),
-    "quantization_config",
+    *("quantization_config", "num_experts", "num_local_experts", "output_router_logits", "router_aux_loss_coef"),
+    "router_jitter_noise",
 )
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -88,8 +90,11 @@ class _Reader:
             del self._weights.places[name]
         if self.spec.tied_embeddings:
             self._settle_tied()
+        if self.spec.has_experts:
+            split_fused_experts(self._weights.places, self.family, self.spec)
         self._check_names()
-        self.dtype = widest([place.entry.dtype for _, place in sorted(self._weights.places.items())])
+        self._flexible = sorted(name for w in weights(self.spec) if not w.row.fp32 for name in hf_names(self.family, w))
+        self.dtype = widest([self._weights.places[name].entry.dtype for name in self._flexible])
         self.files = self._read_tokenizer_files()
         check_tokenizer_fits(self.files, self.spec, where=str(folder))
 
@@ -109,7 +114,8 @@ class _Reader:
     def get(self, name: str) -> Tensor:
         """One canonical tensor; q, k, v and gate, up are fused."""
         weight = weight_named(self.spec, name)
-        parts = [self._weights.places[part].get().to(self.dtype) for part in hf_names(self.family, weight)]
+        dtype = dtype_of(weight, self.dtype)
+        parts = [self._weights.places[part].get().to(dtype) for part in hf_names(self.family, weight)]
         return fuse_stored(parts, weight, self.spec)
 
     def notes(self) -> tuple[str, ...]:
@@ -121,7 +127,8 @@ class _Reader:
         ]
         if self._weights.unread:
             found.append(f"not read, beside the {self._weights.kind}: {', '.join(self._weights.unread)}")
-        types = Counter(str(place.entry.dtype).removeprefix("torch.") for place in self._weights.places.values())
+        dtypes = [self._weights.places[name].entry.dtype for name in self._flexible]
+        types = Counter(str(dtype).removeprefix("torch.") for dtype in dtypes)
         if len(types) > 1:
             kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
             found.append(f"weights of several types ({kinds}): all are read as {str(self.dtype)[6:]}, losing nothing")
@@ -225,7 +232,7 @@ def hf_names(family: Family, weight: Weight) -> tuple[str, ...]:
     """
     if weight.row.name not in family.hf_names:
         raise CheckpointError(f"{weight.name} has no Hugging Face name in family {family.name}")
-    return tuple(name.format(i=weight.layer) for name in family.hf_names[weight.row.name])
+    return tuple(name.format(i=weight.layer, e=weight.expert) for name in family.hf_names[weight.row.name])
 
 
 def hf_config(
@@ -250,12 +257,8 @@ def write_hf(
 ) -> None:
     """Write a Hugging Face folder: safetensors in shards, index, config, generation defaults, tokenizer files.
 
-    Args:
-        source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is complete.
-        dtype: Type of the weights; None keeps the source's.
-        shard_bytes: Largest weight file, unless one tensor alone is larger.
-        extra_files: More files by name, as a model card.
+    No weight file is larger than `shard_bytes`, unless one tensor alone is. `extra_files` are more files by name,
+    as a model card.
 
     Raises:
         SpecError: The family's `config.json` cannot say this architecture (layers of different sizes).
@@ -288,7 +291,7 @@ def _write_weights(source: TensorSource, folder: Path, dtype: torch.dtype, shard
                 part_names = hf_names(family, weight)
                 parts = split_stored(tensor, weight, source.spec, tensors=len(part_names))
                 for part_name, part in zip(part_names, parts, strict=True):
-                    writer.write(part_name, part.to(dtype))
+                    writer.write(part_name, part.to(dtype_of(weight, dtype)))
     if not single:
         placed = {name: file for file, (_, entries) in zip(file_names, shards, strict=True) for name in entries}
         total = sum(entry.nbytes for _, entries in shards for entry in entries.values())
@@ -304,13 +307,13 @@ def _shards(
     entries: dict[str, Entry] = {}
     used = 0
     for weight in weights(spec):
-        size = weight.numel * dtype.itemsize
+        size = weight.numel * dtype_of(weight, dtype).itemsize
         if shard and used + size > limit:
             yield shard, entries
             shard, entries, used = [], {}, 0
         names = hf_names(family, weight)
         shapes = stored_shapes(weight, spec, tensors=len(names))
-        entries |= {n: Entry(dtype, s) for n, s in zip(names, shapes, strict=True)}
+        entries |= {n: Entry(dtype_of(weight, dtype), s) for n, s in zip(names, shapes, strict=True)}
         shard.append(weight)
         used += size
     yield shard, entries

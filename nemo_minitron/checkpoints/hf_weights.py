@@ -34,15 +34,26 @@ class Place:
 
     file: WeightFile
     name: str
+    part: tuple[int, int, int] | None = None
+    """Of a stored tensor `[experts, rows, columns]`: which expert, and its rows from and up to."""
 
     @property
     def entry(self) -> Entry | TensorHeader:
         """Its type and shape."""
-        return self.file.entries[self.name]
+        entry = self.file.entries[self.name]
+        if self.part is None:
+            return entry
+        _, first, last = self.part
+        return Entry(entry.dtype, (last - first, *entry.shape[2:]))
 
     def get(self) -> Tensor:
         """The tensor."""
-        return self.file.get(self.name)
+        if self.part is None:
+            return self.file.get(self.name)
+        expert, first, last = self.part
+        if isinstance(self.file, SafetensorsFile):
+            return self.file.get_rows(self.name, expert, first, last)
+        return self.file.get(self.name)[expert, first:last].clone()
 
     def same_as(self, other: "Place") -> bool:
         """Whether both hold the same values in the same type. Reads them unless they are the same bytes of a file."""

@@ -1,12 +1,14 @@
 """Canonical weights out of Megatron's distributed checkpoints, whatever stores them and whatever their prefix.
 
 Layers of one size are stacked under one key, `decoder.layers.mlp.linear_fc2.weight` shaped `[layers, h, ffn]`; layers
-that differ keep a key each, `decoder.layers.7.mlp.linear_fc2.weight`. Both are Megatron-Core's own conventions.
+that differ keep a key each, `decoder.layers.7.mlp.linear_fc2.weight`. Routed experts are stacked under one key in both
+cases, `...mlp.experts.experts.linear_fc2.weight` shaped `[layers, experts, h, ffn]`. All are Megatron-Core's own
+conventions.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Set
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ PREFIXES = ("model.", "module.", "")
 EMBEDDING = "embedding.word_embeddings.weight"
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
 
 
 class Weights(Protocol):
@@ -75,9 +78,6 @@ class Store(Protocol):
 class DistributedWeights:
     """Weights of a distributed checkpoint.
 
-    Args:
-        store: Its tensors.
-
     Raises:
         CheckpointError: There is no word embedding among them.
     """
@@ -93,10 +93,6 @@ class DistributedWeights:
         """Rows of the embedding, padding included."""
         return self.store.tensors[self.prefix + EMBEDDING].shape[0]
 
-    def key(self, weight: Weight) -> str:
-        """Where a weight is stored."""
-        return self.prefix + (stacked_name(weight.name) if self.stacked else weight.name)
-
     def check(self, spec: ModelSpec) -> None:
         """Compare names and shapes with those that a model has.
 
@@ -108,35 +104,47 @@ class DistributedWeights:
             raise CheckpointError(f"{label}: layers are stacked, but its configuration says they differ")
         expected = {}
         for weight in weights(spec):
-            stacked = self.stacked and weight.layer is not None
-            expected[self.key(weight)] = (weight, ((spec.num_layers,) if stacked else ()) + weight.shape)
-        if missing := sorted(set(expected) - self._keys):
-            raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
-        if extra := sorted(self._keys - set(expected)):
-            raise CheckpointError(
-                f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
-                rule="no weight is left out in silence",
-            )
+            place = place_of(weight, spec, stacked=self.stacked)
+            expected[self.prefix + place.key] = (weight, place.leading + weight.shape)
+        check_names(expected.keys(), self._keys, label=label)
         for key, (weight, shape) in expected.items():
             check_shape(weight, self.store.tensors[key].shape, shape, where=f"{label}: {key}")
 
     def dtype(self, spec: ModelSpec) -> torch.dtype:
         """Type that holds every weight of the model exactly."""
-        return widest([self.store.tensors[self.key(weight)].dtype for weight in weights(spec)])
+        keys = {self.prefix + _key_of(w, stacked=self.stacked)[0] for w in weights(spec) if not w.row.fp32}
+        return widest([self.store.tensors[key].dtype for key in sorted(keys)])
 
     def get(self, weight: Weight) -> Tensor:
         """One canonical tensor in its stored type; of a stacked key only its layer is read."""
-        key = self.key(weight)
-        if weight.layer is None or not self.stacked:
+        key, offsets = _key_of(weight, stacked=self.stacked)
+        key = self.prefix + key
+        if not offsets:
             return self.store.read(key, stop=weight.shape)
-        start = (weight.layer, *(0 for _ in weight.shape))
-        return self.store.read(key, start=start, stop=(weight.layer + 1, *weight.shape))[0]
+        start = (*offsets, *(0 for _ in weight.shape))
+        stop = (*(offset + 1 for offset in offsets), *weight.shape)
+        return self.store.read(key, start=start, stop=stop).reshape(weight.shape)
 
     def _find_prefix(self) -> str:
         for prefix in PREFIXES:
             if prefix + EMBEDDING in self.store.tensors:
                 return prefix
         raise CheckpointError(f"{self.store.label}: has no {EMBEDDING}", rule="the weights of a GPT model")
+
+
+def check_names(expected: Set[str], found: Set[str], *, label: str) -> None:
+    """Compare names of weights.
+
+    Raises:
+        CheckpointError: One is missing or unknown.
+    """
+    if missing := sorted(expected - found):
+        raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
+    if extra := sorted(found - expected):
+        raise CheckpointError(
+            f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
+            rule="no weight is left out in silence",
+        )
 
 
 def check_shape(weight: Weight, stored: Shape, expected: Shape, *, where: str) -> None:
@@ -148,6 +156,42 @@ def check_shape(weight: Weight, stored: Shape, expected: Shape, *, where: str) -
     padded = weight.row.axes[0] is Axis.VOCAB and stored[:1] >= expected[:1]
     if stored != expected and not (padded and stored[1:] == expected[1:]):
         raise CheckpointError(f"{where} is shaped {stored}", rule=f"{expected} by its configuration")
+
+
+class StoredPlace(NamedTuple):
+    """Where a weight lies in a distributed checkpoint."""
+
+    key: str
+    """Without a prefix."""
+    offsets: Shape
+    """Its place along the axes that stand before its own: layers, experts."""
+    leading: Shape
+    """Sizes of those."""
+
+
+def place_of(weight: Weight, spec: ModelSpec, *, stacked: bool) -> StoredPlace:
+    """Where a weight lies.
+
+    Args:
+        weight: One of the model's.
+        spec: The model.
+        stacked: Whether layers are stacked under one key.
+    """
+    key, offsets = _key_of(weight, stacked=stacked)
+    leading = [spec.num_layers] if weight.layer is not None and stacked else []
+    if weight.layer is not None and weight.expert is not None:
+        leading.append(spec.layers[weight.layer].moe.num_experts)
+    return StoredPlace(key, offsets, tuple(leading))
+
+
+def _key_of(weight: Weight, *, stacked: bool) -> tuple[str, Shape]:
+    key = weight.name
+    offsets: Shape = ()
+    if weight.layer is not None and stacked:
+        key, offsets = stacked_name(key), (weight.layer,)
+    if weight.expert is not None:
+        key, offsets = _LOCAL_EXPERT.sub(".experts.experts.", key), (*offsets, weight.expert)
+    return key, offsets
 
 
 def stacked_name(name: str) -> str:

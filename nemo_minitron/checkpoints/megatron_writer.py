@@ -8,7 +8,8 @@ import torch
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count, weight_named, weights
-from nemo_minitron.checkpoints.megatron_weights import stacked_name
+from nemo_minitron.checkpoints.megatron_weights import place_of
+from nemo_minitron.checkpoints.parts import dtype_of
 from nemo_minitron.checkpoints.source import TensorSource, stream
 from nemo_minitron.checkpoints.torch_dist import TorchDistWriter
 
@@ -16,26 +17,23 @@ from nemo_minitron.checkpoints.torch_dist import TorchDistWriter
 def write_weights(source: TensorSource, folder: Path, *, prefix: str, dtype: torch.dtype) -> None:
     """Write every weight of a source, one tensor in memory at a time. Equal sources give equal bytes.
 
-    Args:
-        source: What to write.
-        folder: An empty folder.
-        prefix: Of every key: "model." for NeMo 1, "module." for NeMo 2, "" for Megatron.
-        dtype: Type of the weights.
+    `prefix` stands before every key: "model." for NeMo 1, "module." for NeMo 2, "" for Megatron.
     """
     spec = source.spec
     with TorchDistWriter(folder, nbytes=parameter_count(spec) * dtype.itemsize) as writer:
         for name, tensor in stream(source):
-            layer = weight_named(spec, name).layer
-            tensor = tensor.to(dtype)  # noqa: PLW2901
-            if layer is None or not spec.is_uniform:
-                writer.add(prefix + name, tensor)
-            else:
-                writer.add(
-                    prefix + stacked_name(name),
-                    tensor[None],
-                    offsets=(layer, *(0 for _ in tensor.shape)),
-                    shape=(spec.num_layers, *tensor.shape),
-                )
+            weight = weight_named(spec, name)
+            place = place_of(weight, spec, stacked=spec.is_uniform)
+            tensor = tensor.to(dtype_of(weight, dtype))  # noqa: PLW2901
+            if not place.leading:
+                writer.add(prefix + place.key, tensor)
+                continue
+            writer.add(
+                prefix + place.key,
+                tensor[(None,) * len(place.leading)],
+                offsets=(*place.offsets, *(0 for _ in tensor.shape)),
+                shape=(*place.leading, *tensor.shape),
+            )
         for key in extra_state_keys(spec, prefix=prefix):
             writer.add_object(key, _empty_state())
 
@@ -46,10 +44,9 @@ def extra_state_keys(spec: ModelSpec, *, prefix: str) -> Iterator[str]:
         module = weight.name.removesuffix(".weight")
         if weight.layer is None or not module.rpartition(".")[2].startswith("linear_") or module == weight.name:
             continue
-        if spec.is_uniform:
-            yield f"{prefix}{stacked_name(module)}._extra_state/shard_{weight.layer}_{spec.num_layers}"
-        else:
-            yield f"{prefix}{module}._extra_state/shard_0_1"
+        place = place_of(weight, spec, stacked=spec.is_uniform)
+        first, sizes = (".".join(map(str, numbers)) for numbers in (place.offsets or (0,), place.leading or (1,)))
+        yield f"{prefix}{place.key.removesuffix('.weight')}._extra_state/shard_{first}_{sizes}"
 
 
 def _empty_state() -> io.BytesIO:

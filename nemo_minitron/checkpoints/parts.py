@@ -59,6 +59,11 @@ def split_stored(tensor: Tensor, weight: Weight, spec: ModelSpec, *, tensors: in
     return parts if tensors == len(parts) else (torch.cat(parts),)
 
 
+def dtype_of(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    """Type of a weight in a checkpoint of a type: a few are fp32 in every model."""
+    return torch.float32 if weight.row.fp32 else dtype
+
+
 def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The type that holds every value of all of them exactly."""
     found = dtypes[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
+from nemo_minitron.checkpoints.parts import dtype_of
 from nemo_minitron.checkpoints.read_ahead import read_ahead
 from nemo_minitron.errors import CheckpointError
 
@@ -43,7 +44,7 @@ class TensorSource(Protocol):
     Attributes:
         spec: The architecture.
         family: Key of `arch.families`: how Hugging Face names its weights and settings.
-        dtype: Type of every tensor that `get` returns.
+        dtype: Type of every tensor that `get` returns, but for those that are fp32 in every model (`WeightRow.fp32`).
         lineage: JSON data about where the model comes from (base model, licence, plan digest, parents).
     """
 
@@ -87,7 +88,8 @@ class Checkpoint:
     Attributes:
         spec: The architecture.
         family: Key of `arch.families`: how Hugging Face names its weights and settings.
-        dtype: The type that holds every stored weight exactly, and of every tensor that `get` returns.
+        dtype: The type that holds every stored weight exactly, and of every tensor that `get` returns, but for
+            those that are fp32 in every model (`WeightRow.fp32`).
         lineage: What the writer recorded of where the model comes from; for a foreign checkpoint its name.
         format: What the format is called.
         layout: How the weights are stored.
@@ -134,7 +136,7 @@ def stream(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
     While the caller has one tensor the next few are being read, in memory that is used again and again; a caller that
     keeps none of them needs memory for the two largest, or for half a gigabyte.
     """
-    sizes = {weight.name: weight.numel * source.dtype.itemsize for weight in weights(source.spec)}
+    sizes = {w.name: w.numel * dtype_of(w, source.dtype).itemsize for w in weights(source.spec)}
     names = source.names()
     return zip(names, read_ahead(names, source.get, sizes.__getitem__), strict=True)
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PrunableAxis
+from nemo_minitron.arch.axes import MODEL_AXES, PrunableAxis
+from nemo_minitron.arch.sizes import layer_axes
 from nemo_minitron.arch.spec import LinearScaling, ModelSpec, RopeScaling, YarnScaling
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.sidecar import tokenizer_problem
@@ -78,14 +79,15 @@ def _format(source: Checkpoint, path: Path) -> str:
 
 def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
     def span(row: PrunableAxis) -> str:
-        values = [layer.size(row) for layer in spec.layers]
+        values = [size for layer in spec.layers if (size := layer.size(row))]
         low, high = min(values), max(values)
         found = str(low) if low == high else f"{low} to {high}, by layer"
         return f"{found} of {spec.head_dim} channels" if row.is_head else found
 
     found = [
         *((row.label, str(spec.size(row))) for row in MODEL_AXES),
-        *((row.label, span(row)) for row in LAYER_AXES),
+        *((row.label, span(row)) for row in layer_axes(spec)),
+        *_routing(spec),
         ("vocabulary", f"{spec.vocab_size}{', tied to the output layer' if spec.tied_embeddings else ''}"),
         ("context", str(spec.max_position_embeddings)),
         ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}"),
@@ -96,6 +98,19 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
             ("sliding window", f"{spec.sliding_window}, in {sum(layer.local for layer in spec.layers)} layers")
         )
     return found
+
+
+def _routing(spec: ModelSpec) -> list[tuple[str, str]]:
+    """How tokens find their experts, for a model that has some."""
+    routers = dict.fromkeys(layer.moe for layer in spec.layers if layer.has_experts)
+    if not routers:
+        return []
+    first = next(iter(routers))
+    extra = (", normalised" if first.normalize_top_k else "") + (", correction bias" if first.correction_bias else "")
+    top = sorted({each.top_k for each in routers})
+    active = parameter_count(spec, active=True)
+    words = f"{' or '.join(map(str, top))} experts a token, {first.score_function}{extra}"
+    return [("router", words), ("active parameters", f"{active:,}")]
 
 
 def _scaling(spec: ModelSpec) -> str:

@@ -8,8 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemo_minitron.arch.axes import LAYER_AXES
-from nemo_minitron.arch.sizes import PARAMETERS, named_sizes
+from nemo_minitron.arch.sizes import PARAMETERS, first_size, layer_axes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.run import RunConfig
@@ -31,12 +30,9 @@ def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
         found = [each[label] for each in named.values()]
         before, after = found[0], found[-1]
         style = "bold" if label == PARAMETERS else ("dim" if before == after else "")
-        table.add_row(label, *(f"{value:,}" for value in found), _share_of(after, before), style=style)
+        kept = f"{after / before:.1%}" if before else ""
+        table.add_row(label, *(f"{value:,}" for value in found), kept, style=style)
     return table
-
-
-def _share_of(after: int, before: int) -> str:
-    return f"{after / before:.1%}" if before else ""
 
 
 def layout(
@@ -44,22 +40,20 @@ def layout(
 ) -> RenderableType:
     """What a rank holds of every axis.
 
-    Args:
-        models: By name.
-        config: The recipe.
-        ranks: Processes of the run.
-        on_meta: Parameters of each pipeline stage's rank, by model; empty if they could not be built.
+    `on_meta` has the parameters of each pipeline stage's rank by model; it is empty if they could not be built.
     """
     parallel = config.parallel
     copies = ranks / parallel.model_parallel_size
     axes = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {copies:g}"
+    axes += f", EP {parallel.expert} of DP" if parallel.expert > 1 else ""
     title = f"layout: {ranks} rank{'s' if ranks > 1 else ''} = {axes}"
     table = new_table("a rank holds", "divided by", *models, title=title)
-    for row in LAYER_AXES:
+    for row in layer_axes(next(iter(models.values()))):
         if row.divided_by:
             ranks_of = getattr(parallel, row.divided_by)
-            found = (spec.size(row, 0) for spec in models.values())
-            table.add_row(row.label, f"TP {ranks_of}", *(_share(size, ranks_of) for size in found))
+            found = (first_size(spec, row) for spec in models.values())
+            by = {"expert": "EP"}.get(row.divided_by, "TP")
+            table.add_row(row.label, f"{by} {ranks_of}", *(_share(size, ranks_of) for size in found))
     table.add_row("vocabulary, padded", f"TP {parallel.tensor}", *(_vocabulary(s, parallel) for s in models.values()))
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     by = f"PP {parallel.pipeline}" + (f" x {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")
@@ -68,7 +62,8 @@ def layout(
     pieces = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     names = f"CP {parallel.context}" + (f" x TP {parallel.tensor}" if parallel.sequence_parallel else "")
     table.add_row("positions of a sample", names, *(_share(length, pieces) for _ in models))
-    table.add_row("experts", "EP 1", *("none" for _ in models), style="dim")
+    if not any(spec.has_experts for spec in models.values()):
+        table.add_row("experts", "EP 1", *("none" for _ in models), style="dim")
     if on_meta:
         most = [f"{max(on_meta[name]):,}" if name in on_meta else "" for name in models]
         table.add_row("parameters, built on meta", "", *most, style="bold")
@@ -210,15 +205,8 @@ def _gb(count: int) -> str:
 
 
 def _hours(hours: float) -> str:
-    return (
-        f"{hours:,.0f}"
-        if hours >= 10
-        else f"{hours:.1f}"
-        if hours >= 0.1
-        else f"{hours:.2g}"
-        if hours >= 0.01
-        else "<0.01"
-    )
+    form = next((form for least, form in ((10, ",.0f"), (0.1, ".1f"), (0.01, ".2g")) if hours >= least), None)
+    return "<0.01" if form is None else format(hours, form)
 
 
 def _count(number: int) -> str:

@@ -98,7 +98,7 @@ def _ranks(job: Job, config: RunConfig, place: launched.Launched) -> int:
             rule="either a launcher (torchrun, srun) starts the ranks, or --nproc does",
             remedy=f"leave --nproc out; or, where no launcher is at work and the variables are left over: {alone}",
         )
-    ranks = place.world_size if place.world_size > 1 else job.ranks or config.parallel.model_parallel_size
+    ranks = place.world_size if place.world_size > 1 else job.ranks or config.parallel.ranks
     check_ranks(ranks, config.parallel)
     return ranks
 

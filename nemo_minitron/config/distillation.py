@@ -27,8 +27,9 @@ class RampTo(Section):
 class Objective(Section):
     """`kd_weight` times the divergence of student and teacher, plus `lm_weight` times the student's cross-entropy.
 
-    Plus `hidden_weight` times the balanced losses of intermediate states, where `hidden` names some. In nats per
-    token. The papers take the forward KL over the full vocabulary, alone (arXiv:2407.14679, table 15).
+    Plus `hidden_weight` times the balanced losses of intermediate states, where `hidden` names some, and
+    `router_weight` times the divergence of routers. In nats per token. The papers take the forward KL over the full
+    vocabulary, alone (arXiv:2407.14679, table 15).
     """
 
     kd_weight: NonNegativeFloat = 1.0
@@ -37,6 +38,9 @@ class Objective(Section):
     """Factor of the next-token cross-entropy on the text."""
     hidden_weight: NonNegativeFloat = 1.0
     """Factor of the losses of `hidden`, after their balance."""
+    router_weight: NonNegativeFloat = 0.0
+    """Factor of the KL divergence between the routers of teacher and student, over the experts that the student has:
+    the mean over layers with experts. Needs a teacher in memory."""
     hidden: HiddenConfig | None = None
     """Intermediate states to compare, as `{layers: [[-3, -3]], embedding: true}`; nothing for none."""
     temperature: Positive = 1.0
@@ -133,7 +137,10 @@ class DistillationConfig(Objective, TeacherConfig):
     def _one_source(self) -> Self:
         if self.cache is None:
             return self
-        unused = {name: getattr(self, name) for name in (*TeacherConfig.model_fields, "teacher", "hidden", "top_k")}
+        unused = {
+            name: getattr(self, name)
+            for name in (*TeacherConfig.model_fields, "teacher", "hidden", "top_k", "router_weight")
+        }
         problems = [
             f"{name} = {value} with a cache: there is no teacher in memory" for name, value in unused.items() if value
         ]

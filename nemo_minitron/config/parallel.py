@@ -1,6 +1,7 @@
 """How a model is spread over processes, and in which numbers it computes."""
 
 from enum import StrEnum
+from math import lcm
 from typing import Self
 
 from pydantic import model_validator
@@ -45,6 +46,9 @@ class ParallelConfig(Section):
     """Model chunks a pipeline rank holds (interleaved schedule, VPP); None for one."""
     context: Count = 1
     """Ranks that share each sequence (CP). Above 1 it needs Transformer Engine."""
+    expert: Count = 1
+    """Ranks that share the experts of each layer (EP): data-parallel ranks, of which each holds some experts of all of
+    them, split over the tensor-parallel ranks like an MLP. Divides the number of experts and the data-parallel size."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the tensor-parallel ranks. Needs Transformer Engine or Apex."""
     recompute: Recompute = Recompute.NONE
@@ -94,3 +98,17 @@ class ParallelConfig(Section):
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def told(self) -> str:
+        """The sizes that multiply, for messages."""
+        told = f"parallel.tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"
+        return told if self.expert == 1 else f"{told}, with expert {self.expert}"
+
+    @property
+    def ranks(self) -> int:
+        """The fewest processes that the sizes fit; any number of them is a multiple of it.
+
+        Expert-parallel ranks are data-parallel ranks, or context-parallel ones.
+        """
+        return self.tensor * self.pipeline * lcm(self.context, self.expert)

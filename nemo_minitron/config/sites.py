@@ -13,6 +13,17 @@ class FfnSite(StrEnum):
     there is one. A gated MLP has two rows a neuron, and only the gate's product is an argument of the activation."""
 
 
+class ExpertMetric(StrEnum):
+    """What an expert's importance is."""
+
+    REAP = "reap"
+    """Mean over the tokens routed to it of the router's weight times the L2 norm of its output (arXiv:2510.13999)."""
+    OUTPUT = "output"
+    """The same, summed over those tokens and divided by the number of all tokens: what it adds to an average token."""
+    FREQUENCY = "frequency"
+    """Fraction of all tokens that are routed to it."""
+
+
 class Aggregation(StrEnum):
     """How values are put together over one dimension (arXiv:2407.14679, section 2.2): mean, L2 norm, variance."""
 

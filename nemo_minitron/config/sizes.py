@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import Count, NonNegative, Positive, Section
 from nemo_minitron.config.budget import BudgetConfig
 from nemo_minitron.config.depth import BLOCK_INFLUENCE
-from nemo_minitron.config.sites import Aggregation
+from nemo_minitron.config.sites import Aggregation, ExpertMetric
 
 
 def _size(value: Any) -> Any:
@@ -29,6 +29,20 @@ class MultipleOf(Section):
     ffn_hidden_size: Count = 1
     num_attention_heads: Count = 1
     num_query_groups: Count = 1
+    num_experts: Count = 1
+    expert_ffn_hidden_size: Count = 1
+    shared_ffn_hidden_size: Count = 1
+
+
+class LayerSizes(Section):
+    """Sizes of one layer; None for what the target says of all layers."""
+
+    ffn_hidden_size: Size | None = None
+    num_attention_heads: Size | None = None
+    num_query_groups: Size | None = None
+    num_experts: Size | None = None
+    expert_ffn_hidden_size: Size | None = None
+    shared_ffn_hidden_size: Size | None = None
 
 
 class TargetConfig(BudgetConfig):
@@ -50,6 +64,19 @@ class TargetConfig(BudgetConfig):
     num_attention_heads: Size | None = None
     """Query heads of a layer; a multiple of its KV groups."""
     num_query_groups: Size | None = None
+    by_layer: dict[NonNegative, LayerSizes] = Field(default_factory=dict)
+    """Sizes of single layers by their number in the teacher, as `{3: {ffn_hidden_size: 768}}`; such a student can be
+    exported as `.nemo` only."""
+    num_experts: Size | None = None
+    """Routed experts of a layer."""
+    expert_ffn_hidden_size: Size | None = None
+    """Neurons of each routed expert."""
+    shared_ffn_hidden_size: Size | None = None
+    """Neurons of the shared expert."""
+    top_k: Count | None = None
+    """Experts that a token is routed to; None keeps the teacher's number."""
+    expert_metric: ExpertMetric = ExpertMetric.REAP
+    """What experts are chosen by."""
     multiple_of: MultipleOf = MultipleOf()
     """A divisor for each axis, as `{hidden_size: 64, ffn_hidden_size: 128}`; an integer stands for these two axes."""
     rescale_norms: bool = True
@@ -74,6 +101,12 @@ class TargetConfig(BudgetConfig):
     def _for_both_widths(cls, value: Any) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool)
         return {"hidden_size": value, "ffn_hidden_size": value} if whole else value
+
+    def for_layer(self, number: int) -> "TargetConfig":
+        """What is asked of one layer of the teacher: its own sizes in the place of those of all layers."""
+        if (sizes := self.by_layer.get(number)) is None:
+            return self
+        return self.model_copy(update=sizes.model_dump(exclude_none=True))
 
 
 def _limit(value: Any) -> Any:
@@ -127,6 +160,10 @@ class SpaceConfig(Section):
     """None keeps the teacher's heads, as the papers recommend (arXiv:2408.11796)."""
     num_query_groups: AxisSpace | None = None
     """None keeps the teacher's KV groups."""
+    num_experts: AxisSpace | None = None
+    expert_ffn_hidden_size: AxisSpace | None = None
+    shared_ffn_hidden_size: AxisSpace | None = None
+    """None keeps the teacher's."""
 
 
 class LayerwiseConfig(Section):

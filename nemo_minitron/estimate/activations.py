@@ -72,12 +72,17 @@ def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     return step.tokens * kept
 
 
+def own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> frozenset[int]:
+    """Layers of all model chunks on a pipeline stage."""
+    ranges = chunk_layers(spec.num_layers, parallel)
+    return frozenset(layer for layers in ranges[stage :: parallel.pipeline] for layer in layers)
+
+
 def activations(spec: ModelSpec, step: Pass, stage: int) -> int:
     """Bytes on a rank of a pipeline stage at the peak of a step, without the buffers of the loss."""
     parallel, element = step.parallel, bytes_of(step.precision)
     chunks = parallel.virtual_pipeline or 1
-    ranges = chunk_layers(spec.num_layers, parallel)
-    own = [spec.layers[layer] for index in range(stage, len(ranges), parallel.pipeline) for layer in ranges[index]]
+    own = [spec.layers[layer] for layer in sorted(own_layers(spec, parallel, stage))]
     kept = sum(layer_activations(spec, sizes, step) for sizes in own)
     if stage > 0 and not step.engine and parallel.recompute is not Recompute.FULL:
         kept += step.tokens * spec.hidden_size * element  # what the stage before has sent
@@ -132,7 +137,19 @@ def _mlp(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     neurons = sizes.on_rank(step.parallel.tensor).neurons
     # The first linear's output, [gate; up] or [F], and the next one's input [F]; where gated, ours keeps act(gate) too.
     numbers = 2 if not spec.activation.gated else 3 if step.engine else 4
-    return numbers * neurons * bytes_of(step.precision)
+    return numbers * neurons * bytes_of(step.precision) + _routing(spec, sizes, step)
+
+
+def _routing(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes a token that experts keep beside their neurons, if all are chosen equally often.
+
+    For each expert that a token is routed to, what enters it [H], what leaves it [H], and its index; for all experts
+    the router's scores and weights in fp32.
+    """
+    if not sizes.has_experts:
+        return 0
+    experts = sizes.moe
+    return experts.top_k * (2 * spec.hidden_size * bytes_of(step.precision) + 8) + 3 * 4 * experts.num_experts
 
 
 def micro_batches_alive(step: Pass, stage: int) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import feed_forward_count, weights
+from nemo_minitron.arch.weights import feed_forward_count, is_active, weights
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 
 PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
@@ -29,14 +29,18 @@ def peak_flops_of(name: str) -> float | None:
 
 
 def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
-    """Operations of one token's forward pass: two for every multiplied weight, and attention over what came before.
+    """Operations of one token's forward pass: two for every weight it meets, and attention over what came before.
+
+    Of routed experts a token meets those that it is routed to.
 
     Attention reads `sequence_length / 2` positions on average, a multiplication and an addition for the score and the
     same for the weighted sum, a channel (Narayanan et al., arXiv:2104.04473, appendix). An embedding is looked up, not
     multiplied; an output layer is multiplied, tied or not.
     """
     matrices = sum(
-        weight.numel for weight in weights(spec) if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
+        weight.numel
+        for weight in weights(spec)
+        if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes and is_active(weight, spec)
     )
     return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + 4.0 * spec.query_channels() * sequence_length / 2
 
@@ -63,14 +67,7 @@ def pipeline_bubble(parallel: ParallelConfig, micro_batches: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """How long a number of operations takes on a number of GPUs.
-
-    Attributes:
-        flops: Operations of the complete job.
-        gpus: How many.
-        peak: Operations per second of one.
-        mfu: Share of the peak that is reached, 0.4 for a well-tuned job.
-    """
+    """How long a number of operations takes on GPUs of which `mfu` of the peak is reached, 0.4 for a well-tuned job."""
 
     flops: float
     gpus: int

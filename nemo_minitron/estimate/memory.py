@@ -8,8 +8,8 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.config.hidden import StatePair
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
-from nemo_minitron.estimate.activations import Pass, activations, bytes_of, micro_batches_alive
-from nemo_minitron.megatron.placement import chunk_layers, padded_vocab, state_holder
+from nemo_minitron.estimate.activations import Pass, activations, bytes_of, micro_batches_alive, own_layers
+from nemo_minitron.megatron.placement import padded_vocab, state_holder
 from nemo_minitron.parallel.fused_linear import block_rows, chunk_rows
 
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
@@ -76,13 +76,12 @@ def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tu
 
     The last stage of a model with tied embeddings holds a second copy of the embedding if it is not the first one.
     """
-    count = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    ranges = chunk_layers(spec.num_layers, parallel)
-    layers = {layer for index in range(stage, count, parallel.pipeline) for layer in ranges[index]}
+    layers = own_layers(spec, parallel, stage)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     vocabulary = others = 0
     for weight in weights(spec):
         share = parallel.tensor if weight.row.tensor_parallel_dim is not None else 1
+        share *= 1 if weight.expert is None else parallel.expert
         if weight.layer is not None:
             others += weight.numel // share if weight.layer in layers else 0
         elif weight.shape[0] == spec.vocab_size and len(weight.shape) == 2:
@@ -95,16 +94,21 @@ def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tu
     return vocabulary, others
 
 
+def expert_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> int:
+    """Parameters of routed experts on any rank of a pipeline stage."""
+    if not spec.has_experts:
+        return 0
+    layers = own_layers(spec, parallel, stage)
+    experts = (weight.numel for weight in weights(spec) if weight.expert is not None and weight.layer in layers)
+    return sum(experts) // (parallel.tensor * parallel.expert)
+
+
 def training_memory(
     student: ModelSpec, training: Training, stage: int, *, teacher: ModelSpec | None = None
 ) -> RankMemory:
     """What a rank of a pipeline stage holds when a step is at its peak.
 
-    Args:
-        student: The model in training.
-        training: How it is trained.
-        stage: Pipeline stage, from 0.
-        teacher: A resident teacher at the same layout; None for none.
+    A resident teacher has the same layout.
     """
     step = training.step
     vocabulary, others = rank_parameters(student, step.parallel, stage)
@@ -112,10 +116,13 @@ def training_memory(
     # bf16 weights have fp32 masters; fp32 weights are their own.
     per_parameter = _MOMENTS + (_MASTER if step.precision is Precision.BF16 else 0)
     copies = training.data_parallel * step.parallel.context if training.distributed_optimizer else 1
+    # Of experts there are fewer copies, so that each has a larger part of their states.
+    again = expert_parameters(student, step.parallel, stage) * (min(step.parallel.expert, copies) - 1)
     return RankMemory(
         weights=(vocabulary + others) * bytes_of(step.precision),
         gradients=trained * _GRADIENT,
-        optimizer=trained * per_parameter // copies + _projection(student, teacher, training) * (_MASTER + _MOMENTS),
+        optimizer=(trained + again) * per_parameter // copies
+        + _projection(student, teacher, training) * (_MASTER + _MOMENTS),
         teacher=0 if teacher is None else _teacher(teacher, student, training, stage),
         activations=activations(student, step, stage),
         loss=_loss(student, training, stage, models=1 if teacher is None else 2)

@@ -20,7 +20,7 @@ from nemo_minitron.estimate.compute import (
 from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
 from nemo_minitron.estimate.overlap import Exchange, Machine, communication
 
-_BASELINES = 3
+BASELINES = 3
 """Candidates that `search.baselines` adds to the last rung."""
 
 
@@ -89,13 +89,8 @@ def work_of(
 ) -> Work | None:
     """The work of a stage, None for one that runs no model, or little.
 
-    Args:
-        kind: Which stage, as `distill`.
-        number: Its round, from 1.
-        config: The recipe.
-        teacher: The model to begin with.
-        students: The model after each round.
-        ranks: Processes of the run.
+    `kind` and `number` are those of a stage, as `distill` and its round, from 1; `students` are the models after
+    each round.
     """
     before, student = list(pairwise((teacher, *students)))[number - 1]
     match kind:
@@ -126,7 +121,7 @@ def _search(config: RunConfig, teacher: ModelSpec, student: ModelSpec) -> Work:
     measured, trained = search.candidates, 0
     for rung, training in zip(search.rungs, trainings, strict=True):
         last = rung is search.rungs[-1]
-        runs = (rung.candidates + _BASELINES * (search.baselines and last)) * (search.seeds if last else 1)
+        runs = (rung.candidates + BASELINES * (search.baselines and last)) * (search.seeds if last else 1)
         trained += runs * training.steps * training.batch.tokens_per_step
         measured += runs
     cached = max((training.steps * training.batch.tokens_per_step for training in trainings), default=0)
@@ -185,11 +180,7 @@ def _training(
 def _tokens(section: TrainingConfig, config: RunConfig, flops: float, bubble: float) -> int:
     """Tokens of a training; 0 for a time budget on a machine whose speed is not known.
 
-    Args:
-        section: The training.
-        config: The recipe.
-        flops: Operations of one token.
-        bubble: Share of the time that a pipeline stage waits.
+    `flops` are of one token.
     """
     each = section.batch.tokens_per_step
     if section.minutes is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.parallel import Precision
+from nemo_minitron.evaluation import expert_parameters
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
@@ -26,6 +27,7 @@ States = dict[str, Tensor]
 """In order: "embedding", "layer 0", ..., each `[b, s, h]`, then "logits" `[b, s, V]`; fp32, on the CPU."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_CORRECTION = "e_score_correction_bias"
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def _fill(model: MinitronGPT, source: TensorSource, index: int) -> None:
     """Give a one-layer model the weights of layer `index`, and the final norm."""
     for weight, parameter in model.named_weights():
         if weight.layer is not None:
-            parameter.copy_(source.get(weight.row.name.format(i=index)))
+            parameter.copy_(source.get(weight.row.name.format(i=index, e=weight.expert)))
         elif weight.name.startswith("decoder.final_layernorm"):
             parameter.copy_(source.get(weight.name))
 
@@ -97,6 +99,8 @@ def transformers_states(folder: Path, tokens_BS: Tensor) -> States:
 
     with _parameters_without_memory():
         config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # grouped products want sizes that are multiples of 16 bytes
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     _read_when_called(model, _reader(folder, model))
     layers = model.get_decoder().layers
@@ -141,6 +145,8 @@ def _read_when_called(model: nn.Module, read: Callable[[str], Tensor]) -> None:
         names = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
         if not names:
             continue
+        if isinstance(bias := getattr(module, _CORRECTION, None), Tensor):  # a buffer, and trained all the same
+            bias.copy_(read(f"{prefix}.{_CORRECTION}"))
         module.register_forward_pre_hook(_filler(names, f"{prefix}.", read))
         module.register_forward_hook(_dropper(names), always_call=True)
 
@@ -179,14 +185,21 @@ def _reader(folder: Path, model: Any) -> Callable[[str], Tensor]:
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    if index.is_file():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
     inputs = model.get_input_embeddings()
     embedding = next(f"{name}.weight" for name, module in model.named_modules() if module is inputs)
 
     def read(name: str) -> Tensor:
         if model.config.tie_word_embeddings and name == "lm_head.weight":
             name = embedding
-        with safe_open(folder / files.get(name, "model.safetensors"), framework="pt") as file:
+        return expert_parameters.parameter(name, files, stored)
+
+    def stored(name: str) -> Tensor:
+        with safe_open(folder / files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 

@@ -10,17 +10,10 @@ from nemo_minitron.errors import LayoutError
 
 
 def run_command(recipe: str, overrides: Sequence[str], run_dir: Path | None, config: RunConfig) -> str:
-    """The shell command for a recipe: this machine without `cluster`, torchrun on one node, a batch job on several.
-
-    Args:
-        recipe: As the user named it, a file or a bundled recipe.
-        overrides: `key=value` items; they are in `config` already.
-        run_dir: Where the run goes; None for the default.
-        config: The checked recipe.
-    """
+    """The shell command for a recipe: this machine without `cluster`, torchrun on one node, a batch job on several."""
     cluster = config.cluster
     if cluster is None:
-        ranks = config.parallel.model_parallel_size
+        ranks = config.parallel.ranks
         line = ["nemo-minitron", *arguments("run", recipe, overrides, run_dir)]
         return shlex.join([*line, "--nproc", str(ranks)] if ranks > 1 else line)
     if cluster.nodes == 1:
@@ -35,11 +28,10 @@ def check_ranks(ranks: int, parallel: ParallelConfig) -> None:
     Raises:
         LayoutError: It does not.
     """
-    needed = parallel.model_parallel_size
+    needed = parallel.ranks
     if ranks % needed:
         raise LayoutError(
-            f"{ranks} process(es) for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-            f"x context {parallel.context}",
+            f"{ranks} process(es) for {parallel.told}",
             rule=f"the number of processes is a multiple of {needed}; what is left over is data parallel",
             remedy=f"--nproc {needed}, other sizes under parallel:, or another cluster.nodes and gpus_per_node",
         )

@@ -14,11 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import LayerSpec, Mlp
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron.experts import with_experts
 from nemo_minitron.megatron.functional import squared_relu
 from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
 from nemo_minitron.megatron.marks import mark
@@ -60,7 +61,7 @@ def build_chunks(
     if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
-            rule="and layers that it carries: without sliding windows and norms behind attention and MLP",
+            rule="and layers that it carries: without sliding windows, experts, and norms behind attention and MLP",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     if fp8:
@@ -74,8 +75,9 @@ def build_chunks(
         _mark_shards(chunk)
         chunks.append(chunk.to(runtime.device))
     if seed is None:
-        for parameter in _parameters(chunks):
-            parameter.data.fill_(torch.nan)
+        for chunk in chunks:
+            for _, parameter in chunk.named_weights():
+                parameter.data.fill_(torch.nan)
     else:
         initialise(chunks, runtime, seed)
     return chunks
@@ -92,7 +94,7 @@ def use_transformer_engine() -> bool:
 
 def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
     """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
-    ours = spec.post_norms or any(layer.local for layer in spec.layers)
+    ours = spec.post_norms or spec.has_experts or any(layer.local for layer in spec.layers)
     return device.type == "cuda" and not ours and use_transformer_engine()
 
 
@@ -124,7 +126,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
-        ffn_hidden_size=first.mlp.ffn_hidden_size,
+        ffn_hidden_size=_neurons(spec),
         num_attention_heads=first.attention.num_attention_heads,
         num_query_groups=first.attention.num_query_groups,
         kv_channels=spec.head_dim,
@@ -158,6 +160,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         pipeline_model_parallel_layout=_uneven_layout(spec.num_layers, parallel),
         context_parallel_size=parallel.context,
+        **_experts(spec, parallel),
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         **_recomputation(parallel.recompute),
@@ -167,6 +170,25 @@ def transformer_config(
         # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before.
         **({"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}),
     )
+
+
+def _neurons(spec: ModelSpec) -> int:
+    """Of the first layer with an MLP, or of the experts of the first layer where there is none."""
+    dense = next((layer for layer in spec.layers if isinstance(layer.feed_forward, Mlp)), None)
+    return spec.layers[0].moe.expert_ffn_hidden_size if dense is None else dense.mlp.ffn_hidden_size
+
+
+def _experts(spec: ModelSpec, parallel: ParallelConfig) -> dict[str, Any]:
+    """What Megatron's training loop has to know of experts; layers have sizes of their own."""
+    first = next((layer.moe for layer in spec.layers if layer.has_experts), None)
+    if first is None:
+        return {}
+    return {
+        "num_moe_experts": first.num_experts,
+        "moe_ffn_hidden_size": first.expert_ffn_hidden_size,
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": parallel.expert,
+    }
 
 
 def _stage_exchange(parallel: ParallelConfig, device: torch.device) -> dict[str, bool]:
@@ -313,7 +335,8 @@ def _mark_shards(chunk: MinitronGPT) -> None:
 
 def _layer(spec: ModelSpec, sizes: LayerSpec, *, engine: bool) -> ModuleSpec:
     if not engine:
-        return local_layer(spec, sizes)
+        layer = local_layer(spec, sizes)
+        return with_experts(layer, sizes.moe, spec.activation) if sizes.has_experts else layer
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
@@ -349,7 +372,3 @@ def _activation(activation: Activation) -> Any:
             return partial(nn.functional.gelu, approximate="tanh")
         case Activation.SQUARED_RELU:
             return squared_relu
-
-
-def _parameters(chunks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for chunk in chunks for parameter in chunk.parameters()]

@@ -7,6 +7,8 @@ Sites of each layer, and what a rank sees of them (S sequence, B samples, C chan
     ffn                input of linear_fc2, or what the activation     this tensor-parallel rank's neurons
                        is applied to (`FfnSite`)
     head               input of linear_proj                            this tensor-parallel rank's heads
+    shared_ffn         input of the shared expert's linear_fc2         this tensor-parallel rank's neurons
+    expert_ffn         input of each expert's linear_fc2               those of this rank's experts (`expert_sums`)
     block_influence    1 - cos(what enters the layer, what leaves it)
 
 Context parallelism splits the positions of a sequence, and sequence parallelism those of the first two and the last;
@@ -29,21 +31,23 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.kernels.available import kernels_run
+from nemo_minitron.megatron.expert_sums import EXPERT_FFN, LayerExpertSums, RoutedTokens
+from nemo_minitron.megatron.experts import LocalMoe, experts_of
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
 from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
-from nemo_minitron.megatron.score_sums import PASSED, RankSums, Site, deal_out, gather, rank_channels
+from nemo_minitron.megatron.score_sums import RankSums, Site, deal_out, gather, passed, rank_channels
 from nemo_minitron.ops.block_influence import Stream, dissimilarity, stream_of
 from nemo_minitron.ops.importance import (
     Block,
     SequenceMoments,
     SiteSums,
-    Workspace,
     block_rows,
     joined_moments,
     sequence_blocks,
 )
+from nemo_minitron.ops.memory import Workspace
 from nemo_minitron.parallel.collectives import sum_over
 from nemo_minitron.pruning.scores import HIDDEN_SITES
 
@@ -56,6 +60,8 @@ class _Masks:
 
     inside: Tensor | None
     outside: Tensor | None
+    routed: RoutedTokens | None = None
+    """What experts may see, in a model that has some."""
 
 
 @dataclass(slots=True)
@@ -77,6 +83,8 @@ class _Chunk:
     groups: list[_Group]
     influence: Tensor
     """Sum over tokens for each layer, float64."""
+    experts: dict[int, LayerExpertSums]
+    """By layer, of those that have experts."""
     next_micro_batch: int = 0
     masks: _Masks | None = None
     samples: int = 0
@@ -133,6 +141,10 @@ class ImportanceCollector:
     def __exit__(self, *exception: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        for chunk in self._chunks:
+            for layer in chunk.decoder.layers:
+                if (moe := experts_of(layer)) is not None:
+                    moe.observer = None
         self._workspace = Workspace()
 
     def expect(self, keeps: Sequence[Tensor]) -> None:
@@ -163,7 +175,14 @@ class ImportanceCollector:
             for group in state.groups:
                 sites |= dict(zip(group.sites, torch.split(group.sums.values, group.widths, 1), strict=True))
             influence |= dict(zip(state.layers, state.influence.unbind(), strict=True))
-        return gather(RankSums(sites, influence, self._samples, self._tokens), self._spec, self._runtime)
+            sites |= {(number, EXPERT_FFN): found.neurons.values for number, found in state.experts.items()}
+        experts = {
+            (number, name): sums
+            for state in self._states
+            for number, found in state.experts.items()
+            for name, sums in found.tokens.items()
+        }
+        return gather(RankSums(sites, influence, self._samples, self._tokens, experts), self._spec, self._runtime)
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from sums that `result` gave at any layout, instead of what has been collected.
@@ -176,12 +195,15 @@ class ImportanceCollector:
             for group in state.groups:
                 torch.cat([mine.sites[site] for site in group.sites], dim=1, out=group.sums.values)
             state.influence.copy_(torch.stack([mine.influence[number] for number in state.layers]))
+            for number, found in state.experts.items():
+                found.neurons.values.copy_(mine.sites[number, EXPERT_FFN])
+                found.tokens = {name: mine.experts[number, name] for name in found.tokens}
         self._samples, self._tokens = mine.samples, mine.tokens
 
     def _state(self, chunk: MinitronGPT) -> _Chunk:
         runtime, spec = self._runtime, self._spec
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        every = [(number, site) for number in layers for site in PASSED]
+        every = [(number, site) for number in layers for site in passed(number, spec)]
         split = [runtime.groups.cp] if runtime.parallel.context > 1 else []
         if runtime.parallel.sequence_parallel:
             hidden = [site for site in every if site[1] in _HIDDEN]
@@ -193,18 +215,29 @@ class ImportanceCollector:
         for sites, over in parts:
             widths = [rank_channels(site, number, spec, runtime) for number, site in sites]
             groups.append(_Group(sites, widths, SiteSums.zeros(sum(widths), runtime.device), over))
-        return _Chunk(layers, groups, torch.zeros(len(layers), dtype=torch.float64, device=runtime.device))
+        experts = {
+            layer.layer_number - 1: self._expert_sums(moe)
+            for layer in chunk.decoder.layers
+            if (moe := experts_of(layer)) is not None
+        }
+        influence = torch.zeros(len(layers), dtype=torch.float64, device=runtime.device)
+        return _Chunk(layers, groups, influence, experts)
+
+    def _expert_sums(self, moe: LocalMoe) -> LayerExpertSums:
+        neurons = moe.sizes.expert_ffn_hidden_size // self._runtime.parallel.tensor
+        return LayerExpertSums(moe.first, len(moe.experts.local_experts), neurons, self._runtime)
 
     def _split(self, keep_BS: Tensor) -> _Masks:
         """This rank's positions of a mask."""
-        if bool(keep_BS.all()):
-            return _Masks(None, None)
         runtime = self._runtime
+        routed = RoutedTokens.of(keep_BS, runtime) if self._spec.has_experts else None
+        if bool(keep_BS.all()):
+            return _Masks(None, None, routed)
         whole = MicroBatch(keep_BS, keep_BS, keep_BS, keep_BS)
         inside = whole.on_context_rank(runtime.cp_rank, runtime.parallel.context).keep
         if not runtime.parallel.sequence_parallel:
-            return _Masks(inside, inside)
-        return _Masks(inside, inside.chunk(runtime.parallel.tensor, dim=1)[runtime.tp_rank])
+            return _Masks(inside, inside, routed)
+        return _Masks(inside, inside.chunk(runtime.parallel.tensor, dim=1)[runtime.tp_rank], routed)
 
     def _begin(self, state: _Chunk) -> Callable[..., None]:
         def hook(chunk: nn.Module, args: tuple[Any, ...]) -> None:
@@ -215,6 +248,8 @@ class ImportanceCollector:
                 )
             state.masks = self._masks[state.next_micro_batch]
             state.next_micro_batch += 1
+            for found in state.experts.values():
+                found.batch = state.masks.routed
             state.blocks.clear()
             state.changes.clear()
             state.latest = None
@@ -245,9 +280,13 @@ class ImportanceCollector:
     def _attach(self, layer: TransformerLayer, number: int, state: _Chunk) -> None:
         attention, mlp = layer.self_attention, layer.mlp
         self._watch_norm(layer.input_layernorm, attention.linear_qkv, (number, "hidden.attention"), state)
-        self._watch_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, (number, "hidden.mlp"), state)
+        self._watch_norm(layer.pre_mlp_layernorm, getattr(mlp, "linear_fc1", mlp), (number, "hidden.mlp"), state)
         self._watch_input(attention.linear_proj, (number, "head"), state)
-        if self._ffn_site is FfnSite.AFTER_ACTIVATION:
+        if (moe := experts_of(layer)) is not None:
+            moe.observer = state.experts[number]
+            if moe.shared_experts is not None:
+                self._watch_input(moe.shared_experts.linear_fc2, (number, "shared_ffn"), state)
+        elif self._ffn_site is FfnSite.AFTER_ACTIVATION:
             self._watch_input(mlp.linear_fc2, (number, "ffn"), state)
         else:
             self._watch_activation(mlp.linear_fc1, (number, "ffn"), state)

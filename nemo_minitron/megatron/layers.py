@@ -36,7 +36,7 @@ from nemo_minitron.megatron.functional import (
 )
 from nemo_minitron.megatron.marks import mark
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SWIGLU: functional.swiglu,
     Activation.GEGLU: functional.geglu,
     Activation.GEGLU_TANH: functional.geglu_tanh,
@@ -52,10 +52,10 @@ class LocalNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centred = config.layernorm_zero_centered_gamma
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device(config)))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device_of(config)))
         self.bias: nn.Parameter | None = None
         if config.normalization != "RMSNorm":
-            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=_device(config)))
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device_of(config)))
         if config.sequence_parallel:
             for parameter in self.parameters():
                 mark(parameter, sequence_parallel=True)
@@ -211,7 +211,7 @@ class LocalMLP(MLP):
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         linears = MLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=self.fc2)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
-        self.activation = _ACTIVATIONS[self.kind]
+        self.activation = ACTIVATIONS[self.kind]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Transform `[s, b, h]`; returns the output and the bias that is still to be added."""
@@ -232,7 +232,8 @@ class SizedLayer(TransformerLayer):
         own = copy.copy(config)
         own.num_attention_heads = sizes.attention.num_attention_heads
         own.num_query_groups = sizes.attention.num_query_groups
-        own.ffn_hidden_size = sizes.mlp.ffn_hidden_size
+        if not sizes.has_experts:  # which have sizes of their own
+            own.ffn_hidden_size = sizes.mlp.ffn_hidden_size
         super().__init__(own, *args, **kwargs)
 
 
@@ -296,5 +297,6 @@ def _angles(base: float, rotated: int, length: int, device: torch.device) -> Ten
     return torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
-def _device(config: TransformerConfig) -> torch.device:
+def device_of(config: TransformerConfig) -> torch.device:
+    """Where a module makes its weights."""
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())

@@ -35,7 +35,8 @@ def build_on_meta(spec: ModelSpec, parallel: ParallelConfig, stage: int, precisi
         LayoutError: The model cannot be split so, or a layout is running in this process.
     """
     layout = parallel.model_copy(update={"context": 1})
-    with _pretended(layout, rank=stage * parallel.tensor) as here, _META, _Stay():
+    # Ranks of a pipeline stage follow one another.
+    with _pretended(layout, rank=stage * parallel.tensor * parallel.expert) as here, _META, _Stay():
         return build_chunks(spec, replace(here, device=_META), precision)
 
 
@@ -45,7 +46,7 @@ def _pretended(parallel: ParallelConfig, *, rank: int) -> Iterator[Runtime]:
     # Registers the backend "fake". It is torch's own for such uses and has no public home.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.model_parallel_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.ranks)
     try:
         yield runtime.start(parallel, seed=0)
     finally:

@@ -1,9 +1,10 @@
 """The student and the teacher: Megatron's GPT with a choice of what its last stage returns."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import LinearScaling, ModelSpec, YarnScaling
 from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
+from nemo_minitron.megatron.experts import experts_of
 
 # Where the local layer's norms live, against their canonical names (Transformer Engine fuses them into the linears).
 _LOCAL_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+_LOCAL_EXPERT = re.compile(r"(local_experts\.)(\d+)\.")
+"""Experts are numbered by rank in Megatron's modules, over the layer in canonical names."""
+_BUFFER = "router.expert_bias"
 
 
 class MinitronGPT(GPTModel):
@@ -75,10 +80,14 @@ class MinitronGPT(GPTModel):
     def named_weights(self) -> Iterator[tuple[Weight, nn.Parameter]]:
         """This rank's parameters with the rows of the weight table they belong to.
 
-        The copy of a tied embedding that the last pipeline stage holds comes as the embedding.
+        The copy of a tied embedding that the last pipeline stage holds comes as the embedding. Weights that training
+        leaves as they are (a router's correction bias) come too; they are buffers.
         """
         for name, parameter in self.named_parameters():
             yield weight_named(self.spec, self._canonical_name(name)), parameter
+        for name, buffer in self.named_buffers():
+            if name.endswith(_BUFFER):
+                yield weight_named(self.spec, self._canonical_name(name)), cast("nn.Parameter", buffer)
 
     def _canonical_name(self, name: str) -> str:
         if name == "output_layer.weight" and self.share_embeddings_and_output_weights:
@@ -86,10 +95,15 @@ class MinitronGPT(GPTModel):
         if not name.startswith("decoder.layers."):
             return name
         index, _, rest = name.removeprefix("decoder.layers.").partition(".")
+        layer = self.decoder.layers[int(index)]
+        number = layer.layer_number - 1
+        if (experts := experts_of(layer)) is not None:
+            first = experts.first
+            rest = _LOCAL_EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + first}.", rest)
         for local, canonical in _LOCAL_NAMES.items():
-            if rest.startswith(local):
+            if rest.startswith(local) and not (local.startswith("pre_mlp") and experts is not None):
                 rest = canonical + rest.removeprefix(local)
-        return LAYER_PREFIX.format(i=self.decoder.layers[int(index)].layer_number - 1) + rest
+        return LAYER_PREFIX.format(i=number) + rest
 
 
 @contextmanager

@@ -178,11 +178,16 @@ class TrainOptimizer:
         told = [_told(group) for group in self.optimizer.param_groups]
         # Torch's AdamW keeps its step count with the moments, where Megatron's distributed optimizer, written for
         # Apex's, expects none: it is put aside while the moments are filled in.
-        moments = optimizer.pop("param_state", None) if _torch_adams(self.optimizer) else None
+        # Experts have an optimizer of their own, and its state a place of its own.
+        parts = self.optimizer.chained_optimizers
+        states = [optimizer] if len(parts) == 1 else [optimizer[index] for index in range(len(parts))]
+        is_torch = bool(_torch_adams(self.optimizer))
+        moments = [each.pop("param_state", None) if is_torch else None for each in states]
         self.optimizer.load_state_dict(optimizer)
         steps = {id(moment): moment.pop("step", None) for moment in self._moments()}
-        if moments is not None:
-            self.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(moments)
+        for part, found in zip(parts, moments, strict=True):
+            if found is not None:
+                part.load_parameter_state_from_fully_reshardable(found)
         for group, values in zip(self.optimizer.param_groups, told, strict=True):
             group.update(values)
         self.scheduler.num_steps = state["scheduler"]["num_steps"]

@@ -27,6 +27,8 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         ]
         if spec.is_uniform:
             break
+    if parallel.expert > 1 and not spec.has_experts:
+        problems.append(f"parallel.expert = {parallel.expert}, but the model has no experts")
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if chunks > spec.num_layers:
         problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages (parallel.pipeline)")
@@ -35,7 +37,8 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
     if problems:
         raise LayoutError(
             "the model cannot be split so: " + "; ".join(problems),
-            rule="tensor parallelism divides KV groups, heads and FFN; every pipeline stage has a layer",
+            rule="tensor parallelism divides KV groups, heads and FFN, expert parallelism experts; "
+            "every pipeline stage has a layer",
             remedy="choose other sizes under parallel:, or a target whose sizes are multiples of parallel.tensor",
         )
 

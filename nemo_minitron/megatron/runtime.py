@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import Store
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError, MinitronError
@@ -52,6 +53,8 @@ class Groups:
     """Both of the above: the ranks over which token sums and gradients are added."""
     mp: ProcessGroup
     """One copy of the model: TP and PP together."""
+    ep: ProcessGroup
+    """Data-parallel ranks that share the experts of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +74,7 @@ class Runtime:
     cp_rank: int
     dp_rank: int
     dp_size: int
+    ep_rank: int = 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -96,6 +100,8 @@ class _Started:
 
     runtime: Runtime | None = None
     owns_processes: bool = False
+    store: Store | None = None
+    """Through which the processes met; None where somebody else has connected them."""
     patient: ProcessGroup | None = None
 
 
@@ -128,7 +134,7 @@ def start(parallel: ParallelConfig, *, seed: int, backend: str | None = None) ->
     cpu.install()
     device = _claim_device(place)
     if not dist.is_initialized():
-        _rendezvous(place, backend or ("nccl" if device.type == "cuda" else "gloo"))
+        _started.store = _rendezvous(place, backend or ("nccl" if device.type == "cuda" else "gloo"))
         _started.owns_processes = True
     _make_groups(parallel)
     _seed(seed)
@@ -146,7 +152,43 @@ def stop() -> None:
     _started.runtime = _started.patient = None
     if _started.owns_processes:
         dist.destroy_process_group()
-        _started.owns_processes = False
+        _started.owns_processes, _started.store = False, None
+
+
+def shared_store() -> Store | None:
+    """What `start` has met the other processes through, for `move`; None where somebody else connected them."""
+    return _started.store
+
+
+def move(store: Store, rank: int, world_size: int) -> Runtime:
+    """Give up all groups and take another place, in the same layout: for a while the world is another one.
+
+    Collective over the ranks of the new world. Seeds are those of `start`; whatever was built on the groups is void.
+
+    Args:
+        store: Through which the ranks of the new world meet, and no other.
+        rank: This process's in the new world.
+        world_size: Ranks of the new world.
+
+    Raises:
+        LayoutError: The layout does not fit that number, or somebody else made the process groups.
+    """
+    from megatron.core import parallel_state
+
+    running = current()
+    if not _started.owns_processes:
+        raise LayoutError("process groups that somebody else made cannot be replaced")
+    _check_sizes(running.parallel, world_size)
+    backend = dist.get_backend()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STALLED)
+    _started.patient = None
+    _make_groups(running.parallel)
+    _seed(running.seed)
+    place = _Place(rank, world_size, running.local_rank)
+    _started.runtime = _describe(place, running.device, running.parallel, running.seed)
+    return _started.runtime
 
 
 def current() -> Runtime:
@@ -241,11 +283,10 @@ def _find_place() -> _Place:
 
 
 def _check_sizes(parallel: ParallelConfig, world_size: int) -> None:
-    if world_size % parallel.model_parallel_size:
+    if world_size % parallel.ranks:
         raise LayoutError(
-            f"{world_size} process(es) for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-            f"x context {parallel.context}",
-            rule=f"the number of processes is a multiple of {parallel.model_parallel_size}",
+            f"{world_size} process(es) for {parallel.told}",
+            rule=f"the number of processes is a multiple of {parallel.ranks}",
             remedy="start more processes (--nproc), or lower the sizes under parallel:",
         )
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
@@ -292,7 +333,8 @@ def _tune_cpu() -> None:
     set_option(trim_threshold, 2**31 - 1)
 
 
-def _rendezvous(place: _Place, backend: str) -> None:
+def _rendezvous(place: _Place, backend: str) -> Store | None:
+    """Connect the processes; returns the store that they met through, None for one alone."""
     if backend == "nccl":
         for name, value in _NCCL_SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -300,11 +342,12 @@ def _rendezvous(place: _Place, backend: str) -> None:
         # Nobody to meet: a store inside the process needs neither a port nor a file.
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=STALLED)
-        return
+        return None
     if launched.is_slurm_task():
         _set_slurm_address()
     store = rendezvous.meet(place.rank, place.world_size, timeout=STALLED)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=STALLED)
+    return store
 
 
 def _set_slurm_address() -> None:
@@ -333,6 +376,7 @@ def _make_groups(parallel: ParallelConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(STALLED.total_seconds() / 60),
     )
@@ -359,6 +403,7 @@ def _describe(place: _Place, device: torch.device, parallel: ParallelConfig, see
         dp=state.get_data_parallel_group(),
         dp_cp=state.get_data_parallel_group(with_context_parallel=True),
         mp=state.get_model_parallel_group(),
+        ep=state.get_expert_model_parallel_group(),
     )
     return Runtime(
         rank=place.rank,
@@ -373,4 +418,5 @@ def _describe(place: _Place, device: torch.device, parallel: ParallelConfig, see
         cp_rank=groups.cp.rank(),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
+        ep_rank=groups.ep.rank(),
     )

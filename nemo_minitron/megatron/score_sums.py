@@ -6,7 +6,7 @@ site, so only one of them is counted. Data-parallel ranks hold sums of different
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,15 +15,22 @@ from torch import Tensor
 from nemo_minitron.arch.axes import SITES
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import ScoresError
+from nemo_minitron.megatron.expert_sums import EXPERT_FFN
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.importance import SiteSums
-from nemo_minitron.pruning.scores import HIDDEN_SITES, site_channels, site_names
+from nemo_minitron.pruning.scores import HIDDEN_SITES, site_channels, site_names, token_sum_names
 
 Site = tuple[int, str]
 """Global layer number from 0, and site."""
 
-PASSED = ("hidden.attention", "head", "hidden.mlp", "ffn")
-"""Sites of a layer in the order in which a forward pass meets them."""
+PASSED = ("hidden.attention", "head", "hidden.mlp", "ffn", "shared_ffn")
+"""Sites of a layer in the order in which a forward pass meets them; those of routed experts apart."""
+
+
+def passed(layer: int, spec: ModelSpec) -> list[str]:
+    """The sites that a layer has, in that order."""
+    found = {name for number, name, _ in site_names(spec) if number == layer}
+    return [site for site in PASSED if site in found]
 
 
 @dataclass(slots=True)
@@ -36,12 +43,37 @@ class RankSums:
     """By layer, a scalar; of this rank's positions."""
     samples: Tensor
     tokens: Tensor
+    experts: dict[Site, Tensor] = field(default_factory=dict)
+    """Of each sum over tokens by expert, `[experts of this rank]`."""
 
 
 def rank_channels(site: str, layer: int, spec: ModelSpec, runtime: Runtime) -> int:
     """How many channels of a site this rank sees."""
     row = next(row for row in SITES if row.name == site)
-    return site_channels(spec, row, layer) // (runtime.parallel.tensor if row.is_split else 1)
+    ranks = runtime.parallel.tensor if row.is_split else 1
+    if site == EXPERT_FFN:
+        ranks *= runtime.parallel.expert
+    return site_channels(spec, row, layer) // ranks
+
+
+def _experts_of(layer: int, spec: ModelSpec, runtime: Runtime) -> slice:
+    """This rank's experts of a layer."""
+    count = spec.layers[layer].moe.num_experts // runtime.parallel.expert
+    return slice(runtime.ep_rank * count, (runtime.ep_rank + 1) * count)
+
+
+def _of_rank(rows: Tensor, site: Site, spec: ModelSpec, runtime: Runtime) -> Tensor:
+    """This rank's part of a site's rows `[6, channels]`, as a view."""
+    number, name = site
+    if name in HIDDEN_SITES:
+        return rows
+    if name == EXPERT_FFN:
+        cube = rows.view(len(rows), spec.layers[number].moe.num_experts, -1)
+        width = cube.shape[2] // runtime.parallel.tensor
+        start = runtime.tp_rank * width
+        return cube[:, _experts_of(number, spec, runtime), start : start + width]
+    width = rank_channels(name, number, spec, runtime)
+    return rows[:, runtime.tp_rank * width : (runtime.tp_rank + 1) * width]
 
 
 def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tensor]:
@@ -56,6 +88,10 @@ def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tenso
     for (number, site), channels, place in _layout(spec):
         _check_finite(flat[place], f"layer {number}, site {site}")
         found |= SiteSums(flat[place].view(-1, channels).clone()).named(f"layers.{number}.{site}")
+        size = place.stop
+    for (number, name), _, place in _token_layout(spec, size):
+        _check_finite(flat[place], f"layer {number}, {name}")
+        found[f"layers.{number}.{name}.sum"] = flat[place].clone()
         size = place.stop
     for number in range(spec.num_layers):
         _check_finite(flat[size + number], f"layer {number}, block influence")
@@ -75,20 +111,28 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
         runtime: The running layout; need not be the one the sums were gathered at.
     """
     device, first = runtime.device, runtime.dp_rank == 0
-    sites, influence = {}, {}
-    for number in layers:
-        for site in PASSED:
+    # Of experts, the first data-parallel rank that has them.
+    first_of_experts = runtime.dp_rank < runtime.parallel.expert
+    sites, influence, experts = {}, {}, {}
+    numbers = list(layers)
+    for number, site, _ in site_names(spec):
+        if number in numbers:
             rows = torch.stack([whole[f"layers.{number}.{site}.{row}"] for row in SiteSums.ROWS])
-            width = rank_channels(site, number, spec, runtime)
-            start = 0 if site in HIDDEN_SITES else runtime.tp_rank * width
-            part = rows[:, start : start + width].clone() if first else torch.zeros(len(rows), width)
-            sites[number, site] = part.to(device, torch.float64)
+            part = _of_rank(rows, (number, site), spec, runtime).reshape(len(rows), -1).clone()
+            mine = first_of_experts if site == EXPERT_FFN else first
+            sites[number, site] = (part if mine else torch.zeros_like(part)).to(device, torch.float64)
+    for number, name, _ in token_sum_names(spec):
+        if number in numbers:
+            part = whole[f"layers.{number}.{name}.sum"][_experts_of(number, spec, runtime)].clone()
+            mine = first_of_experts and runtime.tp_rank == 0
+            experts[number, name] = (part if mine else torch.zeros_like(part)).to(device, torch.float64)
+    for number in numbers:
         counted = first and runtime.tp_rank == 0 and runtime.cp_rank == 0
         total = whole[f"layers.{number}.block_influence.sum"] if counted else torch.zeros(())
         influence[number] = total.clone().to(device, torch.float64)
     counts = [(whole[name] if first else torch.zeros(())).clone() for name in ("samples", "tokens")]
     samples, tokens = (count.to(device, torch.float64) for count in counts)
-    return RankSums(sites, influence, samples, tokens)
+    return RankSums(sites, influence, samples, tokens, experts)
 
 
 def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
@@ -100,18 +144,30 @@ def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
         start += size
 
 
+def _token_layout(spec: ModelSpec, start: int) -> Iterator[tuple[Site, int, slice]]:
+    """Where the sums over tokens lie behind the sites: name, units, place."""
+    for number, name, units in token_sum_names(spec):
+        yield (number, name), units, slice(start, start + units)
+        start += units
+
+
 def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
     """Every sum of the complete model in one flat tensor, added up over all ranks, each part counted once."""
     places = list(_layout(spec))
     size = places[-1][2].stop
+    tokens_of = list(_token_layout(spec, size))
+    size = tokens_of[-1][2].stop if tokens_of else size
     flat = torch.zeros(size + spec.num_layers + 2, dtype=torch.float64, device=runtime.device)
     once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
     for site, channels, place in places:
         values = mine.sites.get(site)
         if values is None or not once_a_copy or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
             continue
-        first = 0 if site[1] in HIDDEN_SITES else runtime.tp_rank * values.shape[1]
-        flat[place].view(-1, channels)[:, first : first + values.shape[1]] = values
+        part = _of_rank(flat[place].view(-1, channels), site, spec, runtime)
+        part.copy_(values.view(part.shape))
+    for site, _, place in tokens_of:
+        if site in mine.experts and once_a_copy and runtime.tp_rank == 0:
+            flat[place][_experts_of(site[0], spec, runtime)] = mine.experts[site]
     if runtime.parallel.sequence_parallel or runtime.tp_rank == 0:
         for number, total in mine.influence.items():
             flat[size + number] = total

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.checkpoints import digests
+from nemo_minitron.checkpoints.megatron_weights import place_of
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import checkpoint_writer, param_gather, runtime
 from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
@@ -231,9 +232,6 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's weights in `model_weights`; a uniform model's layers are stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights(spec):
-        if weight.layer is None or not spec.is_uniform:
-            shapes[PREFIX + weight.name] = weight.shape
-        else:
-            stacked = weight.row.name.replace("{i}.", "")
-            shapes[PREFIX + stacked] = (spec.num_layers, *weight.shape)
+        place = place_of(weight, spec, stacked=spec.is_uniform)
+        shapes[PREFIX + place.key] = place.leading + weight.shape
     return shapes

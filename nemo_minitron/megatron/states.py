@@ -54,19 +54,19 @@ def _watch_first_norm(layer: TransformerLayer, state: int, take: Take) -> Remova
 
     def look(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args
-        return _with_loss(x, take(state, fused_norm(linear, x))), *rest
+        return with_loss(x, take(state, fused_norm(linear, x))), *rest
 
     return linear.register_forward_pre_hook(look)
 
 
 def _watch_output(norm: nn.Module, state: int, take: Take) -> RemovableHandle:
     def look(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _with_loss(output, take(state, output))
+        return with_loss(output, take(state, output))
 
     return norm.register_forward_hook(look)
 
 
-def _with_loss(x: Tensor, loss: Tensor | None) -> Tensor:
+def with_loss(x: Tensor, loss: Tensor | None) -> Tensor:
     """`x`, with a loss that takes part in every backward pass through it."""
     if loss is None:
         return x

@@ -7,6 +7,7 @@ the two models may split their layers differently. The teacher has no gradients,
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from nemo_minitron.megatron.forward import Loss, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.megatron.optim import StepInfo
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
-from nemo_minitron.models.hidden import StateMatching
+from nemo_minitron.models.hidden import OnePass, StateMatching
+from nemo_minitron.models.routers import RouterMatching
 from nemo_minitron.models.targets import CachedTargets, OffloadedTeacher, ResidentTeacher, TargetProvider
 from nemo_minitron.pruning.plan import PruningPlan
 
@@ -45,7 +47,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     A step logs `kl` in nats per token, or `kd` where the objective is another divergence; every `statistics_every`
     steps also `ce`, `teacher_ce`, `agreement` (fraction of tokens whose most likely next token is the same in both) and
     `kl` whatever the objective is. Validation always has them. Where intermediate states are compared, `hidden` is the
-    sum over pairs of their loss per token, before balance and weight.
+    sum over pairs of their loss per token, before balance and weight; where routers are, `router` is their divergence.
 
     From a cache a step logs `kd` and `ce`. Of sampled targets `kd` exceeds the divergence from the teacher by what the
     draws miss of its entropy. Validation is over text that has no targets, and has the cross-entropy alone.
@@ -66,6 +68,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         # In a list, so that torch does not register the teacher's weights as the student's.
         self._provider: list[TargetProvider] = []
         self._matching: StateMatching | None = None
+        self._routers: RouterMatching | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -130,13 +133,14 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         self._provider = [OffloadedTeacher(teacher) if held.offload_teacher else ResidentTeacher(teacher)]
         if self.objective.hidden is not None:
             self._matching = self._match_states(self.objective.hidden, teacher)
+        if self.objective.router_weight > 0:
+            plan = self._carried_plan()
+            self._routers = RouterMatching(student=self.spec, teacher=teacher.spec, plan=plan, runtime=self.runtime)
 
     def attach_cache(self, folder: Path, *, order: Sequence[int] | None = None) -> None:
         """Learn from stored targets.
 
-        Args:
-            folder: What the cache stage wrote.
-            order: For each training sample in order, its number in the cache; None if they are the same.
+        `order` has the number in the cache of each training sample in order; None if they are the same.
 
         Raises:
             CacheError: The cache does not fit the model or the objective.
@@ -158,8 +162,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             )
 
     def _match_states(self, compared: HiddenConfig, teacher: MegatronGPTModel) -> StateMatching:
-        carried = self.tokenizer_files.get(PLAN_FILE)
-        plan = None if carried is None else PruningPlan.from_bytes(carried, where=PLAN_FILE)
+        plan = self._carried_plan()
         fits = plan is not None and plan.spec.hidden_size == teacher.spec.hidden_size
         return StateMatching(
             compared,
@@ -169,6 +172,11 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
             optimizer=self.settings.optimizer or OptimizerConfig(),
             kept=plan.hidden if plan and fits else None,
         )
+
+    def _carried_plan(self) -> PruningPlan | None:
+        """What the student has of its first teacher; None where it does not say."""
+        carried = self.tokenizer_files.get(PLAN_FILE)
+        return None if carried is None else PruningPlan.from_bytes(carried, where=PLAN_FILE)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -201,11 +209,15 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def fetch_targets(self, micro_batches: list[MicroBatch]) -> Any:
         """What the teacher knows of the micro-batches; its intermediate states go to where they are compared."""
         step = self.trainer.global_step
-        if self._matching is None:
-            return self.targets.fetch(micro_batches, step=step)
-        with self._matching.capture_teacher(self.teacher):
+        with ExitStack() as stack:
+            for compared in (self._matching, self._routers):
+                if compared is not None:
+                    stack.enter_context(compared.capture_teacher(self.teacher))
             targets = self.targets.fetch(micro_batches, step=step)
-        self._matching.send_targets(micro_batches, self.teacher[0].config.params_dtype)
+        if self._matching is not None:
+            self._matching.send_targets(micro_batches, self.teacher[0].config.params_dtype)
+        if self._routers is not None:
+            self._routers.send_targets(micro_batches)
         return targets
 
     def bind_loss(self, targets: Any, objective: Objective, *, statistics: bool) -> Loss:
@@ -214,7 +226,9 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
 
     def compare(self, loss: Loss, micro_batches: list[MicroBatch], objective: Objective, *, training: bool) -> Report:
         """One pass of the student, which also compares intermediate states if the objective names some."""
-        one_pass = partial(self.run_pass, loss, micro_batches)
+        one_pass: OnePass = partial(self.run_pass, loss, micro_batches)
+        if self._routers is not None:
+            one_pass = self._routers.around(one_pass, self.chunks, weight=objective.router_weight)
         if self._matching is None:
             return one_pass(training=training)
         return self._matching.run(one_pass, self.chunks, weight=objective.hidden_weight, training=training)

@@ -72,7 +72,7 @@ class PrunedSource:
         """One of the student's tensors, cut from the teacher's."""
         weight = weight_named(self._student, name)
         layer = None if weight.layer is None else self.plan.layers[weight.layer]
-        teacher_name = name if layer is None else weight.row.name.format(i=layer.source)
+        teacher_name = name if layer is None else weight.row.name.format(i=layer.source, e=_source(weight, layer))
         keep = {dim: self._kept(axis, weight, layer) for dim, axis in enumerate(weight.row.axes)}
         cuts = {dim: kept for dim, kept in keep.items() if kept is not None}
         whole = self.teacher.get(teacher_name)
@@ -125,6 +125,9 @@ class PrunedSource:
             return torch.tensor(self.plan.kept(row))
         teacher, units = self.plan.spec.layers[layer.source], torch.tensor(layer.kept[axis])
         outer = outer_axis(row)
+        if row.each and outer is not None:
+            inside = teacher.size(row)
+            units = units[units // inside == _source(weight, layer)] % inside
         if weight.row.packing is Packing.QKV and outer is not None:
             return qkv_rows(
                 units,
@@ -136,6 +139,11 @@ class PrunedSource:
         if weight.row.packing is Packing.GATE_UP:
             return gate_up_rows(units, neurons=teacher.size(row))
         return head_channels(units, head_dim=self.plan.spec.head_dim) if row.is_head else units
+
+
+def _source(weight: Weight, layer: LayerPlan) -> int | None:
+    """Which expert of the teacher's layer a weight's is."""
+    return None if weight.expert is None else layer.kept[Axis.EXPERT][weight.expert]
 
 
 def _is_norm_scale(weight: Weight) -> bool:

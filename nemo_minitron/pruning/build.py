@@ -26,7 +26,7 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
 
     Layers are chosen first, by `target.depth_metric`, unless they are named. Hidden channels are ranked over the
     complete model, neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each
-    kept group.
+    kept group, experts in each layer and neurons of experts inside each kept expert.
 
     Args:
         scores: Scores of `spec`.
@@ -66,7 +66,7 @@ def build_plan_by_layer(
     Raises:
         PlanError: A layer asks for more than it has.
     """
-    how = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
+    how = _how(target)
     plans = []
     for number in sorted(layers):
         exact = target.model_copy(update=layers[number].sizes)
@@ -100,14 +100,25 @@ class _Importance(Protocol):
 
     spec: ModelSpec
 
-    def importance(self, axis: Axis, layer: int | None = None, *, batch: str, sequence: str) -> Tensor: ...
+    def importance(
+        self, axis: Axis, layer: int | None = None, *, batch: str, sequence: str, experts: str
+    ) -> Tensor: ...
+
+
+def _how(target: TargetConfig) -> dict[str, Any]:
+    """What a target says about how scores are read."""
+    return {
+        "batch": target.batch_aggregation.value,
+        "sequence": target.sequence_aggregation.value,
+        "experts": target.expert_metric.value,
+    }
 
 
 def _plan(
     importance: _Importance, layers: tuple[int, ...], target: TargetConfig, provenance: dict[str, Any]
 ) -> PruningPlan:
     spec = importance.spec
-    how: dict[str, Any] = {"batch": target.batch_aggregation.value, "sequence": target.sequence_aggregation.value}
+    how = _how(target)
     return PruningPlan(
         spec=spec,
         hidden=_indices(importance.importance(Axis.HIDDEN, **how), hidden_size(target, spec)),
@@ -119,22 +130,26 @@ def _plan(
 
 def _layer_plan(importance: _Importance, layer: int, target: TargetConfig, how: dict[str, Any]) -> LayerPlan:
     teacher = importance.spec.layers[layer]
-    student = student_layer(target, teacher)
+    student = student_layer(target.for_layer(layer), teacher)
     scores = {row.axis: importance.importance(row.axis, layer, **how) for row in axes_of(teacher)}
     kept: dict[Axis, Tensor] = {}
     for row in axes_of(teacher):
-        keep, outer = student.size(row), outer_axis(row)
+        keep, outer = student.units(row), outer_axis(row)
         kept[row.axis] = (
             top_indices(scores[row.axis], keep=keep)
             if outer is None
             else top_heads(
                 scores[row.axis],
                 groups=kept[outer.axis],
-                num_groups=teacher.size(outer),
-                heads_per_group=keep // student.size(outer),
+                num_groups=teacher.units(outer),
+                heads_per_group=keep // student.units(outer),
             )
         )
-    plan = LayerPlan(source=layer, kept={axis: _plain(indices) for axis, indices in kept.items()})
+    plan = LayerPlan(
+        source=layer,
+        kept={axis: _plain(indices) for axis, indices in kept.items()},
+        top_k=target.top_k if teacher.has_experts else None,
+    )
     return replace(plan, mixes=_mixes(plan, teacher, scores)) if target.merge_head_residuals else plan
 
 
@@ -146,7 +161,7 @@ def _mixes(plan: LayerPlan, teacher: LayerSpec, scores: Mapping[Axis, Tensor]) -
     """
     found: dict[Axis, Mixes] = {}
     for row in axes_of(teacher):
-        if (outer := outer_axis(row)) is None:
+        if (outer := outer_axis(row)) is None or not row.mixes:
             continue
         size = teacher.size(row) // teacher.size(outer)
         groups = plan.kept[outer.axis]

@@ -24,10 +24,15 @@ class RandomImportance:
         self.spec = spec
         self.seed = seed
 
-    def importance(self, axis: Axis, layer: int | None = None, *, batch: str = "", sequence: str = "") -> Tensor:
+    def importance(
+        self, axis: Axis, layer: int | None = None, *, batch: str = "", sequence: str = "", experts: str = ""
+    ) -> Tensor:
         """For each unit of an axis of the model, or of one of its layers, `[units]`."""
         row = row_of(axis)
-        return self._lots(row.plan if layer is None else f"{row.plan}.{layer}", self.spec.size(row, layer))
+        return self._lots(
+            row.plan if layer is None else f"{row.plan}.{layer}",
+            self.spec.size(row) if layer is None else self.spec.units(row, layer),
+        )
 
     def _lots(self, axis: str, count: int) -> Tensor:
         drawn = hashlib.shake_256(f"nemo_minitron/{self.seed}/{axis}".encode()).digest(8 * count)

@@ -54,8 +54,14 @@ def check_mergeable(spec: ModelSpec) -> None:
     """Make sure that a layer's second MLP matrix adds to the residual stream as it is.
 
     Raises:
-        PlanError: A norm stands between them.
+        PlanError: A norm stands between them, or layers have experts, each with a matrix of its own.
     """
+    if spec.has_experts:
+        raise PlanError(
+            "target.merge_layers for a model with experts",
+            rule="what a layer adds to the residual stream is a linear map of its MLP's neurons",
+            remedy="set target.merge_layers=false",
+        )
     if spec.post_norms:
         raise PlanError(
             "target.merge_layers for a model whose MLPs have a norm at their end",

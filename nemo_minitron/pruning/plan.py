@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
-from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, row_of
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, outer_axis, row_of
 from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
@@ -23,9 +23,9 @@ from nemo_minitron.pruning.table import size_table
 from nemo_minitron.pruning.validate import index_problem, layer_problems
 
 FORMAT = "nemo_minitron.plan"
-VERSIONS = (1, 2)
-"""2 adds `merged_heads`, `merged_groups` and `norm_scale`. A plan without them is still written as 1, and its digest
-stays what it was."""
+VERSIONS = (1, 2, 3)
+"""2 adds `merged_heads`, `merged_groups` and `norm_scale`, 3 `top_k`. A plan without them is still written as 1, and
+its digest stays what it was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,19 +36,27 @@ class LayerPlan:
     """Which layer of the teacher it is."""
     kept: Mapping[Axis, tuple[int, ...]]
     """Indices by axis, for every axis of `arch.axes.LAYER_AXES` that the layer has. Of units that lie within others,
-    heads within KV groups, the indices count over the layer, and each of the others keeps equally many."""
+    heads within KV groups and neurons within experts, the indices count over the layer, and each of the others keeps
+    equally many."""
     mixes: Mapping[Axis, Mixes] = field(default_factory=dict)
     """By axis, units whose weights become sums over the teacher's units (head-residual merging): query weights of query
     heads; key and value weights of KV groups, only where every head has a key and value of its own."""
+    top_k: int | None = None
+    """Experts that a token is routed to; None: as many as in the teacher."""
 
     @classmethod
     def keep_all(cls, source: int, layer: LayerSpec) -> Self:
         """All of a layer."""
-        return cls(source=source, kept={row.axis: tuple(range(layer.size(row))) for row in axes_of(layer)})
+        return cls(source=source, kept={row.axis: tuple(range(layer.units(row))) for row in axes_of(layer)})
 
     def cut(self, teacher: LayerSpec) -> LayerSpec:
-        """Sizes of what stays of the teacher's layer."""
-        return teacher.with_sizes(**{row.size: len(self.kept[row.axis]) for row in axes_of(teacher)})
+        """Sizes of what stays of the teacher's layer, and to how many experts it routes."""
+        sizes = {row.size: self._size(row) for row in axes_of(teacher)}
+        return teacher.with_sizes(**sizes).routed_to(self.top_k)
+
+    def _size(self, row: PrunableAxis) -> int:
+        outer = outer_axis(row) if row.each else None
+        return len(self.kept[row.axis]) // (1 if outer is None else len(self.kept[outer.axis]))
 
 
 def axes_of(layer: LayerSpec) -> tuple[PrunableAxis, ...]:
@@ -98,6 +106,19 @@ class PruningPlan:
         for layer in self.layers:
             problems = layer_problems(layer.kept, layer.mixes, self.spec.layers[layer.source])
             yield from (f"layer {layer.source}: {problem}" for problem in problems)
+            yield from self._routing_problems(layer)
+
+    def _routing_problems(self, layer: LayerPlan) -> Iterator[str]:
+        teacher = self.spec.layers[layer.source]
+        if not teacher.has_experts:
+            if layer.top_k is not None:
+                yield f"layer {layer.source}: top_k = {layer.top_k}, but the layer has no experts"
+            return
+        top_k, left = layer.top_k or teacher.moe.top_k, len(layer.kept.get(Axis.EXPERT, ()))
+        if layer.top_k is not None and not 1 <= layer.top_k <= teacher.moe.top_k:
+            yield f"layer {layer.source}: top_k = {layer.top_k}, the teacher's is {teacher.moe.top_k}"
+        elif 0 < left < top_k:
+            yield f"layer {layer.source}: a token is routed to top_k = {top_k} experts, and {left} stay"
 
     @classmethod
     def keep_all(cls, spec: ModelSpec) -> Self:
@@ -201,6 +222,8 @@ class PruningPlan:
             data["norm_scale"] = list(self.norm_scale)
         if self.merges or self.norm_scale is not None:
             data["version"] = 2
+        if any(layer.top_k is not None for layer in self.layers):
+            data["version"] = 3
         return data
 
     @classmethod
@@ -323,10 +346,11 @@ def rescaling(teacher: ModelSpec, hidden_size: int) -> Fraction:
 
 _PLAN_KEYS = ("format", "version", "spec", "hidden", "rescale_norms", "layers", "provenance")
 _ADDED = ("norm_scale", *(row.mixes for row in LAYER_AXES if row.mixes))
+_TOP_K = "top_k"
 
 
 def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], *, version: int, where: str) -> None:
-    allowed = {*known, *(_ADDED if version > 1 else ())}
+    allowed = {*known, *(_ADDED if version > 1 else ()), *((_TOP_K,) if version > 2 else ())}
     if unknown := sorted(set(data) - allowed):
         raise PlanError(f"{where}: unknown key(s) {', '.join(unknown)} in version {version}")
 
@@ -335,7 +359,8 @@ def _layer_data(layer: LayerPlan) -> dict[str, Any]:
     rows = [row for row in LAYER_AXES if row.axis in layer.kept]
     kept = {row.plan: to_ranges(layer.kept[row.axis]) for row in rows}
     mixed = {row.mixes: mixes.to_json(found) for row in reversed(rows) if (found := layer.mixes.get(row.axis))}
-    return {"source": layer.source, **kept, **mixed}
+    routed = {} if layer.top_k is None else {_TOP_K: layer.top_k}
+    return {"source": layer.source, **kept, **mixed, **routed}
 
 
 def _layer_from(item: Mapping[str, Any], spec: ModelSpec, version: int) -> LayerPlan:
@@ -350,9 +375,16 @@ def _layer_from(item: Mapping[str, Any], spec: ModelSpec, version: int) -> Layer
     }
     return LayerPlan(
         source=source,
-        kept={r.axis: from_ranges(item[r.plan], size=teacher.size(r), what=f"{where}: {r.plan}") for r in rows},
+        kept={r.axis: from_ranges(item[r.plan], size=teacher.units(r), what=f"{where}: {r.plan}") for r in rows},
         mixes={axis: found for axis, found in mixed.items() if found},
+        top_k=_whole(item.get(_TOP_K), where),
     )
+
+
+def _whole(value: Any, where: str) -> int | None:
+    if value is not None and type(value) is not int:
+        raise PlanError(f"{where}: {_TOP_K} = {str(value)[:40]!r}", rule="a number of experts")
+    return value
 
 
 def _norm_scale(value: Any) -> tuple[int, int] | None:
@@ -374,6 +406,7 @@ def _composed_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:
         source=first.source,
         kept={axis: tuple(first.kept[axis][index] for index in kept) for axis, kept in second.kept.items()},
         mixes={axis: found for axis, found in mixed.items() if found},
+        top_k=first.top_k if second.top_k is None else second.top_k,
     )
 
 

@@ -8,7 +8,7 @@ every round is a model one could have asked for, and the last one is the target 
 from fractions import Fraction
 from math import ceil, gcd
 
-from nemo_minitron.arch.axes import PRUNABLE, outer_axis
+from nemo_minitron.arch.axes import PRUNABLE, size_divisor
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -29,7 +29,7 @@ def round_targets(target: TargetConfig, teacher: ModelSpec, steps: int) -> tuple
     final = student_spec(target, teacher)
     if steps == 1:
         return (target,)
-    if not _uniform(teacher, final):
+    if target.by_layer or not _uniform(teacher, final):
         raise PlanError(
             f"steps = {steps} for a model whose layers differ in size",
             rule="the sizes between two rounds are the same in every layer",
@@ -80,7 +80,7 @@ def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: i
     for row in PRUNABLE:
         if row.size not in first:
             continue
-        if (outer := outer_axis(row)) is None:
+        if (outer := size_divisor(row)) is None:
             step = getattr(target.multiple_of, row.size)
             sizes[row.size] = between(first[row.size], last[row.size], number, steps, multiple_of=step)
         else:

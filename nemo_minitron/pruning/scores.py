@@ -9,6 +9,10 @@ nine (batch, sequence) aggregations of arXiv:2407.14679, sec. 2.2, follow from t
     layers.{i}.ffn....                                      input of the second MLP matrix, or      [ffn]
                                                             argument of the activation (`ffn_site`)
     layers.{i}.head....                                     input of the attention output           [heads * head_dim]
+    layers.{i}.expert_ffn....                               input of each expert's linear_fc2       [experts * its ffn]
+    layers.{i}.shared_ffn....                               input of the shared expert's            [shared ffn]
+    layers.{i}.expert.output.sum                            weight * |output| of each expert        [experts]
+    layers.{i}.expert.routed.sum                            tokens routed to each expert            [experts]
     layers.{i}.block_influence.sum                          sum over tokens of 1 - cos(in, out)     []
     samples, tokens                                         how many they rest on                   []
     depth....                                               see `pruning.depth`
@@ -26,11 +30,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.axes import SITES, Axis, Site, row_of
+from nemo_minitron.arch.axes import LAYER_AXES, SITES, TOKEN_SUMS, Axis, Scope, Site, row_of
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
-from nemo_minitron.config.sites import Aggregation, FfnSite
+from nemo_minitron.config.sites import Aggregation, ExpertMetric, FfnSite
 from nemo_minitron.errors import CheckpointError, MinitronError, ScoresError
 from nemo_minitron.ops.importance import SiteSums, aggregate, head_importance, kv_group_importance
 from nemo_minitron.pruning.coverage import Coverage, read_coverage, united
@@ -51,6 +55,9 @@ _OTHER_SITES = {
     },
 }
 """Sites that lie elsewhere than `arch.axes.SITES` says."""
+
+
+_SITE_PLACES = {site.name: site.where for site in SITES} | TOKEN_SUMS
 
 
 class Scores:
@@ -89,10 +96,16 @@ class Scores:
     def sites(self) -> dict[str, str]:
         """Where in a layer each site lies."""
         return {
-            **{site.name: site.where for site in SITES},
-            **_OTHER_SITES.get(self.ffn_site, {}),
+            **{name: where for name, where in _SITE_PLACES.items() if name in self._measured},
+            **{name: where for name, where in _OTHER_SITES.get(self.ffn_site, {}).items() if name in self._measured},
             "block_influence": "1 - cos(input, output) of the layer, summed over tokens",
         }
+
+    @property
+    def _measured(self) -> set[str]:
+        """Sites that some layer has."""
+        sites = {name for _, name, _ in site_names(self.spec)}
+        return sites | {name for _, name, _ in token_sum_names(self.spec)}
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -116,6 +129,7 @@ class Scores:
         *,
         batch: Aggregation | str = "l2",
         sequence: Aggregation | str = "mean",
+        experts: ExpertMetric | str = ExpertMetric.REAP,
     ) -> Tensor:
         """Importance of each unit of an axis, `[units]`; higher is more important.
 
@@ -128,6 +142,7 @@ class Scores:
             layer: For an axis of layers, which layer.
             batch: Aggregation over samples.
             sequence: Aggregation over the positions of a sample.
+            experts: What experts are ranked by; aggregations have no say in it.
         """
         row = row_of(axis)
         if axis is Axis.LAYER:
@@ -135,10 +150,22 @@ class Scores:
         if row.sums is not None:
             inside = self.importance(row.sums, layer, batch=batch, sequence=sequence)
             return kv_group_importance(inside, num_groups=self.spec.size(row, layer))
+        if row.token_sums and layer is not None:
+            return self._expert_importance(layer, ExpertMetric(experts))
         layers = range(self.spec.num_layers) if layer is None else (layer,)
         sites = [(index, site) for index in layers for site in row.sites if has_site(self.spec, site, index)]
         total = torch.stack([self._channels(index, site.name, batch, sequence) for index, site in sites]).sum(0)
         return head_importance(total, head_dim=self.spec.head_dim) if row.is_head else total
+
+    def _expert_importance(self, layer: int, metric: ExpertMetric) -> Tensor:
+        output, routed = (self.tensors[f"layers.{layer}.{name}.sum"] for name in TOKEN_SUMS)
+        match metric:
+            case ExpertMetric.REAP:
+                return output / routed.clamp_min(1)
+            case ExpertMetric.OUTPUT:
+                return output / self.tensors["tokens"]
+            case ExpertMetric.FREQUENCY:
+                return routed / self.tensors["tokens"]
 
     def block_influence(self) -> Tensor:
         """Mean over tokens of 1 - cos(input, output) of each layer `[layers]`; higher is more important.
@@ -247,14 +274,16 @@ class Scores:
 
 
 def has_site(spec: ModelSpec, site: Site, layer: int) -> bool:
-    """Whether a layer has the part that a site lies in."""
-    return getattr(spec.layers[layer], site.part) is not None
+    """Whether a layer has the part that a site lies in, and the axis that is measured there."""
+    sizes, row = spec.layers[layer], row_of(site.axis)
+    return getattr(sizes, site.part) is not None and (row.scope is Scope.MODEL or sizes.size(row) > 0)
 
 
 def site_channels(spec: ModelSpec, site: Site, layer: int) -> int:
     """Number of channels of a site."""
     row = row_of(site.axis)
-    return spec.size(row, layer) * (spec.head_dim if row.is_head else 1)
+    units = spec.size(row) if row.scope is Scope.MODEL else spec.units(row, layer)
+    return units * (spec.head_dim if row.is_head else 1)
 
 
 def site_names(spec: ModelSpec) -> Iterator[tuple[int, str, int]]:
@@ -265,12 +294,22 @@ def site_names(spec: ModelSpec) -> Iterator[tuple[int, str, int]]:
                 yield index, site.name, site_channels(spec, site, index)
 
 
+def token_sum_names(spec: ModelSpec) -> Iterator[tuple[int, str, int]]:
+    """Layer, name and number of units of every sum over tokens by unit, in order."""
+    for index, layer in enumerate(spec.layers):
+        for row in LAYER_AXES:
+            for name in row.token_sums if layer.size(row) else ():
+                yield index, name, layer.units(row)
+
+
 def _expected(spec: ModelSpec) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and place (for messages) of every sum."""
     found: dict[str, tuple[tuple[int, ...], str]] = {"samples": ((), "samples"), "tokens": ((), "tokens")}
     for index, site, channels in site_names(spec):
         for row in SiteSums.ROWS:
             found[f"layers.{index}.{site}.{row}"] = ((channels,), f"layer {index}, site {site}")
+    for index, name, units in token_sum_names(spec):
+        found[f"layers.{index}.{name}.sum"] = ((units,), f"layer {index}, {name}")
     for index in range(spec.num_layers):
         found[f"layers.{index}.block_influence.sum"] = ((), f"layer {index}, block influence")
     return found

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from math import lcm
 
-from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, outer_axis
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, size_divisor
 from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
@@ -35,9 +35,8 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
             rule="a student is cut out of its teacher: no size grows, every KV group keeps as many heads as the others",
             remedy="change the sizes under target",
         )
-    kept = named_layers(target, teacher)
-    sizes = [teacher.layers[index] for index in kept or range(num_layers(target, teacher))]
-    layers = tuple(student_layer(target, layer) for layer in sizes)
+    kept = named_layers(target, teacher) or range(num_layers(target, teacher))
+    layers = tuple(student_layer(target.for_layer(index), teacher.layers[index]) for index in kept)
     channels = hidden_size(target, teacher)
     ratio = rescaling(teacher, channels) if target.rescale_norms else Fraction(1)
     return narrowed(teacher, channels, layers, norm_ratio=ratio)
@@ -59,7 +58,7 @@ def student_layer(target: TargetConfig, layer: LayerSpec) -> LayerSpec:
     for row in LAYER_AXES:
         if not (size := layer.size(row)):
             continue
-        outer = outer_axis(row)
+        outer = size_divisor(row)
         if outer is None:
             sizes[row.size] = _resolved(target, row.size, size)
             continue
@@ -67,7 +66,7 @@ def student_layer(target: TargetConfig, layer: LayerSpec) -> LayerSpec:
         most = units * (size // layer.size(outer))
         asked = getattr(target, row.size) is not None
         sizes[row.size] = _resolved(target, row.size, size, unit=units, most=most) if asked else most
-    return layer.with_sizes(**sizes)
+    return layer.with_sizes(**sizes).routed_to(target.top_k)
 
 
 def named_layers(target: TargetConfig, teacher: ModelSpec) -> tuple[int, ...] | None:
@@ -95,8 +94,31 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
         yield from _size_problems(target, row.size, teacher.size(row))
     if target.drop_layers is not None:
         yield from _drop_problems(target, teacher, list(target.drop_layers))
-    for sizes in dict.fromkeys(teacher.layers):
+    for row in LAYER_AXES:
+        # A model may have layers of several kinds: each takes what it has.
+        have = [bool(layer.size(row)) for layer in teacher.layers]
+        if getattr(target, row.size) is not None and not (any(have) if teacher.has_experts else all(have)):
+            yield f"{row.size}: a layer of the teacher has none"
+    for sizes in dict.fromkeys(layer for index, layer in enumerate(teacher.layers) if index not in target.by_layer):
         yield from _layer_problems(target, sizes)
+        yield from _routing_problems(target, sizes)
+    for index in target.by_layer:
+        yield from (f"by_layer.{index}: {problem}" for problem in _single_layer_problems(target, teacher, index))
+    if target.top_k is not None and not teacher.has_experts:
+        yield f"top_k = {target.top_k}: the teacher has no experts"
+
+
+def _single_layer_problems(target: TargetConfig, teacher: ModelSpec, index: int) -> Iterator[str]:
+    if index >= teacher.num_layers:
+        yield f"the teacher's layers are 0-{teacher.num_layers - 1}"
+    elif index in (target.drop_layers or ()):
+        yield "drop_layers drops it"
+    else:
+        sizes = teacher.layers[index]
+        for name in (name for name, size in target.by_layer[index] if size is not None and name not in sizes.sizes):
+            yield f"{name}: this layer of the teacher has none"
+        yield from _layer_problems(target.for_layer(index), sizes)
+        yield from _routing_problems(target.for_layer(index), sizes)
 
 
 def _size_problems(target: TargetConfig, name: str, size: int) -> Iterator[str]:
@@ -127,9 +149,9 @@ def _drop_problems(target: TargetConfig, teacher: ModelSpec, dropped: list[int])
 def _layer_problems(target: TargetConfig, layer: LayerSpec) -> Iterator[str]:
     found: dict[Axis, list[str]] = {}
     for row in LAYER_AXES:
-        outer = outer_axis(row)
+        outer = size_divisor(row)
         if not layer.size(row):
-            problems = [] if getattr(target, row.size) is None else [f"{row.size}: a layer of the teacher has none"]
+            problems = []
         elif outer is None:
             problems = list(_size_problems(target, row.size, layer.size(row)))
         elif getattr(target, row.size) is None or found[outer.axis]:
@@ -138,6 +160,19 @@ def _layer_problems(target: TargetConfig, layer: LayerSpec) -> Iterator[str]:
             problems = list(_nesting_problems(target, layer, row, outer))
         found[row.axis] = problems
         yield from problems
+
+
+def _routing_problems(target: TargetConfig, layer: LayerSpec) -> Iterator[str]:
+    """What is wrong with the number of experts that a token is routed to."""
+    if not layer.has_experts:
+        return
+    before = layer.moe.top_k
+    top_k, left = target.top_k or before, student_layer(target, layer).moe.num_experts
+    if top_k > before:
+        yield f"top_k = {top_k}, the teacher routes a token to {before} experts"
+    elif top_k > left:
+        asked = "top_k" if target.top_k else "the teacher's top_k"
+        yield f"num_experts = {left} is below {asked} = {top_k} (give a smaller target.top_k, or keep more experts)"
 
 
 def _nesting_problems(target: TargetConfig, layer: LayerSpec, row: PrunableAxis, outer: PrunableAxis) -> Iterator[str]:

@@ -33,10 +33,10 @@ def layer_problems(
     if strange := sorted({*kept, *mixes} - {row.axis for row in rows}):
         yield f"the layer has no axis {', '.join(strange)}"
         return
-    problems = [f"{r.plan}: {found}" for r in rows if (found := index_problem(kept.get(r.axis, ()), teacher.size(r)))]
+    problems = [f"{r.plan}: {found}" for r in rows if (found := index_problem(kept.get(r.axis, ()), teacher.units(r)))]
     if not problems:
         for row in rows:
-            merged = problems_of(mixes.get(row.axis, ()), kept=kept[row.axis], size=teacher.size(row))
+            merged = problems_of(mixes.get(row.axis, ()), kept=kept[row.axis], size=teacher.units(row))
             problems += [f"merged {row.plan}: {problem}" for problem in merged]
     if not problems:
         for row in rows:
@@ -49,7 +49,7 @@ def _nesting_problems(
     row: PrunableAxis, outer: PrunableAxis, kept: Mapping[Axis, Sequence[int]], teacher: LayerSpec
 ) -> Iterator[str]:
     """What is wrong with units that lie within others: of each of those that stay, equally many stay."""
-    inside = teacher.size(row) // teacher.size(outer)
+    inside = teacher.units(row) // teacher.units(outer)
     counts = dict.fromkeys(kept[outer.axis], 0)
     for unit in kept[row.axis]:
         if unit // inside not in counts:

@@ -20,7 +20,7 @@ class Candidate:
     """An architecture in the race.
 
     Attributes:
-        sizes: For each of `search.axes.AXES`.
+        sizes: For each of the teacher's axes, as `search.axes.axes_of` has them.
         label: What it stands for, if it is a baseline.
     """
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import parameter_count, weights
-from nemo_minitron.search.axes import AXES, HEADS, Sizes, resized
+from nemo_minitron.arch.weights import is_active, parameter_count, weights
+from nemo_minitron.search.axes import AXES, EXPERTS, HEADS, Sizes, axes_of, resized
 
 IntArray = NDArray[np.int64]
 Count = Callable[[ModelSpec], int]
@@ -29,10 +29,13 @@ class Multilinear:
     """
 
     def __init__(self, count: Count, teacher: ModelSpec) -> None:
-        # Heads are a multiple of KV groups in every one of these models.
-        points = [(2, 4) if index == HEADS else (1, 2) for index in range(len(AXES))]
-        values = np.empty((2,) * len(AXES), dtype=object)
-        for place in product((0, 1), repeat=len(AXES)):
+        # Heads are a multiple of KV groups in every one of these models, and there are `top_k` experts at least.
+        axes = axes_of(teacher)
+        points = [(2, 4) if index == HEADS else (1, 2) for index in range(len(axes))]
+        if teacher.has_experts:
+            points[EXPERTS] = (teacher.layer.moe.top_k, teacher.layer.moe.top_k + 1)
+        values = np.empty((2,) * len(axes), dtype=object)
+        for place in product((0, 1), repeat=len(axes)):
             sizes: Sizes = tuple(pair[at] for pair, at in zip(points, place, strict=True))
             values[place] = count(resized(teacher, sizes))
         for axis, (low, high) in enumerate(points):
@@ -62,7 +65,9 @@ def _evaluate(coefficients: Any, sizes: Sequence[Any]) -> Any:
 def matrix_parameters(spec: ModelSpec) -> int:
     """Weights that every token is multiplied by, those of the output layer included, tied or not."""
     inner = sum(
-        weight.numel for weight in weights(spec) if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
+        weight.numel
+        for weight in weights(spec)
+        if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes and is_active(weight, spec)
     )
     return inner + spec.vocab_size * spec.hidden_size
 
@@ -70,6 +75,11 @@ def matrix_parameters(spec: ModelSpec) -> int:
 def non_embedding_parameters(spec: ModelSpec) -> int:
     """Parameters without embedding and output layer."""
     return parameter_count(spec, embeddings=False)
+
+
+def active_parameters(spec: ModelSpec) -> int:
+    """Parameters that one token passes through."""
+    return parameter_count(spec, active=True)
 
 
 def query_channels(spec: ModelSpec) -> int:

@@ -7,9 +7,11 @@ from typing import Any, Protocol
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.budget import BudgetConfig, DeploymentConfig
+from nemo_minitron.errors import SearchError
 from nemo_minitron.search.axes import GROUPS, LAYERS
 from nemo_minitron.search.counts import (
     Multilinear,
+    active_parameters,
     cached_positions,
     matrix_parameters,
     non_embedding_parameters,
@@ -40,13 +42,22 @@ def measures(
         deployment: Conditions.
         names: Of budgets, as in `BudgetConfig`.
         latency: For `prefill_ms` and `decode_ms`.
+
+    Raises:
+        SearchError: Latency is limited for a model with experts.
     """
+    if teacher.has_experts and (timed := [name for name in names if name.endswith("_ms")]):
+        raise SearchError(
+            f"target.{timed[0]} for a model with experts",
+            rule="latency tables hold layers without experts",
+            remedy="limit active_params or flops_per_token",
+        )
     params = Multilinear(parameter_count, teacher)
     if "params" in names or "ratio" in names:
         names = [name for name in dict.fromkeys(("params", *names)) if name != "ratio"]
     known: dict[str, Callable[[], Measure]] = {
         "params": lambda: params,
-        "active_params": lambda: params,
+        "active_params": lambda: Multilinear(active_parameters, teacher),
         "non_embedding_params": lambda: Multilinear(non_embedding_parameters, teacher),
         "weight_memory": lambda: lambda sizes: -(-params(sizes) * deployment.dtype.bits // 8),
         "kv_cache": lambda: _kv_cache(teacher, deployment),

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_minitron.arch.axes import LAYER_AXES
+from nemo_minitron.arch.sizes import layer_axes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.search.axes import named
@@ -50,7 +50,7 @@ def layerwise_row(name: str, spec: ModelSpec | None, race: RaceResult, record: R
         row |= {
             "num_layers": count,
             "hidden_size": spec.hidden_size,
-            **{row.size: sum(layer.size(row) for layer in spec.layers) / count for row in LAYER_AXES},
+            **{row.size: sum(layer.size(row) for layer in spec.layers) / count for row in layer_axes(spec)},
             "params": parameter_count(spec),
             "non_embedding_params": parameter_count(spec, embeddings=False),
         }

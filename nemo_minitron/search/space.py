@@ -15,7 +15,18 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import AxisConfig, TargetConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import AXES, GROUPS, HEADS, LAYERS, NAMES, Sizes, named, short_name, sizes_of, step_of
+from nemo_minitron.search.axes import (
+    EXPERTS,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    Sizes,
+    axes_of,
+    named,
+    short_name,
+    sizes_of,
+    step_of,
+)
 from nemo_minitron.search.counts import IntArray
 from nemo_minitron.search.measures import Measure, describe
 
@@ -29,7 +40,7 @@ class Space:
 
     teacher: ModelSpec
     values: tuple[tuple[int, ...], ...]
-    """For each of `AXES`."""
+    """For each of the teacher's axes, as `search.axes.axes_of` has them."""
 
     @property
     def size(self) -> int:
@@ -87,10 +98,11 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
     problems: list[str] = []
     shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
     values = []
-    for axis, size in zip(AXES, sizes_of(teacher), strict=True):
+    divisors = {"tensor": shared, "expert": parallel.expert}
+    for axis, size in zip(axes_of(teacher), sizes_of(teacher), strict=True):
         wanted: AxisConfig | None = getattr(search.space, axis.size)
         exact: int | float | None = getattr(target, axis.size)
-        multiple = lcm(getattr(target.multiple_of, axis.size), shared if axis.divided_by == "tensor" else 1)
+        multiple = lcm(getattr(target.multiple_of, axis.size), divisors.get(axis.divided_by, 1))
         if exact is not None and wanted is not None:
             problems.append(f"target.{axis.size} = {exact} and search.space.{axis.size}: one of them")
             continue
@@ -107,6 +119,11 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
         values[LAYERS] = tuple(size for size in values[LAYERS] if size >= chunks)
         if not values[LAYERS]:
             problems.append(f"search.space.num_layers has fewer layers than parallel.pipeline needs ({chunks})")
+        if teacher.has_experts:
+            top_k = teacher.layer.moe.top_k
+            values[EXPERTS] = tuple(size for size in values[EXPERTS] if size >= top_k)
+            if not values[EXPERTS]:
+                problems.append(f"search.space.num_experts has fewer experts than a token is routed to ({top_k})")
     if problems:
         raise SearchError(
             "search space: " + "; ".join(problems),
@@ -116,7 +133,7 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
         )
     space = Space(teacher=teacher, values=tuple(values))
     heads, groups = (np.array(space.values[index])[shape] for index, shape in ((HEADS, np.s_[:, None]), (GROUPS, None)))
-    pair: list[Any] = [0] * len(AXES)
+    pair: list[Any] = [0] * len(space.values)
     pair[HEADS], pair[GROUPS] = heads, groups
     if not space.allowed(pair).any():
         raise SearchError(
@@ -167,7 +184,7 @@ def find_shapes(
     Raises:
         SearchError: There is none; says which budget binds, and the nearest shape.
     """
-    result = Found(shapes=np.empty((0, len(AXES)), np.int64), use=np.empty(0), total=space.size)
+    result = Found(shapes=np.empty((0, len(space.values)), np.int64), use=np.empty(0), total=space.size)
     result.above = dict.fromkeys(limits, 0)
     parts, uses = [], []
     nearest = _Nearest()
@@ -252,7 +269,8 @@ def _told(sizes: Sizes) -> str:
 
 def ranges(space: Space) -> dict[str, str]:
     """The sizes of each axis for people."""
-    return {name: _range(values) for name, values in zip(NAMES, space.values, strict=True)}
+    names = (row.size for row in axes_of(space.teacher))
+    return {name: _range(values) for name, values in zip(names, space.values, strict=True)}
 
 
 def _range(values: tuple[int, ...]) -> str:

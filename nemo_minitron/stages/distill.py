@@ -85,9 +85,11 @@ def _objective(settings: DistillConfig) -> str:
     if settings.hidden is not None:
         count = len(settings.hidden.layers) + settings.hidden.embedding
         parts[f"{settings.hidden.kind.value} of {count} pair(s) of hidden states"] = "hidden_weight"
+    if settings.router_weight > 0:
+        parts["KL of routers"] = "router_weight"
     named = {}
     for name, key in parts.items():
-        first, last = getattr(settings, key), getattr(settings.ramp_to, key)
+        first, last = getattr(settings, key), getattr(settings.ramp_to, key, None)
         if first or last:
             named[name] = f"{first:g}" if last in (None, first) else f"{first:g} to {last:g}"
     if list(named.values()) == ["1"]:

@@ -96,7 +96,7 @@ def _check(context: StageContext, student: Path) -> dict[str, float]:
     """
     parallel = context.config.parallel
     tokens = _check_tokens(context)
-    if parallel.model_parallel_size > 1:
+    if parallel.ranks > 1:
         return _check_spread(context, student, tokens)
     differences: dict[str, float] = {}
     failure: CheckpointError | None = None

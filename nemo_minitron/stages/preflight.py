@@ -98,7 +98,7 @@ def tokenizer_problem(config: RunConfig) -> str:
 
 def planned_ranks(config: RunConfig) -> int:
     """Processes that a recipe is meant for: the GPUs of its cluster, else one copy of the model."""
-    return config.parallel.model_parallel_size if config.cluster is None else config.cluster.gpus
+    return config.parallel.ranks if config.cluster is None else config.cluster.gpus
 
 
 def source_is_here(config: RunConfig) -> bool:
@@ -177,12 +177,11 @@ def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> Non
         LayoutError: Names the keys of all that cannot.
     """
     parallel = config.parallel
-    copies, left = divmod(ranks, parallel.model_parallel_size)
-    if left:
+    copies = ranks // parallel.model_parallel_size
+    if ranks % parallel.ranks:
         raise LayoutError(
-            f"{ranks} ranks for parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-            f"x context {parallel.context}",
-            rule=f"a multiple of {parallel.model_parallel_size}; what is left over is data parallel",
+            f"{ranks} ranks for {parallel.told}",
+            rule=f"a multiple of {parallel.ranks}; what is left over is data parallel",
             remedy="change cluster.nodes, cluster.gpus_per_node or the sizes under parallel:",
         )
     problems: list[str] = []

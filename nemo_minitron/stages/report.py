@@ -171,7 +171,11 @@ def importance(scores_path: Path, plan_paths: Sequence[Path], target: TargetConf
 
     scores = Scores.load(scores_path)
     plan = reduce(PruningPlan.compose, map(PruningPlan.load, plan_paths))
-    how: dict[str, Any] = {"batch": target.batch_aggregation, "sequence": target.sequence_aggregation}
+    how: dict[str, Any] = {
+        "batch": target.batch_aggregation,
+        "sequence": target.sequence_aggregation,
+        "experts": target.expert_metric,
+    }
     layers = range(scores.spec.num_layers)
     return Importance(
         block_influence=scores.block_influence().double().numpy(),
@@ -179,7 +183,8 @@ def importance(scores_path: Path, plan_paths: Sequence[Path], target: TargetConf
         units={
             row.axis: tuple(scores.importance(row.axis, layer, **how).double().numpy() for layer in layers)
             for row in LAYER_AXES
-            if row.sites and all(layer.size(row) for layer in scores.spec.layers)
+            # Neurons of experts are too many for a picture.
+            if (row.sites or row.token_sums) and not row.each and all(layer.size(row) for layer in scores.spec.layers)
         },
         kept_hidden=plan.hidden,
         kept={layer.source: layer.kept for layer in plan.layers},

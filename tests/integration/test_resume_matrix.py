@@ -97,6 +97,7 @@ ROWS: dict[str, Row] = {
     "kd_weight": told(REFUSED, 0.5, f"{DISTILLATION}kd_weight"),
     "lm_weight": told(REFUSED, 0.5, f"{DISTILLATION}lm_weight"),
     "hidden_weight": told(REFUSED, 0.5, f"{DISTILLATION}hidden_weight"),
+    "router_weight": told(REFUSED, 0.5, f"{DISTILLATION}router_weight"),
     "hidden.layers": hidden(),
     "hidden.embedding": hidden(embedding=True),
     "hidden.kind": hidden(kind="mse"),

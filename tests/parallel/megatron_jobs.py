@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.layer import LayerSpec, Moe, RouterScore, transformer_layer
 from nemo_minitron.arch.spec import Activation, ModelSpec, Norm
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
@@ -65,6 +65,36 @@ FAMILY_SPECS = {
 }
 """Families whose layers differ from Llama's, or from Qwen2's, in more than a name."""
 ALL_SPECS = SPECS | FAMILY_SPECS
+_MIXER = EVEN.layer.mixer
+EXPERT_SPECS = {
+    "experts": replace(
+        EVEN,
+        layers=(
+            LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),
+            EVEN.layer,
+            LayerSpec(
+                mixer=_MIXER,
+                feed_forward=Moe(
+                    num_experts=6,
+                    expert_ffn_hidden_size=12,
+                    top_k=3,
+                    shared_ffn_hidden_size=16,
+                    shared_gate=True,
+                    score_function=RouterScore.SIGMOID,
+                    correction_bias=True,
+                    scaling_factor=1.5,
+                    router_fp32=True,
+                ),
+            ),
+        ),
+    ),
+    "alike": replace(
+        EVEN,
+        layers=(LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),) * 2,
+        qk_norm=True,
+    ),
+}
+"""Layers with experts: of several kinds with one without among them, and all alike."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +136,7 @@ def train(case: Case) -> dict[str, Any]:
     from nemo_minitron.megatron.forward import reduce_report, run
 
     here = runtime.start(case.parallel, seed=0)
-    spec = ALL_SPECS[case.spec]
+    spec = (ALL_SPECS | EXPERT_SPECS)[case.spec]
     chunks = build_chunks(spec, here, case.precision, seed=7)
     config = optimizer_config(case)
     wrapped = optim.wrap(chunks, config)
@@ -125,10 +155,16 @@ def train(case: Case) -> dict[str, Any]:
         norms.append(info.grad_norm)
         if case.save is not None and step + 1 == STEPS // 2:
             sharded_io.save_training(wrapped, optimizer, case.save, common={"step": step + 1})
+    router_grads = {
+        weight.name: parameter.main_grad.clone()
+        for chunk in chunks
+        for weight, parameter in chunk.named_weights()
+        if weight.name.endswith("router.weight")
+    }
     weights = {weight.name: parameter.detach() for chunk in chunks for weight, parameter in chunk.named_weights()}
     place = {"tp": here.tp_rank, "pp": here.pp_rank, "dp": here.dp_rank}
     runtime.stop()
-    return {"losses": losses, "norms": norms, "weights": weights, **place}
+    return {"losses": losses, "norms": norms, "weights": weights, "router_grads": router_grads, **place}
 
 
 def micro_batches(case: Case, here: Any) -> list[Any]:

@@ -111,7 +111,7 @@ def collect(parallel, announced=2):
         device=torch.device("cpu"),
         parallel=parallel,
         seed=0,
-        groups=Groups(tp=tp, pp=alone, cp=cp, dp=alone, dp_cp=cp, mp=tp),
+        groups=Groups(tp=tp, pp=alone, cp=cp, dp=alone, dp_cp=cp, mp=tp, ep=alone),
         tp_rank=tp_rank,
         pp_rank=0,
         cp_rank=cp_rank,

@@ -56,7 +56,7 @@ def test_recipes_have_a_key_and_a_divisor_for_every_axis() -> None:
 def test_every_axis_is_ranked_by_something_and_cuts_some_weight() -> None:
     cut = {axis for row in ROWS for axis in row.axes} | {Axis.LAYER}
     for row in PRUNABLE:
-        assert row.sites or row.sums or row.axis is Axis.LAYER
+        assert row.sites or row.sums or row.token_sums or row.axis is Axis.LAYER
         assert row.axis in cut or row.sums in cut
     assert [row.axis for row in PRUNABLE] == [row.axis for row in (*MODEL_AXES, *LAYER_AXES)]
     order = [row.axis for row in LAYER_AXES]

@@ -1,5 +1,6 @@
 """What families read from and write to configuration files, and what they refuse."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ REFUSED = [
     (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
     (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, "mscale = 2"),
     (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": math.nan}}, "factor = 'nan'"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": math.inf}}, "factor = 'inf'"),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling says"),
     (LLAMA, {"rope_theta": 5e5}, "rope_theta = 10000"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type = 'linear'"),
@@ -173,7 +176,7 @@ REFUSED = [
     (LLAMA, {"vocab_size": "many"}, "vocab_size = 'many'"),
     (QWEN3_06B, {"use_sliding_window": True}, "use_sliding_window = True"),
     (QWEN3_06B, {"attention_bias": True}, "attention_bias = True"),
-    (QWEN3_06B, {"model_type": "qwen3_moe"}, "experts"),
+    (QWEN3_06B, {"num_experts": 8}, "num_experts = 8"),
     (MINITRON_4B, {"attention_bias": True}, "attention_bias = True"),
     (MINITRON_4B, {"hidden_act": "silu"}, "hidden_act = 'silu'"),
     (MINITRON_4B, {"rope_parameters": tiny.LLAMA_3_SCALING}, "rope_scaling"),

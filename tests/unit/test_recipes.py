@@ -19,9 +19,10 @@ from nemo_minitron.cli.main import app
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.rounds import round_specs
+from tests.support.expert_models import write_experts
 from tests.tiny import write_llama
 
-NAME = re.compile(r"[a-z0-9]+/[a-z0-9_]+_\d+b_to_\d+b_(width|depth)_(?P<gpus>\d+)gpu_(?P<gpu>a100|h100)")
+NAME = re.compile(r"[a-z0-9]+/[a-z0-9_]+_\d+b(_a\d+b)?_to_\d+b_(width|depth)_(?P<gpus>\d+)gpu_(?P<gpu>a100|h100)")
 CITED = re.compile(r"# (table|text|section|README|guidelines)\b")
 README = Path(__file__).parents[2] / "recipes/README.md"
 ALL = recipes.bundled()
@@ -96,6 +97,11 @@ GOLDEN = {
         "distill.optimizer.min_lr": 1e-5,
         "distill.optimizer.warmup_steps": 100,
     },
+    "qwen3/qwen3_30b_a3b_to_22b_width_64gpu_h100": {
+        "score.samples": 1024,
+        "distill.optimizer.min_lr": 1e-5,
+        "distill.optimizer.warmup_steps": 100,
+    },
 }
 # Teacher, student, and the student without embeddings, in billions as printed: arXiv:2408.11796v4 table 3,
 # arXiv:2407.14679v2 table 5; Qwen3-8B's model card for the last.
@@ -106,6 +112,7 @@ BILLIONS = {
     "nemotron/nemotron4_15b_to_8b_width_128gpu_a100": (15.6, 8.3, None),
     "nemotron/nemotron4_15b_to_4b_width_128gpu_a100": (15.6, 4.2, None),
     "qwen3/qwen3_8b_to_6b_depth_64gpu_h100": (8.2, 5.9, None),
+    "qwen3/qwen3_30b_a3b_to_22b_width_64gpu_h100": (30.5, 22.4, None),
 }
 EXACT = {  # of the checkpoints nvidia/Llama-3.1-Minitron-4B-*-Base
     "llama3/llama31_8b_to_4b_width_256gpu_h100": 4_512_746_496,
@@ -175,15 +182,24 @@ def tiny(tmp_path_factory) -> list[str]:
     return [f"model.source={model}", "data.sources=[texts]"]
 
 
+@pytest.fixture(scope="module")
+def tiny_experts(tmp_path_factory) -> list[str]:
+    """The same for those for a model with experts."""
+    model = tmp_path_factory.mktemp("experts")
+    write_experts(model, "qwen2_moe")
+    return [f"model.source={model}", "data.sources=[texts]"]
+
+
 def documented(name: str) -> str:
     """A recipe's row in the table of recipes/README.md."""
     return re.search(rf"^\| `{name}` \|.*$", README.read_text(), re.MULTILINE)[0]
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
-def test_every_recipe_dry_runs(recipe, tiny, tmp_path, monkeypatch):
+def test_every_recipe_dry_runs(recipe, tiny, tiny_experts, tmp_path, monkeypatch):
     monkeypatch.setenv("NEMO_MINITRON_CACHE", str(tmp_path / "nothing is here"))
     overrides = tiny if recipe.name.startswith("tiny/") else []
+    overrides = tiny_experts if recipe.name == "tiny/experts_cpu" else overrides
     before = time.process_time()
     done = CliRunner().invoke(app, ["run", recipe.name, *overrides, "--run-dir", str(tmp_path / "run"), "--dry-run"])
     assert time.process_time() - before < 10

@@ -103,13 +103,11 @@ def test_the_report_has_columns_for_the_gpu_where_there_was_one():
 def test_a_dry_run_judges_by_the_card_where_no_cluster_is_named(monkeypatch):
     here, there = SimpleNamespace(cluster=None), SimpleNamespace(cluster=SimpleNamespace(gpu="h100"))
     monkeypatch.setattr(dry_run, "gpu_memory", lambda: [80e9, 40e9])
-    assert dry_run._usable(here, 1) == USABLE * 80e9
-    assert dry_run._usable(here, 2) == USABLE * 40e9
-    assert dry_run._memory_name(here, 1) == "this machine's GPU"
-    assert dry_run._memory_name(here, 2) == "a GPU; this machine has 2 for 2 ranks"
-    assert dry_run._usable(there, 1) == USABLE * GPU_BYTES["h100"]
+    assert dry_run._memory(here, 1) == (USABLE * 80e9, "this machine's GPU")
+    assert dry_run._memory(here, 2) == (USABLE * 40e9, "a GPU; this machine has 2 for 2 ranks")
+    assert dry_run._memory(there, 1)[0] == USABLE * GPU_BYTES["h100"]
     monkeypatch.setattr(dry_run, "gpu_memory", list)
-    assert dry_run._usable(here, 2) == USABLE * psutil.virtual_memory().total / 2
+    assert dry_run._memory(here, 2)[0] == USABLE * psutil.virtual_memory().total / 2
 
 
 def test_the_driver_s_answer_is_read_as_bytes(monkeypatch, tmp_path):

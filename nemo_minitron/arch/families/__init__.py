@@ -4,26 +4,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.arch.families.base import Family
+from nemo_minitron.arch.families.dots1 import DOTS1
 from nemo_minitron.arch.families.gemma import GEMMA, GEMMA3
 from nemo_minitron.arch.families.llama import LLAMA
 from nemo_minitron.arch.families.mistral import MISTRAL
+from nemo_minitron.arch.families.mixtral import MIXTRAL
 from nemo_minitron.arch.families.nemotron import NEMOTRON
 from nemo_minitron.arch.families.phi3 import PHI3
 from nemo_minitron.arch.families.qwen2 import QWEN2
+from nemo_minitron.arch.families.qwen2_moe import QWEN2_MOE
 from nemo_minitron.arch.families.qwen3 import QWEN3
+from nemo_minitron.arch.families.qwen3_moe import QWEN3_MOE
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3)
+    family.name: family
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3),
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1),
+    )
 }
 
 _REASONS = {
     "gemma2": "it caps its final logits (final_logit_softcapping), which the losses fused with the output layer do not",
     "gemma3": "only the texts-only models (gemma3_text) are read, and this one sees pictures",
-    "qwen2_moe": "layers with experts are not pruned",
-    "qwen3_moe": "layers with experts are not pruned",
-    "mixtral": "layers with experts are not pruned",
 }
 
 

@@ -1,10 +1,11 @@
 """What a family has to say, as data and two pure functions, and what it refuses to leave unsaid."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from nemo_minitron.arch.families.keys import assumed, complete, special_ids
+from nemo_minitron.arch.layer import Moe
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
 from nemo_minitron.errors import SpecError
@@ -22,6 +23,8 @@ _KEYS = {
     "tied_embeddings": "tie_word_embeddings",
 }
 _DEFAULTS = {spec_field.name: spec_field.default for spec_field in fields(ModelSpec)}
+
+_EXPERT_DEFAULTS = {item.name: item.default for item in fields(Moe) if item.default is not MISSING}
 
 _OFF = (None, False)
 _ONE = (None, 1)
@@ -56,6 +59,10 @@ class Family:
         settings: Keys of `NEUTRAL` that `read` looks after.
         fixed: Traits of the spec that the class always has, where they differ from `ModelSpec`'s defaults.
         free: Traits that its config decides.
+        experts: Traits of `Moe` that its experts always have, where they differ from its defaults; None for a class
+            without experts.
+        free_experts: Traits of `Moe` that its config decides.
+        has_dense_layers: Whether a class with experts also has layers without.
         defaults: What its class assumes where a key is absent; keys that decide what is computed, and special ids.
         nullable: Keys of `defaults` that may be null though their default is not.
     """
@@ -69,6 +76,9 @@ class Family:
     settings: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     free: tuple[str, ...] = ("tied_embeddings",)
+    experts: Mapping[str, Any] | None = None
+    free_experts: tuple[str, ...] = ()
+    has_dense_layers: bool = False
     defaults: Mapping[str, Any]
     nullable: tuple[str, ...] = (
         "bos_token_id",
@@ -129,7 +139,21 @@ class Family:
     def objections(self, spec: ModelSpec) -> list[str]:
         """Traits of a model that this family's class does not have."""
         wanted = {name: self.fixed.get(name, _DEFAULTS[name]) for name in _TRAITS if name not in self.free}
-        return [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
+        found = [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
+        return found + self._expert_objections(spec)
+
+    def _expert_objections(self, spec: ModelSpec) -> list[str]:
+        parts = {part for layer in spec.layers if isinstance(part := layer.feed_forward, Moe)}
+        if self.experts is None:
+            return ["experts"] if parts else []
+        dense = any(layer.feed_forward is not None and not layer.has_experts for layer in spec.layers)
+        found = ["layers without experts"] if not parts or (dense and not self.has_dense_layers) else []
+        for name, default in _EXPERT_DEFAULTS.items():
+            wanted = self.experts.get(name, default)
+            values = {getattr(part, name) for part in parts}
+            if name not in self.free_experts and values - {wanted}:
+                found.append(f"{name} = {', '.join(map(str, sorted(values - {wanted})))}")
+        return found
 
     def _check(self, spec: ModelSpec, where: str) -> None:
         if found := self.objections(spec):
@@ -163,3 +187,23 @@ QK_NORM_NAMES: dict[str, tuple[str, ...]] = {
     LAYER_PREFIX + f"self_attention.{part}_layernorm.weight": (_HF_LAYER + f"self_attn.{part}_norm.weight",)
     for part in "qk"
 }
+
+_ROUTED, _SHARED = LAYER_PREFIX + "mlp.experts.local_experts.{e}.", LAYER_PREFIX + "mlp.shared_experts."
+# Of families that name experts as Qwen's do; one tensor for each projection of each expert.
+EXPERT_NAMES: dict[str, tuple[str, ...]] = {
+    LAYER_PREFIX + "pre_mlp_layernorm.weight": (_HF_LAYER + "post_attention_layernorm.weight",),
+    LAYER_PREFIX + "mlp.router.weight": (_HF_LAYER + "mlp.gate.weight",),
+    _ROUTED + "linear_fc1.weight": tuple(
+        _HF_LAYER + f"mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up")
+    ),
+    _ROUTED + "linear_fc2.weight": (_HF_LAYER + "mlp.experts.{e}.down_proj.weight",),
+}
+
+
+def shared_expert_names(module: str) -> dict[str, tuple[str, ...]]:
+    """Names of the expert that sees every token, whose module is called so."""
+    prefix = _HF_LAYER + f"mlp.{module}."
+    return {
+        _SHARED + "linear_fc1.weight": (prefix + "gate_proj.weight", prefix + "up_proj.weight"),
+        _SHARED + "linear_fc2.weight": (prefix + "down_proj.weight",),
+    }

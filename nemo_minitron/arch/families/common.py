@@ -1,12 +1,15 @@
 """Reading and writing the keys of `config.json` that every family shares."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from nemo_minitron.arch.families.rope import read_rope, scaling_data
-from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.families.rope import BASE, read_rope, scaling_data
+from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mlp, Moe, transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
+
+_Part = TypeVar("_Part", Attention, Mlp, Moe)
 
 
 def read_common(
@@ -17,6 +20,8 @@ def read_common(
     activation_key: str = "hidden_act",
     eps_key: str = "rms_norm_eps",
     rotary_percent: float = 1.0,
+    rotary_base_assumed: float = BASE,
+    feed_forward: Callable[[int], FeedForward] | None = None,
     **traits: Any,
 ) -> ModelSpec:
     """A spec from a Llama-shaped `config.json`.
@@ -28,6 +33,8 @@ def read_common(
         activation_key: Where the activation stands.
         eps_key: Where the norms' epsilon stands.
         rotary_percent: What the class assumes where `partial_rotary_factor` is absent.
+        rotary_base_assumed: What it assumes where `rope_theta` is absent.
+        feed_forward: That of a layer, by its number; None for an MLP of `intermediate_size` in all of them.
         **traits: Fields of `ModelSpec` that the family sets; they take precedence.
 
     Raises:
@@ -41,19 +48,23 @@ def read_common(
         layer = transformer_layer(
             num_attention_heads=heads,
             num_query_groups=heads if groups is None else groups,
-            ffn_hidden_size=config["intermediate_size"],
+            ffn_hidden_size=1 if feed_forward else config["intermediate_size"],
         )
+        count = config["num_hidden_layers"]
+        layers = (layer,) * count
+        if feed_forward is not None:
+            layers = tuple(replace(layer, feed_forward=feed_forward(index)) for index in range(count))
         known: dict[str, Any] = {
             "vocab_size": config["vocab_size"],
             "hidden_size": config["hidden_size"],
             "head_dim": config["hidden_size"] // heads if head_dim is None else head_dim,
-            "layers": (layer,) * config["num_hidden_layers"],
+            "layers": layers,
             "max_position_embeddings": config["max_position_embeddings"],
             "norm_eps": config[eps_key],
             "tied_embeddings": config["tie_word_embeddings"],
         }
         if "rotary_base" not in traits:
-            rope = read_rope(config, percent=rotary_percent)
+            rope = read_rope(config, percent=rotary_percent, base=rotary_base_assumed)
             known |= {"rotary_base": rope.base, "rotary_percent": rope.percent, "rope_scaling": rope.scaling}
         return ModelSpec(**(known | traits))
     except KeyError as error:
@@ -67,22 +78,28 @@ def write_common(
 ) -> dict[str, Any]:
     """`config.json` data.
 
-    `head_dim` is always explicit, since a pruned model's is not `hidden_size / num_attention_heads`.
+    `head_dim` is always explicit, since a pruned model's is not `hidden_size / num_attention_heads`. In a model with
+    experts, `intermediate_size` is that of the layers without, or else of all experts that a token passes through.
 
     Raises:
-        SpecError: The layers differ in size.
+        SpecError: The layers differ in size, or one lacks a part.
     """
-    layer = spec.layer
+    attention, dense = shared_part(spec, Attention), shared_part(spec, Mlp) if not _all_have_experts(spec) else None
+    if dense is None:
+        experts = spec.layers[0].moe
+        neurons = experts.expert_ffn_hidden_size * experts.top_k
+    else:
+        neurons = dense.ffn_hidden_size
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rotary_base}
     config = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": layer.mlp.ffn_hidden_size,
+        "intermediate_size": neurons,
         "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": layer.attention.num_attention_heads,
-        "num_key_value_heads": layer.attention.num_query_groups,
+        "num_attention_heads": attention.num_attention_heads,
+        "num_key_value_heads": attention.num_query_groups,
         "head_dim": spec.head_dim,
         "hidden_act": activation,
         "max_position_embeddings": spec.max_position_embeddings,
@@ -96,6 +113,36 @@ def write_common(
         rope = {**scaling, "rope_theta": spec.rotary_base}
     config["rope_parameters"] = rope
     return config
+
+
+def shared_part(spec: ModelSpec, kind: type[_Part]) -> _Part:
+    """The part of a kind of which all layers that have one have the same.
+
+    Raises:
+        SpecError: They differ, no layer has one, or a layer lacks a mixer or a feed-forward.
+    """
+    if not spec.has_experts:
+        found = _of_kind(spec.layer, kind)
+        if found is None:
+            raise SpecError(f"a layer has no {kind.__name__.lower()}", rule="this step needs one in every layer")
+        return found
+    if any(len(layer.parts) < 2 for layer in spec.layers):
+        raise SpecError("a layer lacks a mixer or a feed-forward", rule="this step needs both in every layer")
+    parts = {part for layer in spec.layers if (part := _of_kind(layer, kind)) is not None}
+    if len(parts) != 1:
+        raise SpecError(
+            f"the model's layers differ in {kind.__name__.lower()}",
+            rule="this step needs layers of one size, and experts that are routed to in one way",
+        )
+    return parts.pop()
+
+
+def _all_have_experts(spec: ModelSpec) -> bool:
+    return all(layer.has_experts for layer in spec.layers)
+
+
+def _of_kind(layer: LayerSpec, kind: type[_Part]) -> _Part | None:
+    return next((part for part in layer.parts if isinstance(part, kind)), None)
 
 
 def window_of(config: Mapping[str, Any]) -> int | None:
@@ -120,7 +167,7 @@ def refuse_indivisible(spec: ModelSpec, architecture: str) -> None:
     Raises:
         SpecError: They do not.
     """
-    heads = spec.layer.attention.num_attention_heads
+    heads = shared_part(spec, Attention).num_attention_heads
     if spec.hidden_size % heads:
         raise SpecError(
             f"transformers refuses a {architecture} with hidden_size = {spec.hidden_size} and {heads} heads",

@@ -39,6 +39,10 @@ AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
     Axis.KV_GROUP: _HEAD_KEYS,
     Axis.HEAD_CHANNEL: ("head_dim",),
     Axis.LAYER: ("num_hidden_layers",),
+    Axis.EXPERT: ("num_experts", "num_local_experts", "n_routed_experts"),
+    Axis.EXPERT_FFN: ("moe_intermediate_size", "intermediate_size"),
+    Axis.SHARED_FFN: ("shared_expert_intermediate_size", "n_shared_experts", "moe_intermediate_size"),
+    Axis.SINGLE: (),
 }
 """Keys of `config.json` that decide the size of an axis."""
 

@@ -4,6 +4,7 @@ from typing import Any
 from megatron.core.tensor_parallel import _ParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 @dataclass
 class MLPSubmodules:
@@ -13,7 +14,12 @@ class MLPSubmodules:
 class MLP(nn.Module):
     linear_fc1: _ParallelLinear
     linear_fc2: _ParallelLinear
+    tp_group: ProcessGroup
     def __init__(
         self, config: TransformerConfig, submodules: MLPSubmodules, *, ffn_hidden_size: int | None = ...
     ) -> None: ...
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]: ...
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]: ...
+    def sharded_state_dict(
+        self, prefix: str = ..., sharded_offsets: tuple[Any, ...] = ..., metadata: dict[str, Any] | None = ...
+    ) -> dict[str, Any]: ...

@@ -7,6 +7,7 @@ class TransformerConfig:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    moe_ffn_hidden_size: int | None
     num_attention_heads: int
     num_query_groups: int
     layernorm_epsilon: float

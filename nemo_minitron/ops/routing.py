@@ -1,0 +1,67 @@
+"""What a router makes of its logits: which experts see a token, and with what weight.
+
+Shapes: T tokens, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+_TINY = 1e-20
+"""Added to the sum of sigmoid scores before it divides them, as in DeepSeek-V3's code."""
+
+
+def route(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    sigmoid: bool = False,
+    normalize: bool = True,
+    bias_E: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The weight of every expert for every token, `[T, E]`, zero for those it is not routed to; at least fp32.
+
+    Scores are softmax or sigmoid of the logits. The `top_k` experts of the highest scores are chosen; with a bias, of
+    the highest scores plus bias, and their weights are scores without it (arXiv:2412.19437, eq. 16). No token is
+    dropped.
+
+    Args:
+        logits_TE: Of the router.
+        top_k: Experts of a token.
+        sigmoid: Whether scores are sigmoids.
+        normalize: Whether the chosen scores are divided by their sum.
+        bias_E: Has a say in the choice alone.
+        scaling: Factor of the weights.
+    """
+    wide = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    scores_TE = wide.sigmoid() if sigmoid else wide.softmax(-1)
+    order_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    chosen_TK = order_TE.detach().topk(top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(1, chosen_TK)
+    if normalize:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + (_TINY if sigmoid else 0.0))
+    return torch.zeros_like(scores_TE).scatter(1, chosen_TK, weights_TK * scaling)
+
+
+def router_divergence(teacher_TE: Tensor, student_TE: Tensor, keep_T: Tensor, *, sigmoid: bool = False) -> Tensor:
+    """KL(teacher || student) between the distributions of two routers over the same experts, nats, summed over tokens.
+
+    A distribution is the scores of all experts divided by their sum.
+
+    Args:
+        teacher_TE: Logits, without a graph.
+        student_TE: Logits.
+        keep_T: Which tokens count.
+        sigmoid: Whether scores are sigmoids.
+    """
+    p_TE, q_TE = (_log_distribution(each, sigmoid=sigmoid) for each in (teacher_TE, student_TE))
+    per_token_T = (p_TE.exp() * (p_TE - q_TE)).sum(-1)
+    return torch.where(keep_T, per_token_T, 0).sum()
+
+
+def _log_distribution(logits_TE: Tensor, *, sigmoid: bool) -> Tensor:
+    wide = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    if not sigmoid:
+        return wide.log_softmax(-1)
+    log_scores = torch.nn.functional.logsigmoid(wide)
+    return log_scores - log_scores.logsumexp(-1, keepdim=True)

@@ -1,0 +1,86 @@
+"""Mixtures of experts on several ranks: training, gradients of routers, and training states are one rank's."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_minitron.arch.weights import weight_named, weights
+from nemo_minitron.config.parallel import ParallelConfig, Recompute
+from nemo_minitron.megatron.placement import local_shard
+from tests.parallel.megatron_jobs import EXPERT_SPECS, STEPS, Case, train_all
+from tests.ranks import RankError, run_on_ranks
+
+EP2, TP2, PP2 = ParallelConfig(expert=2), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
+TP2_EP2, PP2_EP2 = ParallelConfig(tensor=2, expert=2), ParallelConfig(pipeline=2, expert=2)
+LAYOUTS = {
+    "EP2": (2, Case("experts", EP2)),
+    "EP2, micro-batches of 2, alike": (2, Case("alike", EP2, micro_batch_size=2)),
+    "EP2 distributed optimizer": (2, Case("experts", EP2, distributed=True)),
+    "EP2 recomputed": (2, Case("experts", ParallelConfig(expert=2, recompute=Recompute.SELECTIVE))),
+    "TP2": (2, Case("experts", TP2, micro_batch_size=2)),
+    "PP2": (2, Case("experts", PP2)),
+    "DP2": (2, Case("experts", micro_batch_size=2)),
+    "TP2 EP2": (4, Case("experts", TP2_EP2, micro_batch_size=2)),
+    "PP2 EP2": (4, Case("experts", PP2_EP2)),
+    "EP2 in DP4": (4, Case("experts", EP2, distributed=True)),
+}
+
+
+@cache
+def _runs(world_size: int) -> dict[str, list[dict[str, Any]]]:
+    """Every case of a world size in one start of the ranks; 0 stands for the plain runs they are compared with."""
+    cases = {name: case for name, (size, case) in LAYOUTS.items() if size == world_size}
+    cases = cases or {name: Case(name) for name in EXPERT_SPECS}
+    results = run_on_ranks(max(world_size, 1), train_all, list(cases.values()))
+    return {name: [rank[index] for rank in results] for index, name in enumerate(cases)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_the_same_at_every_layout(layout: str) -> None:
+    world_size, case = LAYOUTS[layout]
+    (alone,) = _runs(0)[case.spec]
+    spec = EXPERT_SPECS[case.spec]
+    assert alone["losses"][-1] < alone["losses"][0]
+    ranks = _runs(world_size)[layout]
+    for rank in ranks:
+        torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rank["norms"], alone["norms"], rtol=1e-5, atol=1e-6)
+        for name, mine in rank["weights"].items():
+            whole = alone["weights"][name]
+            part = local_shard(weight_named(spec, name), whole, spec, rank=rank["tp"], size=case.parallel.tensor)
+            torch.testing.assert_close(mine, part, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        if not case.distributed:  # which leaves every rank a part of the sum
+            for name, grad in rank["router_grads"].items():
+                expected = alone["router_grads"][name]
+                largest = float(expected.abs().max())
+                assert largest > 1e-5
+                torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * largest)
+    assert {name for rank in ranks for name in rank["weights"]} == {weight.name for weight in weights(spec)}
+
+
+def test_a_training_state_goes_on_with_experts_elsewhere(tmp_path: Path) -> None:
+    """Written at EP2, read at one rank, at TP2 and at EP2; written at one rank, read at EP2."""
+    (written, *_), _ = run_on_ranks(2, train_all, [Case("experts", EP2, save=tmp_path / "two")])
+    ((written_alone, read_alone),) = run_on_ranks(
+        1,
+        train_all,
+        [Case("experts", save=tmp_path / "one"), Case("experts", load=tmp_path / "two")],
+    )
+    readers = [
+        Case("experts", EP2, load=tmp_path / "one"),
+        Case("experts", EP2, load=tmp_path / "two"),
+        Case("experts", TP2, load=tmp_path / "two"),
+    ]
+    rest = [result for rank in run_on_ranks(2, train_all, readers) for result in rank]
+    for result in (read_alone, *rest):
+        for key in ("losses", "norms"):
+            torch.testing.assert_close(result[key], written_alone[key][STEPS // 2 :], rtol=1e-5, atol=1e-6)
+    assert written["losses"] == pytest.approx(written_alone["losses"], rel=1e-6)
+
+
+def test_a_layout_that_cannot_be_is_named_before_work() -> None:
+    with pytest.raises(RankError, match=r"2 process\(es\) for parallel\.tensor 2 .*, with expert 2"):
+        run_on_ranks(2, train_all, [Case("experts", TP2_EP2)])
