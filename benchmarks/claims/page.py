@@ -13,8 +13,6 @@ OBJECTIVES_PAGE = ROOT / "docs/objectives.md"
 END = "<!-- end -->"
 SURE = 2.0
 """Standard errors from which on a difference counts."""
-SMALL = 0.01
-"""Nats per token that count as no difference where a paper found none."""
 WIDE = 0.05
 """Nats per token: an error of half of it or more tells no difference from none."""
 NOT_RUN = "not run yet"
@@ -80,7 +78,7 @@ def verdict(finding: Finding, claim: Claim, results: Results) -> str:
         return NOT_RUN
     sure = SURE * found.error
     if finding.equal:
-        if abs(found.mean) > max(sure, SMALL):
+        if abs(found.mean) > max(sure, finding.within):
             return "disagrees"
         return "agrees" if sure <= WIDE else "undecided"
     if abs(found.mean) <= sure:
