@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from nemo_minitron.callbacks.history import ValidationHistory
 from nemo_minitron.errors import MinitronError
@@ -27,7 +27,7 @@ class DistillationMonitor(ValidationHistory):
         super().__init__(NAMES)
         self.every_n_steps = every_n_steps
 
-    def setup(self, trainer: Trainer, pl_module: MegatronGPTDistillationModel, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a model without a teacher, and tell it which steps are watched."""
         if not isinstance(pl_module, MegatronGPTDistillationModel):
             raise MinitronError(
@@ -37,7 +37,7 @@ class DistillationMonitor(ValidationHistory):
         pl_module.statistics_every = self.every_n_steps
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: MegatronGPTDistillationModel, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what a watched step measured."""
         if self._watched(trainer.global_step - 1):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.core.classes import ModelPT
 
 
 class ValidationHistory(Callback):
@@ -89,6 +90,7 @@ class BestModel(Callback):
         if self.value is None or value < self.value:
             self.step, self.value, self._without = trainer.global_step, value, 0
             if self.path is not None:
+                assert isinstance(pl_module, ModelPT), "NeMo's models can be saved"
                 pl_module.save_to(self.path)
             return
         self._without += 1

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.hooks import ImportanceCollector
-from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.models.gpt import gpt_model
 from nemo_minitron.pruning.coverage import Coverage
 from nemo_minitron.pruning.partial import PartialScores
 from nemo_minitron.pruning.scores import Scores
@@ -80,65 +80,72 @@ class ImportanceCallback(Callback):
         self._consumed = 0
         self._collector: ImportanceCollector | None = None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: MegatronGPTModel) -> None:
+    @property
+    def _running(self) -> ImportanceCollector:
+        assert self._collector is not None, "validation has started"
+        return self._collector
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hooks."""
-        spec = pl_module.spec
-        self._collector = ImportanceCollector(pl_module.chunks, pl_module.runtime, spec, ffn_site=self.ffn_site)
+        model = gpt_model(pl_module)
+        collector = ImportanceCollector(model.chunks, model.runtime, model.spec, ffn_site=self.ffn_site)
         self.losses, self._consumed = {}, 0
         if self.saving is not None:
             self.saving.take_signals()
             if (before := self.saving.resume) is not None:
-                self._collector.load(before.sums)
+                collector.load(before.sums)
                 self.losses, self._consumed = dict(before.losses), before.consumed
-        self._collector.__enter__()
+        self._collector = collector.__enter__()
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: MegatronGPTModel, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Tell the hooks which tokens of the coming micro-batches count."""
-        micro_batches = pl_module.micro_batches(batch)
-        self._collector.expect([micro_batch.keep for micro_batch in micro_batches])
+        micro_batches = gpt_model(pl_module).micro_batches(batch)
+        self._running.expect([micro_batch.keep for micro_batch in micro_batches])
 
     def on_validation_batch_end(  # noqa: PLR0917 - Lightning's signature
         self,
         trainer: Trainer,
-        pl_module: MegatronGPTModel,
+        pl_module: LightningModule,
         outputs: Any,
         batch: MicroBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Save when it is time to, or when any rank was asked to stop."""
-        for name, value in pl_module.validation_reports[-1].items():
+        model = gpt_model(pl_module)
+        for name, value in model.validation_reports[-1].items():
             self.losses[name] = self.losses.get(name, 0.0) + value
         if (saving := self.saving) is None:
             return
         before = self._consumed
-        self._consumed = min(before + len(batch.tokens) * pl_module.runtime.dp_size, saving.samples)
+        self._consumed = min(before + len(batch.tokens) * model.runtime.dp_size, saving.samples)
         stopping = trainer.strategy.reduce_boolean_decision(saving.stop_requested(), all=False)
         if stopping or self._consumed // saving.every > before // saving.every:
-            sums = self._collector.result()
-            self._collector.load(sums)  # a resumed run adds up in this order too
+            sums = self._running.result()
+            self._running.load(sums)  # a resumed run adds up in this order too
             if trainer.is_global_zero:
                 PartialScores(sums, self._consumed, saving.identity, self.losses).save(saving.path)
         if stopping:
             trainer.strategy.barrier()
             saving.stop()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: MegatronGPTModel) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather over the layout, check that every number is finite, and write the file.
 
         Raises:
             ScoresError: NaN or infinity in the activations; names layer and site.
         """
-        collector, self._collector = self._collector, None
+        collector, self._collector = self._running, None
         collector.__exit__(None, None, None)
-        self.scores = Scores(pl_module.spec, collector.result(), ffn_site=self.ffn_site, provenance=self.provenance)
+        spec = gpt_model(pl_module).spec
+        self.scores = Scores(spec, collector.result(), ffn_site=self.ffn_site, provenance=self.provenance)
         if self.path is not None and trainer.is_global_zero:
             self.scores.save(self.path)
         trainer.strategy.barrier()
 
-    def on_exception(self, trainer: Trainer, pl_module: MegatronGPTModel, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off when validation breaks."""
         if self._collector is not None:
             self._collector.__exit__(None, None, None)

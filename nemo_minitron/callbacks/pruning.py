@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.callbacks.importance import ImportanceCallback
 from nemo_minitron.checkpoints.formats import FORMATS
@@ -20,7 +19,8 @@ from nemo_minitron.data.tokenizer import digest_of_files
 from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.models.gpt import MegatronGPTModel
+from nemo_minitron.models.gpt import MegatronGPTModel, gpt_model
+from nemo_minitron.models.nemo_settings import plain
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.plan import PruningPlan
@@ -65,10 +65,10 @@ class PruningCallback(Callback):
         self.source = None if source is None else Path(source)
         self.plan: PruningPlan | None = None
         self.students: dict[ExportFormat, Path] = {}
-        self._importance: ImportanceCallback | None = None
-        self._collects = False
+        self._own: ImportanceCallback | None = None
+        self._others: ImportanceCallback | None = None
 
-    def setup(self, trainer: Trainer, pl_module: MegatronGPTModel, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot come out well, before the model runs.
 
         Raises:
@@ -77,56 +77,55 @@ class PruningCallback(Callback):
             CheckpointError: The source cannot be read, or holds another model.
             MinitronError: The folder cannot be made, or the `ImportanceCallback` comes later in the trainer's list.
         """
+        model = gpt_model(pl_module)
         _claim(self.folder)
-        student = student_spec(self.target, pl_module.spec)
+        student = student_spec(self.target, model.spec)
         _check_depth(self.target)
         for kind in self.formats:
-            FORMATS[kind].check(student, pl_module.family)
-        if (source := self._checkpoint(pl_module)) is not None:
-            PruningPlan.keep_all(pl_module.spec).check_fits(open_checkpoint(source).spec, where=str(source))
-        self._importance = _importance_before(self, trainer)
-        self._collects = self._importance is None
-        if self._importance is None:
-            self._importance = ImportanceCallback()
+            FORMATS[kind].check(student, model.family)
+        if (source := self._checkpoint(model)) is not None:
+            PruningPlan.keep_all(model.spec).check_fits(open_checkpoint(source).spec, where=str(source))
+        self._others = _importance_before(self, trainer)
+        self._own = ImportanceCallback() if self._others is None else None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: MegatronGPTModel) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hooks, unless another callback has."""
-        if self._collects:
-            self._importance.on_validation_start(trainer, pl_module)
+        if self._own is not None:
+            self._own.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: MegatronGPTModel, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Tell the hooks which tokens count."""
-        if self._collects:
-            self._importance.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if self._own is not None:
+            self._own.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: MegatronGPTModel) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide, and write scores, plan and student.
 
         Raises:
             ScoresError: The scores are another model's or another tokenizer's, or not finite.
             CheckpointError: The student could not be written; what was there before is complete.
         """
-        if self._collects:
-            self._importance.on_validation_end(trainer, pl_module)
+        if self._own is not None:
+            self._own.on_validation_end(trainer, pl_module)
         if trainer.sanity_checking:
             return
-        scratch = None
-        if (source := self._checkpoint(pl_module)) is None:
+        scratch, model = None, gpt_model(pl_module)
+        if (source := self._checkpoint(model)) is None:
             source = scratch = self.folder / ".teacher"
-            pl_module.save_to(scratch)
+            model.save_to(scratch)
         try:
-            work = partial(self._prune, pl_module, source)
+            work = partial(self._prune, model, source)
             self.plan, self.students = megatron_runtime.on_rank_zero(work, doing="prunes")
         finally:
             if scratch is not None and trainer.is_global_zero:
                 shutil.rmtree(scratch, ignore_errors=True)
 
-    def on_exception(self, trainer: Trainer, pl_module: MegatronGPTModel, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off when validation breaks."""
-        if self._collects:
-            self._importance.on_exception(trainer, pl_module, exception)
+        if self._own is not None:
+            self._own.on_exception(trainer, pl_module, exception)
 
     def _checkpoint(self, model: MegatronGPTModel) -> Path | None:
         """The checkpoint that holds the model's weights as they are; None when there is none."""
@@ -136,7 +135,9 @@ class PruningCallback(Callback):
         return None if trained else model.restored_from
 
     def _prune(self, model: MegatronGPTModel, source: Path) -> tuple[PruningPlan, dict[ExportFormat, Path]]:
-        scores = self._importance.scores
+        importance = self._own or self._others
+        scores = None if importance is None else importance.scores
+        assert scores is not None, "validation has ended"
         scores.check_made_for(model.spec, tokenizer_digest=digest_of_files(model.tokenizer_files))
         plan = build_plan(scores, self.target, model.spec)
         student = PrunedSource(open_checkpoint(source), plan)
@@ -177,14 +178,14 @@ def _claim(folder: Path) -> None:
 def _target(target: TargetConfig | Mapping[str, Any]) -> TargetConfig:
     if isinstance(target, TargetConfig):
         return target
-    plain = OmegaConf.to_container(target, resolve=True) if isinstance(target, DictConfig) else dict(target)
-    return check(TargetConfig, plain, source="target of PruningCallback")
+    return check(TargetConfig, plain(target), source="target of PruningCallback")
 
 
 def _importance_before(callback: PruningCallback, trainer: Trainer) -> ImportanceCallback | None:
     """The trainer's `ImportanceCallback`, which must have ended when the pruning begins."""
-    found = next((other for other in trainer.callbacks if isinstance(other, ImportanceCallback)), None)
-    if found is not None and trainer.callbacks.index(found) > trainer.callbacks.index(callback):
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    found = next((other for other in callbacks if isinstance(other, ImportanceCallback)), None)
+    if found is not None and callbacks.index(found) > callbacks.index(callback):
         raise MinitronError(
             "PruningCallback stands before ImportanceCallback in the trainer's list",
             rule="callbacks end in the order of the list, and pruning needs the scores",

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.callbacks.history import BestModel
+from nemo_minitron.models.strategy import strategy_of
 
 
 class SaveAndStop(Callback):
@@ -55,14 +56,15 @@ class SaveAndStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide together with the other ranks: a signal may reach only some of them."""
-        stopping = trainer.strategy.reduce_boolean_decision(self.requested(), all=False)
-        trainer.strategy.finish_saving(wait=False)
+        strategy = strategy_of(trainer)
+        stopping = strategy.reduce_boolean_decision(self.requested(), all=False)
+        strategy.finish_saving(wait=False)
         if stopping or (self.every and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step:08d}.ckpt")
             if trainer.is_global_zero:
                 self._tidy()
         if stopping:
-            trainer.strategy.finish_saving(wait=True)
+            strategy.finish_saving(wait=True)
             self.stop()
 
     def _tidy(self) -> None:

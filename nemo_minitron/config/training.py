@@ -114,7 +114,8 @@ class TrainingConfig(Section):
     """Wall-clock minutes of the stage, instead of `tokens`: its own speed is measured at its start, and the number of
     steps that fit is fixed then. A resumed run keeps that number."""
     minutes_of: BudgetOf = BudgetOf.STAGE
-    """What `minutes` are for: this stage, or the complete `run`, of which it then takes what the other stages leave."""
+    """What `minutes` are for: this stage, or the complete `run`, of which it takes what the other stages leave, and at
+    least a quarter."""
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validate_every: Steps = 50

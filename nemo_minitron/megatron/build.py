@@ -21,6 +21,7 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.megatron.functional import squared_relu
 from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
+from nemo_minitron.megatron.marks import mark
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.placement import check_layout, chunk_layers, local_shard, padded_vocab
 from nemo_minitron.megatron.runtime import Runtime
@@ -302,9 +303,12 @@ def _mark_shards(chunk: MinitronGPT) -> None:
     """
     for weight, parameter in chunk.named_weights():
         dim = weight.row.tensor_parallel_dim
-        parameter.tensor_model_parallel = dim is not None
-        parameter.partition_dim = -1 if dim is None else dim
-        parameter.partition_stride = 2 if weight.row.packing is Packing.GATE_UP else 1
+        mark(
+            parameter,
+            tensor_model_parallel=dim is not None,
+            partition_dim=-1 if dim is None else dim,
+            partition_stride=2 if weight.row.packing is Packing.GATE_UP else 1,
+        )
 
 
 def _layer(spec: ModelSpec, sizes: LayerSpec, *, engine: bool) -> ModuleSpec:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -24,8 +23,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_minitron.checkpoints import digests
@@ -168,7 +169,7 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
 
     def _write(self, state: dict[str, Any], folder: Path) -> None:
         alone = dist.get_world_size() == 1
-        dcp.save(
+        save(
             state,
             # Copying ahead would wait for the training's stream every few megabytes.
             storage_writer=_FileWriter(folder, thread_count=1, per_thread_copy_ahead=0),
@@ -189,7 +190,7 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
         parts = runtime.gather_objects(found, group=self._group)
         if (fault := next((part for part in parts if isinstance(part, str)), None)) is not None:
             raise OSError(fault)
-        return {name: digest for part in parts for name, digest in part.items()}
+        return {name: digest for part in parts if isinstance(part, dict) for name, digest in part.items()}
 
     def _finish(self, partial: Path) -> None:
         """On rank 0, when all files of all ranks are there."""
@@ -204,7 +205,7 @@ class _InProcessWriter(torch_strategy.TorchDistSaveShardedStrategy):
         _take_place(partial, self._path)
 
 
-class _FileWriter(dcp.FileSystemWriter):
+class _FileWriter(FileSystemWriter):
     """torch's writer, with an index that any version of Python can read."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -222,7 +222,8 @@ class _TorchOnCpu(types.ModuleType):
         def factory(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
             if device is not None and torch.device(device).type == "cuda":
                 device = torch.device("cpu")
-            return value(*args, device=device, **kwargs)
+            made: torch.Tensor = value(*args, device=device, **kwargs)
+            return made
 
         setattr(self, name, factory)
         return factory
@@ -241,7 +242,7 @@ def _optional_module(name: str) -> types.ModuleType | None:
 
 def _functions_naming_cuda() -> Iterator[types.FunctionType]:
     for name in _TYPE_CHECKING:
-        module = _optional_module(name)
+        module = importlib.import_module(f"megatron.core.{name}")
         classes = [
             item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__
         ]

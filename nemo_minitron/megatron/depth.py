@@ -178,6 +178,7 @@ class LayerSkipper:
     def _send(self, x_SBH: Tensor) -> None:
         x_SBH = x_SBH.contiguous()
         work = dist.isend(x_SBH, dst=self._neighbour(1), group=self._runtime.groups.pp)
+        assert work is not None, "this rank is in the group"
         self._sent.append((work, x_SBH))
         while len(self._sent) > 4 * self._runtime.parallel.pipeline:
             self._sent.popleft()[0].wait()

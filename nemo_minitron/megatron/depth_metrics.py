@@ -154,7 +154,7 @@ class DepthCollector:
             "depth.blocks": torch.tensor(self._blocks, dtype=torch.float64).view(-1, 2),
             "depth.samples": flat[0].clone(),
         }
-        parts = flat[1:].split(2 + len(self._blocks)) if self._sums else ()
+        parts = torch.split(flat[1:], 2 + len(self._blocks)) if self._sums else ()
         for metric, part in zip(self._sums, parts, strict=True):
             found[f"depth.{metric}.sum"] = part[2:].clone()
             found[f"depth.{metric}.base"] = part[1].clone()

@@ -7,6 +7,7 @@ batch, so the way it is cut into micro-batches and ranks does not matter.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,12 +51,11 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device. What leaves the host goes along as `host`."""
         leaves = self.tokens.device.type == "cpu" != torch.device(device).type
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in self.TENSORS)
-        return MicroBatch(*moved, host=self if leaves else self.host)
+        return self._each(lambda x: x.to(device, non_blocking=True), host=self if leaves else self.host)
 
     def pin_memory(self) -> "MicroBatch":
         """The same in memory that copies to a GPU need not wait for; a `DataLoader` calls it."""
-        return MicroBatch(*(getattr(self, name).pin_memory() for name in self.TENSORS))
+        return self._each(Tensor.pin_memory)
 
     def split(self, size: int) -> "list[MicroBatch]":
         """Consecutive micro-batches of `size` samples.
@@ -69,9 +69,9 @@ class MicroBatch:
                 f"{samples} samples on this rank and micro_batch_size = {size}",
                 rule="global_batch_size is a multiple of micro_batch_size times the data-parallel size",
             )
-        parts = zip(*(getattr(self, name).split(size) for name in self.TENSORS), strict=True)
-        hosts: Sequence[MicroBatch | None] = [None] * (samples // size) if self.host is None else self.host.split(size)
-        return [MicroBatch(*part, host=host) for part, host in zip(parts, hosts, strict=True)]
+        places = [slice(start, start + size) for start in range(0, samples, size)]
+        hosts: Sequence[MicroBatch | None] = [None] * len(places) if self.host is None else self.host.split(size)
+        return [self._each(itemgetter(place), host) for place, host in zip(places, hosts, strict=True)]
 
     def on_context_rank(self, rank: int, size: int) -> "MicroBatch":
         """This context-parallel rank's positions.
@@ -81,10 +81,17 @@ class MicroBatch:
         """
         if size == 1:
             return self
-        pieces = (rank, 2 * size - 1 - rank)
-        shards = [getattr(self, name).chunk(2 * size, dim=1) for name in self.TENSORS]
-        host = None if self.host is None else self.host.on_context_rank(rank, size)
-        return MicroBatch(*(torch.cat([shard[piece] for piece in pieces], dim=1) for shard in shards), host=host)
+
+        def ends(x: Tensor) -> Tensor:
+            shards = x.chunk(2 * size, dim=1)
+            return torch.cat([shards[rank], shards[2 * size - 1 - rank]], dim=1)
+
+        return self._each(ends, None if self.host is None else self.host.on_context_rank(rank, size))
+
+    def _each(self, change: Callable[[Tensor], Tensor], host: "MicroBatch | None" = None) -> "MicroBatch":
+        """A micro-batch of changed tensors."""
+        tokens, labels, keep, positions = (change(getattr(self, name)) for name in self.TENSORS)
+        return MicroBatch(tokens, labels, keep, positions, host)
 
 
 def context_places(length: int, rank: int, size: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from nemo_minitron.ops import autograd
 from nemo_minitron.ops.linear import linear, linear_input_gradient
 
 Starts = tuple[tuple[int, ...], ...]
@@ -40,7 +41,8 @@ class _Linear(torch.autograd.Function):
         return linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = grads
         x, weight = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
         grad_x = linear_input_gradient(grad, weight) if wants_x else None
@@ -57,7 +59,8 @@ class _Linear(torch.autograd.Function):
 
 def linear_layer(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` of `[..., h]` and `[n, h]`, with a graph."""
-    return _Linear.apply(x, weight)
+    product: Tensor = autograd.apply(_Linear, x, weight)
+    return product
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -73,7 +76,8 @@ class _RMSNorm(torch.autograd.Function):
         return (normed * weight_wide).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads
         normed, scale, weight = ctx.saved_tensors
         wide, weight_wide = at_least_fp32(grad), at_least_fp32(weight)
         product = wide * normed
@@ -95,7 +99,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # A zero-centred weight comes as 1 + w in fp32: rounded to bf16 it would shift complete channels by up to 4e-3.
         wide = at_least_fp32(x)
         return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)
+    normed: Tensor = autograd.apply(_RMSNorm, x, weight, eps)
+    return normed
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -207,10 +212,11 @@ class _Attention(torch.autograd.Function):
         return _fused_attention(turned, x[:, -1], ctx.batch, how)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
         turned, x = ctx.saved_tensors
         how = ctx.how
-        heads, length, head_dim = x.shape[1] - 2, *x.shape[2:]
+        heads, length, head_dim = x.shape[1] - 2, x.shape[2], x.shape[3]
         queries, keys, values = turned[:, :-1], turned[:, -1], x[:, -1]
         grad_out = _heads_first(grad, how.groups, head_dim)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -223,7 +229,7 @@ class _Attention(torch.autograd.Function):
             weights = _attention_weights(q, k, heads, how)
             grad_values[rows, first:end] += _products(weights.mT, d_out)
             grad_scores = torch.ops.aten._softmax_backward_data(_products(d_out, v.mT), weights, -1, weights.dtype)
-            result[rows, :-2, start:end] = _products(grad_scores, k).unflatten(1, (heads, end - start))
+            result[rows, :-2, start:end] = torch.unflatten(_products(grad_scores, k), 1, (heads, end - start))
             grad_keys[rows, first:end] += _products(grad_scores.mT, q)
         result[:, -2] = grad_keys
         result[:, :-1] = _rotate_back(result[:, :-1].mul_(how.scale), *ctx.tables)
@@ -273,7 +279,7 @@ def _attention_weights(q: Tensor, k: Tensor, heads: int, how: _How) -> Tensor:
     rows, keys = q.shape[1] // heads, k.shape[1]
     # A product of bf16 comes back in bf16; the new fp32 tensor may be written over.
     scores = at_least_fp32(_products(q, k.mT)).mul_(how.scale)
-    by_head = scores.unflatten(1, (heads, rows))
+    by_head = torch.unflatten(scores, 1, (heads, rows))
     by_head[..., keys - rows :].add_(torch.full((rows, rows), -torch.inf, dtype=scores.dtype).triu_(1))
     if how.window is not None and keys > how.window:
         by_head.add_(torch.full((rows, keys), -torch.inf, dtype=scores.dtype).tril_(keys - rows - how.window))
@@ -287,7 +293,8 @@ def _attention_by_blocks(turned: Tensor, values: Tensor, how: _How) -> Tensor:
     result = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for rows, start, end, first in _blocks(length, how):
         weights = _attention_weights(queries[rows, :, start:end].flatten(1, 2), keys[rows, first:end], heads, how)
-        result[rows, :, start:end] = _products(weights, values[rows, first:end]).unflatten(1, (heads, end - start))
+        part = _products(weights, values[rows, first:end])
+        result[rows, :, start:end] = torch.unflatten(part, 1, (heads, end - start))
     return result
 
 
@@ -303,15 +310,15 @@ def _fused_attention(turned: Tensor, values: Tensor, batch: int, how: _How) -> T
     if how.starts is None:
         out = _one_document(q, k, v, how)
     else:
-        samples = zip(*(x.split(1) for x in (q, k, v)), how.starts, strict=True)
-        out = torch.cat([_one_by_one(*qkv, starts, how) for *qkv, starts in samples])
+        samples = zip(torch.split(q, 1), torch.split(k, 1), torch.split(v, 1), how.starts, strict=True)
+        out = torch.cat([_one_by_one(*sample, how) for sample in samples])
     return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], how: _How) -> Tensor:
     """Attention inside of each document of one sample; shapes as in `_one_document`."""
     sizes = [stop - begin for begin, stop in zip(starts, (*starts[1:], q.shape[2]), strict=True)]
-    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    parts = zip(torch.split(q, sizes, 2), torch.split(k, sizes, 2), torch.split(v, sizes, 2), strict=True)
     return torch.cat([_one_document(*part, how) for part in parts], dim=2)
 
 
@@ -344,12 +351,12 @@ def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: flo
     def with_block_before(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, window, behind)).unfold(2, 2 * window, window).mT.transpose(1, 2).flatten(0, 1)
 
-    q_blocks = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+    q_blocks = torch.unflatten(F.pad(q, (0, 0, 0, behind)), 2, (blocks, window)).transpose(1, 2).flatten(0, 1)
     mask = _block_mask(batch, blocks, window, q.device)
     out = F.scaled_dot_product_attention(
         q_blocks, with_block_before(k), with_block_before(v), attn_mask=mask, scale=scale
     )
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return torch.unflatten(out, 0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 @lru_cache(maxsize=2)
@@ -398,6 +405,7 @@ def causal_attention(
     if tables[0].dim() == 3:
         tables = tables[0].repeat_interleave(groups, 0)[:, None], tables[1].repeat_interleave(groups, 0)[:, None]
     if torch.is_grad_enabled() and qkv.requires_grad and not qkv.is_cuda:
-        return _Attention.apply(qkv, tables, how)
+        attended: Tensor = autograd.apply(_Attention, qkv, tables, how)
+        return attended
     x = _heads_first(qkv, groups, head_dim)
     return _fused_attention(_rotate(x[:, :-1], *tables), x[:, -1], qkv.shape[1], how)

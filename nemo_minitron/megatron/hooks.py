@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,7 +31,7 @@ from nemo_minitron.errors import ScoresError
 from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
-from nemo_minitron.megatron.model import outside_inference_mode, unwrap
+from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.score_sums import PASSED, RankSums, Site, deal_out, gather, rank_channels
 from nemo_minitron.ops.block_influence import Stream, dissimilarity, stream_of
@@ -160,7 +161,7 @@ class ImportanceCollector:
         influence: dict[int, Tensor] = {}
         for state in self._states:
             for group in state.groups:
-                sites |= dict(zip(group.sites, group.sums.values.split(group.widths, dim=1), strict=True))
+                sites |= dict(zip(group.sites, torch.split(group.sums.values, group.widths, 1), strict=True))
             influence |= dict(zip(state.layers, state.influence.unbind(), strict=True))
         return gather(RankSums(sites, influence, self._samples, self._tokens), self._spec, self._runtime)
 
@@ -177,7 +178,7 @@ class ImportanceCollector:
             state.influence.copy_(torch.stack([mine.influence[number] for number in state.layers]))
         self._samples, self._tokens = mine.samples, mine.tokens
 
-    def _state(self, chunk: nn.Module) -> _Chunk:
+    def _state(self, chunk: MinitronGPT) -> _Chunk:
         runtime, spec = self._runtime, self._spec
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         every = [(number, site) for number in layers for site in PASSED]
@@ -241,7 +242,7 @@ class ImportanceCollector:
 
         return hook
 
-    def _attach(self, layer: nn.Module, number: int, state: _Chunk) -> None:
+    def _attach(self, layer: TransformerLayer, number: int, state: _Chunk) -> None:
         attention, mlp = layer.self_attention, layer.mlp
         self._watch_norm(layer.input_layernorm, attention.linear_qkv, (number, "hidden.attention"), state)
         self._watch_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, (number, "hidden.mlp"), state)
@@ -315,7 +316,7 @@ class ImportanceCollector:
         return hook
 
 
-def fused_norm(linear: nn.Module, x: Tensor) -> Tensor:
+def fused_norm(linear: Any, x: Tensor) -> Tensor:
     """What the norm inside a Transformer Engine LayerNormLinear returns for `x`."""
     weight = linear.layer_norm_weight
     if linear.zero_centered_gamma:

@@ -139,6 +139,7 @@ def cached(chunks: Sequence[nn.Module], *, samples: int, length: int) -> Iterato
                 dtype = next(model.parameters()).dtype
                 for layer in model.decoder.layers:
                     attention = layer.self_attention
+                    assert isinstance(attention, LocalSelfAttention), "can_cache holds"
                     attention.cache = KeyValueCache(
                         attention, layer_angles(attention, angles), samples=samples, dtype=dtype, progress=progress
                     )

@@ -34,6 +34,7 @@ from nemo_minitron.megatron.functional import (
     rms_norm,
     rotary_tables,
 )
+from nemo_minitron.megatron.marks import mark
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SWIGLU: functional.swiglu,
@@ -57,7 +58,7 @@ class LocalNorm(nn.Module):
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=_device(config)))
         if config.sequence_parallel:
             for parameter in self.parameters():
-                parameter.sequence_parallel = True
+                mark(parameter, sequence_parallel=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension, in fp32 inside."""
@@ -148,6 +149,8 @@ class LocalSelfAttention(SelfAttention):
         """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels."""
         length, batch, _ = qkv.shape
         heads = qkv.view(length, batch, self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
+        assert self.q_layernorm is not None
+        assert self.k_layernorm is not None
         query, key = self.q_layernorm(heads[..., :-2, :]), self.k_layernorm(heads[..., -2:-1, :])
         return torch.cat([query, key, heads[..., -1:, :]], dim=-2).flatten(2)
 

@@ -114,7 +114,9 @@ def freeze_vocabulary(model: MinitronGPT) -> None:
 def unwrap(chunk: nn.Module) -> MinitronGPT:
     """The model inside its data-parallel wrapper, or itself."""
     while not isinstance(chunk, MinitronGPT):
-        chunk = chunk.module
+        inner = chunk.module
+        assert isinstance(inner, nn.Module), "wrappers have one"
+        chunk = inner
     return chunk
 
 

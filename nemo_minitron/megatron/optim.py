@@ -6,7 +6,7 @@ Parameters may be bf16; gradients are summed, clipped and applied in fp32, on fp
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,6 +17,14 @@ from nemo_minitron.config.training import OptimizerConfig, Schedule
 from nemo_minitron.megatron import bucket_padding, overlap, param_gather
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+Wrapped: TypeAlias = "DistributedDataParallel"
+"""A chunk inside Megatron's data-parallel wrapper."""
 
 _DECAY_STYLES = {
     Schedule.COSINE: "cosine",
@@ -47,7 +55,7 @@ def is_distributed(config: OptimizerConfig) -> bool:
     return torch.cuda.is_available() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
 
 
-def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runtime | None = None) -> list[nn.Module]:
+def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runtime | None = None) -> list[Wrapped]:
     """Chunks inside Megatron's data-parallel wrapper, with fp32 gradient buffers (`parameter.main_grad`).
 
     `forward.run` then adds gradients up over data-parallel ranks, and over the two copies of a tied embedding, and
@@ -77,7 +85,7 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runti
     )
     param_gather.disconnect(chunks)  # from the wrapper of an earlier training
     wrapped = []
-    for index, chunk in enumerate(chunks):
+    for index, chunk in enumerate(map(unwrap, chunks)):
         chunk.config.finalize_model_grads_func = finalize_model_grads
         wrapped.append(
             DistributedDataParallel(
@@ -98,7 +106,13 @@ def wrap(chunks: Sequence[nn.Module], config: OptimizerConfig, *, runtime: Runti
 class TrainOptimizer:
     """AdamW on wrapped chunks, with gradient clipping and a learning-rate schedule."""
 
-    def __init__(self, chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any, clip_grad: float) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Wrapped],
+        optimizer: "ChainedOptimizer",
+        scheduler: "OptimizerParamScheduler",
+        clip_grad: float,
+    ) -> None:
         self.chunks = list(chunks)
         self.optimizer = optimizer
         """Megatron's; a list of optimizers that act as one."""
@@ -187,7 +201,12 @@ def _told(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_optimizer(
-    chunks: Sequence[nn.Module], config: OptimizerConfig, precision: Precision, steps: int, *, constant_steps: int = 0
+    chunks: Sequence[Wrapped],
+    config: OptimizerConfig,
+    precision: Precision,
+    steps: int,
+    *,
+    constant_steps: int = 0,
 ) -> TrainOptimizer:
     """Megatron's AdamW for chunks from `wrap`, already holding their weights.
 
@@ -237,7 +256,7 @@ def build_optimizer(
     return TrainOptimizer(chunks, optimizer, scheduler, config.clip_grad)
 
 
-def _prepare_adam(optimizer: Any) -> None:
+def _prepare_adam(optimizer: "ChainedOptimizer") -> None:
     """Make the moments now, where Adam would at its first step, so that a state can be saved or loaded before it.
 
     Torch's AdamW, to which Megatron falls back without Transformer Engine and Apex, is also told to update each
@@ -258,6 +277,6 @@ def _prepare_adam(optimizer: Any) -> None:
                 }
 
 
-def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+def _torch_adams(optimizer: "ChainedOptimizer") -> list[torch.optim.Optimizer]:
     inner = [getattr(part, "optimizer", None) for part in optimizer.chained_optimizers]
     return [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]

@@ -9,15 +9,20 @@ where the embedding ends the backward pass; Megatron counts how often that is in
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.megatron import param_gather
+from nemo_minitron.megatron.marks import mark
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.ops import autograd
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 _READY = "minitron_grad_ready"
 
@@ -57,7 +62,7 @@ def gather_is_wanted(runtime: Runtime | None, *, distributed: bool) -> bool:
     return wanted
 
 
-def connect(wrapped: Sequence[nn.Module], runtime: Runtime) -> None:
+def connect(wrapped: "Sequence[DistributedDataParallel]", runtime: Runtime) -> None:
     """Tell Megatron's schedules and the losses about wrapped chunks whose gradients overlap.
 
     Only the last micro-batch of a step sends gradients; with a pipeline all stages send at one time, so that none waits
@@ -71,7 +76,7 @@ def connect(wrapped: Sequence[nn.Module], runtime: Runtime) -> None:
         model = unwrap(chunk)
         for parameter in model.parameters():
             # Megatron waits for autograd to bring each gradient, and takes none that was added in place.
-            parameter.gradient_through_autograd = True
+            mark(parameter, gradient_through_autograd=True)
         if model.post_process and (weight := model.output_weight()).requires_grad:
             setattr(weight, _READY, partial(chunk.param_to_bucket_group[weight].register_grad_ready, weight))
 
@@ -89,7 +94,7 @@ def ready_after(total: Tensor, weight: Tensor) -> Tensor:
     ready = getattr(weight, _READY, None)
     if ready is None or not total.requires_grad:
         return total
-    said: Tensor = _SayReady.apply(total, ready)
+    said: Tensor = autograd.apply(_SayReady, total, ready)
     return said
 
 
@@ -100,9 +105,9 @@ class _SayReady(torch.autograd.Function):
         return total.clone()  # a pipeline's schedule takes no view
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.ready()
-        return grad, None
+        return grads[0], None
 
 
 def _has_gpu_replicas(runtime: Runtime) -> bool:

@@ -12,11 +12,16 @@ loop does. Both are collective: every data-parallel rank gets there at the same 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 _GROUP = "minitron_bucket_group"
 _PENDING = "minitron_param_gather"
@@ -32,12 +37,12 @@ class _Gathering:
         config: The wrapper's settings, which the optimizer reads too.
     """
 
-    groups: Sequence[Any]
+    groups: "Sequence[_ParamAndGradBucketGroup]"
     remove_hooks: Callable[[], None]
-    config: Any
+    config: "DistributedDataParallelConfig"
 
 
-def connect(wrapped: Sequence[nn.Module]) -> None:
+def connect(wrapped: "Sequence[DistributedDataParallel]") -> None:
     """Tell models and losses about wrapped chunks whose weights are gathered during the forward pass.
 
     Their weights are complete now. Megatron would gather them before the first step all the same, and spread what one
@@ -48,9 +53,7 @@ def connect(wrapped: Sequence[nn.Module]) -> None:
         for group in groups:
             group.param_gather_dispatched = True
 
-        def remove_hooks(chunk: Any = chunk) -> None:
-            chunk.disable_forward_pre_hook(param_sync=False)
-
+        remove_hooks = partial(chunk.disable_forward_pre_hook, param_sync=False)
         setattr(model, _PENDING, _Gathering(groups, remove_hooks, chunk.ddp_config))
         if model.post_process and (weight := model.output_weight()).requires_grad:
             setattr(weight, _GROUP, chunk.param_to_bucket_group[weight])
@@ -111,6 +114,6 @@ def _of(chunks: Sequence[nn.Module]) -> list[_Gathering]:
     return [gathering for gathering in found if gathering is not None]
 
 
-def _groups(chunk: Any) -> list[Any]:
+def _groups(chunk: "DistributedDataParallel") -> "list[_ParamAndGradBucketGroup]":
     """Buckets are filled from the last parameter to the first."""
     return [*reversed(chunk.bucket_groups), *reversed(chunk.expert_parallel_bucket_groups)]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from nemo_minitron.errors import LaunchError, LostRankError
 from nemo_minitron.megatron import launched
@@ -29,7 +30,7 @@ _SHOWN = 8
 _meetings = itertools.count()
 
 
-def meet(rank: int, world_size: int, *, timeout: timedelta) -> dist.Store:
+def meet(rank: int, world_size: int, *, timeout: timedelta) -> Store:
     """Wait until all ranks are here; returns the store through which they connect.
 
     Rank 0 serves the store at MASTER_ADDR and MASTER_PORT, unless torchrun's agent does.
@@ -41,7 +42,7 @@ def meet(rank: int, world_size: int, *, timeout: timedelta) -> dist.Store:
     host, port = _address(rank, world_size)
     wait = _Wait(rank, world_size, f"{host}:{port}", timeout)
     opened = _opened(lambda: _open(rank, world_size, host, port, timeout), wait, rank, port)
-    store = dist.PrefixStore(_meeting(), opened)
+    store = PrefixStore(_meeting(), opened)
     _arrive(store, rank, world_size)
     while not store.check(["all"]):
         wait.nap(lambda: _missing(store, rank, world_size))
@@ -85,9 +86,9 @@ class _Wait:
         )
 
 
-def _opened(opening: Callable[[], dist.Store], wait: _Wait, rank: int, port: int) -> dist.Store:
+def _opened(opening: Callable[[], Store], wait: _Wait, rank: int, port: int) -> Store:
     """The store, opened by a thread, so that signals are taken meanwhile."""
-    stores: list[dist.Store] = []
+    stores: list[Store] = []
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -111,11 +112,11 @@ def _opened(opening: Callable[[], dist.Store], wait: _Wait, rank: int, port: int
     raise errors[0]
 
 
-def _open(rank: int, world_size: int, host: str, port: int, timeout: timedelta) -> dist.Store:
+def _open(rank: int, world_size: int, host: str, port: int, timeout: timedelta) -> Store:
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = rank == 0 and not by_agent
     listener = os.environ.pop(launched.LISTENER, None) if serves else None
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,
         world_size,
@@ -127,7 +128,7 @@ def _open(rank: int, world_size: int, host: str, port: int, timeout: timedelta) 
     )
 
 
-def _arrive(store: dist.Store, rank: int, world_size: int) -> None:
+def _arrive(store: Store, rank: int, world_size: int) -> None:
     """Tell the others; who comes last opens the door."""
     if store.add(f"here/{rank}", 1) > 1:
         raise LaunchError(
@@ -139,7 +140,7 @@ def _arrive(store: dist.Store, rank: int, world_size: int) -> None:
         store.set("all", "1")
 
 
-def _missing(store: dist.Store, rank: int, world_size: int) -> list[int]:
+def _missing(store: Store, rank: int, world_size: int) -> list[int]:
     """Ranks that are not here yet; none where a lower rank is here, which says it for all."""
     absent = []
     for other in range(world_size):

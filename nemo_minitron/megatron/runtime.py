@@ -189,7 +189,8 @@ def broadcast_object(value: T | None, *, source: int = 0, patient: bool = False,
             dist.broadcast_object_list(values, src=source, group=patient_group())
     else:
         dist.broadcast_object_list(values, src=source, device=current().device)
-    return values[0]
+    received: T = values[0]
+    return received
 
 
 def on_rank_zero(work: Callable[[], T], *, doing: str) -> T:
@@ -297,7 +298,8 @@ def _rendezvous(place: _Place, backend: str) -> None:
             os.environ.setdefault(name, value)
     if place.world_size == 1:
         # Nobody to meet: a store inside the process needs neither a port nor a file.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STALLED)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=STALLED)
         return
     if launched.is_slurm_task():
         _set_slurm_address()

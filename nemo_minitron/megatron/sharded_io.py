@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.arch.spec import ModelSpec
@@ -159,7 +159,7 @@ def _without_padding(value: Any, spec: ModelSpec) -> Any:
         part = data[:kept]
         shape = (spec.vocab_size, *value.global_shape[1:])
         # Ranks hold unequal parts: no regular grid.
-        grid = {"local_shape": tuple(part.shape), "global_shape": shape, "axis_fragmentations": None}
+        grid: dict[str, Any] = {"local_shape": tuple(part.shape), "global_shape": shape, "axis_fragmentations": None}
         return [replace(exact, key=key, data=part, dtype=part.dtype, replica_id=replica_id, **grid)]
 
     def merge(parts: Any) -> Tensor:
@@ -209,7 +209,7 @@ def _check_names(path: Path, spec: ModelSpec) -> None:
     """Compare the names and shapes in a checkpoint with the model's, and list every difference at once."""
     found = {
         name: tuple(entry.size)
-        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     wanted = stored_shapes(spec)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -19,6 +20,7 @@ from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.hooks import fused_norm
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.ops import autograd
 
 Take = Callable[[int, Tensor], Tensor | None]
 """`take(state, its value)`; a scalar that comes back is a loss whose gradient joins the model's at that place."""
@@ -44,7 +46,7 @@ def watched(chunks: Sequence[nn.Module], states: Collection[int], take: Take) ->
             handle.remove()
 
 
-def _watch_first_norm(layer: nn.Module, state: int, take: Take) -> RemovableHandle:
+def _watch_first_norm(layer: TransformerLayer, state: int, take: Take) -> RemovableHandle:
     """A layer's first norm; where it is fused into the linear that follows, it is computed once more."""
     linear = layer.self_attention.linear_qkv
     if not isinstance(layer.input_layernorm, IdentityOp):
@@ -66,7 +68,10 @@ def _watch_output(norm: nn.Module, state: int, take: Take) -> RemovableHandle:
 
 def _with_loss(x: Tensor, loss: Tensor | None) -> Tensor:
     """`x`, with a loss that takes part in every backward pass through it."""
-    return x if loss is None else _WithLoss.apply(x, loss)
+    if loss is None:
+        return x
+    joined: Tensor = autograd.apply(_WithLoss, x, loss)
+    return joined
 
 
 class _WithLoss(torch.autograd.Function):
@@ -76,9 +81,9 @@ class _WithLoss(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.like
-        return grad, torch.ones((), dtype=dtype, device=device)
+        return grads[0], torch.ones((), dtype=dtype, device=device)
 
 
 def local_keep(micro_batch: MicroBatch, runtime: Runtime) -> Tensor:

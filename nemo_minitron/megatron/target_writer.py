@@ -123,7 +123,7 @@ class TargetWriter:
         """Targets of this rank's tokens, sample by sample."""
         manifest, runtime = self._manifest, self._runtime
         weight = unwrap(self._chunks[-1]).output_weight()
-        how = {
+        how: dict[str, Any] = {
             "vocab_size": manifest.vocab_size,
             "temperature": manifest.temperature,
             "tp": split_group(runtime.groups.tp),

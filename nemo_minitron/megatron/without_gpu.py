@@ -18,7 +18,7 @@ class _BeforeMegatron:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Called by Python's import system for every module that is not loaded."""
         if name == _MEGATRON:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]  # typeshed asks for more than Python does
+            sys.meta_path.remove(self)
             _hide()
 
 
@@ -29,7 +29,7 @@ def hide_kernel_libraries() -> None:
     choice. A library that somebody has imported stays.
     """
     if _MEGATRON not in sys.modules and not any(isinstance(hook, _BeforeMegatron) for hook in sys.meta_path):
-        sys.meta_path.insert(0, _BeforeMegatron())  # type: ignore[arg-type]  # see above
+        sys.meta_path.insert(0, _BeforeMegatron())
 
 
 def _hide() -> None:

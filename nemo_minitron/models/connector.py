@@ -146,7 +146,7 @@ def _publish(partial: Path, target: Path) -> None:
 
 def _configuration(stored: Mapping[str, Any], override: DictConfig | str | Mapping[str, Any] | None) -> DictConfig:
     if isinstance(override, str | Path):
-        return OmegaConf.load(override)
+        return OmegaConf.create(nemo_settings.plain(OmegaConf.load(override), resolve=False))
     if override is not None:
-        return OmegaConf.create(OmegaConf.to_container(override, resolve=True))
-    return OmegaConf.create(stored)
+        return OmegaConf.create(nemo_settings.plain(override))
+    return OmegaConf.create(dict(stored))

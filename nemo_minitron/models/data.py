@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,13 +16,36 @@ from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.config.tuning import TuneConfig
 from nemo_minitron.megatron.chat_files import INFO_NAME, ConversationDataset
 from nemo_minitron.megatron.data import WindowDataset, loader, training_dataset
+from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.token_files import read_info
+from nemo_minitron.models.strategy import strategy_of
 
 _DIGITS = 16
 """Of a digest that is shown."""
 
 
-class TokenDataModule(LightningDataModule):
+class _RankDataModule(LightningDataModule):
+    """Loaders of this data-parallel rank's share of each global batch."""
+
+    @property
+    def _running(self) -> Trainer:
+        assert self.trainer is not None, "a trainer asks for loaders"
+        return self.trainer
+
+    def _share(
+        self, dataset: Dataset[dict[str, Tensor]], global_batch_size: int, consumed_samples: int = 0
+    ) -> DataLoader[MicroBatch]:
+        runtime = strategy_of(self._running).runtime
+        return loader(
+            dataset,
+            global_batch_size=global_batch_size,
+            dp_rank=runtime.dp_rank,
+            dp_size=runtime.dp_size,
+            consumed_samples=consumed_samples,
+        )
+
+
+class TokenDataModule(_RankDataModule):
     """Training batches from Megatron's GPT dataset, validation windows from the held-out split.
 
     Args:
@@ -47,11 +70,11 @@ class TokenDataModule(LightningDataModule):
         """The same data for a training with other settings."""
         return type(self)(self.folder, settings, seed=self.seed)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Batches of the steps that are left; its length counts all steps, as Lightning's progress does."""
         batch = self.settings.batch
-        samples = max(self.settings.steps, self.trainer.max_steps) * batch.global_batch_size
-        if self.trainer.global_step == 0:
+        samples = max(self.settings.steps, self._running.max_steps) * batch.global_batch_size
+        if self._running.global_step == 0:
             self._orders = []  # of an earlier training
         if not self._orders:
             self._orders = [samples]
@@ -60,7 +83,7 @@ class TokenDataModule(LightningDataModule):
             parts.append(self._part(len(parts), rest))
             self._orders.append(rest)
         dataset = parts[0] if len(parts) == 1 else _OneAfterAnother(parts)
-        return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
+        return self._loader(dataset, consumed_samples=self._running.global_step * batch.global_batch_size)
 
     def _part(self, index: int, samples: int) -> Any:
         """Samples in one order; those that come behind others have an order of their own."""
@@ -90,21 +113,14 @@ class TokenDataModule(LightningDataModule):
         """And come back."""
         self._orders = list(state_dict["orders"])
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[MicroBatch]:
         """Held-out windows in order, always the same ones, at even distances."""
         length, samples = self.settings.batch.sequence_length, self.settings.validation_samples
         dataset = WindowDataset(self.folder, "heldout", length, samples, spread=True)
         return self._loader(dataset)
 
-    def _loader(self, dataset: object, *, consumed_samples: int = 0) -> DataLoader:
-        runtime = self.trainer.strategy.runtime
-        return loader(
-            dataset,
-            global_batch_size=self.settings.batch.global_batch_size,
-            dp_rank=runtime.dp_rank,
-            dp_size=runtime.dp_size,
-            consumed_samples=consumed_samples,
-        )
+    def _loader(self, dataset: Dataset[dict[str, Tensor]], *, consumed_samples: int = 0) -> DataLoader[MicroBatch]:
+        return self._share(dataset, self.settings.batch.global_batch_size, consumed_samples)
 
 
 class _OneAfterAnother(Dataset[dict[str, Tensor]]):
@@ -137,10 +153,10 @@ class ChatDataModule(TokenDataModule):
 
     settings: TuneConfig
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[MicroBatch]:
         """As in the base class."""
         batch = self.settings.batch
-        samples = max(self.settings.steps, self.trainer.max_steps) * batch.global_batch_size
+        samples = max(self.settings.steps, self._running.max_steps) * batch.global_batch_size
         dataset = ConversationDataset(
             self.folder,
             "train",
@@ -149,7 +165,7 @@ class ChatDataModule(TokenDataModule):
             samples=samples,
             seed=self.seed,
         )
-        return self._loader(dataset, consumed_samples=self.trainer.global_step * batch.global_batch_size)
+        return self._loader(dataset, consumed_samples=self._running.global_step * batch.global_batch_size)
 
     def _files(self) -> dict[str, Any]:
         digest = hashlib.sha256((self.folder / INFO_NAME).read_bytes()).hexdigest()
@@ -160,12 +176,12 @@ class ChatDataModule(TokenDataModule):
         """Nothing: the order of an epoch does not depend on how many there are."""
         return {}
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[MicroBatch]:
         """Validation conversations in order, one per sample, `validation_samples` of them at most."""
         return self._loader(ConversationDataset(self.folder, "validation", most=self.settings.validation_samples))
 
 
-class CalibrationDataModule(LightningDataModule):
+class CalibrationDataModule(_RankDataModule):
     """Windows of the calibration split, in order, for `trainer.validate`.
 
     Args:
@@ -192,12 +208,7 @@ class CalibrationDataModule(LightningDataModule):
         info = read_info(folder)
         self.provenance = {"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]}
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[MicroBatch]:
         """This data-parallel rank's share of each batch."""
-        runtime = self.trainer.strategy.runtime
-        return loader(
-            WindowDataset(self.folder, "calibration", self.sequence_length, self.samples),
-            global_batch_size=self.global_batch_size,
-            dp_rank=runtime.dp_rank,
-            dp_size=runtime.dp_size,
-        )
+        dataset = WindowDataset(self.folder, "calibration", self.sequence_length, self.samples)
+        return self._share(dataset, self.global_batch_size)

@@ -178,7 +178,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         micro_batches = self.micro_batches(batch)
         objective = self.objective.at(min(step / max(self.trainer.max_steps - 1, 1), 1.0))
         is_watched = self.statistics_every > 0 and step % self.statistics_every == 0
-        self.optimizers().zero_grad()
+        self.lightning_optimizer.zero_grad()
 
         targets = self.fetch_targets(micro_batches)
         loss = self.bind_loss(targets, objective, statistics=is_watched or step == 0)

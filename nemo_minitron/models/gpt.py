@@ -1,16 +1,17 @@
 """A NeMo model around Megatron-Core's GPT: configuration in NeMo-1 keys, any TP x PP x DP layout, CPU or GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from nemo.core.classes import ModelPT
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils import AppState
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_minitron.arch.families import recorded_family
@@ -73,17 +74,17 @@ class MegatronGPTModel(ModelPT):
         settings = nemo_settings.model_settings(cfg) if settings is None else settings
         super().__init__(cfg=cfg, trainer=trainer)
         self.settings = settings
-        self._read_cfg = OmegaConf.to_container(self._cfg)
+        self._read_cfg = nemo_settings.plain(self._cfg, resolve=False)
         # ModelPT's constructor sets the stock connector, which cannot write sharded weights.
         self._save_restore_connector = MegatronConnector()
         self.automatic_optimization = False
-        self.spec: ModelSpec = spec_from_nemo_config(OmegaConf.to_container(self._cfg, resolve=True))
-        self.family = recorded_family(OmegaConf.to_container(self._cfg).get("minitron") or {}, self.spec)
+        self.spec: ModelSpec = spec_from_nemo_config(nemo_settings.plain(self._cfg))
+        self.family = recorded_family(self._read_cfg.get("minitron") or {}, self.spec)
         self.tokenizer_files: dict[str, bytes] = {}
         self.lineage: dict[str, Any] = {}
         self.restored_from: Path | None = None
         self.chunks: list[MinitronGPT] = []
-        self.training_chunks: list[torch.nn.Module] = []
+        self.training_chunks: list[optim.Wrapped] = []
         self.validation_reports: list[Report] = []
         self.guard = StepGuard(settings.guard)
 
@@ -93,7 +94,7 @@ class MegatronGPTModel(ModelPT):
         Raises:
             ConfigError: With the keys.
         """
-        now = OmegaConf.to_container(self._cfg)
+        now = nemo_settings.plain(self._cfg, resolve=False)
         data = ("train_ds", "validation_ds", "test_ds")
         changed = [key for key in now if key not in data and now[key] != self._read_cfg.get(key)]
         if changed:
@@ -182,16 +183,22 @@ class MegatronGPTModel(ModelPT):
         one too early.
         """
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-        answer: int | None = super().on_train_batch_start(batch, batch_idx, unused)
-        return answer
+        return super().on_train_batch_start(batch, batch_idx, unused)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Loss, report, update over one global batch; logs `train/*`."""
         micro_batches = self.micro_batches(batch)
-        self.optimizers().zero_grad()
+        self.lightning_optimizer.zero_grad()
         report = self.run_pass(self.text_loss(), micro_batches, training=True)
         info = self.update(report)
         self.log_step(report, info)
+
+    @property
+    def lightning_optimizer(self) -> LightningOptimizer:
+        """What `configure_optimizers` made, as Lightning counts its steps."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer), "there is one"
+        return optimizer
 
     def micro_batches(self, batch: MicroBatch) -> list[MicroBatch]:
         """This rank's share of a global batch in the pieces that it is computed in.
@@ -223,7 +230,7 @@ class MegatronGPTModel(ModelPT):
         Returns:
             Sums over all tokens of all ranks, the same on every rank; always with `tokens`.
         """
-        chunks = self.training_chunks if training else self.chunks
+        chunks: Sequence[torch.nn.Module] = self.training_chunks if training else self.chunks
         reports = forward.run(chunks, micro_batches, loss, runtime=self.runtime, forward_only=not training)
         sums = forward.reduce_report(reports, self.runtime)
         sums.pop("total", None)
@@ -235,10 +242,12 @@ class MegatronGPTModel(ModelPT):
         Args:
             report: Sums of the pass that left the gradients.
         """
-        optimizer = self.optimizers()
+        optimizer = self.lightning_optimizer
         optimizer.step(refuse=partial(self._refuse, per_token(report)[self.loss_name]))
-        info: StepInfo = optimizer.optimizer.last
-        return info
+        inner = optimizer.optimizer
+        assert isinstance(inner, MegatronOptimizer)
+        assert inner.last is not None
+        return inner.last
 
     def log_step(self, report: Report, info: StepInfo) -> None:
         """Log what a step measured and did: the loss under the weights before it, and how they were updated.
@@ -308,7 +317,8 @@ class MegatronGPTModel(ModelPT):
         documents = attention_documents(position_ids, self.chunks, self.runtime.device)
         before, model.output = model.output, "logits"
         try:
-            return model(tokens, position_ids, None, packed_seq_params=documents)
+            logits: Tensor = model(tokens, position_ids, None, packed_seq_params=documents)
+            return logits
         finally:
             model.output = before
 
@@ -373,6 +383,17 @@ class MegatronGPTModel(ModelPT):
             trainer=trainer,
             **kwargs,
         )
+
+
+def gpt_model(module: LightningModule | None) -> MegatronGPTModel:
+    """What a trainer hands to a callback, as a model of ours.
+
+    Raises:
+        MinitronError: It is another module.
+    """
+    if not isinstance(module, MegatronGPTModel):
+        raise MinitronError(f"{type(module).__name__} is no MegatronGPTModel", rule="the callback works on one")
+    return module
 
 
 def _forget_others(trainer: Trainer, values: Mapping[str, float]) -> None:

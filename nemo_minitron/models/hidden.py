@@ -279,7 +279,8 @@ def _first_projection(student: int, teacher: int, kept: Sequence[int] | None, se
         kept = range(student)
     if kept is None or len(kept) != student:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(teacher, student, generator=generator) / student**0.5
+        drawn: Tensor = torch.randn(teacher, student, generator=generator) / student**0.5
+        return drawn
     matrix = torch.zeros(teacher, student)
     matrix[torch.tensor(list(kept)), torch.arange(student)] = 1
     return matrix

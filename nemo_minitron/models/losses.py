@@ -99,10 +99,7 @@ class DistillationLoss:
                 with torch.no_grad():
                     kl = Divergence(temperature=objective.temperature)
                     watched = self._full(student, teacher, micro_batch, kl, statistics=True)
-            report["kl"] = watched.kd_sum
-            report["ce"] = watched.student_ce_sum
-            report["teacher_ce"] = watched.teacher_ce_sum
-            report["agreement"] = watched.top1_agreement
+            report |= {"kl": watched.kd_sum, **watched.statistics()}
         total = overlap.ready_after(result.loss_sum, self.student.output_weight())
         return LossResult(total=total, tokens=result.tokens, report=report)
 

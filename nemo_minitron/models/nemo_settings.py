@@ -50,8 +50,8 @@ def model_settings(
     return settings
 
 
-def plain(cfg: Any) -> dict[str, Any]:
-    """A configuration as plain data, interpolations resolved.
+def plain(cfg: Any, *, resolve: bool = True) -> dict[str, Any]:
+    """A configuration as plain data, interpolations resolved unless told otherwise.
 
     Raises:
         ConfigError: It is no mapping, or an interpolation leads nowhere.
@@ -59,7 +59,7 @@ def plain(cfg: Any) -> dict[str, Any]:
     if not OmegaConf.is_config(cfg):
         return dict(cfg)
     try:
-        data = OmegaConf.to_container(cfg, resolve=True)
+        data = OmegaConf.to_container(cfg, resolve=resolve)
     except OmegaConfBaseException as error:
         raise ConfigError(_SOURCE, [" ".join(str(error).split())]) from error
     if not isinstance(data, dict):

@@ -38,9 +38,7 @@ class MegatronOptimizer(Optimizer):
         """Clear gradients and Megatron's gradient buffers."""
         self.inner.zero_grad()
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, refuse: Callable[[float], bool] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, refuse: Callable[[float], bool] | None = None) -> Any:
         """Update the weights; a closure, if given, runs first.
 
         Args:

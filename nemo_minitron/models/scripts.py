@@ -82,7 +82,7 @@ def distillation_script(cfg: DictConfig) -> Script[TrainingConfig]:
     steps = door.trainer.get("max_steps")
     if type(steps) is not int or steps < 1:
         door.problems.append(f"trainer.max_steps = {steps!r}: the number of optimizer steps")
-    if settings is None or door.problems:
+    if settings is None or door.problems or type(steps) is not int:
         raise ConfigError("hydra configuration", door.problems)
     values = {"batch": settings.batch, "tokens": steps * settings.batch.tokens_per_step}
     if "validation_samples" in door.model:

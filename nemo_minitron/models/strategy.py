@@ -10,27 +10,41 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.trainer import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from nemo.utils import logging
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.errors import CheckpointError, TrainingError
+from nemo_minitron.errors import CheckpointError, MinitronError, TrainingError
 from nemo_minitron.megatron import param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.checkpoint_writer import BackgroundWriter
-from nemo_minitron.megatron.optim import TrainOptimizer
+from nemo_minitron.megatron.optim import TrainOptimizer, Wrapped
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.sharded_io import load_training, save_training
 from nemo_minitron.models import resume
+from nemo_minitron.models.gpt import gpt_model
 from nemo_minitron.models.optimizer import MegatronOptimizer
 from nemo_minitron.models.resume import TrainingRecord
 
 ObjectT = TypeVar("ObjectT")
+
+
+def strategy_of(trainer: Trainer) -> "MegatronStrategy":
+    """The strategy of a trainer that runs a model of ours.
+
+    Raises:
+        MinitronError: It is another one.
+    """
+    if not isinstance(strategy := trainer.strategy, MegatronStrategy):
+        raise MinitronError(
+            f"the trainer's strategy is {type(strategy).__name__}", remedy="give Trainer(strategy=MegatronStrategy())"
+        )
+    return strategy
 
 
 class MegatronStrategy(Strategy):
@@ -78,13 +92,13 @@ class MegatronStrategy(Strategy):
         """
         if self._runtime is None:
             self._runtime = megatron_runtime.start(self.parallel or ParallelConfig(), seed=self.seed)
-            rank_zero_only.rank = self._runtime.rank
+            rank_zero_only.rank = self._runtime.rank  # type: ignore[attr-defined]  # Lightning keeps it there
         return self._runtime
 
     def setup_environment(self) -> None:
         """Start the process groups before any module is configured."""
         if self.parallel is None and self.lightning_module is not None:
-            self.parallel = self.lightning_module.parallel_config()
+            self.parallel = gpt_model(self.lightning_module).parallel_config()
         if self.accelerator is not None:
             self.accelerator.setup_device(self.root_device)
 
@@ -248,11 +262,11 @@ class MegatronStrategy(Strategy):
         return [] if self._record is None else [dict(change) for change in self._record.changes]
 
     def _asked(self, trainer: Trainer) -> dict[str, Any]:
-        model: Any = self.lightning_module
+        model = gpt_model(self.lightning_module)
         return resume.asked(
             model.settings,
             steps=trainer.max_steps,
-            data=trainer.datamodule,
+            data=getattr(trainer, "datamodule", None),
             student=model.restored_from,
             teacher=model.teacher_path,
             spec=model.spec,
@@ -262,9 +276,8 @@ class MegatronStrategy(Strategy):
         if self.is_global_zero:
             self.tell(line)
 
-    def _training_chunks(self) -> list[torch.nn.Module]:
-        chunks: list[torch.nn.Module] = self.lightning_module.training_chunks
-        return chunks
+    def _training_chunks(self) -> list[Wrapped]:
+        return gpt_model(self.lightning_module).training_chunks
 
     def _megatron_optimizer(self) -> TrainOptimizer:
         for optimizer in self.optimizers:

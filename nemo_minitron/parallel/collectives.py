@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup, ReduceOp
 
+from nemo_minitron.ops import autograd
+
 
 def split_group(group: ProcessGroup | None) -> ProcessGroup | None:
     """The group, or None if it has a single rank: then nothing is split and no collective is worth calling."""
@@ -52,7 +54,7 @@ def sum_fwd_identity_bwd(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the ranks; the gradient passes unchanged. For a partial value that becomes replicated."""
     if group is None:
         return x
-    result: Tensor = _SumForward.apply(x, group)  # type: ignore[no-untyped-call]
+    result: Tensor = autograd.apply(_SumForward, x, group)
     return result
 
 
@@ -60,7 +62,7 @@ def identity_fwd_sum_bwd(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The value unchanged; the gradient is summed over the ranks. For a replicated value that each rank uses apart."""
     if group is None:
         return x
-    result: Tensor = _SumBackward.apply(x, group)  # type: ignore[no-untyped-call]
+    result: Tensor = autograd.apply(_SumBackward, x, group)
     return result
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.kernels.available import kernels_run
+from nemo_minitron.ops import autograd
 from nemo_minitron.ops.linear import linear, linear_input_gradient, suits_onednn
 from nemo_minitron.parallel.collectives import gather, group_rank, split_group, sum_over
 from nemo_minitron.parallel.vocab import real_columns
@@ -280,7 +281,7 @@ class OutputLayer:
 
     def apply(self, hidden: Tensor, weight: Tensor, loss: ChunkLoss) -> tuple[Tensor, ...]:
         """The loss's sums in the dtype that sums are taken in; the first has a gradient, the others are detached."""
-        result: tuple[Tensor, ...] = _FusedOutputLayer.apply(hidden, weight, loss, self)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, ...] = autograd.apply(_FusedOutputLayer, hidden, weight, loss, self)
         return result
 
 

@@ -58,6 +58,11 @@ class FusedLoss:
     top1_agreement: Tensor | None = None
     """How many tokens the student's best token is the teacher's best (the lowest id among the teacher's equals)."""
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What was counted besides, by the names that logs have."""
+        found = {"ce": self.student_ce_sum, "teacher_ce": self.teacher_ce_sum, "agreement": self.top1_agreement}
+        return {name: value for name, value in found.items() if value is not None}
+
 
 def fused_linear_kd(  # noqa: PLR0917 - two pairs and their mask and labels, in the order of the formula
     student_hidden: Tensor,

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.config.training import TrainingConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.files import read_json, write_json
 
 FILE = "budget.json"
+LEAST_FRACTION = 0.25
+"""Of the minutes of a run: what a training takes even where the other stages leave it less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,8 @@ class Given:
     """Wall-clock time of the stage."""
     source: str
     """The keys that it comes from, as an error shows them."""
+    notice: str = ""
+    """What to tell the user of it before work begins."""
 
     @classmethod
     def of(cls, settings: TrainingConfig, minutes_left: float | None, *, key: str) -> "Given":
@@ -63,9 +68,18 @@ class Given:
         if minutes_left is None:
             return cls(seconds=60 * minutes, source=source)
         others = minutes - minutes_left
-        return cls(
-            seconds=max(60 * minutes_left, 0.0), source=f"{source} for the complete run, {others:.2g} for other stages"
-        )
+        source = f"{source} for the complete run, {others:.2g} for other stages"
+        seconds = 60 * taken(minutes, minutes_left)
+        late = f"{source}: this machine is slow or busy; {key} takes {duration(seconds)}, and the run ends later"
+        return cls(seconds=seconds, source=source, notice=late if 60 * minutes_left < seconds else "")
+
+
+def taken(minutes: float, left: float) -> float:
+    """Minutes of a training that gets what other stages leave of a run: not less than a fraction of the run's.
+
+    A run that has scored and pruned for minutes is worth more with a short training, late, than with none.
+    """
+    return max(left, LEAST_FRACTION * minutes)
 
 
 def fitting(settings: TrainingConfig, costs: Costs, given: Given, *, seconds: float) -> TrainingConfig:

@@ -10,6 +10,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.estimate.work import work_of
 from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.budget import taken
 from nemo_minitron.stages.chain import MODELS
 from nemo_minitron.stages.run_folder import RunFolder
 from nemo_minitron.stages.students import students_of
@@ -94,7 +95,7 @@ class Outlook:
         if section is None or section.minutes is None:
             return None
         left = self.minutes_for(stage)
-        return 60 * (section.minutes if left is None else max(left, 0.0))
+        return 60 * (section.minutes if left is None else taken(section.minutes, left))
 
     def _flops(self, stage: Stage) -> float:
         """Operations of a stage that runs models; 0 for another."""

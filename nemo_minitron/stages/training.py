@@ -103,6 +103,8 @@ def _with_steps_fixed(context: StageContext, job: TrainingJob) -> TrainingJob:
     if fixed is None:
         key = context.stage.kind
         given = runtime.broadcast_object(budget.Given.of(job.settings, context.minutes_left, key=key))
+        if given.notice:
+            context.reporter.line(f"          {given.notice}")
         context.reporter.line(f"          {duration(given.seconds)} for {key}: measuring the speed of this machine")
         costs = trial.measure(context, job, seconds=given.seconds)
         left = runtime.broadcast_object(given.seconds - (time.monotonic() - started))

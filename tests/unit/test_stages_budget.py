@@ -69,11 +69,17 @@ def test_what_other_stages_leave_of_the_runs_time():
     rest = Given.of(asked, 5.0, key="distill")
     assert rest.seconds == 300
     assert budget.fitting(asked, COSTS, rest, seconds=280).steps == 270  # 5 + 2 + 270 + 2 + 1
-    with pytest.raises(ConfigError) as caught:
-        budget.fitting(asked, COSTS, Given.of(asked, -1.0, key="distill"), seconds=-10.0)
-    text = str(caught.value)
-    assert "distill.minutes = 9 for the complete run, 10 for other stages" in text
-    assert "the least is 9.3 minutes" in text  # 10 s too late already, and 11 s for one step
+    assert not rest.notice
+
+
+def test_a_training_takes_a_quarter_of_the_runs_time_even_if_nothing_is_left():
+    asked = settings(minutes=9, minutes_of="run", validate_every=0, checkpoint_every=0)
+    late = Given.of(asked, -1.0, key="distill")
+    assert late.seconds == 135
+    assert "distill.minutes = 9 for the complete run, 10 for other stages" in late.notice
+    assert "distill takes 2 min 15 s" in late.notice
+    with pytest.raises(ConfigError, match=r"the least is 9\.3 minutes"):  # 10 s too late already, and 11 s for one step
+        budget.fitting(asked, COSTS, late, seconds=-10.0)
 
 
 def test_tokens_or_minutes():

@@ -1,0 +1,5 @@
+from torch import nn
+
+HAVE_TE: bool
+
+class TENorm(nn.Module): ...

@@ -1,0 +1,3 @@
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+def get_gpt_layer_with_transformer_engine_spec(*, qk_layernorm: bool | None = ...) -> ModuleSpec: ...

@@ -1,0 +1,3 @@
+from torch import nn
+
+def clip_grad_by_total_norm_fp32(parameters: list[nn.Parameter], max_norm: float, total_norm: float) -> None: ...

@@ -1,0 +1,9 @@
+from typing import Any
+
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+class OptimizerParamScheduler:
+    num_steps: int
+    def __init__(self, optimizer: ChainedOptimizer, **settings: object) -> None: ...
+    def step(self, increment: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...

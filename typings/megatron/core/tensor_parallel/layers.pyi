@@ -1,0 +1,1 @@
+_grad_accum_fusion_available: bool

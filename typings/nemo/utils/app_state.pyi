@@ -1,0 +1,2 @@
+class AppState:
+    model_parallel_size: int | None
