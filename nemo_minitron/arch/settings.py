@@ -190,8 +190,8 @@ def window_of(spec: ModelSpec) -> list[int] | None:
 def has_plain_layers(spec: ModelSpec) -> bool:
     """Whether keys for one kind of layer, which NeMo and Megatron have, describe all layers."""
     mixed = len({layer.local for layer in spec.layers}) > 1
-    plain = not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base)
-    return spec.is_uniform and plain and len(spec.layer.parts) == 2
+    plain = not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base) and spec.rotary_percent > 0
+    return spec.is_uniform and plain and spec.layer.is_transformer
 
 
 def vocab_divisor(vocab_size: int) -> int:

@@ -8,7 +8,7 @@ PARAMETERS = "parameters"
 
 
 def named_sizes(spec: ModelSpec) -> dict[str, int]:
-    """Sizes by label; those of layers are the first layer's."""
+    """Sizes by label; those of layers are those of the first layer that has them."""
     return {
         PARAMETERS: parameter_count(spec),
         "without embeddings": parameter_count(spec, embeddings=False),
@@ -19,5 +19,5 @@ def named_sizes(spec: ModelSpec) -> dict[str, int]:
 
 
 def cut_sizes(spec: ModelSpec) -> dict[str, int]:
-    """Sizes by label of the axes that can be cut; those of layers are the first layer's."""
-    return {row.label: spec.size(row, 0) for row in (*MODEL_AXES, *LAYER_AXES)}
+    """Sizes by label of the axes that a model has and that can be cut, as in `named_sizes`."""
+    return {row.label: size for row in (*MODEL_AXES, *LAYER_AXES) if (size := spec.common_size(row))}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mixer, Mlp
+from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mamba, Mixer, Mlp
 from nemo_minitron.arch.spec import ModelSpec
 
 LAYER_PREFIX = "decoder.layers.{i}."
@@ -21,7 +21,8 @@ class WeightRow:
     """One kind of weight.
 
     `axes` names the axis of each dimension. A dimension of a QKV packing is marked `HEAD` and holds query heads and KV
-    groups together; a dimension of a GATE_UP packing is marked `FFN` and holds each neuron twice.
+    groups together; a dimension of a GATE_UP packing is marked `FFN` and holds each neuron twice. A dimension marked
+    `MAMBA_CHANNEL` holds the channels of every Mamba head, or, in a packing, all of its parts.
     """
 
     name: str
@@ -32,6 +33,8 @@ class WeightRow:
     """The kind of mixer or feed-forward that it belongs to; None for a weight outside the layers."""
     when: Callable[[ModelSpec], bool] = lambda spec: True
     """Whether models with such traits have it."""
+    layer_when: Callable[[LayerSpec], bool] = lambda layer: True
+    """Whether layers with such traits have it, among those that have the part."""
 
     @property
     def per_layer(self) -> bool:
@@ -40,8 +43,10 @@ class WeightRow:
 
     def present(self, spec: ModelSpec, layer: LayerSpec | None = None) -> bool:
         """Whether a model has it; for a weight of layers, whether that layer of the model has it."""
-        has_part = self.part is None or (layer is not None and any(isinstance(p, self.part) for p in layer.parts))
-        return has_part and self.when(spec)
+        if self.part is None:
+            return self.when(spec)
+        has_part = layer is not None and any(isinstance(part, self.part) for part in layer.parts)
+        return has_part and self.when(spec) and layer is not None and self.layer_when(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,7 @@ def _gated(spec: ModelSpec) -> bool:
 
 _ATTENTION = LAYER_PREFIX + "self_attention."
 _MLP = LAYER_PREFIX + "mlp."
+_MAMBA = LAYER_PREFIX + "mixer."
 
 ROWS: tuple[WeightRow, ...] = (
     WeightRow(name="embedding.word_embeddings.weight", axes=(Axis.VOCAB, Axis.HIDDEN), tensor_parallel_dim=0),
@@ -115,6 +121,40 @@ ROWS: tuple[WeightRow, ...] = (
         part=Attention,
         axes=(Axis.HIDDEN,),
         when=lambda spec: spec.post_norms,
+    ),
+    WeightRow(name=_MAMBA + "in_proj.layer_norm_weight", part=Mamba, axes=(Axis.HIDDEN,)),
+    WeightRow(name=_MAMBA + "in_proj.layer_norm_bias", part=Mamba, axes=(Axis.HIDDEN,), when=_biased_norm),
+    WeightRow(
+        name=_MAMBA + "in_proj.weight",
+        part=Mamba,
+        axes=(Axis.MAMBA_CHANNEL, Axis.HIDDEN),
+        packing=Packing.MAMBA_IN,
+        tensor_parallel_dim=0,
+    ),
+    WeightRow(
+        name=_MAMBA + "conv1d.weight",
+        part=Mamba,
+        axes=(Axis.MAMBA_CHANNEL, Axis.SINGLE, Axis.MAMBA_TAP),
+        packing=Packing.MAMBA_CONV,
+        tensor_parallel_dim=0,
+    ),
+    WeightRow(
+        name=_MAMBA + "conv1d.bias",
+        part=Mamba,
+        axes=(Axis.MAMBA_CHANNEL,),
+        packing=Packing.MAMBA_CONV,
+        tensor_parallel_dim=0,
+        layer_when=lambda layer: layer.mamba.conv_bias,
+    ),
+    WeightRow(name=_MAMBA + "dt_bias", part=Mamba, axes=(Axis.MAMBA_HEAD,), tensor_parallel_dim=0),
+    WeightRow(name=_MAMBA + "A_log", part=Mamba, axes=(Axis.MAMBA_HEAD,), tensor_parallel_dim=0),
+    WeightRow(name=_MAMBA + "D", part=Mamba, axes=(Axis.MAMBA_HEAD,), tensor_parallel_dim=0),
+    WeightRow(name=_MAMBA + "norm.weight", part=Mamba, axes=(Axis.MAMBA_CHANNEL,), tensor_parallel_dim=0),
+    WeightRow(
+        name=_MAMBA + "out_proj.weight",
+        part=Mamba,
+        axes=(Axis.HIDDEN, Axis.MAMBA_CHANNEL),
+        tensor_parallel_dim=1,
     ),
     WeightRow(name=_MLP + "linear_fc1.layer_norm_weight", part=Mlp, axes=(Axis.HIDDEN,)),
     WeightRow(name=_MLP + "linear_fc1.layer_norm_bias", part=Mlp, axes=(Axis.HIDDEN,), when=_biased_norm),
@@ -164,6 +204,13 @@ ROWS: tuple[WeightRow, ...] = (
 )
 
 
+MAMBA_PARTS: dict[Packing, tuple[str, ...]] = {
+    Packing.MAMBA_IN: ("z", "x", "B", "C", "dt"),
+    Packing.MAMBA_CONV: ("x", "B", "C"),
+}
+"""Parts of packings by their letters (`Mamba.parts`), in order."""
+
+
 @lru_cache(maxsize=16)
 def weights(spec: ModelSpec) -> tuple[Weight, ...]:
     """Every weight of a model in canonical order: embedding, layer by layer, final norm, head."""
@@ -201,7 +248,7 @@ def feed_forward_count(spec: ModelSpec) -> int:
 
 
 def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a weight's parts in packing order (q, k, v or gate, up); one shape for a plain weight."""
+    """Shapes of a weight's parts in packing order (q, k, v; gate, up; z, x, B, C, dt); one shape for a plain weight."""
     rest = weight.shape[1:]
     match weight.row.packing:
         case Packing.PLAIN:
@@ -211,6 +258,30 @@ def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
             return (weight.shape[0] - 2 * key, *rest), (key, *rest), (key, *rest)
         case Packing.GATE_UP:
             return ((weight.shape[0] // 2, *rest),) * 2
+        case Packing.MAMBA_IN | Packing.MAMBA_CONV:
+            return tuple((rows, *rest) for rows in mamba_parts(weight, spec).values())
+
+
+def mamba_parts(weight: Weight, spec: ModelSpec) -> dict[str, int]:
+    """Rows of each part of a Mamba packing, by its letters, in order; {} for a weight of another packing."""
+    if weight.row.packing not in MAMBA_PARTS or weight.layer is None:
+        return {}
+    return _mamba_rows(weight.row.packing, spec.layers[weight.layer].mamba)
+
+
+def stored_parts(weight: Weight, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that Megatron's distributed checkpoints hold of a weight, by what follows its name.
+
+    They keep the parts of a Mamba packing apart, as `.z`, `.x` and so on; any other weight is one tensor.
+    """
+    if parts := mamba_parts(weight, spec):
+        return {f".{letters}": (rows, *weight.shape[1:]) for letters, rows in parts.items()}
+    return {"": weight.shape}
+
+
+def _mamba_rows(packing: Packing, mamba: Mamba) -> dict[str, int]:
+    rows = mamba.parts()
+    return {letters: rows[letters] for letters in MAMBA_PARTS[packing]}
 
 
 def packed_groups(weight: Weight, spec: ModelSpec) -> int:
@@ -240,4 +311,17 @@ def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None
         case Axis.HEAD if layer is not None:
             extra = 2 * layer.attention.num_query_groups if packing is Packing.QKV else 0
             return (layer.attention.num_attention_heads + extra) * spec.head_dim
+        case _ if layer is not None and isinstance(layer.mixer, Mamba):
+            return _mamba_size(axis, packing, layer.mixer)
     raise AssertionError(f"axis {axis} has no size here")
+
+
+def _mamba_size(axis: Axis, packing: Packing, mamba: Mamba) -> int:
+    channels = mamba.inner_size if packing is Packing.PLAIN else sum(_mamba_rows(packing, mamba).values())
+    sizes = {
+        Axis.MAMBA_CHANNEL: channels,
+        Axis.MAMBA_HEAD: mamba.mamba_num_heads,
+        Axis.MAMBA_TAP: mamba.conv_kernel,
+        Axis.SINGLE: 1,
+    }
+    return sizes[axis]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import Weight, weights
+from nemo_minitron.arch.weights import Weight, stored_parts, weights
 from nemo_minitron.checkpoints.parts import widest
 from nemo_minitron.checkpoints.torch_dist_index import Shape, StoredTensor
 from nemo_minitron.errors import CheckpointError
@@ -52,8 +52,8 @@ class Weights(Protocol):
         """Type that holds every weight of the model exactly."""
         ...
 
-    def get(self, weight: Weight) -> Tensor:
-        """One canonical tensor in its stored type; of a padded vocabulary only the real rows."""
+    def get(self, weight: Weight, spec: ModelSpec) -> Tensor:
+        """One of a model's canonical tensors in its stored type; of a padded vocabulary only the real rows."""
         ...
 
 
@@ -94,8 +94,12 @@ class DistributedWeights:
         return self.store.tensors[self.prefix + EMBEDDING].shape[0]
 
     def key(self, weight: Weight) -> str:
-        """Where a weight is stored."""
+        """Where a weight is stored, or what the names of its parts begin with."""
         return self.prefix + (stacked_name(weight.name) if self.stacked else weight.name)
+
+    def keys(self, weight: Weight, spec: ModelSpec) -> dict[str, Shape]:
+        """Where a weight is stored, and the shape of each of its parts."""
+        return {self.key(weight) + suffix: shape for suffix, shape in stored_parts(weight, spec).items()}
 
     def check(self, spec: ModelSpec) -> None:
         """Compare names and shapes with those that a model has.
@@ -109,7 +113,8 @@ class DistributedWeights:
         expected = {}
         for weight in weights(spec):
             stacked = self.stacked and weight.layer is not None
-            expected[self.key(weight)] = (weight, ((spec.num_layers,) if stacked else ()) + weight.shape)
+            for key, shape in self.keys(weight, spec).items():
+                expected[key] = (weight, ((spec.num_layers,) if stacked else ()) + shape)
         if missing := sorted(set(expected) - self._keys):
             raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
         if extra := sorted(self._keys - set(expected)):
@@ -122,15 +127,18 @@ class DistributedWeights:
 
     def dtype(self, spec: ModelSpec) -> torch.dtype:
         """Type that holds every weight of the model exactly."""
-        return widest([self.store.tensors[self.key(weight)].dtype for weight in weights(spec)])
+        return widest([self.store.tensors[key].dtype for weight in weights(spec) for key in self.keys(weight, spec)])
 
-    def get(self, weight: Weight) -> Tensor:
+    def get(self, weight: Weight, spec: ModelSpec) -> Tensor:
         """One canonical tensor in its stored type; of a stacked key only its layer is read."""
-        key = self.key(weight)
+        parts = [self._read(key, weight, shape) for key, shape in self.keys(weight, spec).items()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, key: str, weight: Weight, shape: Shape) -> Tensor:
         if weight.layer is None or not self.stacked:
-            return self.store.read(key, stop=weight.shape)
-        start = (weight.layer, *(0 for _ in weight.shape))
-        return self.store.read(key, start=start, stop=(weight.layer + 1, *weight.shape))[0]
+            return self.store.read(key, stop=shape)
+        start = (weight.layer, *(0 for _ in shape))
+        return self.store.read(key, start=start, stop=(weight.layer + 1, *shape))[0]
 
     def _find_prefix(self) -> str:
         for prefix in PREFIXES:

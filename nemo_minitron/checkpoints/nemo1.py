@@ -126,7 +126,7 @@ class _Reader:
 
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self.weights.get(weight_named(self.spec, name)).to(self.dtype)
+        return self.weights.get(weight_named(self.spec, name), self.spec).to(self.dtype)
 
 
 def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:

@@ -115,7 +115,7 @@ class _Reader:
 
     def get(self, name: str) -> Tensor:
         """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self.weights.get(weight_named(self.spec, name)).to(self.dtype)
+        return self.weights.get(weight_named(self.spec, name), self.spec).to(self.dtype)
 
     def _read_model(self) -> dict[str, Any]:
         """The model's arguments as plain data; `model.yaml` has every default written out, `io.json` has not."""

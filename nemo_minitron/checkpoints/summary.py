@@ -78,17 +78,19 @@ def _format(source: Checkpoint, path: Path) -> str:
 
 def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
     def span(row: PrunableAxis) -> str:
-        values = [layer.size(row) for layer in spec.layers]
+        values = [size for layer in spec.layers if (size := layer.size(row))]
         low, high = min(values), max(values)
         found = str(low) if low == high else f"{low} to {high}, by layer"
+        if len(values) < spec.num_layers:
+            found += f", in {len(values)} layers"
         return f"{found} of {spec.head_dim} channels" if row.is_head else found
 
     found = [
         *((row.label, str(spec.size(row))) for row in MODEL_AXES),
-        *((row.label, span(row)) for row in LAYER_AXES),
+        *((row.label, span(row)) for row in LAYER_AXES if spec.common_size(row)),
         ("vocabulary", f"{spec.vocab_size}{', tied to the output layer' if spec.tied_embeddings else ''}"),
         ("context", str(spec.max_position_embeddings)),
-        ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}"),
+        ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}" if spec.rotary_percent else "none"),
         ("MLP and norm", f"{spec.activation}, {spec.norm} (eps {spec.norm_eps:g})"),
     ]
     if spec.sliding_window:

@@ -28,7 +28,7 @@ def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
     table = new_table("", *models, "kept", title="sizes")
     named = {name: named_sizes(spec) for name, spec in models.items()}
     for label in next(iter(named.values())):
-        found = [each[label] for each in named.values()]
+        found = [each.get(label, 0) for each in named.values()]
         before, after = found[0], found[-1]
         style = "bold" if label == PARAMETERS else ("dim" if before == after else "")
         table.add_row(label, *(f"{value:,}" for value in found), _share_of(after, before), style=style)
@@ -56,9 +56,9 @@ def layout(
     title = f"layout: {ranks} rank{'s' if ranks > 1 else ''} = {axes}"
     table = new_table("a rank holds", "divided by", *models, title=title)
     for row in LAYER_AXES:
-        if row.divided_by:
+        if row.divided_by and any(spec.common_size(row) for spec in models.values()):
             ranks_of = getattr(parallel, row.divided_by)
-            found = (spec.size(row, 0) for spec in models.values())
+            found = (spec.common_size(row) for spec in models.values())
             table.add_row(row.label, f"TP {ranks_of}", *(_share(size, ranks_of) for size in found))
     table.add_row("vocabulary, padded", f"TP {parallel.tensor}", *(_vocabulary(s, parallel) for s in models.values()))
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)

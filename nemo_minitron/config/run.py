@@ -107,6 +107,9 @@ class ScoreConfig(Section):
     checkpoint_every: Count = 32
     """Samples after which the sums so far are saved, to go on from."""
     depth: DepthConfig = DepthConfig()
+    sublayers: bool = False
+    """Measure mixer and feed-forward of each layer apart as well: their Block Influence, and on `depth.samples` samples
+    what the next-token loss rises by without them. `target.drop_mixers` and `drop_feed_forwards` choose by it."""
     merge_samples: Count = 16
     """Calibration samples, from the first on, that `target.merge_layers` rests on."""
 
@@ -161,6 +164,18 @@ class RunConfig(Section):
         target = self.target
         if problems := target_problems(self.score.depth, target.depth_metric, contiguous=target.depth_contiguous):
             raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _parts_can_be_chosen(self) -> Self:
+        asked = [name for name in ("drop_mixers", "drop_feed_forwards") if isinstance(getattr(self.target, name), int)]
+        if asked and not self.score.sublayers and self.target.random_seed is None:
+            raise ValueError(
+                f"target.{asked[0]} = {getattr(self.target, asked[0])} is a number of layers, and nothing measures "
+                "which: set score.sublayers=true, or name the layers as a list"
+            )
+        if self.rounds > 1 and (self.target.drop_mixers is not None or self.target.drop_feed_forwards is not None):
+            raise ValueError("target.drop_mixers and target.drop_feed_forwards with rounds above 1; set rounds=1")
         return self
 
     @model_validator(mode="after")

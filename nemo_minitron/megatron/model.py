@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import LinearScaling, ModelSpec, YarnScaling
 from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
-
-# Where the local layer's norms live, against their canonical names (Transformer Engine fuses them into the linears).
-_LOCAL_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+from nemo_minitron.megatron.layers import canonical_names
 
 
 class MinitronGPT(GPTModel):
@@ -26,15 +21,22 @@ class MinitronGPT(GPTModel):
 
     Attributes:
         spec: Architecture of the complete model.
+        from_engine: Whether its layers are Transformer Engine's.
         output: What the last stage returns: "logits" `[b, s, V/tp]`, or "hidden" states `[s, b, h]` after the final
             norm, which losses fused with the output layer take. Other stages return their hidden states.
     """
 
     def __init__(
-        self, *args: Any, spec: ModelSpec, output: Literal["logits", "hidden"] = "logits", **kwargs: Any
+        self,
+        *args: Any,
+        spec: ModelSpec,
+        from_engine: bool = False,
+        output: Literal["logits", "hidden"] = "logits",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.spec = spec
+        self.from_engine = from_engine
         self.output = output
         # Megatron knows Llama 3's scaling with one set of constants; the spec may have others.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
@@ -86,10 +88,12 @@ class MinitronGPT(GPTModel):
         if not name.startswith("decoder.layers."):
             return name
         index, _, rest = name.removeprefix("decoder.layers.").partition(".")
-        for local, canonical in _LOCAL_NAMES.items():
+        layer: Any = self.decoder.layers[int(index)]
+        for local, canonical in canonical_names(layer.sizes).items():
             if rest.startswith(local):
                 rest = canonical + rest.removeprefix(local)
-        return LAYER_PREFIX.format(i=self.decoder.layers[int(index)].layer_number - 1) + rest
+                break
+        return LAYER_PREFIX.format(i=layer.layer_number - 1) + rest
 
 
 @contextmanager
@@ -129,6 +133,8 @@ def rotary_frequencies(spec: ModelSpec) -> Tensor:
     channel instead, between the two that turn `beta_fast` and `beta_slow` times in the original context.
     """
     rotated = int(spec.head_dim * spec.rotary_percent)
+    if not rotated:
+        return torch.empty(0, device="cpu")
     # The device is explicit, so that they have values in a model that is built on `meta` too.
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
     frequencies = 1.0 / spec.rotary_base**exponents

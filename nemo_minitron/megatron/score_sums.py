@@ -1,8 +1,8 @@
 """Where the sums of a complete model's scores lie on its ranks: put together for a file, and dealt out again.
 
-A rank holds the sums of its own layers. Those of `ffn` and `head` are split over tensor-parallel ranks by channel; all
-ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal sums of every
-site, so only one of them is counted. Data-parallel ranks hold sums of different samples, which add up.
+A rank holds the sums of its own layers. Those of `ffn`, `head` and `mamba` are split over tensor-parallel ranks by
+channel; all ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal
+sums of every site, so only one of them is counted. Data-parallel ranks hold sums of different samples, which add up.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,17 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_minitron.arch.axes import SITES
+from nemo_minitron.arch.layer import PARTS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.importance import SiteSums
-from nemo_minitron.pruning.scores import HIDDEN_SITES, site_channels, site_names
+from nemo_minitron.pruning.scores import HIDDEN_SITES, has_site, site_channels, site_names, two_part_layers
 
 Site = tuple[int, str]
 """Global layer number from 0, and site."""
 
-PASSED = ("hidden.attention", "head", "hidden.mlp", "ffn")
+PASSED = ("hidden.attention", "head", "hidden.mamba", "mamba", "hidden.mlp", "ffn")
 """Sites of a layer in the order in which a forward pass meets them."""
+_SITES = {site.name: site for site in SITES}
 
 
 @dataclass(slots=True)
@@ -36,12 +38,19 @@ class RankSums:
     """By layer, a scalar; of this rank's positions."""
     samples: Tensor
     tokens: Tensor
+    parts: dict[tuple[int, str], Tensor] | None = None
+    """As `influence`, by layer and part, of layers that have both; None where it is not measured."""
 
 
 def rank_channels(site: str, layer: int, spec: ModelSpec, runtime: Runtime) -> int:
     """How many channels of a site this rank sees."""
-    row = next(row for row in SITES if row.name == site)
+    row = _SITES[site]
     return site_channels(spec, row, layer) // (runtime.parallel.tensor if row.is_split else 1)
+
+
+def passed_sites(layer: int, spec: ModelSpec) -> list[str]:
+    """The sites that a layer has, in the order in which a forward pass meets them."""
+    return [site for site in PASSED if has_site(spec, _SITES[site], layer)]
 
 
 def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tensor]:
@@ -60,6 +69,10 @@ def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tenso
     for number in range(spec.num_layers):
         _check_finite(flat[size + number], f"layer {number}, block influence")
         found[f"layers.{number}.block_influence.sum"] = flat[size + number].clone()
+    if mine.parts is not None:
+        for index, (number, part) in enumerate(_part_keys(spec), start=size + spec.num_layers):
+            _check_finite(flat[index], f"layer {number}, block influence of its {part}")
+            found[f"layers.{number}.block_influence.{part}.sum"] = flat[index].clone()
     return found | {"samples": flat[-2].clone(), "tokens": flat[-1].clone()}
 
 
@@ -77,7 +90,7 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
     device, first = runtime.device, runtime.dp_rank == 0
     sites, influence = {}, {}
     for number in layers:
-        for site in PASSED:
+        for site in passed_sites(number, spec):
             rows = torch.stack([whole[f"layers.{number}.{site}.{row}"] for row in SiteSums.ROWS])
             width = rank_channels(site, number, spec, runtime)
             start = 0 if site in HIDDEN_SITES else runtime.tp_rank * width
@@ -86,9 +99,16 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
         counted = first and runtime.tp_rank == 0 and runtime.cp_rank == 0
         total = whole[f"layers.{number}.block_influence.sum"] if counted else torch.zeros(())
         influence[number] = total.clone().to(device, torch.float64)
+    parts: dict[tuple[int, str], Tensor] = {}
+    for key in _part_keys(spec):
+        name = f"layers.{key[0]}.block_influence.{key[1]}.sum"
+        if key[0] in influence and name in whole:
+            counted = first and runtime.tp_rank == 0 and runtime.cp_rank == 0
+            total = whole[name] if counted else torch.zeros(())
+            parts[key] = total.clone().to(device, torch.float64)
     counts = [(whole[name] if first else torch.zeros(())).clone() for name in ("samples", "tokens")]
     samples, tokens = (count.to(device, torch.float64) for count in counts)
-    return RankSums(sites, influence, samples, tokens)
+    return RankSums(sites, influence, samples, tokens, parts)
 
 
 def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
@@ -100,11 +120,16 @@ def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
         start += size
 
 
+def _part_keys(spec: ModelSpec) -> list[tuple[int, str]]:
+    return [(number, part) for number in two_part_layers(spec) for part in PARTS]
+
+
 def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
     """Every sum of the complete model in one flat tensor, added up over all ranks, each part counted once."""
     places = list(_layout(spec))
     size = places[-1][2].stop
-    flat = torch.zeros(size + spec.num_layers + 2, dtype=torch.float64, device=runtime.device)
+    keys = [] if mine.parts is None else _part_keys(spec)
+    flat = torch.zeros(size + spec.num_layers + len(keys) + 2, dtype=torch.float64, device=runtime.device)
     once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
     for site, channels, place in places:
         values = mine.sites.get(site)
@@ -115,6 +140,8 @@ def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
     if runtime.parallel.sequence_parallel or runtime.tp_rank == 0:
         for number, total in mine.influence.items():
             flat[size + number] = total
+        for key, total in (mine.parts or {}).items():
+            flat[size + spec.num_layers + keys.index(key)] = total
     if once_a_copy and runtime.tp_rank == 0 and runtime.is_first_stage:
         flat[-2], flat[-1] = mine.samples, mine.tokens
     dist.all_reduce(flat)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weights
+from nemo_minitron.arch.weights import stored_parts, weights
 from nemo_minitron.checkpoints import digests
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron import checkpoint_writer, param_gather, runtime
@@ -231,9 +231,10 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's weights in `model_weights`; a uniform model's layers are stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights(spec):
-        if weight.layer is None or not spec.is_uniform:
-            shapes[PREFIX + weight.name] = weight.shape
-        else:
-            stacked = weight.row.name.replace("{i}.", "")
-            shapes[PREFIX + stacked] = (spec.num_layers, *weight.shape)
+        for suffix, shape in stored_parts(weight, spec).items():
+            if weight.layer is None or not spec.is_uniform:
+                shapes[PREFIX + weight.name + suffix] = shape
+            else:
+                stacked = weight.row.name.replace("{i}.", "")
+                shapes[PREFIX + stacked + suffix] = (spec.num_layers, *shape)
     return shapes

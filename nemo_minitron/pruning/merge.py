@@ -54,8 +54,14 @@ def check_mergeable(spec: ModelSpec) -> None:
     """Make sure that a layer's second MLP matrix adds to the residual stream as it is.
 
     Raises:
-        PlanError: A norm stands between them.
+        PlanError: A norm stands between them, or a layer has none.
     """
+    if any(not layer.is_transformer for layer in spec.layers):
+        raise PlanError(
+            "target.merge_layers for a model with layers without an MLP",
+            rule="the second MLP matrix of the layer before dropped ones takes on what they added",
+            remedy="set target.merge_layers=false",
+        )
     if spec.post_norms:
         raise PlanError(
             "target.merge_layers for a model whose MLPs have a norm at their end",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from statistics import fmean
 
-from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES
+from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PrunableAxis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 
@@ -13,7 +13,8 @@ def size_rows(before: ModelSpec, after: ModelSpec) -> Iterator[tuple[str, list[i
     for row in MODEL_AXES:
         yield row.label, [before.size(row)], [after.size(row)]
     for row in LAYER_AXES:
-        yield row.label, [layer.size(row) for layer in before.layers], [layer.size(row) for layer in after.layers]
+        if before.common_size(row):
+            yield row.label, _sizes(before, row), _sizes(after, row)
     yield "parameters", [parameter_count(before)], [parameter_count(after)]
     without = [parameter_count(spec, embeddings=False) for spec in (before, after)]
     yield "without embeddings", without[:1], without[1:]
@@ -31,6 +32,11 @@ def size_table(before: ModelSpec, after: ModelSpec) -> str:
         "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
         for row in rows
     )
+
+
+def _sizes(spec: ModelSpec, row: PrunableAxis) -> list[int]:
+    """Of the layers that have an axis; [0] if none has."""
+    return [size for layer in spec.layers if (size := layer.size(row))] or [0]
 
 
 def _shown(values: list[int]) -> str:

@@ -79,7 +79,7 @@ def _architecture(content: ReportContent) -> list[Row]:
     rows = []
     student = named_sizes(content.student)
     for label, before in named_sizes(content.teacher).items():
-        after = student[label]
+        after = student.get(label, 0)
         style = "strong" if label == PARAMETERS else ("same" if before == after else "")
         kept = f"{after / before:.1%}" if before else ""
         rows.append({"label": label, "style": style, "teacher": f"{before:,}", "student": f"{after:,}", "kept": kept})
@@ -220,7 +220,14 @@ def _rounds(content: ReportContent) -> Row:
     rows = []
     for number, (row, spec) in enumerate(zip(content.rounds, specs, strict=True), start=1):
         kl = ("" if value is None else f"{value:.3f}" for value in row["kl"].values())
-        rows.append((str(number), compact(row["parameters"]), *map(str, cut_sizes(spec).values()), *kl))
+        rows.append(
+            (
+                str(number),
+                compact(row["parameters"]),
+                *(str(cut_sizes(spec).get(label, 0)) for label in cut_sizes(specs[0])),
+                *kl,
+            )
+        )
     return {"headings": headings, "rows": rows}
 
 

@@ -119,11 +119,14 @@ def sorted_importance(importance: Importance, row: PrunableAxis) -> str:
         width = max(map(len, layers))
         picture = np.full((len(layers), width), np.nan)
         for layer, units in enumerate(layers):
+            if not units.size:
+                continue
             ordered = np.sort(units)[::-1] / max(float(units.mean()), np.finfo(float).tiny)
             picture[layer, : len(ordered)] = np.log10(np.maximum(ordered, 1e-3))
         image = axes.imshow(picture, aspect="auto", cmap=_HEAT, vmin=-1, vmax=1, interpolation="nearest")
         for layer, kept in importance.kept.items():
-            axes.plot([len(kept[row.axis]) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
+            if row.axis in kept:
+                axes.plot([len(kept[row.axis]) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
         for layer in importance.dropped_layers:
             axes.axhspan(layer - 0.5, layer + 0.5, facecolor="white", alpha=0.72, edgecolor="none")
         axes.set(xlabel=f"{row.units} of the layer, most important first", ylabel="layer")
@@ -157,10 +160,12 @@ def unit_importance(importance: Importance, row: PrunableAxis) -> str:
         width = max(map(len, layers))
         picture = np.full((width, len(layers)), np.nan)
         for layer, units in enumerate(layers):
+            if not units.size:
+                continue
             picture[: len(units), layer] = units / max(float(units.mean()), np.finfo(float).tiny)
         image = axes.imshow(picture, aspect="auto", cmap=_HEAT, vmin=0, vmax=2, interpolation="nearest")
         for layer, kept in importance.kept.items():
-            gone = [unit for unit in range(len(layers[layer])) if unit not in kept[row.axis]]
+            gone = [unit for unit in range(len(layers[layer])) if unit not in kept.get(row.axis, ())]
             axes.plot([layer] * len(gone), gone, linestyle="none", marker="x", color=CUT, markersize=4)
         for layer in importance.dropped_layers:
             axes.axvspan(layer - 0.5, layer + 0.5, facecolor="white", alpha=0.72, edgecolor="none")

@@ -8,6 +8,7 @@ from nemo_minitron.arch.families.gemma import GEMMA, GEMMA3
 from nemo_minitron.arch.families.llama import LLAMA
 from nemo_minitron.arch.families.mistral import MISTRAL
 from nemo_minitron.arch.families.nemotron import NEMOTRON
+from nemo_minitron.arch.families.nemotron_h import NEMOTRON_H
 from nemo_minitron.arch.families.phi3 import PHI3
 from nemo_minitron.arch.families.qwen2 import QWEN2
 from nemo_minitron.arch.families.qwen3 import QWEN3
@@ -15,7 +16,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3, NEMOTRON_H)
 }
 
 _REASONS = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nemo_minitron.arch.families.keys import assumed, complete, special_ids
+from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
 from nemo_minitron.errors import SpecError
@@ -56,6 +57,7 @@ class Family:
         settings: Keys of `NEUTRAL` that `read` looks after.
         fixed: Traits of the spec that the class always has, where they differ from `ModelSpec`'s defaults.
         free: Traits that its config decides.
+        layer: Whether its class has such a layer; attention and an MLP in each, unless a family says otherwise.
         defaults: What its class assumes where a key is absent; keys that decide what is computed, and special ids.
         nullable: Keys of `defaults` that may be null though their default is not.
     """
@@ -69,6 +71,7 @@ class Family:
     settings: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     free: tuple[str, ...] = ("tied_embeddings",)
+    layer: Callable[[LayerSpec], bool] = lambda layer: layer.is_transformer
     defaults: Mapping[str, Any]
     nullable: tuple[str, ...] = (
         "bos_token_id",
@@ -129,7 +132,12 @@ class Family:
     def objections(self, spec: ModelSpec) -> list[str]:
         """Traits of a model that this family's class does not have."""
         wanted = {name: self.fixed.get(name, _DEFAULTS[name]) for name in _TRAITS if name not in self.free}
-        return [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
+        found = [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
+        strange: dict[str, int] = {}
+        for index, layer in enumerate(spec.layers):
+            if not self.layer(layer):
+                strange.setdefault(layer.described, index)
+        return found + [f"layers of {words} (layer {index} first)" for words, index in strange.items()]
 
     def _check(self, spec: ModelSpec, where: str) -> None:
         if found := self.objections(spec):
