@@ -78,8 +78,8 @@ def draw(scores: Scores, kept: Sequence[int], folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
-        "leave_one_out": figures.leave_one_out(importance),
-        "blocks": figures.block_curve(importance, "lm_loss"),
+        "leave_one_out": figures.leave_one_out(importance).wide,
+        "blocks": figures.block_curve(importance, "lm_loss").wide,
     }
     for name, svg in pictures.items():
         head, tag, rest = svg.partition(">")

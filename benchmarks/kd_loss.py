@@ -39,9 +39,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.ops.divergence import Divergence
-from nemo_minitron.parallel.collectives import identity_fwd_sum_bwd, sum_fwd_identity_bwd
 from nemo_minitron.parallel.fused_linear import WORKSPACE
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
+from tests.oracles.collectives import identity_fwd_sum_bwd, sum_fwd_identity_bwd
 from tests.oracles.vocab import mask_padding, vocab_divergence
 
 IMPLEMENTATIONS = ("fused", "dense", "modelopt")

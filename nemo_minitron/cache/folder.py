@@ -104,10 +104,6 @@ class CacheWriter:
 
     Several processes may write to one folder, each its own shards, once one of them has made it.
 
-    Args:
-        folder: Where; made if it is not there.
-        manifest: What is written.
-
     Raises:
         CacheError: The folder holds another cache.
     """
@@ -145,9 +141,6 @@ class CacheWriter:
 
 class TargetCache:
     """A cache open for reading, from any number of processes.
-
-    Args:
-        folder: What `CacheWriter` wrote.
 
     Raises:
         CacheError: The folder holds no cache.

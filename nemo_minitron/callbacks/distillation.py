@@ -40,8 +40,5 @@ class DistillationMonitor(ValidationHistory):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what a watched step measured."""
-        if self._watched(trainer.global_step - 1):
+        if self.every_n_steps > 0 and (trainer.global_step - 1) % self.every_n_steps == 0:
             self.keep(trainer, "train")
-
-    def _watched(self, step: int) -> bool:
-        return self.every_n_steps > 0 and step % self.every_n_steps == 0

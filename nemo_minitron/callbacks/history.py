@@ -12,9 +12,6 @@ from nemo.core.classes import ModelPT
 class ValidationHistory(Callback):
     """Keeps what each validation measured; it goes into checkpoints.
 
-    Args:
-        names: Metrics to keep, logged by the model under `val/`.
-
     Attributes:
         history: One row a measurement: `step`, `source` (`val`), and the values.
     """
@@ -100,8 +97,7 @@ class BestModel(Callback):
     def drop_others(self, checkpoints: Sequence[int]) -> None:
         """Remove models that neither this run nor one that goes on from a checkpoint can end with. On one rank.
 
-        Args:
-            checkpoints: Steps of those that are kept. Each was saved before the validation of its step.
+        A checkpoint was saved before the validation of its step.
         """
         kept = self._kept()
         needed = {self.step, *(max((step for step in kept if step < saved), default=None) for saved in checkpoints)}

@@ -18,10 +18,6 @@ class ProgressDisplay(Callback):
 
     Loss, learning rate and tokens/s are those of the step that was just done. What the latest validation measured stays
     beside them with its step, as in `held-out KL 0.845 at step 80`.
-
-    Args:
-        reporter: Where to show it.
-        label: What is going on, as the name of the stage.
     """
 
     def __init__(self, reporter: Reporter, label: str) -> None:

@@ -67,10 +67,7 @@ class Progress:
 class Reporter:
     """Speaks for a run.
 
-    Args:
-        silent: Say nothing (ranks above 0).
-        stream: Where to; standard output unless given.
-        terminal: Whether bars can be drawn; found out from the stream unless given.
+    Ranks above 0 are silent. It goes to standard output, and bars are drawn on a terminal, unless told otherwise.
     """
 
     def __init__(self, *, silent: bool = False, stream: TextIO | None = None, terminal: bool | None = None) -> None:
@@ -104,12 +101,7 @@ class Reporter:
     ) -> None:
         """A stage begins: a line in a log; a spinner on a terminal, where its line appears when it ends.
 
-        Args:
-            name: Of the stage.
-            position: From 1.
-            count: Of the stages.
-            resumed: Whether it continues an earlier attempt.
-            left: Seconds until the run ends, as far as that is known.
+        `left` is in seconds until the run ends, where that is known.
         """
         ends = "" if left is None else f" · the run ends in about {duration(round(left))}"
         if resumed or not self.terminal:

@@ -29,13 +29,8 @@ def convert(
 
     What `target` held before stays complete until the new one is.
 
-    Args:
-        source: Anything `open_checkpoint` reads.
-        target: Where.
-        to: A key of `FORMATS`; None goes by the name of `target`.
-        dtype: Type of the weights; None keeps the source's.
-        replace: Whether a checkpoint that is already there may be replaced.
-        card: Makes the model card for the Hugging Face folder or the `.nemo` file, by its file name.
+    `to` is a key of `FORMATS`; None goes by the name of `target`. A dtype of None keeps the source's. `card` makes
+    the model card for the Hugging Face folder or the `.nemo` file, by its file name.
 
     Raises:
         CheckpointError: The source cannot be read; or `target` is there already and is not to be replaced, is no

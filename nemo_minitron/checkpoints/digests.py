@@ -60,9 +60,7 @@ def fault(folder: Path, digests: Mapping[str, str]) -> str:
 def await_visible(path: Path, *, seconds: float | None = None) -> bool:
     """Wait until a path that another machine has made is seen from here; False when it does not come.
 
-    Args:
-        path: A file or folder on a disk that all ranks share.
-        seconds: How long; None for `VISIBLE_WITHIN`.
+    `seconds` None waits for `VISIBLE_WITHIN`.
     """
     end = time.monotonic() + (VISIBLE_WITHIN if seconds is None else seconds)
     while not path.exists():

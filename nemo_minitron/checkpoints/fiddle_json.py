@@ -17,10 +17,7 @@ _MAX_DEPTH = 50
 def arguments_at(document: Mapping[str, Any], path: str, *, where: str) -> dict[str, Any]:
     """Arguments of the object at a path as plain data, its class under `_target_`; {} when there is none.
 
-    Args:
-        document: `io.json`.
-        path: From the root, as "model.config".
-        where: For messages.
+    A path is from the root, as "model.config".
 
     Raises:
         CheckpointError: The document is not of this form.
@@ -95,10 +92,8 @@ class FiddleDocument:
     def add(self, target: str, arguments: Mapping[str, Any], *, path: str) -> dict[str, str]:
         """Add an object; returns the reference to it.
 
-        Args:
-            target: Dotted name of its class.
-            arguments: By name: plain values, lists of them, references, or `Symbol`s.
-            path: From the root; "" for the root itself.
+        Arguments are plain values, lists of them, references or `Symbol`s; the path is from the root, "" for
+        the root itself.
         """
         empty = self._put("dict", {"type": _builtin("dict"), "items": [], "metadata": _tuple([])})
         other = self._put("dict", {"type": _builtin("dict"), "items": [], "metadata": _tuple([])})

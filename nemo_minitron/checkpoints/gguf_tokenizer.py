@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.checkpoints.sentencepiece_file import Kind, Piece, SentencePieces
 from nemo_minitron.checkpoints.sentencepiece_tokenizer import around, build_tokenizer
 from nemo_minitron.checkpoints.special_ids import json_bytes
+from nemo_minitron.checkpoints.tekken_tokenizer import set_byte_level
 from nemo_minitron.errors import CheckpointError
 
 Field = Callable[[str, Any], Any]
@@ -50,10 +51,6 @@ _KINDS = frozenset(int(kind) for kind in Kind)
 
 def convert_tokenizer(path: Path, field: Field) -> dict[str, bytes]:
     """Hugging Face tokenizer files, and generation defaults with the special token ids.
-
-    Args:
-        path: The GGUF file.
-        field: Looks up metadata: `field(key, default)`.
 
     Raises:
         CheckpointError: There is no tokenizer, or one of a kind that cannot be converted faithfully.
@@ -150,7 +147,7 @@ def _sentencepiece(path: Path, field: Field, tokens: list[str], kinds: list[int]
 
 
 def _byte_level(path: Path, field: Field, tokens: list[str], kinds: list[int], ids: dict[str, int | None]) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
 
     pre = field("tokenizer.ggml.pre", "default") or "default"
     if pre not in _PATTERNS:
@@ -171,14 +168,7 @@ def _byte_level(path: Path, field: Field, tokens: list[str], kinds: list[int], i
     tokenizer = Tokenizer(bpe)
     if pre in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[pre]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *cuts,
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    set_byte_level(tokenizer, _PATTERNS[pre])
     special = {index for name, index in ids.items() if index is not None and field(_key(name), None) is not None}
     for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind in (Kind.CONTROL, Kind.UNKNOWN) or index in special:

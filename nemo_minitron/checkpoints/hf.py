@@ -250,12 +250,8 @@ def write_hf(
 ) -> None:
     """Write a Hugging Face folder: safetensors in shards, index, config, generation defaults, tokenizer files.
 
-    Args:
-        source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is complete.
-        dtype: Type of the weights; None keeps the source's.
-        shard_bytes: Largest weight file, unless one tensor alone is larger.
-        extra_files: More files by name, as a model card.
+    No weight file is larger than `shard_bytes`, unless one tensor alone is. `extra_files` are more files by name,
+    as a model card.
 
     Raises:
         SpecError: The family's `config.json` cannot say this architecture (layers of different sizes).

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.megatron_config import (
@@ -32,13 +31,12 @@ from nemo_minitron.arch.megatron_config import (
     transformer_fields,
 )
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.files import Files, FolderFiles, read_bytes, staged_folder
-from nemo_minitron.checkpoints.layouts import open_weights
+from nemo_minitron.checkpoints.layouts import checkpoint_of, open_weights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.sidecar import order_of, with_tokenizer_json
-from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
+from nemo_minitron.checkpoints.sidecar import order_of
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource
 from nemo_minitron.checkpoints.torch_file import read_common_file
 from nemo_minitron.errors import CheckpointError, SpecError
 
@@ -56,72 +54,48 @@ _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 def open_megatron(folder: Path) -> Checkpoint:
     """Open a Megatron-LM or Megatron-Bridge checkpoint.
 
-    Args:
-        folder: The folder of an iteration, or the one above, whose latest iteration is taken.
+    The folder is that of an iteration, or the one above, whose latest iteration is taken.
 
     Raises:
         CheckpointError: A file is missing or damaged or asks for code, a weight is missing, unknown or of the wrong
             shape, or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported, or neither arguments nor a run configuration describe it.
     """
-    reader = _Reader(folder)
-    return Checkpoint(
-        spec=reader.spec,
-        family=reader.family,
-        dtype=reader.dtype,
-        lineage=reader.lineage(),
+    folder = iteration_folder(folder)
+    files = FolderFiles(folder)
+    weights = open_weights(files, "")
+    ours = read_ours(files, OURS)
+    spec = _read_spec(files, folder, ours, rows=weights.vocab_rows())
+    return checkpoint_of(
+        weights,
+        spec,
+        family=recorded_family(ours, spec),
+        lineage=recorded_lineage(ours, name=_name_of(folder), format="megatron"),
         format="Megatron",
-        layout=reader.weights.layout,
-        files=lambda: reader.files,
-        get=reader.get,
+        read_files=lambda: travelling_files(files, TOKENIZER_FOLDER),
+        where=str(folder),
     )
 
 
-class _Reader:
-    """What the file or folder holds, checked; see `open_megatron`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = iteration_folder(folder)
-        self._folder = FolderFiles(self.folder)
-        self.weights = open_weights(self._folder, "")
-        self._ours = read_ours(self._folder, OURS)
-        self.spec = self._read_spec()
-        self.family = recorded_family(self._ours, self.spec)
-        self.weights.check(self.spec)
-        self.dtype = self.weights.dtype(self.spec)
-        found = travelling_files(self._folder, TOKENIZER_FOLDER)
-        self.files = with_tokenizer_json(found, where=str(self.folder))
-        check_tokenizer_fits(self.files, self.spec, where=str(self.folder))
-
-    def lineage(self) -> dict[str, Any]:
-        """What the writer recorded; for a foreign folder its name."""
-        known = self._ours.get("lineage")
-        return dict(known) if known else {"base_model": _name_of(self.folder), "license": None, "format": "megatron"}
-
-    def get(self, name: str) -> Tensor:
-        """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self.weights.get(weight_named(self.spec, name), self.spec).to(self.dtype)
-
-    def _read_spec(self) -> ModelSpec:
-        rows = self.weights.vocab_rows()
-        if _RUN_CONFIG in self._folder.names():
-            where = f"{self.folder / _RUN_CONFIG}"
-            fields = read_yaml(read_bytes(self._folder, _RUN_CONFIG), where=where).get("model")
-            if not isinstance(fields, dict):
-                raise SpecError(f"{where}: model is missing", rule="the fields of a model provider")
-            refuse_code(fields, where=where)
-            fields = named_functions(fields)
-            found = lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where)  # noqa: E731
-            return recorded_spec(self._ours, fields, where=where) or spec_of(found, fields, where=where)
-        where = f"{self.folder / _COMMON}"
-        args = read_common_file(self._folder, _COMMON).get("args") if _COMMON in self._folder.names() else None
-        if not isinstance(args, dict):
-            raise SpecError(
-                f"{self.folder}: neither {_RUN_CONFIG} nor arguments in {_COMMON} describe the model",
-                rule="a checkpoint of Megatron-LM or Megatron-Bridge",
-            )
-        read = lambda: spec_from_args(args, vocab_rows=rows, where=where)  # noqa: E731
-        return recorded_spec(self._ours, args, where=where, args=True) or spec_of(read, args, where=where)
+def _read_spec(files: FolderFiles, folder: Path, ours: Mapping[str, Any], *, rows: int) -> ModelSpec:
+    if _RUN_CONFIG in files.names():
+        where = f"{folder / _RUN_CONFIG}"
+        fields = read_yaml(read_bytes(files, _RUN_CONFIG), where=where).get("model")
+        if not isinstance(fields, dict):
+            raise SpecError(f"{where}: model is missing", rule="the fields of a model provider")
+        refuse_code(fields, where=where)
+        fields = named_functions(fields)
+        found = lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where)  # noqa: E731
+        return recorded_spec(ours, fields, where=where) or spec_of(found, fields, where=where)
+    where = f"{folder / _COMMON}"
+    args = read_common_file(files, _COMMON).get("args") if _COMMON in files.names() else None
+    if not isinstance(args, dict):
+        raise SpecError(
+            f"{folder}: neither {_RUN_CONFIG} nor arguments in {_COMMON} describe the model",
+            rule="a checkpoint of Megatron-LM or Megatron-Bridge",
+        )
+    read = lambda: spec_from_args(args, vocab_rows=rows, where=where)  # noqa: E731
+    return recorded_spec(ours, args, where=where, args=True) or spec_of(read, args, where=where)
 
 
 def is_megatron_folder(path: Path) -> bool:
@@ -166,11 +140,7 @@ def write_megatron(
 
     One tensor is in memory at a time. Equal sources give equal bytes.
 
-    Args:
-        source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is complete.
-        dtype: Type of the weights; None keeps the source's.
-        extra_files: Has no place in this format.
+    `extra_files` have no place in this format.
     """
     dtype = dtype or source.dtype
     spec = source.spec
@@ -227,11 +197,7 @@ def recorded_spec(
 ) -> ModelSpec | None:
     """The architecture of `minitron.json`, if there is one and the configuration beside it says the same.
 
-    Args:
-        ours: Its data.
-        fields: The configuration: fields of NeMo 2 or Bridge, or arguments of Megatron-LM.
-        where: For messages.
-        args: Whether they are arguments.
+    `fields` are those of NeMo 2 or Bridge, or, with `args`, the arguments of Megatron-LM.
 
     Raises:
         SpecError: They contradict each other.
@@ -247,6 +213,12 @@ def recorded_spec(
             remedy="change sizes by pruning, not by editing the file",
         )
     return spec
+
+
+def recorded_lineage(ours: Mapping[str, Any], *, name: str, format: str) -> dict[str, Any]:
+    """What the writer recorded; for a foreign folder its name."""
+    known = ours.get("lineage")
+    return dict(known) if known else {"base_model": name, "license": None, "format": format}
 
 
 def travelling_files(files: Files, folder: str) -> dict[str, bytes]:

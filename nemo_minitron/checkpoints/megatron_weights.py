@@ -5,7 +5,7 @@ that differ keep a key each, `decoder.layers.7.mlp.linear_fc2.weight`. Both are 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Protocol
 
 import torch
@@ -75,9 +75,6 @@ class Store(Protocol):
 class DistributedWeights:
     """Weights of a distributed checkpoint.
 
-    Args:
-        store: Its tensors.
-
     Raises:
         CheckpointError: There is no word embedding among them.
     """
@@ -115,13 +112,7 @@ class DistributedWeights:
             stacked = self.stacked and weight.layer is not None
             for key, shape in self.keys(weight, spec).items():
                 expected[key] = (weight, ((spec.num_layers,) if stacked else ()) + shape)
-        if missing := sorted(set(expected) - self._keys):
-            raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
-        if extra := sorted(self._keys - set(expected)):
-            raise CheckpointError(
-                f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
-                rule="no weight is left out in silence",
-            )
+        check_names(expected.keys(), self._keys, label=label)
         for key, (weight, shape) in expected.items():
             check_shape(weight, self.store.tensors[key].shape, shape, where=f"{label}: {key}")
 
@@ -145,6 +136,21 @@ class DistributedWeights:
             if prefix + EMBEDDING in self.store.tensors:
                 return prefix
         raise CheckpointError(f"{self.store.label}: has no {EMBEDDING}", rule="the weights of a GPT model")
+
+
+def check_names(expected: Set[str], found: Set[str], *, label: str) -> None:
+    """Compare names of weights.
+
+    Raises:
+        CheckpointError: One is missing or unknown.
+    """
+    if missing := sorted(expected - found):
+        raise CheckpointError(f"{label}: {len(missing)} weight(s) missing, {missing[0]} first")
+    if extra := sorted(found - expected):
+        raise CheckpointError(
+            f"{label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
+            rule="no weight is left out in silence",
+        )
 
 
 def check_shape(weight: Weight, stored: Shape, expected: Shape, *, where: str) -> None:

@@ -16,11 +16,7 @@ from nemo_minitron.checkpoints.torch_dist import TorchDistWriter
 def write_weights(source: TensorSource, folder: Path, *, prefix: str, dtype: torch.dtype) -> None:
     """Write every weight of a source, one tensor in memory at a time. Equal sources give equal bytes.
 
-    Args:
-        source: What to write.
-        folder: An empty folder.
-        prefix: Of every key: "model." for NeMo 1, "module." for NeMo 2, "" for Megatron.
-        dtype: Type of the weights.
+    `prefix` stands before every key: "model." for NeMo 1, "module." for NeMo 2, "" for Megatron.
     """
     spec = source.spec
     with TorchDistWriter(folder, nbytes=parameter_count(spec) * dtype.itemsize) as writer:

@@ -15,17 +15,16 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.nemo_config import lineage_of, nemo_config, spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.files import (
     Files,
     FolderFiles,
@@ -35,12 +34,12 @@ from nemo_minitron.checkpoints.files import (
     staged_folder,
 )
 from nemo_minitron.checkpoints.large_files import open_binary
-from nemo_minitron.checkpoints.layouts import open_weights
-from nemo_minitron.checkpoints.megatron_weights import DistributedWeights
+from nemo_minitron.checkpoints.layouts import checkpoint_of, open_weights
+from nemo_minitron.checkpoints.megatron_weights import DistributedWeights, Weights
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.sidecar import order_of, travels, with_tokenizer_json
-from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
+from nemo_minitron.checkpoints.sidecar import order_of, travels
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource
 from nemo_minitron.checkpoints.torch_dist import TorchDistReader
 from nemo_minitron.errors import CheckpointError
 
@@ -67,76 +66,45 @@ def open_nemo(path: Path) -> Checkpoint:
             shape, or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported.
     """
-    reader = _Reader(path)
-    return Checkpoint(
-        spec=reader.spec,
-        family=reader.family,
-        dtype=reader.dtype,
-        lineage=reader.lineage(),
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    archive = open_files(path)
+    config = read_config(archive)
+    weights = open_weights(archive, WEIGHTS_FOLDER)
+    rows = weights.vocab_rows()
+    spec = spec_of(lambda: spec_from_nemo_config(config, vocab_size=rows), config, where=f"{path}: {CONFIG_FILE}")
+    known = (config.get("tokenizer") or {}).get("type")
+    found = checkpoint_of(
+        weights,
+        spec,
+        family=recorded_family(config.get("minitron") or {}, spec),
+        lineage=lineage_of(config) or {"base_model": known or path.stem, "license": None, "format": "nemo"},
         format="NeMo 1",
-        layout=reader.weights.layout,
-        files=lambda: reader.files,
-        get=reader.get,
-        notes=reader.notes,
-        config=reader.config,
-        native=path if reader.is_native() else None,
+        read_files=lambda: tokenizer_files_in(archive, config),
+        where=str(path),
     )
+    native = path if path.is_dir() and _is_native(weights) else None
+    return replace(found, config=config, native=native, notes=lambda: _notes(config, found.files()))
 
 
-class _Reader:
-    """What the file or folder holds, checked; see `open_nemo`."""
+def _is_native(weights: Weights) -> bool:
+    """Whether weights are in torch_dist form, with our prefix."""
+    if not isinstance(weights, DistributedWeights) or not isinstance(weights.store, TorchDistReader):
+        return False
+    return weights.prefix == KEY_PREFIX
 
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file or folder")
-        self.path = path
-        self._archive = open_files(path)
-        self.config = read_config(self._archive)
-        self.weights = open_weights(self._archive, WEIGHTS_FOLDER)
-        rows = self.weights.vocab_rows()
-        self.spec = spec_of(
-            lambda: spec_from_nemo_config(self.config, vocab_size=rows), self.config, where=f"{path}: {CONFIG_FILE}"
-        )
-        self.family = recorded_family(self.config.get("minitron") or {}, self.spec)
-        self.weights.check(self.spec)
-        self.dtype = self.weights.dtype(self.spec)
-        found = tokenizer_files_in(self._archive, self.config)
-        self.files = with_tokenizer_json(found, where=str(path))
-        check_tokenizer_fits(self.files, self.spec, where=str(path))
 
-    def lineage(self) -> dict[str, Any]:
-        """What the writer recorded; for a foreign file its name."""
-        known = (self.config.get("tokenizer") or {}).get("type")
-        return lineage_of(self.config) or {"base_model": known or self.path.stem, "license": None, "format": "nemo"}
-
-    def is_native(self) -> bool:
-        """Whether it is an unpacked folder in torch_dist form, with our prefix."""
-        weights = self.weights
-        if not isinstance(weights, DistributedWeights) or not isinstance(weights.store, TorchDistReader):
-            return False
-        return self.path.is_dir() and weights.prefix == KEY_PREFIX
-
-    def notes(self) -> tuple[str, ...]:
-        """What the configuration names and the file does not carry."""
-        section = self.config.get("tokenizer") or {}
-        named = section.get("type") or section.get("model")
-        if named and not any(name in self.files for name in ("tokenizer.json", "tokenizer.model")):
-            return (f"tokenizer {str(named)[:80]!r} (library {section.get('library')}) is named, not carried",)
-        return ()
-
-    def get(self, name: str) -> Tensor:
-        """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self.weights.get(weight_named(self.spec, name), self.spec).to(self.dtype)
+def _notes(config: Mapping[str, Any], files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """What the configuration names and the file does not carry."""
+    section = config.get("tokenizer") or {}
+    named = section.get("type") or section.get("model")
+    if named and not any(name in files for name in ("tokenizer.json", "tokenizer.model")):
+        return (f"tokenizer {str(named)[:80]!r} (library {section.get('library')}) is named, not carried",)
+    return ()
 
 
 def write_folder(source: TensorSource, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a checkpoint folder, one tensor in memory at a time. Equal sources give equal bytes.
-
-    Args:
-        source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is complete.
-        dtype: Type of the weights; None keeps the source's.
-    """
+    """Write a checkpoint folder, one tensor in memory at a time. Equal sources give equal bytes."""
     dtype = dtype or source.dtype
     with staged_folder(folder) as partial:
         (partial / WEIGHTS_FOLDER).mkdir()
@@ -160,11 +128,7 @@ def write_nemo(
 ) -> None:
     """Write a `.nemo` file, or a checkpoint folder where the name has no such ending.
 
-    Args:
-        source: What to write; a folder that is native already is packed as it is.
-        target: Where.
-        dtype: Type of the weights; None keeps the source's.
-        extra_files: More members of the archive by name, as a model card.
+    A folder that is native already is packed as it is. `extra_files` are more members of the archive by name.
     """
     if target.suffix != ".nemo":
         write_folder(source, target, dtype=dtype)
@@ -217,10 +181,7 @@ def write_folder_files(
 def pack_nemo(folder: Path, file: Path, *, extra_files: Mapping[str, bytes] | None = None) -> None:
     """Pack a checkpoint folder into a `.nemo` file. Equal folders give equal bytes.
 
-    Args:
-        folder: The folder; it stays as it is.
-        file: The archive; one that is there is replaced once the new one is complete.
-        extra_files: More members by name, as a model card.
+    `extra_files` are more members by name, as a model card. The folder stays as it is.
 
     Raises:
         CheckpointError: The folder is not a complete checkpoint.
@@ -262,12 +223,6 @@ def read_config(files: Files) -> dict[str, Any]:
     return config
 
 
-def tokenizer_artifacts(config: Mapping[str, Any]) -> dict[str, str]:
-    """Tokenizer file name to where it lies (`nemo:ARTIFACT`), as our writer recorded it; {} for a foreign config."""
-    named = (config.get("minitron") or {}).get("tokenizer_files")
-    return {str(name): str(value) for name, value in named.items()} if isinstance(named, Mapping) else {}
-
-
 def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, bytes]:
     """Tokenizer files kept as artifacts: those that the config names, else those whose own names say so.
 
@@ -275,13 +230,14 @@ def tokenizer_files_in(files: Files, config: Mapping[str, Any]) -> dict[str, byt
         CheckpointError: A named artifact is missing, or is to be called by the name of another kind of file: these
             names are written to folders later.
     """
-    if named := tokenizer_artifacts(config):
-        if strange := sorted(name for name in named if not travels(name)):
+    named = (config.get("minitron") or {}).get("tokenizer_files")
+    if isinstance(named, Mapping) and named:  # by our writer
+        if strange := sorted(str(name) for name in named if not travels(str(name))):
             raise CheckpointError(
                 f"{files.label}: {CONFIG_FILE}: minitron.tokenizer_files names {strange[0][:80]!r}",
                 rule="files of a tokenizer, a licence or a pruning plan",
             )
-        return {name: read_bytes(files, value.removeprefix("nemo:")) for name, value in named.items()}
+        return {str(name): read_bytes(files, str(value).removeprefix("nemo:")) for name, value in named.items()}
     found: dict[str, str] = {}
     for artifact in files.names():
         name = match.group(1) if (match := _ARTIFACT.match(artifact)) else artifact

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.megatron_config import (
@@ -26,22 +25,21 @@ from nemo_minitron.arch.megatron_config import (
     transformer_fields,
 )
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.fiddle_json import FiddleDocument, Symbol, arguments_at
 from nemo_minitron.checkpoints.files import FolderFiles, read_bytes, staged_folder
-from nemo_minitron.checkpoints.layouts import open_weights
+from nemo_minitron.checkpoints.layouts import checkpoint_of, open_weights
 from nemo_minitron.checkpoints.megatron_dist import (
     OURS,
     named_functions,
     read_ours,
+    recorded_lineage,
     recorded_spec,
     travelling_files,
     write_sidecar,
 )
 from nemo_minitron.checkpoints.megatron_writer import write_weights
 from nemo_minitron.checkpoints.plain_data import read_json, read_yaml, refuse_code, spec_of
-from nemo_minitron.checkpoints.sidecar import with_tokenizer_json
-from nemo_minitron.checkpoints.source import Checkpoint, TensorSource, check_tokenizer_fits
+from nemo_minitron.checkpoints.source import Checkpoint, TensorSource
 from nemo_minitron.errors import CheckpointError
 
 CONTEXT, WEIGHTS = "context", "weights"
@@ -73,59 +71,56 @@ def open_nemo2(folder: Path) -> Checkpoint:
             or the tokenizer does not fit the vocabulary.
         SpecError: The architecture is not supported, or not written out.
     """
-    reader = _Reader(folder)
-    return Checkpoint(
-        spec=reader.spec,
-        family=reader.family,
-        dtype=reader.dtype,
-        lineage=reader.lineage(),
+    context = _Context(folder)
+    weights = open_weights(context.files, WEIGHTS)
+    ours = read_ours(context.files, context.prefix + OURS)
+    model = context.read_model()
+    refuse_code(model, where=f"{folder / context.prefix}")
+    spec = _read_spec(model.get("config"), ours, rows=weights.vocab_rows(), where=f"{folder / CONTEXT}")
+    return checkpoint_of(
+        weights,
+        spec,
+        family=recorded_family(ours, spec),
+        lineage=recorded_lineage(ours, name=folder.absolute().name, format="nemo2"),
         format="NeMo 2",
-        layout=reader.weights.layout,
-        files=lambda: reader.files,
-        get=reader.get,
+        read_files=lambda: context.tokenizer_files(model),
+        where=str(folder),
     )
 
 
-class _Reader:
-    """What the file or folder holds, checked; see `open_nemo2`."""
+def _read_spec(config: Any, ours: Mapping[str, Any], *, rows: int, where: str) -> ModelSpec:
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: the model has no config")
+    fields = named_functions(config)
+    found = recorded_spec(ours, fields, where=where)
+    return found or spec_of(
+        lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where), fields, where=where
+    )
+
+
+class _Context:
+    """The folder that describes the model; its files may lie in the folder above, too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._folder = FolderFiles(folder)
-        context = f"{CONTEXT}/" if any(name.startswith(f"{CONTEXT}/") for name in self._folder.names()) else ""
-        self._context = context
-        self.weights = open_weights(self._folder, WEIGHTS)
-        self._ours = read_ours(self._folder, context + OURS)
-        model = self._read_model()
-        refuse_code(model, where=f"{folder / context}")
-        self.spec = self._read_spec(model.get("config"))
-        self.family = recorded_family(self._ours, self.spec)
-        self.weights.check(self.spec)
-        self.dtype = self.weights.dtype(self.spec)
-        found = travelling_files(self._folder, context + self._tokenizer_folder(model))
-        found |= self._named_model(model)
-        self.files = with_tokenizer_json(found, where=str(folder))
-        check_tokenizer_fits(self.files, self.spec, where=str(folder))
+        self.files = FolderFiles(folder)
+        inside = any(name.startswith(f"{CONTEXT}/") for name in self.files.names())
+        self.prefix = f"{CONTEXT}/" if inside else ""
 
-    def lineage(self) -> dict[str, Any]:
-        """What the writer recorded; for a foreign folder its name."""
-        known = self._ours.get("lineage")
-        name = self.folder.absolute().name
-        return dict(known) if known else {"base_model": name, "license": None, "format": "nemo2"}
+    def tokenizer_files(self, model: Mapping[str, Any]) -> dict[str, bytes]:
+        """Files of the tokenizer that the model names, and what travels with them."""
+        found = travelling_files(self.files, self.prefix + self._tokenizer_folder(model))
+        return found | self._named_model(model)
 
-    def get(self, name: str) -> Tensor:
-        """One canonical tensor; of a stacked key only its layer is read, of a padded vocabulary only the real rows."""
-        return self.weights.get(weight_named(self.spec, name), self.spec).to(self.dtype)
-
-    def _read_model(self) -> dict[str, Any]:
+    def read_model(self) -> dict[str, Any]:
         """The model's arguments as plain data; `model.yaml` has every default written out, `io.json` has not."""
-        names = self._folder.names()
-        if self._context + _MODEL_YAML in names:
-            where = f"{self.folder / self._context / _MODEL_YAML}"
-            return read_yaml(read_bytes(self._folder, self._context + _MODEL_YAML), where=where)
-        if self._context + _IO_JSON in names:
-            where = f"{self.folder / self._context / _IO_JSON}"
-            document = read_json(read_bytes(self._folder, self._context + _IO_JSON), where=where)
+        names = self.files.names()
+        if self.prefix + _MODEL_YAML in names:
+            where = f"{self.folder / self.prefix / _MODEL_YAML}"
+            return read_yaml(read_bytes(self.files, self.prefix + _MODEL_YAML), where=where)
+        if self.prefix + _IO_JSON in names:
+            where = f"{self.folder / self.prefix / _IO_JSON}"
+            document = read_json(read_bytes(self.files, self.prefix + _IO_JSON), where=where)
             parts = {name: arguments_at(document, f"model.{name}", where=where) for name in ("config", "tokenizer")}
             return {**arguments_at(document, "model", where=where), **parts}
         raise CheckpointError(
@@ -133,22 +128,11 @@ class _Reader:
             rule="the context describes the model",
         )
 
-    def _read_spec(self, config: Any) -> ModelSpec:
-        where = f"{self.folder / CONTEXT}"
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{where}: the model has no config")
-        fields = named_functions(config)
-        rows = self.weights.vocab_rows()
-        found = recorded_spec(self._ours, fields, where=where)
-        return found or spec_of(
-            lambda: spec_from_transformer_fields(fields, vocab_rows=rows, where=where), fields, where=where
-        )
-
     def _tokenizer_folder(self, model: Mapping[str, Any]) -> str:
         tokenizer = model.get("tokenizer")
         named = tokenizer.get("pretrained_model_name") if isinstance(tokenizer, dict) else None
-        start = f"{self._context}{named}/"
-        inside = isinstance(named, str) and any(name.startswith(start) for name in self._folder.names())
+        start = f"{self.prefix}{named}/"
+        inside = isinstance(named, str) and any(name.startswith(start) for name in self.files.names())
         return str(named) if inside else _TOKENIZER
 
     def _named_model(self, model: Mapping[str, Any]) -> dict[str, bytes]:
@@ -161,10 +145,10 @@ class _Reader:
         named = tokenizer.get("model_path") if isinstance(tokenizer, dict) else None
         if not isinstance(named, str) or not named:
             return {}
-        if self._context + named in self._folder.names():
-            return {"tokenizer.model": read_bytes(self._folder, self._context + named)}
+        if self.prefix + named in self.files.names():
+            return {"tokenizer.model": read_bytes(self.files, self.prefix + named)}
         raise CheckpointError(
-            f"{self.folder / self._context}: tokenizer.model_path = {named[:80]!r}, which is not there",
+            f"{self.folder / self.prefix}: tokenizer.model_path = {named[:80]!r}, which is not there",
             rule="a file that the context names lies in it",
         )
 
@@ -183,11 +167,7 @@ def write_nemo2(
 ) -> None:
     """Write a NeMo-2 folder, one tensor in memory at a time. Equal sources give equal bytes.
 
-    Args:
-        source: What to write.
-        folder: Where; a folder of that name is replaced once the new one is complete.
-        dtype: Type of the weights; None keeps the source's.
-        extra_files: Has no place in this format.
+    `extra_files` have no place in this format.
     """
     dtype = dtype or source.dtype
     with staged_folder(folder) as partial:

@@ -14,9 +14,8 @@ from nemo_minitron.errors import CheckpointError
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint of any readable format, found out by looking at it.
 
-    Args:
-        path: A Hugging Face folder, a `.gguf` file, a `.nemo` file or its unpacked folder, a NeMo-2 folder, or a
-            checkpoint folder of Megatron-LM or Megatron-Bridge.
+    That is a Hugging Face folder, a `.gguf` file, a `.nemo` file or its unpacked folder, a NeMo-2 folder, or a
+    checkpoint folder of Megatron-LM or Megatron-Bridge.
 
     Raises:
         CheckpointError: The path does not exist, is of no known format, or is damaged.

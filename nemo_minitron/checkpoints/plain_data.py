@@ -105,11 +105,6 @@ def is_known_code(path: str) -> bool:
 def spec_of(read: Callable[[], ModelSpec], config: Mapping[str, Any], *, where: str) -> ModelSpec:
     """An architecture from a configuration whose values may be of any type and size.
 
-    Args:
-        read: Reads it.
-        config: What it reads.
-        where: For messages.
-
     Raises:
         SpecError: The configuration makes no sense.
     """

@@ -18,7 +18,7 @@ from nemo_minitron.arch.axes import Packing
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, part_shapes, weights
 from nemo_minitron.checkpoints.files import Files
-from nemo_minitron.checkpoints.megatron_weights import EMBEDDING, check_shape
+from nemo_minitron.checkpoints.megatron_weights import EMBEDDING, check_names, check_shape
 from nemo_minitron.checkpoints.parts import widest
 from nemo_minitron.checkpoints.torch_file import TorchFile
 from nemo_minitron.errors import CheckpointError
@@ -64,9 +64,6 @@ class _Stage:
 class RankWeights:
     """Weights in one file per rank.
 
-    Args:
-        files: What holds them.
-
     Raises:
         CheckpointError: A rank's file is missing or damaged, asks for code, or ranks do not agree about what they hold.
     """
@@ -103,13 +100,7 @@ class RankWeights:
         """
         expected = {weight.name: weight for weight in weights(spec)}
         found = set(self._places) - ({_OUTPUT} if spec.tied_embeddings else set())
-        if missing := sorted(set(expected) - found):
-            raise CheckpointError(f"{self.label}: {len(missing)} weight(s) missing, {missing[0]} first")
-        if extra := sorted(found - set(expected)):
-            raise CheckpointError(
-                f"{self.label}: {len(extra)} weight(s) that its configuration does not imply, {extra[0]} first",
-                rule="no weight is left out in silence",
-            )
+        check_names(expected.keys(), found, label=self.label)
         for weight in expected.values():
             self._check_shapes(weight)
 

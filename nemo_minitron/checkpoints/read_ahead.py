@@ -17,10 +17,8 @@ _WORKERS = 2
 def read_ahead(names: Iterable[str], get: Callable[[str], Tensor], size: Callable[[str], int]) -> Iterator[Tensor]:
     """`get(name)` of every name, in order. Large tensors come in memory that is used again when they are gone.
 
-    Args:
-        names: What to get.
-        get: Called from several threads at once. The first error ends everything, in the order of the names.
-        size: Bytes of what `get` will return.
+    `get` is called from several threads at once; its first error ends everything, in the order of the names. `size`
+    gives the bytes of what it will return.
     """
     waiting: deque[tuple[Future[Tensor], int]] = deque()
     remaining = deque((name, size(name)) for name in names)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoints.large_files import open_binary
+from nemo_minitron.checkpoints.plain_data import read_json
 from nemo_minitron.checkpoints.tensors import read_tensor, write_tensor
 from nemo_minitron.errors import CheckpointError
 
@@ -60,7 +61,7 @@ class SafetensorsFile:
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else _LARGEST_HEADER + 1
             if length > min(_LARGEST_HEADER, size - 8):
                 raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            header = _parse_header(file.read(length), path)
+            header = read_json(file.read(length), where=f"{path}: its header")
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._data_start = 8 + length
         self.entries: dict[str, Entry] = {name: _parse_entry(name, item, path) for name, item in header.items()}
@@ -93,13 +94,7 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Writes a file whose names, types and shapes are known, one tensor at a time in any order.
-
-    Args:
-        path: Where to write.
-        entries: Type and shape of each tensor.
-        metadata: Strings for the header.
-    """
+    """Writes a file whose names, types and shapes are known, one tensor at a time in any order."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
         order = sorted(entries, key=lambda name: (_ORDER[_CODES[entries[name].dtype]], name))
@@ -143,21 +138,6 @@ class SafetensorsWriter:
         self._file.close()
         if kind is None and self._missing:
             raise CheckpointError(f"never written: {', '.join(sorted(self._missing))}")
-
-
-def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    try:
-        header = json.loads(text, object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is not a JSON object")
-    return header
 
 
 def _parse_entry(name: str, item: Any, path: Path) -> Entry:

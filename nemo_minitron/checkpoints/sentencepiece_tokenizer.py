@@ -16,12 +16,6 @@ def build_tokenizer(model: SentencePieces, *, add_bos: bool, add_eos: bool, wher
 
     Control pieces become special tokens. User-defined pieces are cut out of the text first, as SentencePiece does.
 
-    Args:
-        model: The model.
-        add_bos: Whether a sequence begins with the BOS piece.
-        add_eos: Whether it ends with the EOS piece.
-        where: For messages.
-
     Raises:
         CheckpointError: A piece occurs twice, or BOS or EOS is to be added and there is none.
     """
@@ -52,11 +46,7 @@ def build_tokenizer(model: SentencePieces, *, add_bos: bool, add_eos: bool, wher
 def around(special: Mapping[str, tuple[str, int]], *, add_bos: bool, add_eos: bool, where: str) -> Any:
     """Puts BOS before and EOS behind a sequence.
 
-    Args:
-        special: Token and id by "bos" and "eos".
-        add_bos: Whether.
-        add_eos: Whether.
-        where: For messages.
+    `special` has token and id by "bos" and "eos".
 
     Raises:
         CheckpointError: There is no such token.
@@ -82,10 +72,6 @@ def tokenizer_json(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes
 
     BOS and EOS are added where `tokenizer_config.json` says so (`add_bos_token`, `add_eos_token`); else the ids are
     those of the model alone, as in NeMo and in transformers 5.
-
-    Args:
-        files: Tokenizer files by name.
-        where: For messages.
 
     Returns:
         `tokenizer.json`, and a `tokenizer_config.json` if there was none.

@@ -48,10 +48,6 @@ def with_tokenizer_json(files: Mapping[str, bytes], *, where: str) -> dict[str, 
     """Files with a `tokenizer.json` made out of a `tokenizer.model` or `tekken.json` where there was none.
 
     A file that cannot be converted stays as it is; `tokenizer_problem` says why.
-
-    Args:
-        files: Files by name.
-        where: For messages.
     """
     found = dict(files)
     try:

@@ -9,7 +9,7 @@ special_tokens[].rank, .token_str
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.checkpoints.plain_data import read_json
@@ -79,6 +79,16 @@ def _tokenizer(ranks: dict[bytes, int], pattern: str, special: list[str], where:
     return tokenizer
 
 
+def set_byte_level(tokenizer: Any, patterns: Sequence[str]) -> None:
+    """Have a tokenizer cut texts by patterns and work on their bytes, each written as a letter."""
+    from tokenizers import Regex, decoders, pre_tokenizers
+
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+
+
 def rank_tokenizer(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int], *, first: int) -> Any:
     """A `tokenizers.Tokenizer` of byte strings with ranks; it puts nothing around a text.
 
@@ -88,7 +98,7 @@ def rank_tokenizer(ranks: Mapping[bytes, int], pattern: str, special: Mapping[st
         special: Special tokens and their ids.
         first: Id of rank 0.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, models
 
     letters = byte_letters()
 
@@ -102,12 +112,6 @@ def rank_tokenizer(ranks: Mapping[bytes, int], pattern: str, special: Mapping[st
         known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
         merges += [(spelled(left), spelled(right)) for left, right in known]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    set_byte_level(tokenizer, [pattern])
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return tokenizer

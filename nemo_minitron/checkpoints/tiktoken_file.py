@@ -34,10 +34,6 @@ def tiktoken_json(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]
     Ids between special tokens that nothing names get `<|reserved_token_ID|>`, as in `transformers`. BOS and EOS come
     around a text where `tokenizer_config.json` says so (`add_bos_token`, `add_eos_token`).
 
-    Args:
-        files: Tokenizer files by name.
-        where: For messages.
-
     Raises:
         CheckpointError: The file is damaged, or `tokenizer_config.json` does not name the special tokens.
     """

@@ -9,9 +9,7 @@ Equal input gives equal bytes: no time stamps, no random identifiers, no paths.
 
 import json
 import pickle
-import struct
 import zipfile
-import zlib
 from enum import Enum
 from math import prod
 from pathlib import Path
@@ -36,6 +34,7 @@ from nemo_minitron.checkpoints.large_files import open_binary
 from nemo_minitron.checkpoints.pickles import TensorHeader, read_metadata, read_tensor_header
 from nemo_minitron.checkpoints.tensors import read_tensor
 from nemo_minitron.checkpoints.torch_dist_index import Piece, Shape, check_files, stored_tensors
+from nemo_minitron.checkpoints.torch_file import ZIP_ERRORS, data_start
 from nemo_minitron.errors import CheckpointError
 
 _DATA_FILE = "__0_0.distcp"
@@ -45,20 +44,6 @@ _MARKER = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-# What Python's zip reader raises on damaged archives, beside its own error.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    StopIteration,
-    KeyError,
-    OSError,
-    EOFError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-)
 
 
 class TorchDistWriter:
@@ -78,11 +63,7 @@ class TorchDistWriter:
     def add(self, key: str, tensor: Tensor, *, offsets: Shape | None = None, shape: Shape | None = None) -> None:
         """Append one piece of a tensor.
 
-        Args:
-            key: Name of the complete tensor.
-            tensor: The piece.
-            offsets: Where the piece begins in the tensor; None for a complete tensor.
-            shape: Shape of the tensor; None for a complete tensor.
+        `offsets` say where the piece begins in the tensor of that name and `shape`; None for a complete tensor.
         """
         whole = torch.Size(tensor.shape if shape is None else shape)
         at = torch.Size(offsets or (0,) * len(whole))
@@ -139,10 +120,6 @@ class _IndexPickler(pickle.Pickler):
 class TorchDistReader:
     """Reads boxes of tensors from a torch_dist folder, wherever and however many pieces they are stored in.
 
-    Args:
-        files: What holds the folder: a directory or a `.nemo` tar.
-        folder: Its name there, "" for the top.
-
     Raises:
         CheckpointError: The folder is incomplete, of another format, damaged, or its index is no plain data.
     """
@@ -168,10 +145,7 @@ class TorchDistReader:
     def read(self, key: str, *, start: Shape | None = None, stop: Shape | None = None) -> Tensor:
         """A box of a tensor, as a tensor of its own.
 
-        Args:
-            key: Name of the tensor.
-            start: First index of each dimension; None for 0.
-            stop: One past the last index of each dimension; None for all.
+        `start` has the first index of each dimension (None for 0), `stop` one past the last (None for all).
 
         Raises:
             CheckpointError: The stored pieces do not cover the box, or cannot be read.
@@ -243,9 +217,8 @@ def _open_record(stream: BinaryIO, piece: Piece, where: str) -> tuple[TensorHead
                 )
             header = read_tensor_header(archive.read(pickled), where=where)
             record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{header.storage}")
-        stream.seek(piece.start + record.header_offset)
-        name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
-    except _ZIP_ERRORS as error:
+        start = data_start(stream, record, where, base=piece.start)
+    except ZIP_ERRORS as error:
         raise CheckpointError(f"{where}: its record is damaged ({error})", remedy="fetch or write it again") from error
     needed = (header.offset + prod(header.shape)) * header.dtype.itemsize
     inside = header.offset >= 0 and record.header_offset + record.file_size <= piece.length
@@ -253,4 +226,4 @@ def _open_record(stream: BinaryIO, piece: Piece, where: str) -> tuple[TensorHead
         raise CheckpointError(f"{where}: its record holds {record.file_size} of {needed} bytes")
     if not header.is_contiguous:
         raise CheckpointError(f"{where}: stored with strides {header.stride}", rule="row-major pieces")
-    return header, piece.start + record.header_offset + 30 + name_length + extra_length
+    return header, start

@@ -6,6 +6,7 @@ Such a file is a zip archive without compression: `NAME/data.pkl`, a pickle that
 
 import struct
 import zipfile
+import zlib
 from math import prod
 from typing import Any, BinaryIO
 
@@ -22,17 +23,13 @@ _LOCAL_HEADER = struct.Struct("<26xHH")
 
 ZIP_ERRORS = (
     *(zipfile.BadZipFile, struct.error, KeyError, OSError, EOFError, ValueError, NotImplementedError, RuntimeError),
-    *(UnicodeError, OverflowError, IndexError),
+    *(OverflowError, IndexError, StopIteration, zlib.error),
 )
 """What Python's zip reader raises on damaged archives, beside its own error."""
 
 
 class TorchFile:
     """A state dict on disk. `entries` holds type, shape and place of each tensor.
-
-    Args:
-        files: What holds the file.
-        name: Its name there.
 
     Raises:
         CheckpointError: It is damaged, of the format before torch 1.6, compressed, asks for code, or a tensor reaches
@@ -59,7 +56,7 @@ class TorchFile:
         where = f"{self.label}: {name}"
         record = self._records[f"{self._folder}data/{header.storage}"]
         with self._files.open(self._name) as stream:
-            start = _data_start(stream, record, where)
+            start = data_start(stream, record, where)
             stream.seek(start + header.offset * header.dtype.itemsize)
             flat = read_tensor(stream, (_span(header),), header.dtype, where=where)
         if header.is_contiguous:
@@ -130,10 +127,15 @@ def _span(header: TensorHeader) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(header.shape, header.stride, strict=True))
 
 
-def _data_start(stream: BinaryIO, record: zipfile.ZipInfo, where: str) -> int:
-    stream.seek(record.header_offset)
+def data_start(stream: BinaryIO, record: zipfile.ZipInfo, where: str, *, base: int = 0) -> int:
+    """Where in a stream a record's bytes begin; `base` is where its archive does.
+
+    Raises:
+        CheckpointError: It has no header.
+    """
+    stream.seek(base + record.header_offset)
     head = stream.read(_LOCAL_HEADER.size)
     if len(head) < _LOCAL_HEADER.size or head[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{where}: its record is damaged", remedy="fetch it again")
     name_length, extra_length = _LOCAL_HEADER.unpack(head)
-    return record.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+    return base + record.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)

@@ -33,10 +33,6 @@ _LARGEST_CHUNK = 2**34
 class ZarrStore:
     """Reads boxes of tensors from a zarr checkpoint.
 
-    Args:
-        files: What holds the folder: a directory or a `.nemo` tar.
-        folder: Its name there.
-
     Raises:
         CheckpointError: A header is damaged or of an unknown kind, or a chunk is missing or of the wrong size.
     """

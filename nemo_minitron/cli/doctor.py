@@ -34,6 +34,11 @@ class Finding:
     """What its absence costs, and what to do about it."""
 
 
+def _checked(subject: str, fine: bool, found: str, cost: str, otherwise: str = WARN) -> Finding:
+    """A finding whose cost is told only where it is not fine."""
+    return Finding(subject, OK, found) if fine else Finding(subject, otherwise, found, cost)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A library that stages use."""
@@ -119,10 +124,7 @@ def self_test(device: str) -> list[Finding]:
         last = (tried.stderr.strip().splitlines() or [""])[-1]
         ended = "" if tried.returncode == 0 else f"ended with status {tried.returncode}: {last}"
     rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    findings = [
-        Finding(f"GPU: {row['name']}", OK if row["ok"] else BAD, row["found"], "" if row["ok"] else _SELF_TEST_COST)
-        for row in rows
-    ]
+    findings = [_checked(f"GPU: {row['name']}", row["ok"], row["found"], _SELF_TEST_COST, BAD) for row in rows]
     return [*findings, Finding("GPU: self test", BAD, ended, _SELF_TEST_COST)] if ended else findings
 
 
@@ -200,57 +202,28 @@ def _devices(torch: dict[str, object]) -> list[Finding]:
         return []
     gpus = torch["gpus"]
     if isinstance(gpus, list) and gpus:
-        state = OK if torch["bf16_gpu"] else WARN
-        return [
-            Finding(
-                "GPU",
-                state,
-                ", ".join(map(str, gpus)),
-                "" if torch["bf16_gpu"] else "no bf16; precision=auto takes fp32",
-            )
-        ]
-    ratio = float(str(torch["bf16_over_fp32"]))
-    slow = "" if ratio >= 1 else "bf16 is emulated and slow here; precision=auto takes fp32"
+        names = ", ".join(map(str, gpus))
+        return [_checked("GPU", bool(torch["bf16_gpu"]), names, "no bf16; precision=auto takes fp32")]
+    ratio, gloo = float(str(torch["bf16_over_fp32"])), bool(torch["gloo"])
+    speed = f"{ratio:.2g} x the speed of fp32 (measured)"
+    slow = "bf16 is emulated and slow here; precision=auto takes fp32"
+    cost = "CPU speed: fine for models up to a few hundred million parameters"
     return [
-        Finding(
-            "GPU",
-            WARN,
-            f"none ({torch['build']} build of torch)",
-            "CPU speed: fine for models up to a few hundred million parameters",
-        ),
-        Finding("bf16 on CPU", WARN if slow else OK, f"{ratio:.2g} x the speed of fp32 (measured)", slow),
-        Finding(
-            "gloo",
-            OK if torch["gloo"] else BAD,
-            "available" if torch["gloo"] else "absent",
-            "" if torch["gloo"] else "no parallel run on CPU",
-        ),
+        Finding("GPU", WARN, f"none ({torch['build']} build of torch)", cost),
+        _checked("bf16 on CPU", ratio >= 1, speed, slow),
+        _checked("gloo", gloo, "available" if gloo else "absent", "no parallel run on CPU", BAD),
     ]
 
 
 def _machine() -> list[Finding]:
     memory = psutil.virtual_memory()
-    cache = Path.cwd()
-    free = shutil.disk_usage(cache).free / 1e9
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
     pip = _import_error("pip") is None
+    gigabytes = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    no_pip = "package: models and texts cannot be fetched: python -m ensurepip"
     return [
         Finding("processor", OK, f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"),
-        Finding(
-            "memory",
-            OK if memory.available > 6e9 else WARN,
-            f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
-            "" if memory.available > 6e9 else "the demo takes up to 6 GB",
-        ),
-        Finding(
-            "disk here",
-            OK if free > 5 else WARN,
-            f"{free:.1f} GB free",
-            "" if free > 5 else "the demo writes about 3 GB",
-        ),
-        Finding(
-            "pip",
-            OK if pip else WARN,
-            "imports" if pip else "absent",
-            "" if pip else "package: models and texts cannot be fetched: python -m ensurepip",
-        ),
+        _checked("memory", memory.available > 6e9, gigabytes, "the demo takes up to 6 GB"),
+        _checked("disk here", free > 5, f"{free:.1f} GB free", "the demo writes about 3 GB"),
+        _checked("pip", pip, "imports" if pip else "absent", no_pip),
     ]

@@ -134,7 +134,7 @@ def _tables(job: _Job, on_meta: dict[str, list[int]]) -> RenderableType:
     return Group(
         tables.sizes(job.models),
         tables.layout(job.models, job.config, ranks=job.ranks, on_meta=on_meta),
-        *([tables.memory(trained, _usable(job.config, job.ranks))] if trained else []),
+        *([tables.memory(trained, _memory(job.config, job.ranks)[0])] if trained else []),
         tables.work(job.stages, works, job.config),
         *([tables.communication(trained, job.config)] if trained and job.config.cluster is not None else []),
     )
@@ -178,8 +178,8 @@ def _verdict(job: _Job) -> list[Text]:
 
 def _fit(name: str, work: Work, config: RunConfig, ranks: int) -> Text:
     _, most = tables.fullest(work)
-    usable = _usable(config, ranks)
-    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {_memory_name(config, ranks)})"
+    usable, whose = _memory(config, ranks)
+    room = f"{usable / 1e9:.1f} GB ({USABLE:.0%} of {whose})"
     needs = f"{name} needs {most.total / 1e9:.3g} GB per rank"
     if most.total <= usable:
         return Text(f"yes: {needs}, there are {room}", style="green")
@@ -188,24 +188,16 @@ def _fit(name: str, work: Work, config: RunConfig, ranks: int) -> Text:
     return Text(f"no: {needs}, there are {room}; {remedy}", style="bold red")
 
 
-def _usable(config: RunConfig, ranks: int) -> float:
-    """Bytes that a rank can count on."""
+def _memory(config: RunConfig, ranks: int) -> tuple[float, str]:
+    """Bytes that a rank can count on, and whose memory they are a part of."""
     if config.cluster is not None:
-        return USABLE * GPU_BYTES[config.cluster.gpu]
+        return USABLE * GPU_BYTES[config.cluster.gpu], f"an {config.cluster.gpu.upper()}"
     if gpus := gpu_memory():
-        return USABLE * min(gpus[:ranks])
+        name = "this machine's GPU" if ranks == 1 else f"a GPU; this machine has {len(gpus)} for {ranks} ranks"
+        return USABLE * min(gpus[:ranks]), name
     import psutil
 
-    return USABLE * float(psutil.virtual_memory().total) / ranks
-
-
-def _memory_name(config: RunConfig, ranks: int) -> str:
-    """Whose memory `_usable` is a part of."""
-    if config.cluster is not None:
-        return f"an {config.cluster.gpu.upper()}"
-    if gpus := gpu_memory():
-        return "this machine's GPU" if ranks == 1 else f"a GPU; this machine has {len(gpus)} for {ranks} ranks"
-    return f"this machine's memory over {ranks} rank(s)"
+    return USABLE * float(psutil.virtual_memory().total) / ranks, f"this machine's memory over {ranks} rank(s)"
 
 
 def _line(name: str, text: Text) -> Text:

@@ -31,12 +31,9 @@ def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
         found = [each.get(label, 0) for each in named.values()]
         before, after = found[0], found[-1]
         style = "bold" if label == PARAMETERS else ("dim" if before == after else "")
-        table.add_row(label, *(f"{value:,}" for value in found), _share_of(after, before), style=style)
+        kept = f"{after / before:.1%}" if before else ""
+        table.add_row(label, *(f"{value:,}" for value in found), kept, style=style)
     return table
-
-
-def _share_of(after: int, before: int) -> str:
-    return f"{after / before:.1%}" if before else ""
 
 
 def layout(
@@ -44,11 +41,7 @@ def layout(
 ) -> RenderableType:
     """What a rank holds of every axis.
 
-    Args:
-        models: By name.
-        config: The recipe.
-        ranks: Processes of the run.
-        on_meta: Parameters of each pipeline stage's rank, by model; empty if they could not be built.
+    `on_meta` has the parameters of each pipeline stage's rank by model; it is empty if they could not be built.
     """
     parallel = config.parallel
     copies = ranks / parallel.model_parallel_size
@@ -210,15 +203,8 @@ def _gb(count: int) -> str:
 
 
 def _hours(hours: float) -> str:
-    return (
-        f"{hours:,.0f}"
-        if hours >= 10
-        else f"{hours:.1f}"
-        if hours >= 0.1
-        else f"{hours:.2g}"
-        if hours >= 0.01
-        else "<0.01"
-    )
+    form = next((form for least, form in ((10, ",.0f"), (0.1, ".1f"), (0.01, ".2g")) if hours >= least), None)
+    return "<0.01" if form is None else format(hours, form)
 
 
 def _count(number: int) -> str:

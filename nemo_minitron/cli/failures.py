@@ -28,8 +28,7 @@ USER = 2
 def reported(*, debug: bool = False) -> Iterator[None]:
     """Turn what escapes from a command into its message and exit status.
 
-    Args:
-        debug: Show the traceback of user errors too.
+    With `debug` errors of users have their traceback too.
     """
     rank, prefix = _rank()
     try:

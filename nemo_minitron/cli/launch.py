@@ -35,11 +35,6 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
     """Run `python -m nemo_minitron ARGUMENTS` as that many ranks; returns the exit status of the first that failed.
 
     SIGTERM, SIGUSR1 and SIGINT go on to every rank; a rank whose launcher dies is ended by the system.
-
-    Args:
-        arguments: Behind `nemo-minitron`.
-        ranks: Number of processes.
-        run: The run folder, to name what is saved there.
     """
     with tempfile.TemporaryDirectory(prefix="nemo_minitron_") as folder, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

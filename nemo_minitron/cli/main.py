@@ -1,5 +1,6 @@
 """`nemo-minitron`: run a recipe, one stage of it, or look at recipes and the machine."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ Ranks = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show sizes, memory, time and the command; run and write nothing.")
 ]
+Redo = Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks, and every library's own messages.")]
 
 
@@ -75,16 +77,7 @@ def run(
 
     Inside torchrun or srun, this process is one rank of the job.
     """
-    _go(
-        recipe,
-        overrides,
-        run_dir=run_dir,
-        redo_from=first,
-        last=last,
-        ranks=nproc,
-        dry_run=dry_run,
-        debug=debug,
-    )
+    _go(recipe, overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=first, last=last)
 
 
 @app.command(rich_help_panel=WHOLE)
@@ -107,33 +100,24 @@ def submit(
 @app.command(rich_help_panel=WHOLE)
 def demo(overrides: Overrides = None, run_dir: RunDir = None, nproc: Ranks = None, debug: Debug = False) -> None:
     """Prune and distill SmolLM2-135M on this machine: a real model, about ten minutes on two cores."""
-    _go("smollm2/demo", overrides, run_dir=run_dir or Path("runs/demo"), ranks=nproc, debug=debug)
+    _go("smollm2/demo", overrides, run_dir or Path("runs/demo"), nproc, debug=debug)
 
 
-def _add_verb(name: str, title: str) -> None:
+def _verb(name: str) -> Callable[..., None]:
     def verb(
         recipe: RecipeName,
         overrides: Overrides = None,
         *,
         run_dir: RunDir = None,
         dry_run: DryRun = False,
-        redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+        redo: Redo = False,
         nproc: Ranks = None,
         debug: Debug = False,
     ) -> None:
         redo_from = name if redo else None
-        _go(
-            recipe,
-            overrides,
-            run_dir=run_dir,
-            redo_from=redo_from,
-            only=name,
-            ranks=nproc,
-            dry_run=dry_run,
-            debug=debug,
-        )
+        _go(recipe, overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=redo_from, only=name)
 
-    app.command(name=name, help=title, rich_help_panel=STAGES)(verb)
+    return verb
 
 
 def _evaluate(
@@ -150,28 +134,54 @@ def _evaluate(
     ] = None,
     run_dir: RunDir = None,
     dry_run: DryRun = False,
-    redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+    redo: Redo = False,
     nproc: Ranks = None,
     debug: Debug = False,
 ) -> None:
     """The stage verb that takes tasks too."""
-    _go(
-        recipe,
-        [*(overrides or []), *([] if tasks is None else [f"evaluate.tasks=[{tasks}]"])],
-        run_dir=run_dir,
-        redo_from="evaluate" if redo else None,
-        only="evaluate",
-        ranks=nproc,
-        dry_run=dry_run,
-        debug=debug,
-    )
+    named = [] if tasks is None else [f"evaluate.tasks=[{tasks}]"]
+    redo_from = "evaluate" if redo else None
+    all_overrides = [*(overrides or []), *named]
+    _go(recipe, all_overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=redo_from, only="evaluate")
+
+
+def _report(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Put on top of the recipe; or more runs, to compare them."),
+    ] = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Where the page on RUN... goes. (default: RUN/report.html, of several comparison.html)",
+            show_default=False,
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+    nproc: Ranks = None,
+    debug: Debug = False,
+) -> None:
+    """The stage verb that takes run folders too."""
+    with reported(debug=debug):
+        from nemo_minitron.cli import report as pages
+
+        if folders := pages.folders([recipe, *(overrides or [])]):
+            print(pages.report(folders, out))
+            return
+    redo_from = "report" if redo else None
+    _go(recipe, overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=redo_from, only="report")
 
 
 for _name, _title in TITLES.items():
-    if _name == "evaluate":
-        app.command(name=_name, help=_title, rich_help_panel=STAGES)(_evaluate)
-    else:
-        _add_verb(_name, _title)
+    _own = _report if _name == "report" else _evaluate if _name == "evaluate" else _verb(_name)
+    _more = " Several run folders: compare them on one page." if _name == "report" else ""
+    app.command(name=_name, help=_title + _more, rich_help_panel=STAGES)(_own)
 
 
 app.command(rich_help_panel=AROUND)(checkpoint.convert)
@@ -252,14 +262,14 @@ def doctor(
 def _go(
     recipe: str,
     overrides: list[str] | None,
-    *,
     run_dir: Path | None,
     ranks: int | None,
+    *,
+    dry_run: bool = False,
+    debug: bool,
     redo_from: str | None = None,
     last: str | None = None,
     only: str | None = None,
-    dry_run: bool = False,
-    debug: bool = False,
 ) -> None:
     with reported(debug=debug):
         from nemo_minitron.cli.job import Job
@@ -275,14 +285,13 @@ def _go(
             ranks=ranks,
             debug=debug,
         )
-        if dry_run:
-            from rich.console import Console
-
-            from nemo_minitron.cli.dry_run import show
-
-            show(job, console=Console())
-        else:
+        if not dry_run:
             raise typer.Exit(carry_out(job))
+        from rich.console import Console
+
+        from nemo_minitron.cli.dry_run import show
+
+        show(job, console=Console())
 
 
 def main() -> None:

@@ -67,11 +67,9 @@ def copy(name: str, destination: Path) -> Path:
     source = find(name)
     target = destination / source.name if destination.is_dir() else destination
     copies = {target: source} | {target.parent / file: source.parent / file for file in _files_beside(source)}
-    taken = [
-        str(path) for path, original in copies.items() if path.exists() and (path == target or _differ(path, original))
-    ]
-    if taken:
-        raise ConfigError(taken[0], ["exists; name another file, or remove it first"])
+    for path, original in copies.items():
+        if path.exists() and (path == target or path.read_bytes() != original.read_bytes()):
+            raise ConfigError(str(path), ["exists; name another file, or remove it first"])
     target.parent.mkdir(parents=True, exist_ok=True)
     for path, original in copies.items():
         shutil.copyfile(original, path)
@@ -88,10 +86,6 @@ def _files_beside(recipe: Path) -> list[str]:
     except (yaml.YAMLError, KeyError, TypeError):
         return []
     return [named] if isinstance(named, str) and not Path(named).is_absolute() else []
-
-
-def _differ(path: Path, original: Path) -> bool:
-    return path.read_bytes() != original.read_bytes()
 
 
 def _paths() -> list[Path]:

@@ -28,9 +28,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 def choose(*, ranks: int = 1, environment: MutableMapping[str, str] | None = None) -> None:
     """Set OpenMP's environment variables that are not set yet.
 
-    Args:
-        ranks: Processes that share this machine's cores.
-        environment: The environment to set them in; None for this process's.
+    `ranks` processes share this machine's cores; an environment of None is this process's.
     """
     values = os.environ if environment is None else environment
     values.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))

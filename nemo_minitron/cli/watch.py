@@ -23,11 +23,7 @@ _STYLES = {State.DONE: "green", State.WORKING: "bold cyan", State.STOPPED: "yell
 def watch(folder: Path, *, once: bool, every: float, console: Console) -> None:
     """Show a run until it ends.
 
-    Args:
-        folder: The run folder.
-        once: Show it as it is and return. So does a console that is no terminal.
-        every: Seconds between looks.
-        console: Where to.
+    A console that is no terminal is shown it once.
     """
     snapshot = take(folder)
     if once or not console.is_terminal:

@@ -7,9 +7,9 @@ class DivergenceKind(StrEnum):
     """What is measured between the teacher's distribution p and the student's q."""
 
     FORWARD_KL = "forward_kl"
-    """KL(p || q): are mode-covering."""
+    """KL(p || q): mode-covering."""
     REVERSE_KL = "reverse_kl"
-    """KL(q || p): are mode-seeking."""
+    """KL(q || p): mode-seeking."""
     JENSEN_SHANNON = "jensen_shannon"
     """Generalised by `beta`: between the two above."""
     SKEWED_KL = "skewed_kl"

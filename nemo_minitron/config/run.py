@@ -160,63 +160,50 @@ class RunConfig(Section):
     """Where it runs, for launchers and dry runs; nothing for this machine."""
 
     @model_validator(mode="after")
-    def _layers_can_be_chosen(self) -> Self:
+    def _sections_agree(self) -> Self:
         target = self.target
-        if problems := target_problems(self.score.depth, target.depth_metric, contiguous=target.depth_contiguous):
+        problems = target_problems(self.score.depth, target.depth_metric, contiguous=target.depth_contiguous)
+        if self.cache is not None:
+            problems += cache_problems(self.cache, self.distill, self.rounds)
+        problems += search_problems(self.search, target, self.distill, self.rounds)
+        if target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
+            problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
+        if problems := problems + self._sublayer_problems() + self._layout_problems():
             raise ValueError("; ".join(problems))
         return self
 
-    @model_validator(mode="after")
-    def _parts_can_be_chosen(self) -> Self:
+    def _sublayer_problems(self) -> list[str]:
+        """What the target asks of parts of layers that nothing measures, or that rounds cannot do."""
+        problems = []
         asked = [name for name in ("drop_mixers", "drop_feed_forwards") if isinstance(getattr(self.target, name), int)]
         if asked and not self.score.sublayers and self.target.random_seed is None:
-            raise ValueError(
+            problems.append(
                 f"target.{asked[0]} = {getattr(self.target, asked[0])} is a number of layers, and nothing measures "
                 "which: set score.sublayers=true, or name the layers as a list"
             )
         if self.rounds > 1 and (self.target.drop_mixers is not None or self.target.drop_feed_forwards is not None):
-            raise ValueError("target.drop_mixers and target.drop_feed_forwards with rounds above 1; set rounds=1")
-        return self
+            problems.append("target.drop_mixers and target.drop_feed_forwards with rounds above 1; set rounds=1")
+        return problems
 
-    @model_validator(mode="after")
-    def _cache_has_what_is_asked_for(self) -> Self:
-        if self.cache is not None and (problems := cache_problems(self.cache, self.distill, self.rounds)):
-            raise ValueError("; ".join(problems))
-        return self
-
-    @model_validator(mode="after")
-    def _documents_can_be_kept_apart(self) -> Self:
-        if self.parallel.context == 1:
-            return self
+    def _layout_problems(self) -> list[str]:
+        """What the parallel layout cannot give to other sections."""
+        problems = []
         packed = self.tune is not None and self.tune.pack and self.tune.reset_attention_mask
         asked = {"data.reset_attention_mask": self.data.reset_attention_mask, "tune.pack": packed}
-        if wanting := [name for name, wanted in asked.items() if wanted]:
-            raise ValueError(
+        if self.parallel.context > 1 and (wanting := [name for name, wanted in asked.items() if wanted]):
+            problems.append(
                 f"parallel.context = {self.parallel.context} with {' and '.join(wanting)}: context parallelism splits "
                 "each sample over ranks, and attention that stops inside of it cannot be split; set parallel.context=1 "
                 f"or {'tune' if packed else 'data'}.reset_attention_mask=false"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _search_has_what_it_needs(self) -> Self:
-        problems = search_problems(self.search, self.target, self.distill, self.rounds)
-        if self.target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
-            problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @model_validator(mode="after")
-    def _there_are_weights_to_gather(self) -> Self:
         trainings = {"correct": self.correct, "distill": self.distill, "tune": self.tune}
         for name, training in trainings.items():
             if self.parallel.overlap_param_gather and training and training.optimizer.distributed is False:
-                raise ValueError(
+                problems.append(
                     f"parallel.overlap_param_gather = true with {name}.optimizer.distributed = false: without the "
                     "distributed optimizer every rank updates all weights itself"
                 )
-        return self
+        return problems
 
     @model_validator(mode="before")
     @classmethod

@@ -74,12 +74,17 @@ def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     return step.tokens * kept
 
 
+def own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> frozenset[int]:
+    """Layers of all model chunks on a pipeline stage."""
+    ranges = chunk_layers(spec.num_layers, parallel)
+    return frozenset(layer for layers in ranges[stage :: parallel.pipeline] for layer in layers)
+
+
 def activations(spec: ModelSpec, step: Pass, stage: int) -> int:
     """Bytes on a rank of a pipeline stage at the peak of a step, without the buffers of the loss."""
     parallel, element = step.parallel, bytes_of(step.precision)
     chunks = parallel.virtual_pipeline or 1
-    ranges = chunk_layers(spec.num_layers, parallel)
-    own = [spec.layers[layer] for index in range(stage, len(ranges), parallel.pipeline) for layer in ranges[index]]
+    own = [spec.layers[layer] for layer in sorted(own_layers(spec, parallel, stage))]
     kept = sum(layer_activations(spec, sizes, step) for sizes in own)
     if stage > 0 and not step.engine and parallel.recompute is not Recompute.FULL:
         kept += step.tokens * spec.hidden_size * element  # what the stage before has sent

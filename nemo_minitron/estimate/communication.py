@@ -10,9 +10,9 @@ from enum import StrEnum
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
-from nemo_minitron.estimate.activations import Pass, bytes_of
+from nemo_minitron.estimate.activations import Pass, bytes_of, own_layers
 from nemo_minitron.estimate.memory import Training, rank_parameters
-from nemo_minitron.megatron.placement import chunk_layers, padded_vocab
+from nemo_minitron.megatron.placement import padded_vocab
 
 _FP32, _FP64 = 4, 8
 _MOMENTS, _MASTER = 2 * _FP32, _FP32
@@ -89,13 +89,6 @@ def forward_traffic(spec: ModelSpec, step: Pass, stage: int) -> tuple[Traffic, .
     return tuple(each for each in found if each.bytes and each.ranks > 1)
 
 
-def own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> frozenset[int]:
-    """Layers of all model chunks on a pipeline stage."""
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    ranges = chunk_layers(spec.num_layers, parallel)
-    return frozenset(layer for index in range(stage, chunks, parallel.pipeline) for layer in ranges[index])
-
-
 def checkpoint_bytes(spec: ModelSpec, precision: Precision) -> int:
     """A training checkpoint: weights, both moments, and fp32 masters of bf16 weights; headers add under a percent."""
     master = _MASTER if precision is Precision.BF16 else 0
@@ -113,11 +106,7 @@ def _layers(spec: ModelSpec, step: Pass, stage: int, *, passes: int) -> list[Tra
     Under sequence parallelism a sum becomes a gather before a block and a scattered sum behind it; the backward pass
     gathers the inputs of both blocks a second time (Korthikanti et al., arXiv:2205.05198, sec. 4.2.2).
 
-    Args:
-        spec: The model.
-        step: Its passes.
-        stage: The pipeline stage.
-        passes: 1 for forward, 2 for forward and backward, 3 with a second forward pass between them.
+    `passes` is 1 for forward, 2 for forward and backward, 3 with a second forward pass between them.
     """
     parallel = step.parallel
     layers = len(own_layers(spec, parallel, stage))

@@ -83,14 +83,7 @@ def pipeline_bubble(parallel: ParallelConfig, micro_batches: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """How long a number of operations takes on a number of GPUs.
-
-    Attributes:
-        flops: Operations of the complete job.
-        gpus: How many.
-        peak: Operations per second of one.
-        mfu: Share of the peak that is reached, 0.4 for a well-tuned job.
-    """
+    """How long a number of operations takes on GPUs of which `mfu` of the peak is reached, 0.4 for a well-tuned job."""
 
     flops: float
     gpus: int

@@ -8,8 +8,8 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.config.hidden import StatePair
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
-from nemo_minitron.estimate.activations import Pass, activations, bytes_of, micro_batches_alive
-from nemo_minitron.megatron.placement import chunk_layers, padded_vocab, state_holder
+from nemo_minitron.estimate.activations import Pass, activations, bytes_of, micro_batches_alive, own_layers
+from nemo_minitron.megatron.placement import padded_vocab, state_holder
 from nemo_minitron.parallel.fused_linear import block_rows, chunk_rows
 
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
@@ -76,9 +76,7 @@ def rank_parameters(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> tu
 
     The last stage of a model with tied embeddings holds a second copy of the embedding if it is not the first one.
     """
-    count = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    ranges = chunk_layers(spec.num_layers, parallel)
-    layers = {layer for index in range(stage, count, parallel.pipeline) for layer in ranges[index]}
+    layers = own_layers(spec, parallel, stage)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     vocabulary = others = 0
     for weight in weights(spec):
@@ -100,11 +98,7 @@ def training_memory(
 ) -> RankMemory:
     """What a rank of a pipeline stage holds when a step is at its peak.
 
-    Args:
-        student: The model in training.
-        training: How it is trained.
-        stage: Pipeline stage, from 0.
-        teacher: A resident teacher at the same layout; None for none.
+    A resident teacher has the same layout.
     """
     step = training.step
     vocabulary, others = rank_parameters(student, step.parallel, stage)

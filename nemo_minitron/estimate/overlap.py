@@ -17,7 +17,8 @@ from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import weights
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.estimate.communication import Collective, Split, Traffic, own_layers, step_traffic
+from nemo_minitron.estimate.activations import own_layers
+from nemo_minitron.estimate.communication import Collective, Split, Traffic, step_traffic
 from nemo_minitron.estimate.compute import PEAK_FLOPS, forward_flops, mixing_flops, training_flops
 from nemo_minitron.estimate.memory import Training, rank_parameters
 
@@ -130,10 +131,10 @@ def passes_of(
     tokens = step.micro_batch_size * length / (step.parallel.tensor * step.parallel.context)
     forward = tokens * _stage_flops(student, step.parallel, stage, length) / rate
     again = training_flops(student, length, recompute=step.parallel.recompute) / forward_flops(student, length) - 1
-    capture_teacher = 0.0
+    of_teacher = 0.0
     if teacher is not None:
-        capture_teacher = step.micro_batches * tokens * _stage_flops(teacher, step.parallel, stage, length) / rate
-    return Passes(forward=forward, backward=again * forward, teacher=capture_teacher)
+        of_teacher = step.micro_batches * tokens * _stage_flops(teacher, step.parallel, stage, length) / rate
+    return Passes(forward=forward, backward=again * forward, teacher=of_teacher)
 
 
 def bucket_fraction(student: ModelSpec, training: Training, stage: int) -> float:

@@ -89,13 +89,8 @@ def work_of(
 ) -> Work | None:
     """The work of a stage, None for one that runs no model, or little.
 
-    Args:
-        kind: Which stage, as `distill`.
-        number: Its round, from 1.
-        config: The recipe.
-        teacher: The model to begin with.
-        students: The model after each round.
-        ranks: Processes of the run.
+    `kind` and `number` are those of a stage, as `distill` and its round, from 1; `students` are the models after
+    each round.
     """
     before, student = list(pairwise((teacher, *students)))[number - 1]
     match kind:
@@ -185,11 +180,7 @@ def _training(
 def _tokens(section: TrainingConfig, config: RunConfig, flops: float, bubble: float) -> int:
     """Tokens of a training; 0 for a time budget on a machine whose speed is not known.
 
-    Args:
-        section: The training.
-        config: The recipe.
-        flops: Operations of one token.
-        bubble: Share of the time that a pipeline stage waits.
+    `flops` are of one token.
     """
     each = section.batch.tokens_per_step
     if section.minutes is None:

@@ -25,11 +25,8 @@ _EMPTY = tl.constexpr(EMPTY)
 def cross_entropy_statistics(logits: Tensor, labels: Tensor, values: Tensor, first: int) -> None:
     """Fill `values` `[4, N]`: largest logit, sum of exp(logit - largest), the label's logit, whether it is here.
 
-    Args:
-        logits: `[N, V]`.
-        labels: Global token ids `[N]`.
-        values: Overwritten; the label's logit is 0 where it belongs to another rank.
-        first: Global id of the shard's first token.
+    The label's logit is 0 where it belongs to another rank. Labels are global token ids `[N]`, `first` that of the
+    shard's first token.
     """
     tokens, columns = logits.shape
     with on_device_of(logits):
@@ -42,11 +39,7 @@ def cross_entropy_statistics(logits: Tensor, labels: Tensor, values: Tensor, fir
 def cross_entropy_gradient(logits: Tensor, normalisers: Tensor, labels: Tensor, first: int) -> None:
     """Overwrite the logits with `softmax - one-hot`.
 
-    Args:
-        logits: `[N, V]`, overwritten.
-        normalisers: `[2, N]`: peak over the complete vocabulary, and log of the mass above it.
-        labels: Global token ids `[N]`.
-        first: Global id of the shard's first token.
+    `normalisers` `[2, N]` are the peak over the complete vocabulary, and the log of the mass above it.
     """
     tokens, columns = logits.shape
     if not columns:

@@ -11,7 +11,10 @@ those of `nemo_minitron.parallel.divergence_terms` with p the teacher's and q th
 one launch, and an operator of torch, so that tensors without data (fake, meta) pass through.
 
 Shapes: N tokens, V real columns of this rank's shard. Logits `[N, V]` may have any row stride and float dtype; all
-else is float32.
+else is float32. Labels are global token ids `[N]` int64, or `[0]` for none; `first` is the id of the shard's first
+token. Logits are divided by `temperature`; `kind` names the divergence, and `mixing` is its beta or skew.
+`normalisers` `[5, N]` are the peak over the complete vocabulary and the log of the mass above it of the teacher, then
+of the student, at the temperature, and the log of the student's mass at temperature 1.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -41,15 +44,8 @@ def divergence_statistics(
 ) -> None:
     """Fill `values` `[11, N]`, whose rows are those of `nemo_minitron.parallel.token_values.Value`.
 
-    Args:
-        student: Logits `[N, V]`.
-        teacher: Logits `[N, V]`.
-        labels: Global token ids `[N]` int64, or `[0]` for none; then the rows of labels and of temperature 1 are 0.
-        values: Overwritten.
-        first: Global id of the shard's first token.
-        temperature: Divides the logits.
-        kind: Name of the divergence; its terms are summed for `forward_kl` and `reverse_kl`.
-        top: Whether to look up the student's logit at the teacher's largest.
+    Terms are summed for `forward_kl` and `reverse_kl`; without labels, their rows and those of temperature 1 are 0.
+    `top` says whether to look up the student's logit at the teacher's largest.
     """
     tokens, columns = student.shape
     with on_device_of(student):
@@ -79,15 +75,7 @@ def divergence_terms(
 ) -> None:
     """Fill `sums` `[2, N]`: the shard's part of the divergence (without T^2), and of the sum of a = dD / dlog q.
 
-    Args:
-        student: Logits `[N, V]`.
-        teacher: Logits `[N, V]`.
-        normalisers: `[5, N]`: peak over the complete vocabulary and log of the mass above it of the teacher, then of
-            the student, all at the temperature; log of the student's mass at temperature 1 (not read here).
-        sums: Overwritten.
-        temperature: Divides the logits.
-        kind: Name of the divergence; not the forward KL.
-        mixing: Its beta or skew.
+    Not for the forward KL. The student's mass at temperature 1 is not read.
     """
     tokens, columns = student.shape
     with on_device_of(student):
@@ -124,18 +112,8 @@ def divergence_gradient(
 ) -> None:
     """Overwrite the student's logits with the gradient of `kd_weight * T^2 * D + lm_weight * CE`.
 
-    Args:
-        student: Logits `[N, V]`, overwritten.
-        teacher: Logits `[N, V]`.
-        normalisers: As above.
-        slope_sum: Sum of a over the complete vocabulary, `[N]`; not read for the forward KL.
-        labels: Global token ids `[N]`, or `[0]` for none.
-        first: Global id of the shard's first token.
-        temperature: Divides the logits.
-        kind: Name of the divergence.
-        mixing: Its beta or skew.
-        kd_weight: Factor of the divergence.
-        lm_weight: Factor of the cross-entropy at temperature 1; above 0 it needs labels.
+    `slope_sum` `[N]` is the sum of a over the complete vocabulary, not read for the forward KL; `lm_weight`, the factor
+    of the cross-entropy at temperature 1, needs labels above 0.
     """
     tokens, columns = student.shape
     if not columns:
@@ -257,16 +235,16 @@ def _store_lookups(
     if TOP:
         at_top = tl.load(student + top, mask=top < columns, other=0).to(tl.float32)
     tl.store(values + 5 * tokens, at_top)
-    capture_teacher = 0.0
+    of_teacher = 0.0
     of_student = 0.0
     found = 0.0
     if LABELS:
         column = tl.load(label) - first
         mine = (column >= 0) & (column < columns)
-        capture_teacher = tl.load(teacher + column, mask=mine, other=0).to(tl.float32)
+        of_teacher = tl.load(teacher + column, mask=mine, other=0).to(tl.float32)
         of_student = tl.load(student + column, mask=mine, other=0).to(tl.float32)
         found = mine.to(tl.float32)
-    tl.store(values + 6 * tokens, capture_teacher)
+    tl.store(values + 6 * tokens, of_teacher)
     tl.store(values + 7 * tokens, of_student)
     tl.store(values + 8 * tokens, found)
 

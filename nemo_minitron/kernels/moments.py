@@ -29,12 +29,7 @@ _SHORTEST = 256
 
 
 def moments_block(x_SBC: Tensor, keep_BS: Tensor | None) -> Block:
-    """A complete sequence as one block, in fp32.
-
-    Args:
-        x_SBC: Activations of a float dtype other than float64; left unchanged.
-        keep_BS: True where a position counts; others count as zeros, whatever stands there. None keeps all.
-    """
+    """A complete sequence as one block, in fp32; float64 has no kernel. Masked positions count as zeros."""
     x_SBC = x_SBC if x_SBC.stride(-1) == 1 else x_SBC.contiguous()
     positions, samples, channels = x_SBC.shape
     tiles = samples * triton.cdiv(channels, COLUMNS)
@@ -55,11 +50,8 @@ def moments_block(x_SBC: Tensor, keep_BS: Tensor | None) -> Block:
 def sequence_statistics(x: Tensor, keep: Tensor | None, found: Tensor, length: int) -> None:
     """Fill `found` `[3, P, B * C]`: mean of |x|, mean and variance of each of P runs of `length` positions.
 
-    Args:
-        x: `[S, B, C]`, channels next to each other.
-        keep: `[B, S]` bool; elsewhere x is taken as zero. None: everywhere.
-        found: Overwritten.
-        length: Of a run, a multiple of `ROWS`; the last may be shorter.
+    Channels of `x` `[S, B, C]` lie next to each other; where `keep` `[B, S]` is False, x is taken as zero. The length
+    is a multiple of `ROWS`; the last run may be shorter.
     """
     positions, samples, channels = x.shape
     parts = found.shape[1]

@@ -27,11 +27,6 @@ def rest_statistics(logits: Tensor, values: Tensor, temperature: float) -> None:
     """Fill `values` `[3, N]`: largest logit x, and sums of exp((logit - x) / temperature) and of exp(logit - x).
 
     Where nothing is left but -inf, the first is `EMPTY` and the sums are 0.
-
-    Args:
-        logits: `[N, V]`.
-        values: Overwritten.
-        temperature: Divides the logits.
     """
     tokens, columns = logits.shape
     with on_device_of(logits):
@@ -44,10 +39,7 @@ def rest_statistics(logits: Tensor, values: Tensor, temperature: float) -> None:
 def rest_gradient(logits: Tensor, factors: Tensor, temperature: float) -> None:
     """Overwrite each logit with `a exp((logit - x) / temperature) + b exp(logit - x)`, and -inf with 0.
 
-    Args:
-        logits: `[N, V]`, overwritten.
-        factors: `[3, N]`: x, a and b.
-        temperature: See above.
+    `factors` `[3, N]` are x, a and b.
     """
     tokens, columns = logits.shape
     if not columns:

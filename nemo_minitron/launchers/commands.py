@@ -10,14 +10,7 @@ from nemo_minitron.errors import LayoutError
 
 
 def run_command(recipe: str, overrides: Sequence[str], run_dir: Path | None, config: RunConfig) -> str:
-    """The shell command for a recipe: this machine without `cluster`, torchrun on one node, a batch job on several.
-
-    Args:
-        recipe: As the user named it, a file or a bundled recipe.
-        overrides: `key=value` items; they are in `config` already.
-        run_dir: Where the run goes; None for the default.
-        config: The checked recipe.
-    """
+    """The shell command for a recipe: this machine without `cluster`, torchrun on one node, a batch job on several."""
     cluster = config.cluster
     if cluster is None:
         ranks = config.parallel.model_parallel_size

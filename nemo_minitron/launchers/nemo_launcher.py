@@ -36,7 +36,6 @@ class Plan:
     Attributes:
         recipe: As the nodes will find it.
         overrides: `key=value` items; they are in `config` already.
-        config: The checked recipe.
         folder: Where everything goes, on a disk that all nodes see.
         code: Our source tree on the nodes.
     """
@@ -127,10 +126,7 @@ def _inside_quotes(words: Sequence[str]) -> str:
 def stage_config(name: str, plan: Plan, *, after: str | None = None) -> DictConfig:
     """Configuration of a stage: of the job under `run`, the rest of its script.
 
-    Args:
-        name: Out of `SCRIPTS`.
-        plan: What is launched.
-        after: Job that must have succeeded.
+    `after` is the job that must have succeeded.
     """
     path = Path(__file__).parents[2] / "examples" / "conf" / f"{SCRIPTS[name]}.yaml"
     if not path.is_file():

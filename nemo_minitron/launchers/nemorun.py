@@ -19,11 +19,7 @@ from nemo_minitron.launchers.commands import arguments, check_ranks, run_command
 def experiment(recipe: str, overrides: Sequence[str], run_dir: Path, config: RunConfig) -> nemo_run.Experiment:
     """An experiment that runs a recipe as its section `cluster` says: on several nodes under Slurm, else here.
 
-    Args:
-        recipe: A recipe file or the name of a bundled one, as the job will find it.
-        overrides: `key=value` items; they are in `config` already.
-        run_dir: Where the run goes: an absolute path, on a disk that all nodes see.
-        config: The checked recipe.
+    `run_dir` is an absolute path on a disk that all nodes see.
 
     Raises:
         LayoutError: The GPUs do not fit the layout.

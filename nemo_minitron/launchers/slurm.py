@@ -25,11 +25,7 @@ _GRACE = 60
 def batch_script(recipe: str, overrides: Sequence[str], run_dir: Path, config: RunConfig) -> str:
     """What `sbatch` is given.
 
-    Args:
-        recipe: As the user named it; relative paths hold from the folder in which the job is submitted.
-        overrides: `key=value` items; they are in `config` already.
-        run_dir: Where the run goes, on a disk that all nodes see.
-        config: The checked recipe.
+    Relative paths hold from the folder in which the job is submitted; all nodes see `run_dir`.
 
     Raises:
         ConfigError: The recipe does not say where it is meant to run.

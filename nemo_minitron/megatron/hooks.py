@@ -41,11 +41,11 @@ from nemo_minitron.ops.importance import (
     Block,
     SequenceMoments,
     SiteSums,
-    Workspace,
     block_rows,
     joined_moments,
     sequence_blocks,
 )
+from nemo_minitron.ops.memory import Workspace
 from nemo_minitron.parallel.collectives import sum_over
 from nemo_minitron.pruning.scores import HIDDEN_SITES, two_part_layers
 

@@ -1,7 +1,8 @@
 """Saving and restoring `.nemo`: `model_weights/` in torch_dist form, by all ranks, at any layout."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,44 +95,38 @@ class MegatronConnector(SaveRestoreConnector):
         if return_config:
             return config
         settings = self._settings or nemo_settings.model_settings(config, inherited=stored)
-        calling_cls._set_model_restore_state(is_being_restored=True)
-        try:
-            model = calling_cls.from_config_dict(config, trainer=trainer, settings=settings)
-            model.tokenizer_files = source.tokenizer_files()
-            model.lineage = dict(source.lineage)
-            model.family = source.family
+        with _restoring(calling_cls, config, source, settings=settings, trainer=trainer) as model:
             model.restored_from = Path(self.model_extracted_dir or restore_path)
-            model.configure_model()
             if source.native is not None:
                 load_weights(model.chunks, source.native)
             else:
                 fill_from(model.chunks, source, model.runtime)
-        finally:
-            calling_cls._set_model_restore_state(is_being_restored=False)
         return model
 
 
 def model_of(kind: Any, source: TensorSource, *, settings: ModelSettings, trainer: Any = None) -> Any:
-    """A model with the weights of any source, a pruned view of a checkpoint as well; nothing goes over the disk.
+    """A model with the weights of any source, a pruned view of a checkpoint as well; nothing goes over the disk."""
+    config = OmegaConf.create(nemo_config(source.spec, family=source.family))
+    with _restoring(kind, config, source, settings=settings, trainer=trainer) as model:
+        fill_from(model.chunks, source, model.runtime)
+    return model
 
-    Args:
-        kind: The model's class.
-        source: Weights and architecture.
-        settings: What the model is told besides.
-        trainer: Its strategy decides the layout.
-    """
+
+@contextmanager
+def _restoring(
+    kind: Any, config: DictConfig, source: TensorSource, *, settings: ModelSettings, trainer: Any
+) -> Iterator[Any]:
+    """A model that is built and has all of a source but its weights, which are read inside the block."""
     kind._set_model_restore_state(is_being_restored=True)
     try:
-        config = OmegaConf.create(nemo_config(source.spec, family=source.family))
         model = kind.from_config_dict(config, trainer=trainer, settings=settings)
         model.family = source.family
         model.tokenizer_files = source.tokenizer_files()
         model.lineage = dict(source.lineage)
         model.configure_model()
-        fill_from(model.chunks, source, model.runtime)
+        yield model
     finally:
         kind._set_model_restore_state(is_being_restored=False)
-    return model
 
 
 def _publish(partial: Path, target: Path) -> None:

@@ -145,10 +145,7 @@ class _OneAfterAnother(Dataset[dict[str, Tensor]]):
 class ChatDataModule(TokenDataModule):
     """Conversations: batches of the train split in an order by seed, and the validation split as it lies.
 
-    Args:
-        folder: What the chat stage wrote.
-        settings: As in the base class; `pack` puts several conversations into one sample.
-        seed: Order of the conversations, the same at every layout.
+    The folder is what the chat stage wrote; `settings.pack` puts several conversations into one sample.
     """
 
     settings: TuneConfig
@@ -184,11 +181,7 @@ class ChatDataModule(TokenDataModule):
 class CalibrationDataModule(_RankDataModule):
     """Windows of the calibration split, in order, for `trainer.validate`.
 
-    Args:
-        folder: What the data stage wrote.
-        sequence_length: Tokens of a sample.
-        samples: Take only the first ones; None for all.
-        global_batch_size: Samples of one batch over all data-parallel ranks.
+    Only the first `samples` are taken; None for all. Batches are of `global_batch_size` samples over all ranks.
 
     Attributes:
         provenance: Digests of the texts and of the tokenizer, for `ImportanceCallback`.

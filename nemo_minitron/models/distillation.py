@@ -134,9 +134,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     def attach_cache(self, folder: Path, *, order: Sequence[int] | None = None) -> None:
         """Learn from stored targets.
 
-        Args:
-            folder: What the cache stage wrote.
-            order: For each training sample in order, its number in the cache; None if they are the same.
+        `order` has the number in the cache of each training sample in order; None if they are the same.
 
         Raises:
             CacheError: The cache does not fit the model or the objective.

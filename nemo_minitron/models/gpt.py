@@ -18,7 +18,6 @@ from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.nemo_config import spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.model_settings import ModelSettings
-from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
 from nemo_minitron.megatron import build, forward, optim, overlap, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
@@ -103,10 +102,6 @@ class MegatronGPTModel(ModelPT):
         super().setup(stage)
 
     # -- building ------------------------------------------------------------------------------------------------
-
-    def parallel_config(self) -> ParallelConfig:
-        """Layout that the configuration asks for."""
-        return self.settings.parallel
 
     @property
     def teacher_path(self) -> Path | None:
@@ -237,11 +232,7 @@ class MegatronGPTModel(ModelPT):
         return sums
 
     def update(self, report: Report) -> StepInfo:
-        """One optimizer step, unless the guard refuses it.
-
-        Args:
-            report: Sums of the pass that left the gradients.
-        """
+        """One optimizer step, unless the guard refuses it by the report of the pass that left the gradients."""
         optimizer = self.lightning_optimizer
         optimizer.step(refuse=partial(self._refuse, per_token(report)[self.loss_name]))
         inner = optimizer.optimizer

@@ -18,9 +18,6 @@ WARM = 8
 class StepGuard:
     """Refuses a step whose loss or gradient norm is not finite, or whose gradient norm is a spike; counts them.
 
-    Args:
-        config: Factor of a spike, and how many skipped steps in a row are too many.
-
     Attributes:
         skipped: Steps refused so far, those before a resume included.
     """

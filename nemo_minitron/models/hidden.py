@@ -37,13 +37,8 @@ class StateMatching:
     The projection is the same on every rank and no part of the model: it has its own gradient sum and optimizer step,
     is kept in training checkpoints, and is gone when training ends.
 
-    Args:
-        config: What is compared.
-        student: Architecture of the student.
-        teacher: Architecture of the teacher.
-        runtime: The running layout.
-        optimizer: Settings of the projection's AdamW, the student's; its learning rate comes with each step.
-        kept: The teacher's channels that the student has, in order; None where they are not known.
+    `optimizer` has the settings of the projection's AdamW, which are the student's; its learning rate comes with
+    each step. `kept` are the teacher's channels that the student has, in order; None where they are not known.
 
     Attributes:
         projection: `[H, h]` fp32, from the student's `h` channels to the teacher's `H`; None for none.
@@ -110,12 +105,7 @@ class StateMatching:
             yield
 
     def send_targets(self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype) -> None:
-        """Bring the teacher's states to where they are compared. Every rank calls it.
-
-        Args:
-            micro_batches: Those the teacher has seen, of complete sequences.
-            dtype: Of the teacher's states.
-        """
+        """Bring the teacher's states to where they are compared. Every rank calls it."""
         self._keeps = [states.local_keep(micro_batch, self._runtime) for micro_batch in micro_batches]
         shape = (*self._keeps[0].shape, self._hidden_size)
         like = torch.empty(shape, dtype=dtype, device=self._runtime.device)
@@ -127,11 +117,8 @@ class StateMatching:
     def run(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float, training: bool) -> dict[str, float]:
         """Run the student once and compare its states, after `capture_teacher` and `send_targets`. Collective.
 
-        Args:
-            one_pass: The student's pass over the micro-batches, forward only unless `training`; returns sums.
-            chunks: The student's.
-            weight: Factor of the balanced losses.
-            training: Whether they are part of the loss.
+        `one_pass` is the student's, forward only unless `training`; then the balanced losses, times `weight`,
+        are part of the loss.
 
         Returns:
             What the pass returned, with `hidden` and, if training, with their part in `loss`.
@@ -162,9 +149,7 @@ class StateMatching:
 
         Micro-batches come in order to every place, in the forward pass as in the backward pass that computes it again.
 
-        Args:
-            chunks: The student's.
-            weight: What the losses are multiplied by in the gradient; None takes none, for passes without a graph.
+        `weight` is the losses' factor in the gradient; None takes none, for passes without a graph.
         """
         self._sum.zero_()
         done = dict.fromkeys(self._partners, 0)
@@ -193,12 +178,9 @@ class StateMatching:
             self.factor = float(dynamic_weight(torch.tensor(divergence), torch.tensor(hidden)))
 
     def step(self, *, tokens: float, lr: float, skipped: bool) -> None:
-        """Update the projection with the gradient of the mean over the global batch. Every rank calls it.
+        """Update the projection with the gradient of the mean over the global batch's kept tokens. Every rank calls it.
 
-        Args:
-            tokens: Kept tokens of the global batch.
-            lr: The student's learning rate in this step.
-            skipped: Whether the student's step was skipped; then this one is, too.
+        The learning rate is the student's, and a step that was skipped there is skipped here.
         """
         if self.projection is None:
             return
@@ -240,7 +222,7 @@ class StateMatching:
         keep = self._keeps[micro_batch]
         matrix = None if self.projection is None else self.projection.to(value_SBh.dtype)
         losses = [
-            hidden_loss(value_SBh, self._targets[other][micro_batch], keep, matrix, kind=self.config.kind).total
+            hidden_loss(value_SBh, self._targets[other][micro_batch], keep, matrix, kind=self.config.kind)
             for other in self._partners[state]
         ]
         return torch.stack(losses).sum()

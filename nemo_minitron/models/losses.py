@@ -20,6 +20,7 @@ from nemo_minitron.megatron.forward import LossResult, MicroBatch, context_place
 from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.divergence import Divergence
+from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.fused_linear_cross_entropy import fused_linear_cross_entropy
 from nemo_minitron.parallel.fused_linear_kd import FusedLoss, fused_linear_kd
 from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
@@ -63,24 +64,59 @@ class LanguageModelLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationLoss:
-    """`kd_weight * D + lm_weight * CE`, in nats, summed over kept tokens; D is the objective's divergence.
+class _StudentLoss:
+    """What losses against a teacher share.
 
     Attributes:
         student: The student's chunk that owns the output layer.
-        teacher: The teacher's.
-        teacher_states: The teacher's final hidden states `[s, b, H]` of each micro-batch, in order.
+        vocab_size: Real vocabulary; padded columns carry no probability.
+        tensor_group: Ranks that share the vocabulary; None when it is complete.
         objective: Weights, divergence, temperature, and how many of the teacher's likeliest tokens are compared.
+    """
+
+    student: MinitronGPT
+    vocab_size: int
+    tensor_group: ProcessGroup | None
+    objective: Objective = field(default_factory=Objective)
+
+    def _sparse(
+        self, student: Tensor, targets: SparseTargets, micro_batch: MicroBatch, *, statistics: bool = False
+    ) -> FusedLoss:
+        return fused_linear_sparse_kd(
+            student,
+            overlap.for_loss(self.student.output_weight()),
+            targets,
+            keep=sequence_first(micro_batch.on_host.keep),
+            labels=sequence_first(micro_batch.labels),
+            divergence=divergence_of(self.objective),
+            kd_weight=self.objective.kd_weight,
+            lm_weight=self.objective.lm_weight,
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.objective.loss_chunk_tokens,
+            tp=self.tensor_group,
+            weight_gradient=main_gradient(self.student.output_weight()),
+            statistics=statistics,
+        )
+
+    def _result(self, result: FusedLoss, report: dict[str, Tensor]) -> LossResult:
+        total = overlap.ready_after(result.loss_sum, self.student.output_weight())
+        report = {"loss": result.loss_sum.detach(), **report}
+        return LossResult(total=total, tokens=result.tokens, report=report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationLoss(_StudentLoss):
+    """`kd_weight * D + lm_weight * CE`, in nats, summed over kept tokens; D is the objective's divergence.
+
+    Attributes:
+        teacher: The teacher's chunk that owns the output layer.
+        teacher_states: The teacher's final hidden states `[s, b, H]` of each micro-batch, in order.
         statistics: Also report both cross-entropies and top-1 agreement (one more pass over each chunk of logits), and
             the forward KL over the full vocabulary where D is another (two more products with the output layers).
     """
 
-    student: MinitronGPT
     teacher: MinitronGPT
     teacher_states: Sequence[Tensor]
-    vocab_size: int
-    tensor_group: ProcessGroup | None
-    objective: Objective = field(default_factory=Objective)
     statistics: bool = False
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
@@ -91,8 +127,8 @@ class DistillationLoss:
         if objective.top_k is None:
             result = self._full(student, teacher, micro_batch, divergence, statistics=plain and self.statistics)
         else:
-            result = self._top_k(student, teacher, micro_batch, divergence, objective.top_k)
-        report = {"loss": result.loss_sum.detach(), "kl" if plain else "kd": result.kd_sum}
+            result = self._sparse(student, self._top_k(teacher, objective.top_k), micro_batch)
+        report = {"kl" if plain else "kd": result.kd_sum}
         if self.statistics:
             watched = result
             if not plain:
@@ -100,8 +136,7 @@ class DistillationLoss:
                     kl = Divergence(temperature=objective.temperature)
                     watched = self._full(student, teacher, micro_batch, kl, statistics=True)
             report |= {"kl": watched.kd_sum, **watched.statistics()}
-        total = overlap.ready_after(result.loss_sum, self.student.output_weight())
-        return LossResult(total=total, tokens=result.tokens, report=report)
+        return self._result(result, report)
 
     def _full(
         self, student: Tensor, teacher: Tensor, micro_batch: MicroBatch, divergence: Divergence, *, statistics: bool
@@ -123,10 +158,8 @@ class DistillationLoss:
             statistics=statistics,
         )
 
-    def _top_k(
-        self, student: Tensor, teacher: Tensor, micro_batch: MicroBatch, divergence: Divergence, k: int
-    ) -> FusedLoss:
-        targets = top_k_targets(
+    def _top_k(self, teacher: Tensor, k: int) -> SparseTargets:
+        return top_k_targets(
             teacher,
             self.teacher.output_weight(),
             k=k,
@@ -135,72 +168,33 @@ class DistillationLoss:
             chunk_tokens=self.objective.loss_chunk_tokens,
             tp=self.tensor_group,
         )
-        return fused_linear_sparse_kd(
-            student,
-            overlap.for_loss(self.student.output_weight()),
-            targets,
-            keep=sequence_first(micro_batch.on_host.keep),
-            labels=sequence_first(micro_batch.labels),
-            divergence=divergence,
-            kd_weight=self.objective.kd_weight,
-            lm_weight=self.objective.lm_weight,
-            vocab_size=self.vocab_size,
-            chunk_tokens=self.objective.loss_chunk_tokens,
-            tp=self.tensor_group,
-            weight_gradient=main_gradient(self.student.output_weight()),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedDistillationLoss:
+class CachedDistillationLoss(_StudentLoss):
     """`kd_weight * D + lm_weight * CE` from stored targets, in nats, summed over kept tokens.
 
     Attributes:
-        student: The student's chunk that owns the output layer.
-        targets: Stored targets of each micro-batch's samples.
-        vocab_size: Real vocabulary; padded columns carry no probability.
-        tensor_group: Ranks that share the vocabulary; None when it is complete.
-        objective: Weights and divergence; its temperature is that of the targets.
+        targets: Stored targets of each micro-batch's samples; the objective's temperature is theirs.
         context: This context-parallel rank, and how many there are.
     """
 
-    student: MinitronGPT
     targets: Sequence[Sequence[SampleTargets]]
-    vocab_size: int
-    tensor_group: ProcessGroup | None
-    objective: Objective = field(default_factory=Objective)
     context: tuple[int, int] = (0, 1)
 
     def __call__(self, hidden_SBH: Tensor, micro_batch: MicroBatch, index: int) -> LossResult:
         """Loss of micro-batch `index` from the student's states after the final norm, `[s, b, h]`."""
-        objective = self.objective
         samples, length = micro_batch.tokens.shape
         rank, size = self.context
         targets = sparse_targets(
             self.targets[index],
             context_places(length * size, rank, size).expand(samples, -1),
-            temperature=objective.temperature,
+            temperature=self.objective.temperature,
             device=hidden_SBH.device,
         )
-        weight = self.student.output_weight()
-        result = fused_linear_sparse_kd(
-            hidden_SBH.flatten(0, 1),
-            overlap.for_loss(weight),
-            targets,
-            keep=sequence_first(micro_batch.on_host.keep),
-            labels=sequence_first(micro_batch.labels),
-            divergence=divergence_of(objective),
-            kd_weight=objective.kd_weight,
-            lm_weight=objective.lm_weight,
-            vocab_size=self.vocab_size,
-            chunk_tokens=objective.loss_chunk_tokens,
-            tp=self.tensor_group,
-            weight_gradient=main_gradient(weight),
-            statistics=True,
-        )
+        result = self._sparse(hidden_SBH.flatten(0, 1), targets, micro_batch, statistics=True)
         assert result.student_ce_sum is not None, "statistics and labels were given"
-        report = {"loss": result.loss_sum.detach(), "kd": result.kd_sum, "ce": result.student_ce_sum}
-        return LossResult(total=overlap.ready_after(result.loss_sum, weight), tokens=result.tokens, report=report)
+        return self._result(result, {"kd": result.kd_sum, "ce": result.student_ce_sum})
 
 
 def divergence_of(objective: Objective) -> Divergence:

@@ -141,20 +141,11 @@ class SettingsReader:
             unread = {key: value for key, value in keys.items() if level or key not in self._also}
             for key in unread:
                 if key not in known and key not in neutral:
-                    self.unknown(f"{level}{key}", (*_dotted_keys(), *self._also))
+                    self.problems.append(unknown_key(f"{level}{key}", (*_dotted_keys(), *self._also), self._prefix))
             self.problems += nemo_keys.unused(unread, neutral, self._prefix + level)
         self.problems += [
             f"{self._prefix}{key}: is missing and has no default" for key, value in _leaves(given) if value == MISSING
         ]
-
-    def unknown(self, key: str, known: Iterable[str]) -> None:
-        """Note a key that nobody knows, with the nearest one that somebody does."""
-        names = sorted(known, key=len)
-        last = key.rpartition(".")[2]
-        close = [name for name in names if name.rpartition(".")[2] == last][:1]
-        close = close or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-        hint = f"did you mean {self._prefix}{close[0]}?" if close else "no key is called anything like it"
-        self.problems.append(f"{self._prefix}{key}: unknown key; {hint}")
 
     # -- sections ------------------------------------------------------------------------------------------------
 
@@ -258,6 +249,16 @@ class SettingsReader:
         return found
 
 
+def unknown_key(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to say of a key that nobody knows, with the nearest one that somebody does; `prefix` stands before both."""
+    names = sorted(known, key=len)
+    last = key.rpartition(".")[2]
+    close = [name for name in names if name.rpartition(".")[2] == last][:1]
+    close = close or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    hint = f"did you mean {prefix}{close[0]}?" if close else "no key is called anything like it"
+    return f"{prefix}{key}: unknown key; {hint}"
+
+
 def _difference(cfg: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says that another one does not."""
     kept = {}
@@ -322,24 +323,4 @@ def optimizer_keys(config: OptimizerConfig) -> dict[str, Any]:
             "min_lr": config.min_lr,
             "decay_fraction": config.decay_fraction,
         },
-    }
-
-
-def model_keys(settings: ModelSettings) -> dict[str, Any]:
-    """Settings as keys of a NeMo model configuration, every default written out; `model_settings` reads them back."""
-    layout = parallel_keys(settings.parallel)
-    distillation = settings.distillation
-    ours = {
-        **layout["minitron"],
-        "guard": settings.guard.model_dump(mode="json"),
-        **({"fp8": True} if settings.fp8 else {}),
-        **({} if distillation is None else {"distillation": distillation.model_dump(mode="json")}),
-    }
-    return {
-        **layout,
-        **{key: getattr(settings.batch, name) for name, key in nemo_keys.BATCH.items()},
-        "precision": precision_key(settings.precision),
-        "seed": settings.seed,
-        **({} if settings.optimizer is None else {"optim": optimizer_keys(settings.optimizer)}),
-        "minitron": ours,
     }

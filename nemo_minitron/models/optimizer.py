@@ -11,9 +11,7 @@ from nemo_minitron.megatron.optim import StepInfo, TrainOptimizer
 class MegatronOptimizer(Optimizer):
     """Passes Lightning's calls on to a `TrainOptimizer`, which owns master weights, clipping and schedule.
 
-    Attributes:
-        inner: The optimizer that does the work.
-        last: What the latest step reported (gradient norm, learning rate, skipped).
+    `last` is what the latest step reported.
     """
 
     def __init__(self, inner: TrainOptimizer) -> None:

@@ -6,7 +6,7 @@ soon as they know the checkpoint, and `MegatronStrategy` for whoever calls `trai
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -185,11 +185,6 @@ def compare(checkpoint: Path, now: Mapping[str, Any], *, tell: Callable[[str], N
     for line in lines(before, after):
         tell(line)
     return after
-
-
-def at_step(record: TrainingRecord, step: int) -> TrainingRecord:
-    """The same training later."""
-    return replace(record, step=step)
 
 
 def _plain(settings: ModelSettings) -> dict[str, Any]:

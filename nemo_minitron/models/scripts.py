@@ -25,7 +25,7 @@ from nemo_minitron.config.training import OptimizerConfig, TrainingConfig
 from nemo_minitron.errors import ConfigError, MinitronError, denied
 from nemo_minitron.models import nemo_settings, resume
 from nemo_minitron.models.data import TokenDataModule
-from nemo_minitron.models.nemo_settings import SettingsReader
+from nemo_minitron.models.nemo_settings import SettingsReader, unknown_key
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -50,15 +50,7 @@ _TOP = ("name", "trainer", "exp_manager", "model", "run")
 
 @dataclass(frozen=True, kw_only=True)
 class Script(Generic[SectionT]):
-    """What a script was asked for, checked.
-
-    Attributes:
-        checkpoint: The model to begin with.
-        data: What the data stage wrote.
-        settings: What the model is told.
-        trainer: Arguments of Lightning's trainer.
-        section: The script's own section.
-    """
+    """What a script was asked for, checked; `trainer` are arguments of Lightning's, `section` is the script's own."""
 
     checkpoint: Path
     data: Path
@@ -166,13 +158,11 @@ class _Door:
         self.model, self.trainer = self.part("model"), self.part("trainer")
         self._own = (checkpoint, "data", *also)
         self._reader = SettingsReader(self.model, prefix="model.", also=self._own)
-        self._root = SettingsReader({}, also=())
         for name in cfg:
             if name == "restore_from_path" and cfg[name] is None:
                 continue
             if name not in known:
-                self._root.unknown(name, known)
-        self.problems += self._root.problems
+                self.problems.append(unknown_key(name, known))
 
     def part(self, name: str) -> dict[str, Any]:
         """A section of the configuration; noted if it is none."""
@@ -216,26 +206,23 @@ class _Door:
         self._compare(self.part("exp_manager"), OmegaConf.structured(ExpManagerConfig), "exp_manager.")
 
     def _compare(self, given: Mapping[str, Any], known: Any, prefix: str) -> None:
-        root = SettingsReader({})
         for key, value in given.items():
             if key not in known:
-                root.unknown(f"{prefix}{key}", [f"{prefix}{name}" for name in known])
+                self.problems.append(unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
             elif (
                 isinstance(value, Mapping)
                 and OmegaConf.is_dict(known[key])
                 and OmegaConf.get_type(known[key]) is not dict
             ):
                 self._compare(value, known[key], f"{prefix}{key}.")
-        self.problems += root.problems
 
     def _trainer_problems(self, settings: ModelSettings | None) -> float | None:
         """Note what cannot be; returns the gradient norm that `trainer` clips to."""
         arguments = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
-        root = SettingsReader({})
         for key in self.trainer:
             if key not in arguments and key not in TRAINER:
-                root.unknown(f"trainer.{key}", [f"trainer.{name}" for name in arguments])
-        self.problems += [*root.problems, *unused(self.trainer, TRAINER, "trainer.")]
+                self.problems.append(unknown_key(f"trainer.{key}", [f"trainer.{name}" for name in arguments]))
+        self.problems += unused(self.trainer, TRAINER, "trainer.")
         self._precision(settings)
         clip = self.trainer.get("gradient_clip_val")
         if clip is None:

@@ -6,6 +6,7 @@ Lightning drives the loop; Megatron does forward, backward and the optimizer ste
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,7 +99,7 @@ class MegatronStrategy(Strategy):
     def setup_environment(self) -> None:
         """Start the process groups before any module is configured."""
         if self.parallel is None and self.lightning_module is not None:
-            self.parallel = gpt_model(self.lightning_module).parallel_config()
+            self.parallel = gpt_model(self.lightning_module).settings.parallel
         if self.accelerator is not None:
             self.accelerator.setup_device(self.root_device)
 
@@ -210,7 +211,7 @@ class MegatronStrategy(Strategy):
             key: value for key, value in checkpoint.items() if not key.startswith(("hyper_parameters", "hparams_"))
         }
         if self._record is not None:
-            common[resume.KEY] = resume.at_step(self._record, checkpoint["global_step"]).as_plain()
+            common[resume.KEY] = replace(self._record, step=checkpoint["global_step"]).as_plain()
         save_training(
             self._training_chunks(),
             self._megatron_optimizer(),

@@ -47,11 +47,7 @@ class TargetProvider(Protocol):
 
 
 class ResidentTeacher:
-    """A teacher in memory, at the student's layout. It runs its own forward-only pass.
-
-    Args:
-        model: The teacher, frozen.
-    """
+    """A teacher in memory, at the student's layout. It runs its own forward-only pass."""
 
     def __init__(self, model: MegatronGPTModel) -> None:
         self._model = model

@@ -1,11 +1,14 @@
-"""How much a layer changes the residual stream."""
+"""How much a layer changes the residual stream: Block Influence is the mean over kept tokens of `dissimilarity`.
+
+Source: Men et al., arXiv:2403.03853, eq. (1). It takes the complete hidden dimension; every rank passes its own tokens.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemo_minitron.ops.importance import Workspace
+from nemo_minitron.ops.memory import Workspace
 
 
 class Stream(NamedTuple):
@@ -18,7 +21,7 @@ class Stream(NamedTuple):
 def stream_of(x_SBH: Tensor, workspace: Workspace, name: str) -> Stream:
     """A copy of the states in the workspace, under a name, with their lengths."""
     wide = torch.float64 if x_SBH.dtype == torch.float64 else torch.float32
-    states = workspace.take(x_SBH.shape, x_SBH, name=name, dtype=wide).copy_(x_SBH).flatten(0, 1)
+    states = workspace.take(name, x_SBH.shape, wide, x_SBH.device).copy_(x_SBH).flatten(0, 1)
     return Stream(states, torch.linalg.vector_norm(states, dim=-1))
 
 
@@ -33,15 +36,3 @@ def dissimilarity(before: Stream, after: Stream) -> Tensor:
     product = before.norms * after.norms
     shrink = (before.norms - after.norms).square_()
     return torch.where(product > 0, change.square_().sub_(shrink).div_(2 * product), 1.0)
-
-
-def token_dissimilarity(x_in_SBH: Tensor, x_out_SBH: Tensor) -> Tensor:
-    """1 - cos(input, output) of every token, `[s, b]`, in [0, 2]; higher means that the layer does more.
-
-    Computed in float32 (float64 for float64). Block Influence is its mean over kept tokens; the caller sums and counts.
-    Placement: needs the complete hidden dimension; under sequence or context parallelism every rank passes its own
-    tokens. Inputs are left unchanged; no gradient is meant to be taken. Source: Men et al., arXiv:2403.03853, eq. (1).
-    """
-    workspace = Workspace()
-    before, after = stream_of(x_in_SBH, workspace, "in"), stream_of(x_out_SBH, workspace, "out")
-    return dissimilarity(before, after).view(x_in_SBH.shape[:2])

@@ -16,7 +16,7 @@ from nemo_minitron.config.objective import DivergenceKind
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """KL(teacher || student) of every token: the student is asked to are mode-covering.
+    """KL(teacher || student) of every token: mode-covering.
 
     0 exactly where the two agree; +inf where the student excludes a token that the teacher allows. Gradient with
     respect to both. Source: Hinton et al., arXiv:1503.02531; Muralidharan et al., arXiv:2407.14679, eq. (7).

@@ -1,6 +1,6 @@
 """Losses between intermediate states of student and teacher, through a projection that both sides of a pair share.
 
-Sums over kept tokens and their number, never means, so that micro-batches, data-parallel ranks and parts of a sequence
+Sums over kept tokens, never means, so that micro-batches, data-parallel ranks and parts of a sequence
 (context or sequence parallelism) add up; states must hold all their channels. Source: Muralidharan et al.,
 arXiv:2407.14679, section 3 and table 17.
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_minitron.config.objective import HiddenLossKind
-from nemo_minitron.ops.reduce import TokenSum
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,7 +29,7 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 def hidden_loss(
     student: Tensor, teacher: Tensor, keep: Tensor, projection: Tensor | None = None, *, kind: HiddenLossKind
-) -> TokenSum:
+) -> Tensor:
     """Sum over kept tokens of the loss between one pair of states, with gradients for student and projection.
 
     The projection is applied in its operands' dtype, everything after it in float32 (float64 for float64).
@@ -48,7 +47,7 @@ def hidden_loss(
     if projection is not None:
         student = functional.linear(student, projection)
     per_token = cosine_distance if kind is HiddenLossKind.COSINE else mean_squared_error
-    return TokenSum(per_token(student, teacher).sum(), torch.full((), kept.numel(), device=student.device))
+    return per_token(student, teacher).sum()
 
 
 def dynamic_weight(kd: Tensor, hidden: Tensor) -> Tensor:

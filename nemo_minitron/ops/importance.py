@@ -13,13 +13,13 @@ Shapes: S sequence, B samples of a micro-batch, C channels of a site, H query he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.config.sites import Aggregation
+from nemo_minitron.ops.memory import Workspace
 
 # Elements of a site that are summed up at once. A call costs more than a cache miss, so blocks are large.
 _BLOCK_ELEMENTS = 1 << 20
@@ -35,10 +35,6 @@ class SequenceMoments:
     """`[3, B, C]` float64: of |x|, of x^2, of x."""
     count: Tensor
     """`[B]` float64: kept positions of each sample."""
-
-    def plus(self, other: "SequenceMoments") -> "SequenceMoments":
-        """The moments of both shards together."""
-        return SequenceMoments(self.sums + other.sums, self.count + other.count)
 
     def finish(self) -> Tensor:
         """m, n and v of every sample, `[3, B, C]`; zeros for a sample without kept positions."""
@@ -56,21 +52,6 @@ class Block(NamedTuple):
     variance: Tensor
     rows: int
     """Positions, masked ones (which are zeros) included."""
-
-
-class Workspace:
-    """Memory that is used again for every site. Fresh pages for each would cost more than the sums taken in them."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, shape: Sequence[int], like: Tensor, *, name: str = "", dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor with whatever values; valid until the next one of that name, type and device is taken."""
-        key, size = (name, dtype or like.dtype, like.device), prod(shape)
-        memory = self._memory.get(key)
-        if memory is None or memory.numel() < size:
-            memory = self._memory[key] = torch.empty(size, dtype=key[1], device=key[2])
-        return memory[:size].view(*shape)
 
 
 def block_rows(positions: int, samples: int, channels: int, device: torch.device) -> int:
@@ -102,7 +83,7 @@ def sequence_blocks(x_SBC: Tensor, keep_BS: Tensor | None, rows: int, workspace:
     blocks = []
     for first in range(0, x_SBC.shape[0], rows):
         x_RBC = x_SBC[first : first + rows]
-        buffer_RBC = workspace.take(x_RBC.shape, x_RBC, dtype=wide)
+        buffer_RBC = workspace.take("site", x_RBC.shape, wide, x_RBC.device)
         as_it_is = x_RBC.dtype == wide and keep_BS is None and x_RBC.is_contiguous()
         x_RD = (x_RBC if as_it_is else buffer_RBC.copy_(x_RBC)).flatten(1)
         if keep_BS is not None:
@@ -125,12 +106,7 @@ def _reduced(x_SBC: Tensor) -> Block:
 
 
 def joined_moments(sites: Sequence[Sequence[Block]], count_B: Tensor) -> SequenceMoments:
-    """The moments of several sites of the same samples and blocks, their channels side by side.
-
-    Args:
-        sites: Of each site, what `sequence_blocks` gave.
-        count_B: Kept positions of each sample.
-    """
+    """The moments of several sites of the same samples and blocks, their channels side by side."""
     samples = count_B.shape[0]
     sums: Tensor | None = None
     for blocks in zip(*sites, strict=True):
@@ -143,27 +119,6 @@ def joined_moments(sites: Sequence[Sequence[Block]], count_B: Tensor) -> Sequenc
     if sums is None:
         raise ValueError("no blocks")
     return SequenceMoments(sums, count_B)
-
-
-def sequence_moments(x_SBC: Tensor, keep_BS: Tensor | None = None) -> SequenceMoments:
-    """Sum one site's activations over the sequence.
-
-    Sums of up to a thousand terms are float32 (float64 for float64 input), those of more are float64.
-
-    Args:
-        x_SBC: Activations; left unchanged. Whatever stands at masked positions, NaN included, has no effect.
-        keep_BS: True where a position counts; None keeps all, which is faster.
-    """
-    size, samples, channels = x_SBC.shape
-    blocks = sequence_blocks(x_SBC, keep_BS, block_rows(size, samples, channels, x_SBC.device), Workspace())
-    return joined_moments([blocks], kept_positions(x_SBC, keep_BS))
-
-
-def kept_positions(x_SBC: Tensor, keep_BS: Tensor | None) -> Tensor:
-    """How many positions of each sample count, `[B]` float64."""
-    if keep_BS is None:
-        return torch.full((x_SBC.shape[1],), x_SBC.shape[0], dtype=torch.float64, device=x_SBC.device)
-    return keep_BS.sum(-1, dtype=torch.float64)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -19,13 +19,8 @@ _CPU_FACTS = Path("/proc/cpuinfo")
 def linear(x: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
     """`x @ weight.T`, without a graph of its own.
 
-    Args:
-        x: `[..., h]`.
-        weight: `[n, h]`.
-        wide: Whether few rows meet many columns, as in an output layer that takes its tokens in chunks.
-
-    Returns:
-        `[..., n]`.
+    `[..., h]` and `[n, h]` give `[..., n]`. `wide` says that few rows meet many columns, as in an output layer that
+    takes its tokens in chunks.
     """
     if (wide or not is_intel()) and suits_onednn(x, weight):
         return _onednn(x, weight)

@@ -6,7 +6,7 @@ page cache. Converting a checkpoint asks for new memory several times its size; 
 
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from threading import Lock
@@ -68,6 +68,27 @@ def recycled_memory() -> Iterator[None]:
         yield
     finally:
         _pools.remove(pool)
+
+
+class Workspace:
+    """Buffers that outlive a call. On a CPU fresh memory costs as much as a matrix product: the system zeroes it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer with arbitrary contents; the next call with the same name and dtype may return the same memory."""
+        if device.type != "cpu":  # accelerators' allocators keep memory themselves
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = prod(shape)
+        held = self._buffers.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

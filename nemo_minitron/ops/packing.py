@@ -56,12 +56,8 @@ def qkv_rows(heads: Tensor, groups: Tensor, *, num_heads: int, num_groups: int, 
     Slicing with them gives the fused QKV weight of the smaller model: for each kept group its kept query heads (in the
     order given), its key, its value.
 
-    Args:
-        heads: Kept query heads, global indices.
-        groups: Kept KV groups; every kept head belongs to one of them.
-        num_heads: Query heads before pruning.
-        num_groups: KV groups before pruning.
-        head_dim: Channels per head.
+    Heads and groups are those that are kept, by their numbers before pruning; every kept head belongs to a kept
+    group.
     """
     per_group = num_heads // num_groups
     slots = []  # a slot is head_dim rows: [q ... q, k, v] per group

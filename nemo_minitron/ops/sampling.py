@@ -79,10 +79,7 @@ def uniforms(seed: int, counters: Tensor, draws: int) -> Tensor:
 
 
 def count_draws(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids of every row in ascending order, and how often each occurs.
-
-    Args:
-        ids: `[N, draws]` int64.
+    """Distinct ids of every row of `[N, draws]` int64 in ascending order, and how often each occurs.
 
     Returns:
         `[N, K]` ids, -1 where a row has fewer than the most, and `[N, K]` counts, 0 there.

@@ -19,9 +19,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def slice_dims(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     """Keep the given indices along each dimension (in the order given); the result is a contiguous copy.
 
-    Args:
-        tensor: Any shape.
-        keep: Dimension -> int64 indices. Dimensions not named stay complete.
+    `keep` has int64 indices by dimension; those that are not named stay complete.
 
     Raises:
         PlanError: An index is out of range.

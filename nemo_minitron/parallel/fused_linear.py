@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.ops import autograd
 from nemo_minitron.ops.linear import linear, linear_input_gradient, suits_onednn
+from nemo_minitron.ops.memory import Workspace
 from nemo_minitron.parallel.collectives import gather, group_rank, split_group, sum_over
 from nemo_minitron.parallel.vocab import real_columns
 
@@ -76,28 +77,8 @@ def pieces(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-class Workspace:
-    """Buffers that outlive a call. On a CPU fresh memory costs as much as a matrix product: the system zeroes it."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer with arbitrary contents; the next call with the same name and dtype may return the same memory."""
-        if device.type != "cpu":  # accelerators' allocators keep memory themselves
-            return torch.empty(shape, dtype=dtype, device=device)
-        size = shape[0] * shape[1]
-        held = self._buffers.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size].view(shape)
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._buffers.clear()
-
-
 WORKSPACE = Workspace()
+"""Buffers of logits that outlive a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +184,7 @@ class ChunkLoss(Protocol):
 
     @property
     def scratch_held(self) -> int:
-        """Further buffers of a block, in the wide dtype, that torch's operations need."""
-        ...
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether there is a Triton form, which needs none of them."""
+        """Further buffers of a block, in the wide dtype, that torch's operations need; Triton's kernels need none."""
         ...
 
     @property
@@ -271,7 +247,7 @@ class OutputLayer:
     def rows_of_chunk(self, hidden: Tensor, loss: ChunkLoss) -> int:
         """Tokens per chunk of `hidden` `[kept, h]`."""
         bytes_per_logit = loss.logits_held * hidden.dtype.itemsize
-        if hidden.device.type != "cpu" and not (loss.has_kernels and kernels_run(hidden.device, hidden.dtype)):
+        if hidden.device.type != "cpu" and not kernels_run(hidden.device, hidden.dtype):
             bytes_per_logit += loss.scratch_held * wide_dtype(hidden.dtype).itemsize
         return chunk_rows(hidden.shape[0], self.columns, bytes_per_logit, self.chunk_tokens, hidden.device)
 
@@ -359,10 +335,11 @@ def label_columns(labels: Tensor, *, columns: int, real: int, tp: ProcessGroup |
 
 
 def label_logits(logits: Tensor, local: Tensor, mine: Tensor) -> Tensor:
-    """Each label's logit in the wide dtype; 0 where the label is another rank's."""
+    """Logits at columns, one or several of each row, in the wide dtype; 0 where they are another rank's."""
     if not logits.shape[1]:
         return torch.zeros(mine.shape, dtype=wide_dtype(logits.dtype), device=logits.device)
-    picked = logits.gather(1, local.unsqueeze(1)).squeeze(1)
+    column = local if local.dim() == 2 else local.unsqueeze(1)
+    picked = logits.gather(1, column).view(mine.shape)
     return torch.where(mine, picked.to(wide_dtype(logits.dtype)), 0)
 
 

@@ -51,16 +51,6 @@ def fused_linear_cross_entropy(
 
     Gradients, precision, masking and the arguments are those of `fused_linear_kd`. A kept token whose label is no
     token of the vocabulary makes the sum NaN.
-
-    Args:
-        hidden: `[N, h]` after the final norm, the same on every tensor-parallel rank.
-        weight: `[V, h]`, rank r holding tokens `r * V` and following.
-        labels: `[N]` token ids.
-        keep: `[N]` bool; None keeps all.
-        vocab_size: Real tokens; columns beyond it carry no probability.
-        chunk_tokens: Tokens per chunk; None takes what the memory set in `fused_linear` allows.
-        tp: Ranks that share the vocabulary.
-        weight_gradient: See `fused_linear_kd`.
     """
     layer = OutputLayer.of(hidden, weight, keep, vocab_size, chunk_tokens, tp, weight_gradient)
     ce_sum, correct = layer.apply(hidden, weight, _ChunkCrossEntropy(layer.tokens.of(labels), layer))
@@ -73,7 +63,6 @@ class _ChunkCrossEntropy:
     layer: OutputLayer
     logits_held: int = 1
     scratch_held: int = 1
-    has_kernels: bool = True
     sums: int = 2
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:

@@ -140,7 +140,6 @@ class _ChunkDivergence:
     layer: OutputLayer
     logits_held: int = 2
     scratch_held: int = 4
-    has_kernels: bool = True
     sums: int = 5
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:

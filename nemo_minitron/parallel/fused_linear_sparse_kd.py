@@ -28,6 +28,7 @@ from nemo_minitron.parallel.fused_linear import (
     EMPTY,
     OutputLayer,
     label_columns,
+    label_logits,
     labelled,
     row_max,
     wide_dtype,
@@ -59,20 +60,8 @@ def fused_linear_sparse_kd(
     teacher's entropy. `top1_agreement` takes the target's heaviest entry for the teacher's best token, and
     `teacher_ce_sum` is None: a label need not be among the entries.
 
-    Args:
-        student_hidden: `[N, h]` after the final norm, the same on every tensor-parallel rank.
-        student_weight: `[V, h]`, rank r holding tokens `r * V` and following.
-        targets: Of all N tokens, masked ones included (their contents do not matter).
-        keep: `[N]` bool; None keeps all.
-        labels: `[N]` token ids, for the cross-entropy of `lm_weight` and `statistics`.
-        divergence: None is the forward KL, the only one for sampled targets. Its temperature must be the targets'.
-        kd_weight: Factor of the divergence.
-        lm_weight: Factor of the student's cross-entropy; above 0 it needs `labels`.
-        vocab_size: Real tokens; columns beyond it carry no probability.
-        chunk_tokens: Tokens per chunk; None takes what the memory set in `fused_linear` allows.
-        tp: Ranks that share the vocabulary.
-        weight_gradient: See `fused_linear_kd`.
-        statistics: Also count top-1 agreement and, given labels, the student's cross-entropy.
+    `targets` are of all N tokens, masked ones included (their contents do not matter). `divergence` None is the forward
+    KL, the only one for sampled targets; its temperature must be the targets'.
 
     Raises:
         ValueError: The divergence does not fit the targets.
@@ -131,14 +120,13 @@ class _ChunkSparse:
     layer: OutputLayer
     logits_held: int = 1
     scratch_held: int = 3
-    has_kernels: bool = True
     sums: int = 4
 
     def __call__(self, logits: Tensor, chunk: slice, *, want_gradient: bool) -> Tensor:
         layer, wide = self.layer, wide_dtype(logits.dtype)
         targets = self.targets.select(chunk)
         local, mine = label_columns(targets.ids.long(), columns=layer.columns, real=layer.real, tp=layer.tp)
-        picked = sum_over(_picked(logits, local, mine), layer.tp)
+        picked = sum_over(label_logits(logits, local, mine), layer.tp)
         entries = _Entries(
             local=local,
             mine=mine,
@@ -150,7 +138,7 @@ class _ChunkSparse:
         label = None
         if self.labels is not None:
             label = label_columns(self.labels[chunk], columns=layer.columns, real=layer.real, tp=layer.tp)
-            at_label, found = sum_over(torch.stack([_picked(logits, *label), label[1].to(wide)]), layer.tp)
+            at_label, found = sum_over(torch.stack([label_logits(logits, *label), label[1].to(wide)]), layer.tp)
         on_kernels = kernels_run(logits.device, logits.dtype)
         for block in [slice(None)] if on_kernels else layer.blocks(logits):
             work = _on_kernels if on_kernels else _block
@@ -164,15 +152,6 @@ class _ChunkSparse:
                 logits.scatter_add_(1, label[0].unsqueeze(1), one_hot)
         sums[0] = self.kd_weight * sums[1] + self.lm_weight * sums[3]
         return sums
-
-
-def _picked(logits: Tensor, local: Tensor, mine: Tensor) -> Tensor:
-    """Logits at some columns in the wide dtype; 0 where they are another rank's."""
-    wide = wide_dtype(logits.dtype)
-    if not logits.shape[1]:
-        return torch.zeros(mine.shape, dtype=wide, device=logits.device)
-    column = local if local.dim() == 2 else local.unsqueeze(1)
-    return torch.where(mine, logits.gather(1, column).view(mine.shape), 0).to(wide)
 
 
 def _block(logits: Tensor, entries: _Entries, job: _ChunkSparse, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

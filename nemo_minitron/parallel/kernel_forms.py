@@ -22,16 +22,7 @@ _WITHIN_ONE_PASS = {DivergenceKind.FORWARD_KL, DivergenceKind.REVERSE_KL}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelDivergence:
-    """Which loss the kernels compute.
-
-    Attributes:
-        divergence: D and its temperature.
-        kd_weight: Factor of `T^2 D`.
-        lm_weight: Factor of the student's cross-entropy.
-        top: Whether top-1 agreement is wanted.
-        first: Global id of the shard's first token.
-        tp: Ranks that share the vocabulary.
-    """
+    """Which loss the kernels compute: `kd_weight * T^2 D + lm_weight * CE`, and top-1 agreement if `top` is wanted."""
 
     divergence: Divergence
     kd_weight: float
@@ -43,15 +34,12 @@ class KernelDivergence:
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None, *, want_gradient: bool) -> Tensor:
         """What `Value` says of each token, of every rank: `[R, 11, N]` float32.
 
-        Args:
-            student: Logits `[N, V]`; overwritten with their gradient if that is wanted.
-            teacher: Logits `[N, V]`.
-            labels: Global token ids `[N]`.
-            want_gradient: See above.
+        The student's logits are overwritten with their gradient if that is wanted. Labels `[N]` are global token ids.
         """
         from nemo_minitron.kernels.divergence import divergence_gradient, divergence_statistics, divergence_terms
 
-        kind, mixing, temperature = self.divergence.kind, _mixing(self.divergence), self.divergence.temperature
+        kind, temperature = self.divergence.kind, self.divergence.temperature
+        mixing = self.divergence.beta if kind is DivergenceKind.JENSEN_SHANNON else self.divergence.skew
         ids = student.new_empty(0, dtype=torch.int64) if labels is None else labels
         values = student.new_empty(len(Value), student.shape[0], dtype=torch.float32)
         divergence_statistics(student, teacher, ids, values, self.first, temperature, kind.value, self.top)
@@ -90,12 +78,8 @@ def kernel_cross_entropy(
 ) -> Tensor:
     """Peak, mass above it, the label's logit and whether it is here, of each token and rank: `[R, 4, N]` float32.
 
-    Args:
-        logits: `[N, V]`; overwritten with the gradient of the sum over tokens, if that is wanted.
-        labels: Global token ids `[N]`.
-        first: Global id of the shard's first token.
-        tp: Ranks that share the vocabulary.
-        want_gradient: See above.
+    `logits` `[N, V]` are overwritten with the gradient of the sum over tokens, if that is wanted; `labels` `[N]` are
+    global token ids, and `first` is that of the shard's first token.
     """
     from nemo_minitron.kernels.cross_entropy import cross_entropy_gradient, cross_entropy_statistics
 
@@ -106,10 +90,6 @@ def kernel_cross_entropy(
         normalisers = torch.stack(_peak_and_log_mass(gathered[:, 0], gathered[:, 1], 1.0))
         cross_entropy_gradient(logits, normalisers, labels, first)
     return gathered
-
-
-def _mixing(divergence: Divergence) -> float:
-    return divergence.beta if divergence.kind is DivergenceKind.JENSEN_SHANNON else divergence.skew
 
 
 def _normalisers(values_RKN: Tensor, temperature: float) -> Tensor:

@@ -54,14 +54,8 @@ def label_scores(
 ) -> LabelScores:
     """Score labels without a `[tokens, vocabulary]` tensor; no gradient.
 
-    Args:
-        hidden: `[N, h]` after the final norm, the same on every tensor-parallel rank.
-        weight: `[V, h]`, rank r holding tokens `r * V` and following.
-        labels: `[N]` token ids.
-        keep: `[N]` bool; None keeps all. The others are not computed.
-        vocab_size: Real tokens; columns beyond it carry no probability.
-        tile: Tokens and columns whose logits exist at one time; None chooses.
-        tp: Ranks that share the vocabulary.
+    Arguments are those of `fused_linear_kd`. `tile` is how many tokens and columns have logits at one time; None
+    chooses.
     """
     rows, width = tile or (TILE_TOKENS, _TILE_COLUMNS.get(hidden.device.type, _TILE_COLUMNS_ELSEWHERE))
     layer = OutputLayer.of(hidden, weight, keep, vocab_size, None, tp)

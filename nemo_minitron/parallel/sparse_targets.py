@@ -38,16 +38,8 @@ def sample_targets(
     on how tokens or the vocabulary are split over ranks (unless the matrix product rounds a logit differently there
     and a random number falls into the gap, which changes a draw in about a million).
 
-    Args:
-        hidden: `[N, H]` after the final norm, the same on every tensor-parallel rank.
-        weight: `[V, H]`, rank r holding tokens `r * V` and following.
-        counters: `[N]` int64, a number of its own for every token of the data.
-        draws: How many for each token.
-        seed: Of the random numbers.
-        vocab_size: Real tokens; no other id is drawn.
-        temperature: Divides the logits.
-        chunk_tokens: Tokens whose logits exist at one time; None chooses.
-        tp: Ranks that share the vocabulary.
+    `hidden` and `weight` are the teacher's, split as in `fused_linear_kd`; `counters` `[N]` int64 are numbers of the
+    tokens in the data, each its own. No id that pads the vocabulary is drawn.
 
     Returns:
         Distinct ids in ascending order and their counts, `[N, K]` int64; -1 and 0 where a token has fewer than K.

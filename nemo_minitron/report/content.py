@@ -70,6 +70,8 @@ class ReportContent:
     """Rows of the distillation's `metrics.jsonl`."""
     rounds: list[Row] = field(default_factory=list)
     """Sizes (`spec`, `parameters`), `tokens` and `kl` before and after distillation of each round."""
+    records: dict[str, Row] = field(default_factory=dict)
+    """Each stage's `DONE`: its digest, attempts, ranks."""
 
     @property
     def perplexity(self) -> dict[str, float]:

@@ -1,234 +1,226 @@
-"""Figures of a report as SVG text. Each shows one thing, names its axes and units, and marks what was cut."""
+"""Figures of a report. Each shows one thing, names its axes and units, marks what was cut, and says it in words."""
 
-import io
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import PrunableAxis
-from nemo_minitron.callbacks.reporter import compact
-from nemo_minitron.report.content import Importance, Row, Vector
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count, weights
+from nemo_minitron.report.content import Importance, Vector
+from nemo_minitron.report.drawing import CUT, GRID, INK, KEPT, MUTED, PAPER, SERIES, Picture, legend, picture
 
-COLOURS = {"teacher": "#475569", "pruned": "#c2410c", "distilled": "#0f766e", "tuned": "#7c3aed"}
-KEPT, CUT, INK, MUTED, GRID = "#0f766e", "#e11d48", "#1e293b", "#64748b", "#e2e8f0"
-WIDTH = 7.2
 METRIC_UNITS = {
     "lm_loss": "rise of the loss\n(nats per token)",
     "logit_mse": "squared change of the\nlogits / their squares",
 }
-_MOST_CURVES = 7
+_MAX_CURVES = 7
 _HEAT = LinearSegmentedColormap.from_list("importance", ["#f8fafc", "#99d5cc", "#0f766e", "#042f2e"])
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
 
 
-def layer_importance(importance: Importance) -> str:
-    """Block Influence of every layer, dropped ones marked."""
+def architecture(teacher: ModelSpec, student: ModelSpec, sources: Sequence[int]) -> Picture:
+    """Parameters of each of the teacher's layers, and what is left of them.
+
+    Args:
+        teacher: Before.
+        student: After.
+        sources: For each layer of the student, the teacher's layer that it was.
+    """
+    before, after = _layer_parameters(teacher), np.zeros(teacher.num_layers)
+    after[list(sources)] = _layer_parameters(student)
+    gone = [layer for layer in range(teacher.num_layers) if layer not in sources]
+    other = [parameter_count(spec) - int(_layer_parameters(spec).sum()) for spec in (teacher, student)]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        values, dropped = importance.block_influence, set(importance.dropped_layers)
-        colours = [CUT if layer in dropped else KEPT for layer in range(len(values))]
-        axes.bar(np.arange(len(values)), values, color=colours, width=0.72)
+        places = np.arange(teacher.num_layers)
+        axes.bar(places, before / 1e6, color=GRID, edgecolor=MUTED, linewidth=0.6, width=0.8, label="teacher")
+        axes.bar(places, after / 1e6, color=KEPT, width=0.8, label="left in the student")
+        axes.set(xlabel="layer of the teacher", ylabel="parameters (millions)", xlim=(-0.8, len(places) - 0.2))
+        _whole_numbers(axes)
+        legend(figure, *axes.get_legend_handles_labels())
+
+    alt = (
+        f"Bars: parameters of the teacher's {teacher.num_layers} layers and what is left of each. The student has "
+        f"{student.num_layers} layers; {_list('dropped', gone) or 'none was dropped'}. Outside the layers there are "
+        f"{other[0]:,} parameters in the teacher and {other[1]:,} in the student."
+    )
+    return picture(draw, alt, height=2.6)
+
+
+def _layer_parameters(spec: ModelSpec) -> Vector:
+    counts = np.zeros(spec.num_layers)
+    for weight in weights(spec):
+        if weight.layer is not None:
+            counts[weight.layer] += weight.numel
+    return counts
+
+
+def layer_importance(importance: Importance) -> Picture:
+    """Block Influence of every layer, dropped ones marked."""
+    values, dropped = importance.block_influence, importance.dropped_layers
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.bar(np.arange(len(values)), values, color=_by_fate(importance), width=0.72)
         axes.set(xlabel="layer", ylabel="Block Influence (1 - cos)", xlim=(-0.8, len(values) - 0.2))
         _log_if_wide(axes, values)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-        axes.grid(axis="x", visible=False)
-        _legend_patches(axes, dropped)
+        _whole_numbers(axes)
+        _kept_and_dropped(figure, axes, dropped)
 
-    return svg(draw, height=2.7)
+    order = np.argsort(values)
+    alt = (
+        f"Bars: Block Influence of {len(values)} layers. Lowest: layers {_some(order[:5])}; highest: layers "
+        f"{_some(order[::-1][:3])}. {_list('Dropped', dropped)}"
+    )
+    return picture(draw, alt, height=2.9)
 
 
-def leave_one_out(importance: Importance) -> str:
+def leave_one_out(importance: Importance) -> Picture:
     """What the model loses without each single layer, a panel a metric, dropped layers marked."""
     depth = importance.depth
     assert depth is not None
 
     def draw(figure: Figure) -> None:
         panels = np.atleast_1d(figure.subplots(len(depth.layers), 1, sharex=True))
-        dropped = set(importance.dropped_layers)
         for axes, (metric, values) in zip(panels, depth.layers.items(), strict=True):
-            colours = [CUT if layer in dropped else KEPT for layer in range(len(values))]
-            axes.bar(np.arange(len(values)), values, color=colours, width=0.72)
+            axes.bar(np.arange(len(values)), values, color=_by_fate(importance), width=0.72)
             axes.set(ylabel=METRIC_UNITS.get(metric, f"rise of {metric}"), xlim=(-0.8, len(values) - 0.2))
             _log_if_wide(axes, values)
-            axes.grid(axis="x", visible=False)
+            _whole_numbers(axes)
         panels[-1].set_xlabel("layer left out")
-        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-        _legend_patches(panels[0], dropped)
+        _kept_and_dropped(figure, panels[0], importance.dropped_layers)
 
-    return svg(draw, height=0.7 + 2.0 * len(depth.layers))
+    told = "; ".join(
+        f"{metric}: least without layers {_some(np.argsort(values)[:5])}" for metric, values in depth.layers.items()
+    )
+    alt = f"Bars: what is lost without each single layer. {told}. {_list('Dropped', importance.dropped_layers)}"
+    return picture(draw, alt, height=0.9 + 2.0 * len(depth.layers))
 
 
-def block_curve(importance: Importance, metric: str) -> str:
+def block_curve(importance: Importance, metric: str) -> Picture:
     """What the model loses without blocks of consecutive layers, a curve a length; a ring is the block to drop."""
     depth = importance.depth
     assert depth is not None
     curves = {1: depth.layers[metric], **depth.blocks[metric]}
+    wanted = len(importance.dropped_layers)
+    lengths = _some_lengths(list(curves), wanted)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        lengths = _some_lengths(list(curves), len(importance.dropped_layers))
         for place, length in enumerate(lengths):
-            values, shade = curves[length], _HEAT(0.25 + 0.6 * place / max(len(lengths) - 1, 1))
-            marked = length == len(importance.dropped_layers)
-            label = f"{length} layer{'s' if length > 1 else ''}" + (", as many as went" if marked else "")
-            width = 2.6 if marked else 1.4
-            axes.plot(values, color=CUT if marked else shade, linewidth=width, label=label)
+            values, is_marked = curves[length], length == wanted
+            label = f"{length} layer{'s' if length > 1 else ''}" + (", as many as went" if is_marked else "")
+            colour = CUT if is_marked else SERIES[place % len(SERIES)]
+            axes.plot(values, color=colour, linewidth=2.6 if is_marked else 1.4, label=label)
             best = int(values.argmin())
-            axes.plot([best], [values[best]], "o", color=INK, markerfacecolor="white", markersize=6, zorder=3)
+            axes.plot([best], [values[best]], "o", color=INK, markerfacecolor=PAPER, markersize=6, zorder=3)
         axes.set(xlabel="first layer left out", ylabel=METRIC_UNITS.get(metric, f"rise of {metric}"))
         _log_if_wide(axes, np.concatenate([curves[length] for length in lengths]))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="left out")
+        _whole_numbers(axes)
+        axes.grid(axis="x", visible=True)
+        legend(figure, *axes.get_legend_handles_labels())
 
-    return svg(draw, height=3.3)
+    told = ", ".join(
+        f"{length} layer{'s' if length > 1 else ''} from {int(curves[length].argmin())} on" for length in lengths
+    )
+    alt = f"Curves: {metric} without blocks of consecutive layers, by the first of them. Least is lost without {told}."
+    return picture(draw, alt, height=3.3, narrow_height=3.6)
 
 
-def sorted_importance(importance: Importance, row: PrunableAxis) -> str:
+def sorted_importance(importance: Importance, row: PrunableAxis) -> Picture:
     """Importance of each layer's units, sorted, against the layer's mean; and where it was cut."""
     layers = importance.units[row.axis]
+    width = max(map(len, layers))
+    values = np.full((len(layers), width), np.nan)
+    for layer, units in enumerate(layers):
+        if not units.size:
+            continue
+        ordered = np.sort(units)[::-1] / max(float(units.mean()), np.finfo(float).tiny)
+        values[layer, : len(ordered)] = np.log10(np.maximum(ordered, 1e-3))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        width = max(map(len, layers))
-        picture = np.full((len(layers), width), np.nan)
-        for layer, units in enumerate(layers):
-            if not units.size:
-                continue
-            ordered = np.sort(units)[::-1] / max(float(units.mean()), np.finfo(float).tiny)
-            picture[layer, : len(ordered)] = np.log10(np.maximum(ordered, 1e-3))
-        image = axes.imshow(picture, aspect="auto", cmap=_HEAT, vmin=-1, vmax=1, interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", cmap=_HEAT, vmin=-1, vmax=1, interpolation="nearest")
         for layer, kept in importance.kept.items():
             if row.axis in kept:
                 axes.plot([len(kept[row.axis]) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
         for layer in importance.dropped_layers:
-            axes.axhspan(layer - 0.5, layer + 0.5, facecolor="white", alpha=0.72, edgecolor="none")
+            axes.axhspan(layer - 0.5, layer + 0.5, facecolor=PAPER, alpha=0.72, edgecolor="none")
         axes.set(xlabel=f"{row.units} of the layer, most important first", ylabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[-1, 0, 1])
         bar.ax.set_yticklabels(["x 0.1", "mean", "x 10"])
         bar.outline.set_visible(False)
 
-    return svg(draw, height=3.1)
+    alt = (
+        f"Heat map: importance of the {row.units} of {len(layers)} layers, sorted, against each layer's mean. Of "
+        f"{width} in a layer {_kept_range(importance, row)} stayed."
+    )
+    return picture(draw, alt, height=3.1)
 
 
-def hidden_importance(importance: Importance) -> str:
+def hidden_importance(importance: Importance) -> Picture:
     """Sorted importance of the residual channels, kept and cut."""
+    values, kept = importance.hidden, len(importance.kept_hidden)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _sorted_curve(axes, importance.hidden, len(importance.kept_hidden))
+        _sorted_curve(axes, values, kept)
         axes.set(xlabel="hidden channels, most important first", ylabel="importance")
-        if importance.hidden.min() > 0:
+        if values.min() > 0:
             axes.set_yscale("log")
+        legend(figure, *axes.get_legend_handles_labels())
 
-    return svg(draw, height=2.4)
+    spread = f", from {values.max():.3g} down to {values.min():.3g}"
+    alt = f"Curve: importance of {len(values)} hidden channels, sorted{spread}. {kept} stayed."
+    return picture(draw, alt, height=2.7)
 
 
-def unit_importance(importance: Importance, row: PrunableAxis) -> str:
+def unit_importance(importance: Importance, row: PrunableAxis) -> Picture:
     """Importance of each unit against its layer's mean; crosses are units that went, pale columns layers."""
     layers = importance.units[row.axis]
+    width = max(map(len, layers))
+    values = np.full((width, len(layers)), np.nan)
+    for layer, units in enumerate(layers):
+        if not units.size:
+            continue
+        values[: len(units), layer] = units / max(float(units.mean()), np.finfo(float).tiny)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        width = max(map(len, layers))
-        picture = np.full((width, len(layers)), np.nan)
-        for layer, units in enumerate(layers):
-            if not units.size:
-                continue
-            picture[: len(units), layer] = units / max(float(units.mean()), np.finfo(float).tiny)
-        image = axes.imshow(picture, aspect="auto", cmap=_HEAT, vmin=0, vmax=2, interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", cmap=_HEAT, vmin=0, vmax=2, interpolation="nearest")
         for layer, kept in importance.kept.items():
             gone = [unit for unit in range(len(layers[layer])) if unit not in kept.get(row.axis, ())]
             axes.plot([layer] * len(gone), gone, linestyle="none", marker="x", color=CUT, markersize=4)
         for layer in importance.dropped_layers:
-            axes.axvspan(layer - 0.5, layer + 0.5, facecolor="white", alpha=0.72, edgecolor="none")
+            axes.axvspan(layer - 0.5, layer + 0.5, facecolor=PAPER, alpha=0.72, edgecolor="none")
         axes.set(xlabel="layer", ylabel=row.unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        _whole_numbers(axes)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 1, 2])
         bar.ax.set_yticklabels(["0", "mean", "x 2"])
         bar.outline.set_visible(False)
 
-    return svg(draw, height=1.2 + 0.13 * max(map(len, layers)))
+    alt = (
+        f"Heat map: importance of each {row.unit} of {len(layers)} layers against its layer's mean. Of {width} in a "
+        f"layer {_kept_range(importance, row)} stayed."
+    )
+    return picture(draw, alt, height=1.2 + 0.13 * width)
 
 
-def distillation(rows: list[Row]) -> str:
-    """KL to the teacher in training and on held-out text, and held-out cross-entropy with the teacher's line."""
-
-    def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
-        _line(left, rows, "train/kl", colour="#94d3c9", label="training batches", marker="", width=1.0)
-        _line(left, rows, "val/kl", colour=COLOURS["distilled"], label="held-out text")
-        left.set(title="KL(teacher || student)", ylabel="nats per token", ylim=(0, None))
-        _line(right, rows, "val/ce", colour=COLOURS["distilled"], label="student")
-        teacher = [row["val/teacher_ce"] for row in rows if "val/teacher_ce" in row]
-        if teacher:
-            right.axhline(teacher[-1], color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label="teacher")
-        start = [row["val/ce"] for row in rows if "val/ce" in row and row["step"] == 0]
-        if start:
-            right.axhline(start[0], color=COLOURS["pruned"], linestyle=":", linewidth=1.2, label="pruned, undistilled")
-        right.set(title="Held-out cross-entropy", ylabel="nats per token")
-        for axes in (left, right):
-            axes.set_xlabel("tokens trained on")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: compact(value)))
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-            if axes.get_legend_handles_labels()[0]:
-                # Below the axes: training curves leave no corner free.
-                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8, columnspacing=1.2)
-
-    return svg(draw, height=3.2)
-
-
-def stage_seconds(seconds: dict[str, float]) -> str:
-    """Where the time went."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        names, values = list(seconds), list(seconds.values())
-        bars = axes.barh(names, values, color=KEPT, height=0.62)
-        axes.bar_label(bars, labels=[f"{value:.1f} s" for value in values], padding=4, fontsize=8, color=MUTED)
-        axes.invert_yaxis()
-        axes.set(xlabel="seconds", xlim=(0, max(values) * 1.15 or 1))
-        axes.grid(axis="y", visible=False)
-
-    return svg(draw, height=0.75 + 0.24 * len(seconds))
-
-
-def _line(
-    axes: Axes, rows: list[Row], key: str, *, colour: str, label: str, marker: str = "o", width: float = 1.8
-) -> None:
-    points = [(row["tokens"], row[key]) for row in rows if key in row]
-    if points:
-        tokens, values = zip(*points, strict=True)
-        axes.plot(tokens, values, color=colour, label=label, marker=marker, markersize=3.5, linewidth=width)
+def _kept_range(importance: Importance, row: PrunableAxis) -> str:
+    counts = [len(kept[row.axis]) for kept in importance.kept.values() if row.axis in kept] or [0]
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _sorted_curve(axes: Axes, values: Vector, kept: int) -> None:
@@ -238,13 +230,12 @@ def _sorted_curve(axes: Axes, values: Vector, kept: int) -> None:
     if kept < len(ordered):
         cut = slice(max(kept - 1, 0), None)
         axes.plot(positions[cut], ordered[cut], color=CUT, linewidth=1.8, label=f"cut {len(ordered) - kept}")
-    axes.legend(loc="upper right", fontsize=8)
 
 
 def _some_lengths(lengths: list[int], wanted: int) -> list[int]:
     """A few block lengths that tell the story: doubling ones, and the wanted one."""
     doubling = [length for length in lengths if length & (length - 1) == 0]
-    return sorted({*doubling[:_MOST_CURVES], *(length for length in lengths if length == wanted)})
+    return sorted({*doubling[:_MAX_CURVES], *(length for length in lengths if length == wanted)})
 
 
 def _log_if_wide(axes: Axes, values: Vector) -> None:
@@ -252,18 +243,27 @@ def _log_if_wide(axes: Axes, values: Vector) -> None:
         axes.set_yscale("log")
 
 
-def _legend_patches(axes: Axes, dropped: Iterable[int]) -> None:
+def _by_fate(importance: Importance) -> list[str]:
+    dropped = set(importance.dropped_layers)
+    return [CUT if layer in dropped else KEPT for layer in range(len(importance.block_influence))]
+
+
+def _whole_numbers(axes: Axes) -> None:
+    """Layers along the horizontal axis: whole numbers, and no grid between bars."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes.grid(axis="x", visible=False)
+
+
+def _kept_and_dropped(figure: Figure, axes: Axes, dropped: Sequence[int]) -> None:
     axes.bar([0], [0], color=KEPT, label="kept")
-    if any(True for _ in dropped):
+    if dropped:
         axes.bar([0], [0], color=CUT, label="dropped")
-    axes.legend(loc="upper center", ncols=2, fontsize=8)
+    legend(figure, *axes.get_legend_handles_labels())
 
 
-def svg(draw: Callable[[Figure], Any], *, height: float) -> str:
-    """The figure as SVG text, the same bytes for the same data."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": "nemo_minitron"}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+def _some(numbers: NDArray[np.integer[Any]]) -> str:
+    return ", ".join(str(int(number)) for number in numbers)
+
+
+def _list(what: str, layers: Sequence[int]) -> str:
+    return f"{what}: {', '.join(map(str, layers))}" if layers else ""

@@ -43,11 +43,25 @@ def task_table(tasks: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for task in dict.fromkeys(task for row in tasks.values() for task in row):
         first = next(row[task] for row in tasks.values() if task in row)
         cells = [task, "" if first["items"] is None else f"{first['items']:,}", _shots(first)]
-        for name in names:
-            metric = tasks[name].get(task, {}).get("metrics", {}).get(first["metric"])
-            cells.append("" if metric is None else _score(metric, kept(tasks, name, task), name))
-        rows.append(cells)
+        rows.append([*cells, *(task_cell(tasks, name, task) for name in names)])
     return headings, rows
+
+
+def task_cell(tasks: Mapping[str, Any], name: str, task: str) -> str:
+    """A model's score on a task, its standard error and what is kept of the teacher's; empty where there is none."""
+    row = tasks.get(name, {}).get(task)
+    if row is None:
+        return ""
+    return _score(row["metrics"][row["metric"]], kept(tasks, name, task), name)
+
+
+def task_note(tasks: Mapping[str, Any]) -> str:
+    """How to read the table of tasks."""
+    models = "models" if len(tasks) > 1 else "model"
+    return (
+        f"Score of each of the {len(tasks)} {models} ± its standard error (percentage of the teacher's score that is "
+        "kept). Chance is part of every score, so that a model that only guesses keeps a good part too."
+    )
 
 
 def speed_table(speed: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

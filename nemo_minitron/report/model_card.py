@@ -14,6 +14,8 @@ import yaml
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource
 from nemo_minitron.pruning.plan import PruningPlan
+from nemo_minitron.report import markdown
+from nemo_minitron.report.content import ReportContent
 from nemo_minitron.report.measured import speed_note, speed_table, task_table
 from nemo_minitron.version import __version__
 
@@ -40,6 +42,8 @@ class Making:
     """What stage evaluate returned."""
     checks: Mapping[str, float] = field(default_factory=dict)
     """Largest difference of logits by format, from reading back what was written."""
+    content: ReportContent | None = None
+    """The run, for the tables that its report has too."""
 
 
 def model_card(source: TensorSource, *, name: str, library: str, making: Making | None = None) -> str:
@@ -110,6 +114,10 @@ def _introduction(source: TensorSource, plan: PruningPlan | None) -> str:
 def _sections(
     source: TensorSource, library: str, making: Making, plan: PruningPlan | None
 ) -> Iterator[tuple[str, str]]:
+    twin = {} if making.content is None else dict(markdown.twin(making.content))
+    for title in ("At a glance", "Before and after"):
+        if title in twin:
+            yield title, twin[title]
     if plan is not None and not plan.is_identity:
         digest = plan.digest()
         yield (
@@ -122,11 +130,16 @@ def _sections(
         yield "Speed", f"{_markdown(*speed_table(speed))}\n\n{speed_note(speed)}"
     if training := _training(making):
         yield "Training", training
+    for title in ("Distillation", "Pipeline", "The same beginning"):
+        if title in twin:
+            yield title, twin[title]
     yield "Use", _use(library)
     if licence := source.lineage.get("license"):
         files = [name for name in source.tokenizer_files() if name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
         kept = f" Its terms are in {', '.join(f'`{name}`' for name in files)}." if files else ""
         yield "Licence", f"That of the base model: {_line(licence)}.{kept}"
+    if again := twin.get("How to get this again"):
+        yield "How to get this again", again
     if making.recipe:
         yield "Recipe", f"```yaml\n{making.recipe.rstrip()}\n```"
 
@@ -152,8 +165,7 @@ def _evaluation_rows(evaluation: Mapping[str, Any]) -> str:
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = "| --- " + "| ---: " * (len(headings) - 1) + "|"
-    return "\n".join([f"| {' | '.join(headings)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+    return markdown.markdown({"headings": headings, "rows": rows})
 
 
 def _training(making: Making) -> str:

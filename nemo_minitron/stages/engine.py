@@ -220,7 +220,7 @@ def _run_step(
             raise
         if processes.rank == 0:
             seconds = time.monotonic() - started
-            record["seconds"] = round(record["seconds"] + seconds, 3)
+            record |= {"seconds": round(record["seconds"] + seconds, 3), "ranks": processes.size}
             result = {**result, "seconds": record["seconds"], "peak_memory_gb": manifest.peak_memory_gb()}
         doing = f"finishes stage {stage.name}"
         _on_rank_zero(processes, request.run.path, lambda: _finish(step, run, record, result), doing=doing)

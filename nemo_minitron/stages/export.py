@@ -20,6 +20,7 @@ from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.report.model_card import CARD, Making, model_card
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.report import gather
 from nemo_minitron.stages.session import make_trainer, restore
 
 CHECK_TOKENS = 128
@@ -70,12 +71,14 @@ def _making(context: StageContext) -> Making:
             return {}
 
     distilled = result("distill")
+    is_known = all(map(context.run.is_complete, ("import", "prune")))
     return Making(
         recipe=to_yaml(context.config),
         objective=distilled.get("objective", ""),
         tokens=distilled.get("tokens"),
         sources=tuple(str(source) for source in context.config.data.named),
         evaluation=result("evaluate"),
+        content=gather(context.run, context.config, scores=False) if is_known else None,
     )
 
 

@@ -55,7 +55,7 @@ def begin(folder: Path, config: RunConfig, *, precision: dict[str, Any] | None =
     commands = before.get("commands", [])
     commands.append(
         {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([*_program(sys.argv[0]), *sys.argv[1:]]),
             "start": now(),
             "end": None,
             "outcome": "running, or killed",
@@ -72,6 +72,12 @@ def begin(folder: Path, config: RunConfig, *, precision: dict[str, Any] | None =
         "commands": commands,
     }
     write_json(folder / "manifest.json", record)
+
+
+def _program(path: str) -> list[str]:
+    """What was typed to start this: a script's name, or the module that `python -m` was given."""
+    name = Path(path).name
+    return ["python", "-m", Path(path).parent.name] if name == "__main__.py" else [name]
 
 
 def end(folder: Path, outcome: str) -> None:

@@ -10,14 +10,18 @@ import numpy as np
 from nemo_minitron.arch.axes import LAYER_AXES, Axis, PrunableAxis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.callbacks.reporter import duration
-from nemo_minitron.config.load import to_yaml
+from nemo_minitron.config.load import load_recipe, to_yaml
+from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.errors import RunFolderError
 from nemo_minitron.json_lines import read_rows
 from nemo_minitron.report import build
+from nemo_minitron.report.compare import Compared, comparison
 from nemo_minitron.report.content import Depth, Importance, ReportContent, Row, Vector, summary
-from nemo_minitron.stages.base import StageContext
-from nemo_minitron.stages.chain import round_name
-from nemo_minitron.stages.files import read_json, write_json, write_text
+from nemo_minitron.stages import manifest
+from nemo_minitron.stages.base import StageContext, flatten
+from nemo_minitron.stages.chain import chain_for, round_name
+from nemo_minitron.stages.files import write_json, write_text
 from nemo_minitron.stages.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -25,44 +29,132 @@ if TYPE_CHECKING:
     from nemo_minitron.pruning.scores import Scores
 
 FILES = ("report.html", "summary.json", "README.md")
+NEEDED = ("import", "score", "prune")
+"""Without these there is nothing to say of a run."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write the three files; returns their names."""
-    content = gather(context)
-    write_text(context.out / "report.html", build.html(content))
-    write_json(context.out / "summary.json", summary(content))
-    write_text(context.out / "README.md", build.readme(content))
+    content = gather(context.run, context.config)
+    _write(content, context.out)
     for name in FILES:
         write_text(context.run.path / name, (context.out / name).read_text(encoding="utf-8"))
     return {"files": list(FILES), "summary": f"report.html; the stages before took {_total(content)}"}
 
 
-def gather(context: StageContext) -> ReportContent:
-    """Read what the other stages left."""
-    folder, rounds = context.run, context.config.rounds
-    results = {name: folder.result(name) for name in context.stage.needs}
+def again(path: Path, out: Path | None = None) -> Path:
+    """Make the report of a run folder anew from what its stages have left so far; returns the page.
+
+    Args:
+        path: The run folder.
+        out: Where the page goes; None: the three files at the top of the run folder are replaced.
+
+    Raises:
+        RunFolderError: It is no run folder, another process works there, or too little of it is finished.
+    """
+    folder = RunFolder(path)
+    content = gather(folder, recipe_of(folder))
+    if out is not None:
+        write_text(out, build.html(content))
+        return out
+    with folder.locked():
+        _write(content, folder.path)
+    return folder.path / FILES[0]
+
+
+def compare(paths: Sequence[Path], out: Path) -> Path:
+    """Write one page on several run folders; returns it.
+
+    Raises:
+        RunFolderError: One is no run folder, or too little of it is finished.
+    """
+    runs = []
+    for name, path in zip(_short_names(paths), paths, strict=True):
+        folder = RunFolder(path)
+        config = recipe_of(folder)
+        settings = flatten(config.model_dump(mode="json"), "")
+        shown = {key.removeprefix("."): value for key, value in settings.items()}
+        runs.append(Compared(name=name, content=gather(folder, config, scores=False), settings=shown))
+    write_text(out, comparison(runs))
+    return out
+
+
+def recipe_of(folder: RunFolder) -> RunConfig:
+    """The recipe of a run folder's newest command.
+
+    Raises:
+        RunFolderError: It is no run folder, or has not come far enough for a report.
+    """
+    resolved = folder.path / "config.resolved.yaml"
+    if not resolved.is_file() or not (folder.path / "manifest.json").is_file():
+        raise RunFolderError(
+            f"{folder.path}: no run has begun here",
+            rule="a run folder holds manifest.json and config.resolved.yaml",
+            remedy="name the folder that `nemo-minitron run` printed, or that --run-dir gave",
+        )
+    for name in NEEDED:
+        folder.stage(name)
+    return load_recipe(resolved)
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of some paths, as many as tell them apart."""
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise RunFolderError(
+        f"{paths[0]}: named twice", rule="each run folder is compared once", remedy="leave the second one out"
+    )
+
+
+def _write(content: ReportContent, out: Path) -> None:
+    write_text(out / "report.html", build.html(content))
+    write_json(out / "summary.json", summary(content))
+    write_text(out / "README.md", build.readme(content))
+
+
+def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> ReportContent:
+    """Read what the stages left; what is not finished is left out.
+
+    Args:
+        folder: The run; stages import and prune are finished.
+        config: Its recipe.
+        scores: Whether to read the scores, which are large.
+    """
+    rounds = config.rounds
+    names = [stage.name for stage in chain_for(config) if stage.name != "report" and folder.is_complete(stage.name)]
+    results = {name: folder.result(name) for name in names}
     return ReportContent(
-        name=context.config.name,
-        source=source_name(context.config.model.source),
+        name=config.name,
+        source=source_name(config.model.source),
         teacher=ModelSpec.from_dict(results["import"]["spec"]),
         student=ModelSpec.from_dict(results["prune"]["spec"]),
         results=results,
-        manifest=read_json(folder.path / "manifest.json"),
-        recipe=to_yaml(context.config),
-        importance=importance(
-            folder.stage(round_name("score", 1, rounds)) / "scores.safetensors",
-            [folder.stage(round_name("prune", number, rounds)) / "plan.json" for number in range(1, rounds + 1)],
-            context.config.target,
-        ),
+        manifest=manifest.read(folder.path),
+        recipe=to_yaml(config),
+        importance=_importance(folder, config) if scores else None,
         rounds=[_round(folder, number, rounds) for number in range(1, rounds + 1)],
-        metrics=_metrics(folder.stage("distill") / "metrics.jsonl"),
+        metrics=read_rows(folder.stages / "distill" / "metrics.jsonl"),
+        records={name: folder.done(name) or {} for name in names},
+    )
+
+
+def _importance(folder: RunFolder, config: RunConfig) -> Importance:
+    rounds = config.rounds
+    return importance(
+        folder.stage(round_name("score", 1, rounds)) / "scores.safetensors",
+        [folder.stage(round_name("prune", number, rounds)) / "plan.json" for number in range(1, rounds + 1)],
+        config.target,
     )
 
 
 def _round(folder: RunFolder, number: int, rounds: int) -> Row:
     """What one round cut, and how close to the teacher its distillation came."""
-    pruned, distilled = (folder.result(round_name(stage, number, rounds)) for stage in ("prune", "distill"))
+    pruned = folder.result(round_name("prune", number, rounds))
+    name = round_name("distill", number, rounds)
+    distilled = folder.result(name) if folder.is_complete(name) else {}
     history = distilled.get("history") or [{}]
     return {
         "spec": pruned["spec"],
@@ -122,10 +214,6 @@ def source_name(source: str) -> str:
     for suffix in (".gguf", ".nemo"):
         last = last.removesuffix(suffix)
     return last or source
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    return read_rows(path) if path.is_file() else []
 
 
 def _total(content: ReportContent) -> str:

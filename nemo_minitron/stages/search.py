@@ -182,7 +182,7 @@ def _leave(context: StageContext, search: "_Search", race: RaceResult, rows: lis
     write_json(context.out / RESULT, results.to_json(problem, race, rows))
     write_text(context.out / TABLE, results.to_csv(rows))
     budget = next(iter(problem.limits))
-    write_text(context.out / PICTURE, pareto(rows, budget, rungs=len(race.standings)))
+    write_text(context.out / PICTURE, pareto(rows, budget, rungs=len(race.standings)).wide)
     search.plan(race.winner).save(context.out / PLAN)
     winner = next((each for each in problem.candidates if each.name == race.winner), None)
     if winner is not None:  # a recipe cannot say sizes that differ from layer to layer

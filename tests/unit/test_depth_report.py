@@ -34,20 +34,22 @@ def test_the_report_shows_them_only_when_they_were_measured():
     assert "left out" not in without
     html = build.html(content(importance=replace(importance(), depth=measured())))
     assert "Layers left out one by one" in html
-    assert html.count("Layers left out in a row") == 2 * 2  # a heading and the picture's text, a metric
+    assert html.count("Layers left out in a row") == 2  # one a metric
+    for metric in ("lm_loss", "logit_mse"):
+        assert f"Curves: {metric} without blocks of consecutive layers" in html
     html = build.html(content(importance=replace(importance(), depth=measured(blocks=False))))
     assert "Layers left out one by one" in html
     assert "in a row" not in html
 
 
 def test_the_number_of_layers_that_went_has_a_curve_of_its_own():
-    svg = figures.block_curve(replace(importance(), depth=measured()), "lm_loss")
+    svg = figures.block_curve(replace(importance(), depth=measured()), "lm_loss").wide
     assert f"{len(DROPPED)} layers, as many as went" in svg
     assert "nats per token" in svg
 
 
 def test_dropped_layers_are_marked_and_losses_below_zero_can_be_drawn():
     found = replace(importance(), depth=measured(low=-0.5))
-    svg = figures.leave_one_out(found)
+    svg = figures.leave_one_out(found).wide
     assert svg.count(figures.CUT) == 2 * len(DROPPED) + 2  # a bar in each panel, the legend's patch and its sample
-    assert figures.leave_one_out(found) == svg
+    assert figures.leave_one_out(found).wide == svg

@@ -10,6 +10,7 @@ from nemo_minitron.arch.layer import LayerSpec, Mamba, transformer_layer
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.estimate.activations import Pass, layer_activations
+from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.runtime import Runtime
@@ -61,6 +62,18 @@ def kept(layer: LayerSpec, here: Runtime) -> tuple[int, ModelSpec]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(hidden_states=x_SBH, attention_mask=None, rotary_pos_emb=chunk.rotary_pos_emb(TOKENS))
     return sum(found.values()), spec
+
+
+def test_operations_of_a_token_by_hand() -> None:
+    """Each weight of the projections and of the output layer twice; the state in and out; half a chunk of scores."""
+    spec = ModelSpec(
+        vocab_size=64, hidden_size=256, head_dim=32, layers=(LAYERS["mamba"], BOTH), max_position_embeddings=512
+    )
+    inner, maps = 16 * 32, 4 * 32
+    mamba = 2 * (256 * (2 * inner + 2 * maps + 16) + inner * 256) + 4 * inner * 32 + 2 * (inner + maps) * 32
+    attention = 2 * (256 * 12 * 32 + 8 * 32 * 256) + 4 * 8 * 32 * 100 / 2
+    mlp = 2 * 3 * 256 * 640  # gated
+    assert forward_flops(spec, 100) == mamba + attention + mlp + 2 * 64 * 256
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -33,6 +33,7 @@ from tests import tiny
 from tests.jobs import config_for
 from tests.support.checkpoints import UNIFORM, RandomSource
 from tests.support.family_plans import plan_for
+from tests.unit import report_sample
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -128,7 +129,7 @@ class Export:
     def __init__(self, hf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_folder(open_hf(hf), folder / "student")
         config = config_for(hf, hf, export={"formats": ["hf"]})
-        run = SimpleNamespace(result=lambda name: {})
+        run = SimpleNamespace(result=lambda name: {}, is_complete=lambda name: False)
         student = folder / "student"
         self.context: Any = SimpleNamespace(config=config, run=run, out=folder, rank=0, input=lambda role: student)
         monkeypatch.setattr(export, "_check_tokens", lambda context: TOKENS[:1])
@@ -232,6 +233,7 @@ def test_the_card_says_what_is_known(hf: Path) -> None:
             "tokens": 20480,
         },
         checks={"hf": 3e-6},
+        content=report_sample.content(),
     )
     card = model_card(pruned, name="small", library="transformers", making=making)
     assert front_matter(card) == {
@@ -243,6 +245,15 @@ def test_the_card_says_what_is_known(hf: Path) -> None:
         "datasets": ["org/corpus"],
     }
     for words in ("# small", "| distilled | 36.45 ± 0.61 |", "| base model | 23.31 |", "204,800", "20,480 tokens"):
+        assert words in card
+    # The report's own tables, from the sample of the report's tests: headline, sizes, curve, stages, texts, machine.
+    for words in (
+        "| parameters | 134,515,008 | 97,351,488 | 72.4% |",
+        "| 204,800 | 0.3579 |",
+        "| distill | 6 min 50 s",
+    ):
+        assert words in card
+    for words in ("| parameters, 72% of the teacher's | 134.5M → 97.4M |", "`The history of the city", "- seed: 1234"):
         assert words in card
     for words in ("hidden size", "layers dropped: 1", "seed: 7", "apache-2.0", "forward KL", "3.0e-06"):
         assert words in card

@@ -34,6 +34,7 @@ from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.search.axes import sizes_of
 from tests import tiny
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -330,6 +331,11 @@ def test_layouts_that_cannot_be_are_refused_before_a_model_is_built(folder: Path
         check_layout(spec, ParallelConfig(tensor=2, sequence_parallel=True))
     with pytest.raises(LayoutError, match=r"parallel\.context splits positions"):
         check_layout(spec, ParallelConfig(context=2))
+
+
+def test_a_search_over_a_hybrid_is_refused(folder: Path) -> None:
+    with pytest.raises(SpecError, match="a search over a model with layers of several kinds"):
+        sizes_of(open_hf(folder).spec)
 
 
 def test_other_families_cannot_write_a_hybrid(folder: Path) -> None:

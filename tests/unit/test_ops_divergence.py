@@ -13,7 +13,6 @@ from nemo_minitron.ops.divergence import (
     skewed_reverse_kl,
     total_variation,
 )
-from nemo_minitron.ops.reduce import masked_sum
 from tests.oracles import divergence as oracle
 from tests.tolerances import TOL
 
@@ -119,26 +118,3 @@ def test_a_divergence_by_name_carries_its_temperature(kind):
         for t, s in zip(teacher.tolist(), student.tolist(), strict=True)
     ]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), **TOL[torch.float64])
-
-
-def test_masked_sum_counts_and_ignores_what_is_masked():
-    values = torch.tensor([[1.0, 2.0], [torch.nan, 4.0]], requires_grad=True)
-    keep = torch.tensor([[True, False], [False, True]])
-    total = masked_sum(values, keep)
-    assert (total.total.item(), total.tokens.item(), total.mean().item()) == (5.0, 2, 2.5)
-    total.total.backward()
-    assert torch.equal(values.grad, keep.float())
-
-
-def test_masked_sum_of_nothing_is_zero_with_a_graph():
-    values = torch.ones(3, requires_grad=True)
-    nothing = masked_sum(values, torch.zeros(3))
-    nothing.mean().backward()
-    assert nothing.mean().item() == 0
-    assert torch.equal(values.grad, torch.zeros(3))
-
-
-def test_sums_add_up_where_means_would_not():
-    left, right = torch.arange(3.0), torch.arange(10.0)
-    both = masked_sum(left, left > 1).plus(masked_sum(right, right > 1))
-    assert both.mean().item() == pytest.approx((2 + sum(range(2, 10))) / 9)

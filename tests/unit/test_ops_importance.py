@@ -1,17 +1,19 @@
 import pytest
 import torch
 
-from nemo_minitron.ops.block_influence import token_dissimilarity
+from nemo_minitron.ops.block_influence import dissimilarity, stream_of
 from nemo_minitron.ops.importance import (
+    SequenceMoments,
     SiteSums,
     _reduced,
     aggregate,
+    block_rows,
     head_importance,
     joined_moments,
-    kept_positions,
     kv_group_importance,
-    sequence_moments,
+    sequence_blocks,
 )
+from nemo_minitron.ops.memory import Workspace
 from tests.oracles import importance as oracle
 from tests.support.emulation import gpu_branches
 from tests.tolerances import TOL
@@ -29,6 +31,16 @@ def keep_mask():
     keep[2, :30] = False
     keep[4, ::2] = False
     return keep
+
+
+def kept_positions(x_SBC, keep_BS):
+    keep_BS = torch.ones(x_SBC.shape[1::-1], dtype=torch.bool) if keep_BS is None else keep_BS
+    return keep_BS.sum(-1, dtype=torch.float64)
+
+
+def sequence_moments(x_SBC, keep_BS=None):
+    blocks = sequence_blocks(x_SBC, keep_BS, block_rows(*x_SBC.shape, x_SBC.device), Workspace())
+    return joined_moments([blocks], kept_positions(x_SBC, keep_BS))
 
 
 def kept_samples(x_SBC, keep_BS):
@@ -66,7 +78,8 @@ def test_sums_do_not_depend_on_the_micro_batch_size(sizes):
 def test_a_sequence_in_two_shards_adds_up():
     x_SBC, keep_BS = activations(), keep_mask()
     whole = sequence_moments(x_SBC, keep_BS).finish()
-    shards = sequence_moments(x_SBC[:15], keep_BS[:, :15]).plus(sequence_moments(x_SBC[15:], keep_BS[:, 15:])).finish()
+    parts = sequence_moments(x_SBC[:15], keep_BS[:, :15]), sequence_moments(x_SBC[15:], keep_BS[:, 15:])
+    shards = SequenceMoments(sum(part.sums for part in parts), sum(part.count for part in parts)).finish()
     for got, expected in zip(shards, whole, strict=True):
         torch.testing.assert_close(got, expected, **TOL[torch.float64])
 
@@ -125,6 +138,11 @@ def test_head_and_group_importance():
     heads = head_importance(channels, head_dim=2)
     assert heads.tolist() == [5.0, 13.0, 17.0, 2.0]
     assert kv_group_importance(heads, num_groups=2).tolist() == [18.0, 19.0]
+
+
+def token_dissimilarity(x, y):
+    workspace = Workspace()
+    return dissimilarity(stream_of(x, workspace, "in"), stream_of(y, workspace, "out")).view(x.shape[:2])
 
 
 def test_token_dissimilarity_closed_forms():

@@ -4,15 +4,15 @@ import base64
 import json
 import math
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from nemo_minitron.arch.axes import Axis
-from nemo_minitron.report import build, figures
+from nemo_minitron.report import build, curves, figures
 from nemo_minitron.report.content import summary
+from tests.support.pages import Page
 from tests.unit import report_sample
 
 
@@ -21,37 +21,14 @@ def html() -> str:
     return build.html(report_sample.content())
 
 
-class Page(HTMLParser):
-    """Collects text and addresses, and checks that every element is closed."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(" ".join(data.split()))
-
-
 def test_everything_is_inside_one_wellformed_file(html):
     page = Page(html)
     assert page.open == []
-    assert len(page.addresses) == 6
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    pictures = [address for address in page.addresses if address != "data:,"]  # the page's icon: none
+    assert len(pictures) == 2 * 6  # each for a wide page and for a phone
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in pictures)
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
-    for address in page.addresses:
+    for address in pictures:
         picture = base64.b64decode(address.partition(",")[2])
         assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
 
@@ -104,9 +81,16 @@ def test_summary_has_what_programs_look_for():
 def test_readme_is_a_markdown_table_with_a_row_a_model():
     text = build.readme(report_sample.content())
     rows = [line for line in text.splitlines() if line.startswith(("| teacher", "| pruned", "| distilled"))]
-    assert [len(row.split("|")) for row in rows] == [6, 6, 6]
+    rows = [row for row in rows if "M |" in row]
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [
+        ["teacher", "134.5M", "3.4000", f"{math.exp(3.4):.2f}", "1.00 x"],
+        ["pruned", "97.4M", "6.1000", f"{math.exp(6.1):.2f}", f"{math.exp(2.7):.2f} x"],
+        ["distilled", "97.4M", "3.7500", f"{math.exp(3.75):.2f}", f"{math.exp(0.35):.2f} x"],
+    ]
     assert 'folder = "stages/export/small_hf"' in text
-    assert "&" not in text.replace("|", "")
+    assert "&#" not in text
+    assert "&amp;" not in text
+    assert "None" not in text
 
 
 def test_a_run_that_has_not_come_far_still_has_a_report():
@@ -115,8 +99,9 @@ def test_a_run_that_has_not_come_far_still_has_a_report():
     )
     page = Page(build.html(content))
     assert page.open == []
-    assert len(page.addresses) == 1
+    assert page.addresses == ["data:,"]
     assert summary(content)["tokens"] is None
+    assert "None" not in " ".join(page.words)
     assert "small" in build.readme(content)
 
 
@@ -126,7 +111,7 @@ def test_the_same_content_gives_the_same_bytes():
 
 
 def test_dropped_layers_have_their_own_colour():
-    svg = figures.layer_importance(report_sample.importance())
+    svg = figures.layer_importance(report_sample.importance()).wide
     bars = len(re.findall(rf'style="fill: {figures.CUT}"', svg))
     assert bars == len(report_sample.DROPPED) + 2  # the layers, an invisible one for the legend, and the legend's patch
 
@@ -141,10 +126,10 @@ def test_dead_units_and_a_model_that_is_kept_whole_can_be_drawn():
         "block_influence": np.zeros(30),
         "kept": {layer: {Axis.FFN: tuple(range(1536)), Axis.HEAD: tuple(range(9))} for layer in layers},
     }
-    content = report_sample.content(importance=type(whole)(**values))
+    content = report_sample.content(importance=type(whole)(**values), student=report_sample.TEACHER)
     assert Page(build.html(content)).open == []
 
 
 def test_metrics_without_validation_can_be_drawn():
     rows = [row for row in report_sample.metrics() if "train/kl" in row]
-    ElementTree.fromstring(figures.distillation(rows))
+    ElementTree.fromstring(curves.distillation(rows, 49152).narrow)

@@ -144,7 +144,7 @@ def test_settings_survive_the_way_through_a_nemo_configuration():
         source="recipe",
     )
     told = ModelSettings.of_training(training, training.with_teacher(Path("t")))
-    assert nemo_settings.model_settings(nemo_settings.model_keys(told)) == told
+    assert nemo_settings.model_settings(keys_of(told)) == told
     assert told.distillation.objective == Objective(
         **{name: getattr(training, name) for name in Objective.model_fields}
     )
@@ -333,9 +333,7 @@ def test_every_key_of_a_model_changes_something_or_is_refused(capsys):
     """Each key gets values of every kind: none leaves everything as it was, unless it says what is so anyway."""
     base = model_config()
     before = resolved(base)
-    defaults = with_value(
-        nemo_settings.model_keys(before[2]), "minitron.parallel", before[2].parallel.model_dump(mode="json")
-    )
+    defaults = with_value(keys_of(before[2]), "minitron.parallel", before[2].parallel.model_dump(mode="json"))
     counts: Counter[str] = Counter()
     silent = []
     keys = [key for key in model_keys() if key not in WRITTEN_BY_NEMO]
@@ -445,3 +443,23 @@ def test_a_training_has_the_samples_that_are_asked_for():
     script = read(hydra(**{"trainer.max_steps": 7, "model.validation_samples": 3}))
     assert isinstance(script.section, TrainingConfig)
     assert (script.section.steps, script.section.validation_samples) == (7, 3)
+
+
+def keys_of(settings: ModelSettings) -> dict[str, Any]:
+    """Settings as keys of a NeMo model configuration, every default written out; `model_settings` reads them back."""
+    layout = nemo_settings.parallel_keys(settings.parallel)
+    distillation = settings.distillation
+    ours = {
+        **layout["minitron"],
+        "guard": settings.guard.model_dump(mode="json"),
+        **({"fp8": True} if settings.fp8 else {}),
+        **({} if distillation is None else {"distillation": distillation.model_dump(mode="json")}),
+    }
+    return {
+        **layout,
+        **{key: getattr(settings.batch, name) for name, key in nemo_keys.BATCH.items()},
+        "precision": nemo_settings.precision_key(settings.precision),
+        "seed": settings.seed,
+        **({} if settings.optimizer is None else {"optim": nemo_settings.optimizer_keys(settings.optimizer)}),
+        "minitron": ours,
+    }

@@ -12,7 +12,7 @@ from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.data import shards as shards_module
 from nemo_minitron.errors import DataError
-from nemo_minitron.report.build import _data
+from nemo_minitron.report import tables
 from nemo_minitron.stages import data, sources
 from nemo_minitron.stages import tokenize_chat as chat
 from tests.tiny import sentences, write_llama, write_tokenizer
@@ -80,7 +80,7 @@ def test_the_stage_ends_with_a_table_and_the_same_is_in_its_result(teacher, corp
     ):
         assert line in said
     assert "2 bad documents skipped" in result["summary"]
-    assert ("skipped", "text is null") in [row[:2] for row in _data(account)["rows"]]
+    assert ("skipped", "text is null") in [row[:2] for row in tables.data(account)["rows"]]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(f"{split}.{suffix}" for split in ("train", "calibration", "heldout") for suffix in ("bin", "idx")),
         "data.json",

@@ -9,9 +9,10 @@ import torch
 from nemo_minitron.cli import dry_run
 from nemo_minitron.estimate.compute import peak_flops_of
 from nemo_minitron.estimate.memory import GPU_BYTES, USABLE
-from nemo_minitron.report import build
+from nemo_minitron.report import tables
 from nemo_minitron.stages import engine, manifest, speed
 from nemo_minitron.stages.processes import SingleProcess
+from tests.unit import report_sample
 
 
 class Card:
@@ -85,23 +86,28 @@ def test_the_report_has_columns_for_the_gpu_where_there_was_one():
         "mfu": 0.4321,
         "seconds": 60.0,
     }
-    table = build._costs(SimpleNamespace(results={"data": {"seconds": 2.0}, "distill": on_gpu}))
-    assert [len(row) for row in table["rows"]] == [len(table["headings"])] * 2 == [6, 6]
-    assert table["rows"][1][3:] == ("5.2k tokens/s", "61.25 of 70.50 GB", "43.2%")
-    plain = build._costs(SimpleNamespace(results={"data": {"seconds": 2.0}}))
-    assert [len(row) for row in plain["rows"]] == [len(plain["headings"])] == [4]
+    machine = {"hardware": {"cores": 16, "gpus": ["NVIDIA H100 80GB HBM3"] * 8}}
+    records = {"data": {"ranks": 8}, "distill": {"ranks": 8}}
+    results = {"data": {"seconds": 2.0}, "distill": on_gpu}
+    table = tables.pipeline(report_sample.content(results=results, manifest=machine, records=records))
+    assert [len(row) for row in table["rows"]] == [len(table["headings"])] * 2 == [8, 8]
+    assert table["rows"][1][2:4] == ("97%", "0.133")  # 60 of 62 seconds; 8 GPUs for a sixtieth of an hour
+    assert table["rows"][1][5:] == ("5.2k tokens/s", "61.25 of 70.50 GB", "43.2%")
+    assert table["headings"][3] == "GPU-hours"
+    alone = {"hardware": {"cores": 2, "gpus": []}}
+    plain = tables.pipeline(report_sample.content(results={"data": {"seconds": 360.0}}, manifest=alone))
+    assert plain["rows"] == [("data", "6 min 00 s", "100%", "0.200", "", "")]
+    assert plain["headings"][3] == "core-hours"
 
 
 def test_a_dry_run_judges_by_the_card_where_no_cluster_is_named(monkeypatch):
     here, there = SimpleNamespace(cluster=None), SimpleNamespace(cluster=SimpleNamespace(gpu="h100"))
     monkeypatch.setattr(dry_run, "gpu_memory", lambda: [80e9, 40e9])
-    assert dry_run._usable(here, 1) == USABLE * 80e9
-    assert dry_run._usable(here, 2) == USABLE * 40e9
-    assert dry_run._memory_name(here, 1) == "this machine's GPU"
-    assert dry_run._memory_name(here, 2) == "a GPU; this machine has 2 for 2 ranks"
-    assert dry_run._usable(there, 1) == USABLE * GPU_BYTES["h100"]
+    assert dry_run._memory(here, 1) == (USABLE * 80e9, "this machine's GPU")
+    assert dry_run._memory(here, 2) == (USABLE * 40e9, "a GPU; this machine has 2 for 2 ranks")
+    assert dry_run._memory(there, 1)[0] == USABLE * GPU_BYTES["h100"]
     monkeypatch.setattr(dry_run, "gpu_memory", list)
-    assert dry_run._usable(here, 2) == USABLE * psutil.virtual_memory().total / 2
+    assert dry_run._memory(here, 2)[0] == USABLE * psutil.virtual_memory().total / 2
 
 
 def test_the_driver_s_answer_is_read_as_bytes(monkeypatch, tmp_path):

@@ -5,7 +5,8 @@ import torch
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.registry import Outcome, check
 from nemo_minitron.megatron.functional import rms_norm
-from nemo_minitron.ops.importance import sequence_moments
+from nemo_minitron.ops.importance import block_rows, joined_moments, sequence_blocks
+from nemo_minitron.ops.memory import Workspace
 
 
 @check(order=41, seconds=3)
@@ -36,7 +37,9 @@ def moments_right(bench: Bench) -> Outcome:
     for offset in (0.0, 30.0, 300.0):
         torch.manual_seed(0)
         x = torch.randn(1024, 2, 64) + offset
-        found = sequence_moments(x.to(bench.device)).finish().cpu()
+        count = torch.full((x.shape[1],), len(x), dtype=torch.float64, device=bench.device)
+        blocks = sequence_blocks(x.to(bench.device), None, block_rows(*x.shape, count.device), Workspace())
+        found = joined_moments([blocks], count).finish().cpu()
         wide = x.double()
         expected = torch.stack([wide.abs().mean(0), wide.norm(dim=0), wide.var(0, unbiased=False)])
         figures[f"mean {offset:g}"] = ((found.double() - expected) / expected).abs().max().item()
