@@ -19,6 +19,10 @@ import time
 from pathlib import Path
 
 _WORDS = 30_000
+_PROBE = 16
+"""Megabytes."""
+_SLOWER = 0.8
+"""Of the library's speed, at least, for planning."""
 
 
 def write_corpus(path: Path, megabytes: float, source: Path | None) -> list[str]:
@@ -84,6 +88,13 @@ def library_seconds(texts: list[str], definition: str) -> tuple[float, float]:
     return _since(began)
 
 
+def _megabytes_within(seconds: float, corpus: Path, source: Path | None, definition: str) -> float:
+    """About as much text as both sides need so many seconds for, from what the library does with a little."""
+    texts = write_corpus(corpus, _PROBE, source)
+    rate = sum(len(text.encode()) for text in texts) / 1e6 / library_seconds(texts, definition)[0]
+    return rate * seconds / (1 + 1 / _SLOWER)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -92,12 +103,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--within", type=float, help="seconds: take fewer megabytes if all rounds would need more")
     args = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # before the library is loaded
     definition = (args.tokenizer / "tokenizer.json").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as name:
         corpus = Path(name) / "a.jsonl"
-        texts = write_corpus(corpus, args.megabytes, args.text)
+        megabytes = args.megabytes
+        if args.within is not None:
+            megabytes = min(megabytes, _megabytes_within(args.within / args.rounds, corpus, args.text, definition))
+        texts = write_corpus(corpus, megabytes, args.text)
         size = sum(len(text.encode()) for text in texts) / 1e6
         pairs = []
         for _ in range(args.rounds):

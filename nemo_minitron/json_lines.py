@@ -17,6 +17,19 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
+def without_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=...)`, which takes the last of two equal keys.
+
+    Raises:
+        ValueError: A key occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return found
+
+
 def rows_to_continue(path: Path) -> list[Any]:
     """The same, and a last line that was cut short is taken out of the file, so that it can be appended to."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -63,6 +63,22 @@ def run_with_failures(folder: Path, inputs: Path, last: str, changes: dict[str, 
         search.trained_loss_of = trained
 
 
+def run_where_layers_win(folder: Path, inputs: Path, last: str, changes: dict[str, Any]):
+    """A chain in which every trained candidate but the one whose layers differ comes out badly."""
+    from nemo_minitron.stages import search
+
+    measure = search._Search.measure
+
+    def biased(self: Any, name: str, rung: int, seed: int) -> float:
+        return measure(self, name, rung, seed) + (99.0 if rung > 0 and name != "layerwise" else 0.0)
+
+    search._Search.measure = biased
+    try:
+        return run_to(folder, inputs, last, **changes)
+    finally:
+        search._Search.measure = measure
+
+
 def losses_of_cuts(
     run: Path, inputs: Path, changes: dict[str, Any], cuts: list[tuple[int, dict[str, Any]]]
 ) -> list[float]:

@@ -55,13 +55,15 @@ class Worker:
         for module in modules:
             options += ["--module", module]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        # A process that is killed cannot clear what it and its libraries have put there.
+        self._temporary = tempfile.TemporaryDirectory(prefix="nemo-minitron-gpu-", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.worker", "--answers", str(writing), *options],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             pass_fds=[writing],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:], *_python_path()])},
+            env=_environment(self._temporary.name),
             text=True,
         )
         os.close(writing)
@@ -96,6 +98,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._answers.close()
+        self._temporary.cleanup()
 
     def _next(self, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
@@ -196,6 +199,17 @@ def _one(
 
 def _chosen(checks: Iterable[dict[str, Any]], only: frozenset[str]) -> list[dict[str, Any]]:
     return [check for check in checks if not only or check["name"] in only]
+
+
+def _environment(temporary: str) -> dict[str, str]:
+    """What has been compiled for the card stays outside of the temporary folder, for the next process."""
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": compiled,
+        **os.environ,
+        "TMPDIR": temporary,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:], *_python_path()]),
+    }
 
 
 def _python_path() -> list[str]:

@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -91,8 +92,8 @@ class TarFiles:
     """The members of an uncompressed tar, read where they lie.
 
     Raises:
-        CheckpointError: Not a tar, a compressed one, a truncated one, or one with links, devices or names that lead
-            outside.
+        CheckpointError: Not a tar, a compressed one, a truncated one, or one with links, devices, names that lead
+            outside, or two members of one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,13 +101,21 @@ class TarFiles:
         self.label = str(path)
         try:
             with tarfile.open(path, "r:") as archive:
-                self._members = dict(_checked(member, path) for member in archive if not member.isdir())
+                members = [_checked(member, path) for member in archive if not member.isdir()]
         except (tarfile.TarError, EOFError) as error:
             raise CheckpointError(
                 f"{path}: not a readable .nemo file ({error})",
                 rule="an uncompressed tar, as NeMo writes since 1.7",
                 remedy="gunzip an older one first; fetch a damaged one again",
             ) from error
+        self._members = dict(members)
+        if len(self._members) < len(members):
+            names = Counter(name for name, _ in members)
+            raise CheckpointError(
+                f"{path}: holds {names.most_common(1)[0][0]} twice",
+                rule="one file of a name; tar unpacks the last one over the others",
+                remedy="unpack it, see which one is meant, and pack it again",
+            )
         end = max((start + size for start, size in self._members.values()), default=0)
         self._size = path.stat().st_size
         if end > self._size:

@@ -103,7 +103,7 @@ class _Reader:
 
     def _size(self, key: str, default: int | None = None) -> int:
         value = self._field(key, default)
-        if isinstance(value, list) and value and len(set(value)) == 1:  # one for each layer
+        if isinstance(value, list) and len(value) == self._field("block_count") and len(set(value)) == 1:
             value = value[0]
         if type(value) is not int or value < 1:
             words = "is missing" if value is None else f"= {str(value)[:60]}"

@@ -98,7 +98,7 @@ def _ids(path: Path, field: Field, model: str, size: int) -> dict[str, int | Non
     found: dict[str, int | None] = {}
     for name, key in _SPECIAL.items():
         value = field(f"tokenizer.ggml.{key}_token_id", None)
-        if value is not None and not 0 <= value < size:
+        if value is not None and not (type(value) is int and 0 <= value < size):
             raise CheckpointError(
                 f"{path}: tokenizer.ggml.{key}_token_id = {value}, but there are {size} tokens",
                 rule="the id of a token",
@@ -126,8 +126,13 @@ def _per_token(path: Path, field: Field, key: str, size: int) -> list[Any]:
     return values[:size]
 
 
-def _flag(field: Field, key: str, default: bool) -> bool:
-    return bool(field(f"tokenizer.ggml.{key}", default))
+def _flag(path: Path, field: Field, key: str, default: bool) -> bool:
+    value = field(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.{key} = {value!r} is a {type(value).__name__}", rule="true or false, as llama.cpp"
+        )
+    return value
 
 
 def _sentencepiece(path: Path, field: Field, tokens: list[str], kinds: list[int], ids: dict[str, int | None]) -> Any:
@@ -137,12 +142,12 @@ def _sentencepiece(path: Path, field: Field, tokens: list[str], kinds: list[int]
         unigram=False,
         byte_fallback=Kind.BYTE in kinds,
         charsmap=b"",
-        add_dummy_prefix=_flag(field, "add_space_prefix", True),
-        remove_extra_whitespaces=_flag(field, "remove_extra_whitespaces", False),
+        add_dummy_prefix=_flag(path, field, "add_space_prefix", True),
+        remove_extra_whitespaces=_flag(path, field, "remove_extra_whitespaces", False),
         escape_whitespaces=True,
         ids=ids,
     )
-    add_bos, add_eos = _flag(field, "add_bos_token", True), _flag(field, "add_eos_token", False)
+    add_bos, add_eos = _flag(path, field, "add_bos_token", True), _flag(path, field, "add_eos_token", False)
     return build_tokenizer(model, add_bos=add_bos, add_eos=add_eos, where=str(path))
 
 
@@ -176,7 +181,7 @@ def _byte_level(path: Path, field: Field, tokens: list[str], kinds: list[int], i
         elif kind == Kind.USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     named = {name: (tokens[index], index) for name, index in ids.items() if index is not None}
-    add_bos, add_eos = _flag(field, "add_bos_token", whole), _flag(field, "add_eos_token", False)
+    add_bos, add_eos = _flag(path, field, "add_bos_token", whole), _flag(path, field, "add_eos_token", False)
     tokenizer.post_processor = around(named, add_bos=add_bos, add_eos=add_eos, where=str(path))
     return tokenizer
 

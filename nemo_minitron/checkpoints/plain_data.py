@@ -8,6 +8,7 @@ import yaml
 
 from nemo_minitron.arch.spec import MAX_LAYERS, ModelSpec
 from nemo_minitron.errors import CheckpointError, MinitronError, SpecError
+from nemo_minitron.json_lines import without_double_keys
 
 LARGEST_JSON = 256_000_000
 """Bytes. The largest tokenizers take some 40 MB, the largest indices of weights some 10."""
@@ -46,7 +47,7 @@ def read_json(data: bytes, *, where: str) -> dict[str, Any]:
     if len(data) > LARGEST_JSON:
         raise CheckpointError(f"{where}: {len(data)} bytes of JSON", rule=f"at most {LARGEST_JSON}")
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=without_double_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
@@ -58,19 +59,49 @@ def read_yaml(data: bytes, *, where: str) -> dict[str, Any]:
     """A YAML mapping of plain values; Python's own tags are refused unread.
 
     Raises:
-        CheckpointError: It is larger than `LARGEST_YAML` or, with aliases written out, `MOST_VALUES`; not YAML; or not
-            a mapping.
+        CheckpointError: It is larger than `LARGEST_YAML` or, with aliases written out, `MOST_VALUES`; not YAML; not a
+            mapping; or has a key twice.
     """
     if len(data) > LARGEST_YAML:
         raise CheckpointError(f"{where}: {len(data)} bytes of YAML", rule=f"at most {LARGEST_YAML}")
     try:
-        found = yaml.safe_load(data)
+        found = _load_yaml(data)
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{where} is not YAML of plain values ({' '.join(str(error).split())})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} is not a mapping")
     _count(found, where, left=[MOST_VALUES], depth=0)
     return found
+
+
+def _load_yaml(data: bytes) -> Any:
+    """As `yaml.safe_load`, which takes the last of two equal keys; OmegaConf, with which NeMo reads, refuses them."""
+    loader = yaml.SafeLoader(data)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _refuse_double_keys(root)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _refuse_double_keys(root: yaml.Node) -> None:
+    seen: set[int] = set()
+    left = [root]
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue  # an alias leads to a node that was looked at
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)[1]!r} occurs twice")
+            left += [value for _, value in node.value]
+        else:
+            left += node.value
 
 
 def refuse_code(data: Any, *, where: str) -> None:
@@ -127,14 +158,6 @@ def spec_of(read: Callable[[], ModelSpec], config: Mapping[str, Any], *, where: 
     if wrong := [value for value in (*sizes, *inner) if type(value) is not int or value > 2**31]:
         raise SpecError(f"{where}: {str(wrong[0])[:40]} is not a size", rule="whole numbers below 2^31")
     return spec
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return found
 
 
 def _count(data: Any, where: str, *, left: list[int], depth: int) -> None:

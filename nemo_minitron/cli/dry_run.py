@@ -79,7 +79,7 @@ def show(job: Job, *, console: Console) -> None:
     if any(stage.kind == "search" for stage in chain):
         from nemo_minitron.cli import dry_run_search
 
-        console.print(dry_run_search.tables(config, teacher, ranks=job.ranks or 1), highlight=False)
+        console.print(dry_run_search.tables(config, teacher, ranks=ranks), highlight=False)
     planned = _Job(
         config=config,
         stages=chain,

@@ -6,7 +6,7 @@ from rich.text import Text
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli.dry_run_tables import new_table
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.estimate.work import Work, work_of
+from nemo_minitron.estimate.work import BASELINES, Work, work_of
 from nemo_minitron.search.axes import axes_of, sizes_of
 from nemo_minitron.search.measures import describe, table_row
 from nemo_minitron.search.problem import SearchProblem
@@ -50,15 +50,18 @@ def _budgets(problem: SearchProblem) -> RenderableType:
 def _race(problem: SearchProblem, ranks: int) -> RenderableType:
     config = problem.config
     search = config.search
-    rows = new_table("rung", "candidates", "seeds", "tokens each", title="race")
-    rows.add_row(
-        "pruned", f"{len(problem.candidates)}", "", f"{search.samples * config.distill.batch.sequence_length:,}"
-    )
+    rows = new_table("rung", "candidates", "seeds", "tokens each", "at once", title="race")
+    count = len(problem.candidates)
+    measured = f"{search.samples * config.distill.batch.sequence_length:,}"
+    rows.add_row("pruned", f"{count}", "", measured, f"{min(count, problem.groups(count, ranks))}")
     for number, (rung, training) in enumerate(zip(search.rungs, problem.trainings, strict=True), start=1):
         is_last = number == len(search.rungs)
         baselines = " + baselines" if search.baselines and is_last else ""
         count = min(rung.candidates, len(problem.candidates))
-        rows.add_row(str(number), f"{count}{baselines}", str(search.seeds if is_last else 1), f"{training.tokens:,}")
+        seeds = search.seeds if is_last else 1
+        tasks = seeds * (count + BASELINES * bool(baselines))
+        at_once = min(tasks, problem.groups(tasks, ranks))
+        rows.add_row(str(number), f"{count}{baselines}", str(seeds), f"{training.tokens:,}", f"{at_once}")
     teacher, student = problem.space.teacher, problem.spec(problem.candidates[0].sizes)
     work = work_of("search", 1, config, teacher, (student,), ranks=ranks)
     assert work is not None

@@ -13,8 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from nemo_minitron.cli import threads
 from nemo_minitron.megatron.launched import LISTENER
@@ -36,9 +38,11 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
 
     SIGTERM, SIGUSR1 and SIGINT go on to every rank; a rank whose launcher dies is ended by the system.
     """
-    with tempfile.TemporaryDirectory(prefix="nemo_minitron_") as folder, socket.socket() as listener:
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
-        errors = [Path(folder) / f"rank{rank}.err" for rank in range(ranks)]
+        # Files without a name: whoever is killed leaves none.
+        errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(ranks)]
         environment = dict(os.environ)
         threads.choose(ranks=ranks, environment=environment)  # once: the first rank makes the machine busy
         environment |= {
@@ -64,23 +68,22 @@ def start(arguments: Sequence[str], *, ranks: int, run: Path) -> int:
 
 
 def _spawn(
-    arguments: Sequence[str], rank: int, shared: Mapping[str, str], errors: Path, listener: socket.socket
+    arguments: Sequence[str], rank: int, shared: Mapping[str, str], errors: IO[bytes], listener: socket.socket
 ) -> "subprocess.Popen[bytes]":
     environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == 0:
         environment[LISTENER] = str(listener.fileno())
     command = [sys.executable, "-m", "nemo_minitron", *arguments]
-    with errors.open("wb") as file:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL if rank else None,
-            stdout=subprocess.DEVNULL if rank else None,
-            stderr=file if rank else None,
-            pass_fds=() if rank else (listener.fileno(),),
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - the launcher has no threads
-        )
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL if rank else None,
+        stdout=subprocess.DEVNULL if rank else None,
+        stderr=errors if rank else None,
+        pass_fds=() if rank else (listener.fileno(),),
+        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - the launcher has no threads
+    )
 
 
 def _die_with_parent() -> None:
@@ -102,7 +105,7 @@ def _forwarder(
 
 
 def _wait(
-    processes: "Sequence[subprocess.Popen[bytes]]", errors: Sequence[Path], asked: Sequence[int], run: Path
+    processes: "Sequence[subprocess.Popen[bytes]]", errors: Sequence[IO[bytes]], asked: Sequence[int], run: Path
 ) -> int:
     """Wait for all, or for the first failure, after which nobody can go on."""
     failed = _first_failure(processes)
@@ -118,13 +121,19 @@ def _wait(
         return 128 - code
     _settle(processes, _SHARED_ERROR)
     if not processes[0].returncode:
-        text = errors[failed].read_text(encoding="utf-8", errors="replace").strip() if failed else ""
+        text = _said(errors[failed]) if failed else ""
         print(text or f"rank {failed} ended with status {code}", file=sys.stderr, flush=True)
     for process in processes:
         if process.poll() is None:
             process.terminate()
     _settle(processes, _GRACE)
     return code
+
+
+def _said(errors: IO[bytes]) -> str:
+    """What a rank that has ended wrote there."""
+    errors.seek(0)
+    return errors.read().decode("utf-8", errors="replace").strip()
 
 
 def _first_failure(processes: "Sequence[subprocess.Popen[bytes]]") -> int | None:

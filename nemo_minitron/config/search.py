@@ -44,6 +44,9 @@ class SearchConfig(Section):
     that only drops layers."""
     layerwise: LayerwiseConfig | None = None
     """Also try layers of different sizes in the last rung; `{}` for the defaults, nothing for layers of one size."""
+    ranks_per_candidate: Count | None = None
+    """Ranks that work on one candidate, at least; None for the fewest that hold one (TP x PP x CP). All others work on
+    other candidates meanwhile. More of them share the batch and the optimizer's states; losses are the same."""
     cache: CacheConfig = CacheConfig()
     """The teacher's targets, stored once for all candidates."""
 
@@ -87,8 +90,8 @@ def search_problems(search: SearchConfig, target: BudgetConfig, distill: Distill
     named = ", ".join(f"target.{name}" for name in target.budgets)
     if rounds > 1:
         problems.append(f"rounds = {rounds} with a budget ({named}): the search knows one round; give sizes instead")
-    for name in ("drop_layers", "random_seed"):
-        if getattr(target, name, None) is not None:
+    for name in ("drop_layers", "random_seed", "by_layer"):
+        if getattr(target, name, None) not in (None, {}):
             problems.append(f"target.{name} with a budget ({named}): the search chooses; give sizes instead")
     if getattr(target, "merge_layers", False):
         problems.append(

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nemo_minitron.config.base import Count, NonNegative, Positive, Section
 from nemo_minitron.config.budget import BudgetConfig
@@ -41,6 +41,17 @@ class MultipleOf(Section):
     mamba_head_dim: Count = 1
 
 
+class LayerSizes(Section):
+    """Sizes of one layer; None for what the target says of all layers."""
+
+    ffn_hidden_size: Size | None = None
+    num_attention_heads: Size | None = None
+    num_query_groups: Size | None = None
+    num_experts: Size | None = None
+    expert_ffn_hidden_size: Size | None = None
+    shared_ffn_hidden_size: Size | None = None
+
+
 class TargetConfig(BudgetConfig):
     """Sizes of the student, each an integer or a share of the teacher's such as 0.75; None keeps the teacher's.
 
@@ -67,6 +78,9 @@ class TargetConfig(BudgetConfig):
     num_attention_heads: Size | None = None
     """Query heads of a layer; a multiple of its KV groups."""
     num_query_groups: Size | None = None
+    by_layer: dict[NonNegative, LayerSizes] = Field(default_factory=dict)
+    """Sizes of single layers by their number in the teacher, as `{3: {ffn_hidden_size: 768}}`; such a student can be
+    exported as `.nemo` only."""
     num_experts: Size | None = None
     """Routed experts of a layer."""
     expert_ffn_hidden_size: Size | None = None
@@ -106,6 +120,12 @@ class TargetConfig(BudgetConfig):
     def _for_both_widths(cls, value: Any) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool)
         return {"hidden_size": value, "ffn_hidden_size": value} if whole else value
+
+    def for_layer(self, number: int) -> "TargetConfig":
+        """What is asked of one layer of the teacher: its own sizes in the place of those of all layers."""
+        if (sizes := self.by_layer.get(number)) is None:
+            return self
+        return self.model_copy(update=sizes.model_dump(exclude_none=True))
 
 
 def _limit(value: Any) -> Any:

@@ -15,6 +15,7 @@ from nemo_minitron.data.streams import READ_ERRORS, damaged
 from nemo_minitron.data.survey import LeftOut, survey
 from nemo_minitron.data.tally import MAX_BAD_FRACTION
 from nemo_minitron.errors import DataError
+from nemo_minitron.json_lines import without_double_keys
 
 MOST_PROBLEMS = 10
 """Faulty lines that one error names."""
@@ -182,7 +183,7 @@ def parse(line: bytes, where: str, prompt_key: str, answer_key: str) -> Conversa
 
 def _record(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=without_double_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8 ({error})") from error
     if not isinstance(record, dict):
@@ -210,6 +211,7 @@ def _message(number: int, message: Any) -> tuple[dict[str, Any], bool]:
     if refused:
         raise RefusedError(f"message {number}: {refused[0]} is not honoured here; a message counts by weight 0 or 1")
     weight = all(_weight(message.pop(key), f"message {number}: {key}") for key in _WEIGHTS if key in message)
+    _check_doubled(number, message)
     if "role" not in message and isinstance(message.get("from"), str):
         message = {"role": _role(number, message.pop("from")), **message}
     if "content" not in message and "value" in message and "value" in given:
@@ -223,6 +225,15 @@ def _message(number: int, message: Any) -> tuple[dict[str, Any], bool]:
     if content is None:
         raise _missing(number, "content", given, given.get("content", given.get("value")))
     return {"role": role, "content": content, **message}, weight
+
+
+def _check_doubled(number: int, message: Mapping[str, Any]) -> None:
+    """Two spellings of one thing in a message say the same."""
+    role, other = message.get("role"), message.get("from")
+    if role is not None and isinstance(other, str) and role not in (other, _ROLES.get(other.strip().lower())):
+        raise RefusedError(f"message {number}: role is {json.dumps(role)}, but from is {json.dumps(other)}")
+    if "content" in message and isinstance(message.get("value"), str) and message["content"] != message["value"]:
+        raise RefusedError(f"message {number}: content and value are two texts; give one of them")
 
 
 def _missing(number: int, key: str, given: Mapping[str, Any], value: Any) -> ValueError:

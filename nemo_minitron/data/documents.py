@@ -181,6 +181,7 @@ class PartReader:
         self.part = part
         self.text_key = text_key
         self.length = 0
+        self._quoted_key = json.dumps(text_key, ensure_ascii=False).encode()
 
     def __iter__(self) -> Iterator[Item]:
         with _damage_told(self.file.path):
@@ -215,8 +216,10 @@ class PartReader:
             return stream.read(-1 if self.part.stop is None else self.part.stop - self.part.first)
 
     def _line(self, number: int, line: bytes) -> Item:
+        # To look at every pair takes several times as long as to read the line.
+        hook = self._one_text if line.count(self._quoted_key) > 1 else None
         try:
-            record = json.loads(line.decode("utf-8-sig"))
+            record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=hook)
         except UnicodeDecodeError as error:
             return Item(number, "", fault=Fault("not UTF-8", f"byte {error.start} of the line is not UTF-8"))
         except (ValueError, RecursionError) as error:
@@ -225,6 +228,11 @@ class PartReader:
         if isinstance(text, str):
             return _item(number, text.strip())
         return Item(number, "", fault=_no_text(record, self.text_key))
+
+    def _one_text(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if sum(key == self.text_key for key, _ in pairs) > 1:
+            raise ValueError(f"key {self.text_key!r} occurs twice")
+        return dict(pairs)
 
     def _parquet(self) -> Iterator[Item]:
         from pyarrow import parquet
@@ -309,6 +317,12 @@ def _check_column(path: Path, names: list[str], text_key: str) -> None:
     if text_key not in names:
         raise DataError(
             f"{path}: no column {text_key!r} (found: {', '.join(names)})", remedy="name the column in data.text_key"
+        )
+    if names.count(text_key) > 1:
+        raise DataError(
+            f"{path}: has {names.count(text_key)} columns {text_key!r}",
+            rule="one column of texts",
+            remedy="rename all but one of them",
         )
 
 

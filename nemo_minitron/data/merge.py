@@ -97,14 +97,13 @@ def merge(
     chosen = _chosen(shards, config, small_corpus)
     first = 0
     for shard in shards:
-        lengths = shard.array("lengths")
+        tokens, lengths, positions, bytes_each = shard.arrays("tokens", "lengths", "positions", "sizes")
         flags = (
-            splits_at(shard.array("positions"), config)
+            splits_at(positions, config)
             if chosen is None
             else {split: chosen[first : first + len(lengths)] == split for split in writers}
         )
         first += len(lengths)
-        tokens, bytes_each = shard.array("tokens"), shard.array("sizes")
         for split, writer in writers.items():
             mask = flags[split]
             if mask.any():

@@ -28,6 +28,10 @@ from nemo_minitron.errors import DataError
 MOST_SHARDS = 4096
 """About how many shards there are at most: those of large sources are larger."""
 
+_GOOD_SHARDS = 512
+"""About how many there are of middling sources: at the end some processes wait while others make their last shard."""
+_LEAST_BYTES = 1 << 20
+
 _BATCH_CHARACTERS = 4_000_000
 
 
@@ -82,8 +86,9 @@ class PartCounts:
 
 
 def shard_bytes(files: Iterable[SourceFile]) -> int:
-    """How much text a shard holds: 8 MiB, or more where that would be too many shards."""
-    return max(PART_BYTES, sum(file.size for file in files) // MOST_SHARDS)
+    """How much text a shard holds: 1 to 8 MiB, or more where that would be too many shards."""
+    total = sum(file.size for file in files)
+    return max(min(PART_BYTES, max(_LEAST_BYTES, total // _GOOD_SHARDS)), total // MOST_SHARDS)
 
 
 def units(files: Sequence[SourceFile], size: int) -> Iterator[Unit]:
@@ -215,6 +220,10 @@ class Shard:
     path: Path
 
     def array(self, name: str) -> NDArray[Any]:
+        """One of `arrays`."""
+        return self.arrays(name)[0]
+
+    def arrays(self, *names: str) -> list[NDArray[Any]]:
         """`tokens` `[sum of lengths]`; `lengths`, `sizes` and `positions`, each `[documents]`.
 
         Raises:
@@ -222,7 +231,7 @@ class Shard:
         """
         try:
             with np.load(self.path) as arrays:
-                found: NDArray[Any] = arrays[name]
+                found = [arrays[name] for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"{self.path}: {error}", rule="a complete shard", remedy="remove it and repeat the command"

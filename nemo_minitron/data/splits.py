@@ -4,6 +4,7 @@ The same text lands in the same split on every machine and in every order of fil
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -24,7 +25,13 @@ _SPACES = (
 )
 """All that `str.split` splits at, but the space itself."""
 _SPACE_FOR_EACH = bytes(ord(" ") if byte < 128 and chr(byte) in _SPACES else byte for byte in range(256))
-_WIDE_SPACES = tuple(space.encode() for space in _SPACES if not space.isascii())
+# In UTF-8, those that are no ASCII: one regex for each first byte, which the search then looks for alone.
+_WIDE_SPACES = (
+    (b"\xc2", re.compile(rb"\xc2[\x85\xa0]")),
+    (b"\xe1", re.compile(rb"\xe1\x9a\x80")),
+    (b"\xe2", re.compile(rb"\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)")),
+    (b"\xe3", re.compile(rb"\xe3\x80\x80")),
+)
 
 
 class Split(StrEnum):
@@ -53,9 +60,9 @@ def _single_spaces(data: bytes) -> bytes:
     """
     data = data.translate(_SPACE_FOR_EACH)
     if not data.isascii():
-        for space in _WIDE_SPACES:
-            if space in data:
-                data = data.replace(space, b" ")
+        for first, spaces in _WIDE_SPACES:
+            if first in data:
+                data = spaces.sub(b" ", data)
     while b"  " in data:
         data = data.replace(b"  ", b" ")
     return data.strip(b" ")

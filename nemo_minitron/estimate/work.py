@@ -20,7 +20,7 @@ from nemo_minitron.estimate.compute import (
 from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
 from nemo_minitron.estimate.overlap import Exchange, Machine, communication
 
-_BASELINES = 3
+BASELINES = 3
 """Candidates that `search.baselines` adds to the last rung."""
 
 
@@ -121,7 +121,7 @@ def _search(config: RunConfig, teacher: ModelSpec, student: ModelSpec) -> Work:
     measured, trained = search.candidates, 0
     for rung, training in zip(search.rungs, trainings, strict=True):
         last = rung is search.rungs[-1]
-        runs = (rung.candidates + _BASELINES * (search.baselines and last)) * (search.seeds if last else 1)
+        runs = (rung.candidates + BASELINES * (search.baselines and last)) * (search.seeds if last else 1)
         trained += runs * training.steps * training.batch.tokens_per_step
         measured += runs
     cached = max((training.steps * training.batch.tokens_per_step for training in trainings), default=0)

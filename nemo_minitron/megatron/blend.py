@@ -25,6 +25,8 @@ from nemo_minitron.errors import DataError
 MOST_TOKENS = 1 << 24
 """Calibration and held-out tokens that are copied at most, of each."""
 
+_INDEX_PIECE = 1 << 22
+
 Pairs = Sequence[tuple[float | None, str]]
 
 
@@ -126,7 +128,11 @@ def open_prefix(prefix: str) -> IndexedDataset:
             if file.read(9) != b"MMIDIDX\x00\x00":
                 raise _bad(f"{path}.idx: is no index of Megatron's")
         data = IndexedDataset(path, mmap=True)
-        expected = int(data.sequence_lengths.sum(dtype=np.int64)) * np.dtype(data.index.dtype).itemsize
+        dtype = np.dtype(data.index.dtype)
+        if not np.issubdtype(dtype, np.integer):
+            raise _bad(f"{path}.idx: holds {dtype} numbers, which are no tokens")
+        _check_places(data, path, dtype.itemsize)
+        expected = int(data.sequence_lengths.sum(dtype=np.int64)) * dtype.itemsize
         found = Path(f"{path}.bin").stat().st_size
     except OSError as error:
         raise _bad(f"{error.filename}: {error.strerror}") from error
@@ -135,6 +141,18 @@ def open_prefix(prefix: str) -> IndexedDataset:
     if found != expected:
         raise _bad(f"{path}.bin: {found} bytes, where the index says {expected}")
     return data
+
+
+def _check_places(data: IndexedDataset, path: str, itemsize: int) -> None:
+    """Documents lie one behind the other, as Megatron's builder writes them; read in pieces of the index."""
+    place = 0
+    for first in range(0, len(data.sequence_lengths), _INDEX_PIECE):
+        lengths = np.asarray(data.sequence_lengths[first : first + _INDEX_PIECE], dtype=np.int64)
+        pointers = np.asarray(data.index.sequence_pointers[first : first + _INDEX_PIECE])
+        ends = place + np.cumsum(lengths) * itemsize
+        if lengths.min() < 0 or (pointers != ends - lengths * itemsize).any():
+            raise _bad(f"{path}.idx: documents do not lie one behind the other")
+        place = int(ends[-1])
 
 
 def _bad(what: str) -> DataError:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import Store
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError, MinitronError
@@ -99,6 +100,8 @@ class _Started:
 
     runtime: Runtime | None = None
     owns_processes: bool = False
+    store: Store | None = None
+    """Through which the processes met; None where somebody else has connected them."""
     patient: ProcessGroup | None = None
 
 
@@ -131,7 +134,7 @@ def start(parallel: ParallelConfig, *, seed: int, backend: str | None = None) ->
     cpu.install()
     device = _claim_device(place)
     if not dist.is_initialized():
-        _rendezvous(place, backend or ("nccl" if device.type == "cuda" else "gloo"))
+        _started.store = _rendezvous(place, backend or ("nccl" if device.type == "cuda" else "gloo"))
         _started.owns_processes = True
     _make_groups(parallel)
     _seed(seed)
@@ -149,7 +152,43 @@ def stop() -> None:
     _started.runtime = _started.patient = None
     if _started.owns_processes:
         dist.destroy_process_group()
-        _started.owns_processes = False
+        _started.owns_processes, _started.store = False, None
+
+
+def shared_store() -> Store | None:
+    """What `start` has met the other processes through, for `move`; None where somebody else connected them."""
+    return _started.store
+
+
+def move(store: Store, rank: int, world_size: int) -> Runtime:
+    """Give up all groups and take another place, in the same layout: for a while the world is another one.
+
+    Collective over the ranks of the new world. Seeds are those of `start`; whatever was built on the groups is void.
+
+    Args:
+        store: Through which the ranks of the new world meet, and no other.
+        rank: This process's in the new world.
+        world_size: Ranks of the new world.
+
+    Raises:
+        LayoutError: The layout does not fit that number, or somebody else made the process groups.
+    """
+    from megatron.core import parallel_state
+
+    running = current()
+    if not _started.owns_processes:
+        raise LayoutError("process groups that somebody else made cannot be replaced")
+    _check_sizes(running.parallel, world_size)
+    backend = dist.get_backend()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STALLED)
+    _started.patient = None
+    _make_groups(running.parallel)
+    _seed(running.seed)
+    place = _Place(rank, world_size, running.local_rank)
+    _started.runtime = _describe(place, running.device, running.parallel, running.seed)
+    return _started.runtime
 
 
 def current() -> Runtime:
@@ -294,7 +333,8 @@ def _tune_cpu() -> None:
     set_option(trim_threshold, 2**31 - 1)
 
 
-def _rendezvous(place: _Place, backend: str) -> None:
+def _rendezvous(place: _Place, backend: str) -> Store | None:
+    """Connect the processes; returns the store that they met through, None for one alone."""
     if backend == "nccl":
         for name, value in _NCCL_SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -302,11 +342,12 @@ def _rendezvous(place: _Place, backend: str) -> None:
         # Nobody to meet: a store inside the process needs neither a port nor a file.
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=STALLED)
-        return
+        return None
     if launched.is_slurm_task():
         _set_slurm_address()
     store = rendezvous.meet(place.rank, place.world_size, timeout=STALLED)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=STALLED)
+    return store
 
 
 def _set_slurm_address() -> None:

@@ -158,7 +158,7 @@ def _layer_plan(
     importance: _Importance, layer: int, target: TargetConfig, how: dict[str, Any], without: tuple[str, ...] = ()
 ) -> LayerPlan:
     teacher = importance.spec.layers[layer].without(*without)
-    student = student_layer(target, teacher)
+    student = student_layer(target.for_layer(layer), teacher)
     scores: dict[Axis, Tensor] = {}
     kept: dict[Axis, Tensor] = {}
     for row in axes_of(teacher):

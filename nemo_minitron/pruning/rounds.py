@@ -29,7 +29,7 @@ def round_targets(target: TargetConfig, teacher: ModelSpec, steps: int) -> tuple
     final = student_spec(target, teacher)
     if steps == 1:
         return (target,)
-    if not _uniform(teacher, final):
+    if target.by_layer or not _uniform(teacher, final):
         raise PlanError(
             f"steps = {steps} for a model whose layers differ in size",
             rule="the sizes between two rounds are the same in every layer",

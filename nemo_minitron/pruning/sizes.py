@@ -37,7 +37,9 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
         )
     kept = named_layers(target, teacher) or tuple(range(num_layers(target, teacher)))
     gone = dropped_parts(target, teacher, kept, lambda part, layers: layers)
-    layers = tuple(student_layer(target, teacher.layers[index]).without(*gone.get(index, ())) for index in kept)
+    layers = tuple(
+        student_layer(target.for_layer(index), teacher.layers[index]).without(*gone.get(index, ())) for index in kept
+    )
     channels = hidden_size(target, teacher)
     ratio = rescaling(teacher, channels) if target.rescale_norms else Fraction(1)
     return narrowed(teacher, channels, layers, norm_ratio=ratio)
@@ -149,11 +151,26 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
         yield from drops
     if target.drop_layers is None or not drops:
         yield from _part_problems(target, teacher)
-    for sizes in dict.fromkeys(teacher.layers):
+    for sizes in dict.fromkeys(layer for index, layer in enumerate(teacher.layers) if index not in target.by_layer):
         yield from _layer_problems(target, sizes)
         yield from _routing_problems(target, sizes)
+    for index in target.by_layer:
+        yield from (f"by_layer.{index}: {problem}" for problem in _single_layer_problems(target, teacher, index))
     if target.top_k is not None and not teacher.has_experts:
         yield f"top_k = {target.top_k}: the teacher has no experts"
+
+
+def _single_layer_problems(target: TargetConfig, teacher: ModelSpec, index: int) -> Iterator[str]:
+    if index >= teacher.num_layers:
+        yield f"the teacher's layers are 0-{teacher.num_layers - 1}"
+    elif index in (target.drop_layers or ()):
+        yield "drop_layers drops it"
+    else:
+        sizes = teacher.layers[index]
+        for name in (name for name, size in target.by_layer[index] if size is not None and name not in sizes.sizes):
+            yield f"{name}: this layer of the teacher has none"
+        yield from _layer_problems(target.for_layer(index), sizes)
+        yield from _routing_problems(target.for_layer(index), sizes)
 
 
 def _size_problems(target: TargetConfig, name: str, size: int) -> Iterator[str]:

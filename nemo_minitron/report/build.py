@@ -94,7 +94,7 @@ def _sections(content: ReportContent) -> list[Row]:
     if (points := tables.curve(content)) is not None or any("train/kl" in row for row in content.metrics):
         caption = (
             f"Trained on {tables.objective(content)}. Dashed: the teacher. Dotted: the student as it was pruned. "
-            "Dash-dotted, on a piece of axis of its own: a model that was never trained: all tokens are equally likely."
+            "Dash-dotted, on a piece of axis of its own: ln(vocabulary), a model that was never trained."
         )
         drawn = figure("", caption, curves.distillation(content.metrics, content.teacher.vocab_size))
         sections.append(section("Distillation", [drawn], points, folded="The held-out values as a table"))

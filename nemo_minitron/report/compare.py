@@ -17,6 +17,8 @@ from nemo_minitron.version import __version__
 STUDENTS = ("tuned", "distilled", "pruned")
 """Which model stands for a run: the first of these that was measured."""
 _MAX_TEXT = 80
+_SAME = 1.005
+"""Perplexities of one teacher on one text differ by less than this factor between layouts and dtypes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,9 @@ def _size_picture(runs: Sequence[Compared]) -> list[Row]:
         for place, (name, parameters, ratio) in enumerate(points):
             axes.scatter([parameters], [ratio], s=36, color=SERIES[place % len(SERIES)], label=name, zorder=3)
         axes.set(xlabel="parameters of the student (millions)", ylabel="perplexity,\ntimes the teacher's")
-        axes.margins(0.15)
+        low, high = min(ratio for *_, ratio in points), max(ratio for *_, ratio in points)
+        axes.set_ylim(low - max(0.15 * (high - low), 0.02), high + max(0.15 * (high - low), 0.02))
+        axes.margins(x=0.15)
         legend(figure, *axes.get_legend_handles_labels())
 
     told = "; ".join(f"{name}: {count:.1f} million, {ratio:.2f} times the teacher's" for name, count, ratio in points)
@@ -131,8 +135,9 @@ def _quality(runs: Sequence[Compared]) -> Row:
 
 
 def _quality_note(runs: Sequence[Compared]) -> str:
-    teachers = {round(value, 6) for run in runs if (value := run.content.perplexity.get("teacher")) is not None}
-    same = "" if len(teachers) < 2 else " The teacher's differ: not all runs were measured on the same text."
+    teachers = [value for run in runs if (value := run.content.perplexity.get("teacher")) is not None]
+    differ = bool(teachers) and max(teachers) > _SAME * min(teachers)
+    same = " The teacher's differ: not all runs were measured on the same text." if differ else ""
     return f"Held-out perplexity ± its standard error.{same}"
 
 
@@ -206,6 +211,7 @@ def _origins(runs: Sequence[Compared]) -> Row:
     rows = []
     for run in runs:
         known = dict(tables.provenance(run.content))
+        known["commit"] = known["commit"][:12] if run.content.manifest.get("git") else ""
         commands = tables.commands(run.content)
         shown = [known.get(name, "") for name in ("seed", "commit", "machine", "precision", "started")]
         rows.append((run.name, *shown, commands[-1] if commands else ""))

@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from nemo_minitron.arch.axes import PRUNABLE
+from nemo_minitron.arch.layer import LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
-from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.axes import Sizes, named, resized
 from nemo_minitron.search.choose import Candidate, choose_candidates
 from nemo_minitron.search.measures import Latency, Measure, limits, measures
+from nemo_minitron.search.race import group_count, group_sizes
 from nemo_minitron.search.space import Found, Space, find_shapes, make_space
 
 ALWAYS = ("params", "non_embedding_params", "weight_memory", "kv_cache", "flops_per_token")
@@ -39,6 +42,15 @@ class SearchProblem:
     def spec(self, sizes: Sizes) -> ModelSpec:
         """A candidate's architecture; which layers stay is the plan's matter."""
         return resized(self.space.teacher, sizes)
+
+    def groups(self, tasks: int, ranks: int) -> int:
+        """How many groups of ranks share so many measurements; each can cut the batch into complete micro-batches."""
+        config = self.config
+        batch, unit = config.distill.batch, config.parallel.model_parallel_size
+        ranks = max(ranks // unit, 1) * unit  # what is left over is refused before a search begins
+        sizes = group_sizes(ranks, unit, config.search.ranks_per_candidate or unit)
+        fitting = [size for size in sizes if batch.global_batch_size % (batch.micro_batch_size * size // unit) == 0]
+        return group_count(tasks, ranks, fitting or sizes[:1])
 
 
 def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) -> SearchProblem:
@@ -77,3 +89,25 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
 def sized_target(target: TargetConfig, sizes: Sizes) -> TargetConfig:
     """A recipe's target with its budgets replaced by sizes."""
     return target.model_copy(update={**dict.fromkeys(target.budgets), **named(sizes)})
+
+
+def target_by_layer(target: TargetConfig, teacher: ModelSpec, layers: Mapping[int, LayerSpec]) -> TargetConfig:
+    """A recipe's target with its budgets replaced by the sizes of each layer that stays; all channels stay.
+
+    Args:
+        target: With budgets.
+        teacher: The model to prune.
+        layers: By number in the teacher, those that stay.
+    """
+    changed = {
+        number: {name: size for name, size in layer.sizes.items() if size != teacher.layers[number].sizes[name]}
+        for number, layer in layers.items()
+    }
+    dropped = tuple(number for number in range(teacher.num_layers) if number not in layers)
+    every_layer = dict.fromkeys([*target.budgets, *(row.size for row in PRUNABLE)])
+    own = {
+        "drop_layers": dropped or None,
+        "by_layer": {number: LayerSizes(**sizes) for number, sizes in changed.items() if sizes},
+        "multiple_of": MultipleOf(),
+    }
+    return target.model_copy(update=every_layer | own)

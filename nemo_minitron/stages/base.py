@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # pydantic takes longer to import than the command line may t
 
 
 _HOW_OFTEN = frozenset(key for key, rule in RULES.items() if rule.change is Change.FREE)
+_BY_HOW_MANY = frozenset({"ranks_per_candidate"})
 _MADE_OF = Rule(Change.REFUSED, "what is there was made with it")
 
 
@@ -123,8 +124,8 @@ class Stage:
 
 
 def shapes_result(key: str) -> bool:
-    """Whether a stage's result depends on a key; how often it saves and logs changes nothing in it."""
-    return key.rpartition(".")[2] not in _HOW_OFTEN
+    """Whether a stage's result depends on a key: not on how often it saves and logs, or how ranks share the work."""
+    return key.rpartition(".")[2] not in _HOW_OFTEN | _BY_HOW_MANY
 
 
 def lazy(target: str) -> Callable[..., Any]:

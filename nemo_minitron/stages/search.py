@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.open import open_checkpoint
@@ -10,10 +9,8 @@ from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.data.tokenizer import digest_of_files
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.json_lines import rows_to_continue
-from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan
@@ -21,10 +18,9 @@ from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.report.pareto import pareto
 from nemo_minitron.search import results
-from nemo_minitron.search.choose import Candidate
-from nemo_minitron.search.problem import SearchProblem, sized_target
-from nemo_minitron.search.race import RaceResult, Record, Rung, Standing, run_race
-from nemo_minitron.stages import cache, layerwise
+from nemo_minitron.search.problem import SearchProblem, sized_target, target_by_layer
+from nemo_minitron.search.race import RaceResult, Record, Rung, Standing, Task, run_race
+from nemo_minitron.stages import cache, layerwise, rungs
 from nemo_minitron.stages.base import StageContext
 from nemo_minitron.stages.distill import order_seed
 from nemo_minitron.stages.files import write_json, write_text
@@ -32,10 +28,7 @@ from nemo_minitron.stages.prune import check_export
 from nemo_minitron.stages.race import CachedText, loss_of, trained_loss_of
 from nemo_minitron.stages.students import posed
 
-MEASURED, RESULT, TABLE, PICTURE, PLAN, RECIPE = (
-    *("measured.jsonl", "candidates.json", "candidates.csv", "pareto.svg"),
-    *("plan.json", "recipe.yaml"),
-)
+RESULT, TABLE, PICTURE, PLAN, RECIPE = "candidates.json", "candidates.csv", "pareto.svg", "plan.json", "recipe.yaml"
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -47,18 +40,18 @@ def run(context: StageContext) -> dict[str, Any]:
         f"          {len(found.shapes):,} of {found.total:,} shapes fit; {len(problem.candidates)} candidates"
     )
     search = _Search(context, teacher, problem)
-    record = _record(context.out / MEASURED, context.rank)
+    record = rungs.read_record(context)
     race = run_race(
         [candidate.name for candidate in problem.candidates],
         _rungs(context.config.search),
-        search.measure,
+        rungs.Settling(context, search, record),
         record=record,
-        failures=_failures(context.world_size),
         comparing=lambda first: _extra(problem, first),
     )
     plan, rows = search.plan(race.winner), _rows(search, race, record)
     if context.rank == 0:
         _leave(context, search, race, rows)
+        rungs.clear(context)
     return {
         "spec": plan.student.to_dict(),
         "winner": race.winner,
@@ -69,7 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "budget": next(iter(problem.limits)),
         "failed": record.failures,
         "rank_correlations": race.correlations,
-        "summary": f"{race.winner} is the best of {len(problem.candidates)}: "
+        "summary": f"{race.winner} is the best of {len(rows)}: "
         f"{race.standings[-1].losses[race.winner]:.3f} nats per token",
     }
 
@@ -82,8 +75,15 @@ class _Search:
         self._scores = Scores.load(context.input("scores"))
         self._scores.check_made_for(teacher.spec, tokenizer_digest=digest_of_files(teacher.tokenizer_files()))
         self._candidates = {candidate.name: candidate for candidate in problem.candidates}
-        self._text = self._cached_text() if problem.trainings else None
-        self._by_layer: PruningPlan | None = None
+        self._text: CachedText | None = None
+        self._by_layer: PruningPlan | Exception | None = None
+
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Make what the candidates of a rung share. Collective over all ranks, which work apart afterwards."""
+        if self._text is None and any(task.rung for task in tasks):
+            self._text = self._cached_text()
+        if any(task.candidate == layerwise.NAME for task in tasks):
+            self._choose_layers()
 
     def plan(self, name: str) -> PruningPlan:
         """What stays of the teacher in a candidate, by the scores. Collective.
@@ -92,11 +92,19 @@ class _Search:
             MinitronError: There is no such plan.
         """
         if name == layerwise.NAME:
-            if self._by_layer is None:
-                self._by_layer = layerwise.layerwise_plan(self._context, self.problem, self._scores)
-            return self._by_layer
-        target = sized_target(self._context.config.target, self._candidates[name].sizes)
-        return build_plan(self._scores, target, self._teacher.spec)
+            if isinstance(found := self._choose_layers(), Exception):
+                raise found
+            return found
+        return build_plan(self._scores, self.target(name), self._teacher.spec)
+
+    def target(self, name: str) -> TargetConfig:
+        """The sizes that a recipe asks for to get a candidate."""
+        target = self._context.config.target
+        if name == layerwise.NAME:
+            plan = self.plan(name)
+            layers = {layer.source: sizes for layer, sizes in zip(plan.layers, plan.student.layers, strict=True)}
+            return target_by_layer(target, plan.spec, layers)
+        return sized_target(target, self._candidates[name].sizes)
 
     def measure(self, name: str, rung: int, seed: int) -> float:
         """See `search.race.Measurement`.
@@ -113,11 +121,18 @@ class _Search:
             loss = loss_of(source, config, context.input("data"))
         else:
             training = self.problem.trainings[rung - 1]
-            assert self._text is not None, "there are rungs"
+            assert self._text is not None, "prepared"
             loss = trained_loss_of(source, config, training, self._text, seed=seed)
-        where = "as pruned" if rung == 0 else f"rung {rung}" + (f", seed {seed}" if seed else "")
-        context.reporter.line(f"          {name:<28} {where:<16} {loss:.4f} nats per token")
         return loss
+
+    def _choose_layers(self) -> PruningPlan | Exception:
+        """The plan whose layers differ, made once, or why there is none. Collective over all ranks the first time."""
+        if self._by_layer is None:
+            try:
+                self._by_layer = layerwise.layerwise_plan(self._context, self.problem, self._scores)
+            except rungs.failures(self._context.world_size) as error:
+                self._by_layer = error
+        return self._by_layer
 
     def _cached_text(self) -> CachedText:
         """The teacher's targets of the longest rung's samples, made once."""
@@ -133,23 +148,12 @@ class _Search:
         )
 
 
-def _record(path: Path, rank: int) -> Record:
-    """What an earlier attempt measured, the same on every rank; rank 0 adds to it."""
-    rows = runtime.on_rank_zero(lambda: rows_to_continue(path), doing="reads what was measured before")
-    return Record(rows, path if rank == 0 else None)
-
-
 def _rungs(search: SearchConfig) -> list[Rung]:
     last = len(search.rungs) - 1
     return [
         Rung(candidates=rung.candidates, seeds=search.seeds if number == last else 1)
         for number, rung in enumerate(search.rungs)
     ]
-
-
-def _failures(ranks: int) -> tuple[type[Exception], ...]:
-    """What costs a candidate its place: errors that all ranks meet alike; alone, also those of libraries."""
-    return (MinitronError,) if ranks > 1 else (MinitronError, RuntimeError, ValueError)
 
 
 def _extra(problem: SearchProblem, first: Standing) -> Sequence[str]:
@@ -184,16 +188,13 @@ def _leave(context: StageContext, search: "_Search", race: RaceResult, rows: lis
     budget = next(iter(problem.limits))
     write_text(context.out / PICTURE, pareto(rows, budget, rungs=len(race.standings)).wide)
     search.plan(race.winner).save(context.out / PLAN)
-    winner = next((each for each in problem.candidates if each.name == race.winner), None)
-    if winner is not None:  # a recipe cannot say sizes that differ from layer to layer
-        write_text(context.out / RECIPE, _recipe(context.config, winner))
+    write_text(context.out / RECIPE, _recipe(context.config, race.winner, search.target(race.winner)))
 
 
-def _recipe(config: RunConfig, winner: Candidate) -> str:
+def _recipe(config: RunConfig, winner: str, target: TargetConfig) -> str:
     """The recipe that trains the winner without a search."""
-    target = sized_target(config.target, winner.sizes)
     changed = config.model_copy(update={"target": target, "search": SearchConfig()})
-    return f"# {winner.name}: what `nemo-minitron search` found within {_told(config)}\n" + to_yaml(changed)
+    return f"# {winner}: what `nemo-minitron search` found within {_told(config)}\n" + to_yaml(changed)
 
 
 def _told(config: RunConfig) -> str:

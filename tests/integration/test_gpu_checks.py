@@ -54,14 +54,23 @@ def lacking(bench):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "made_checks.py").write_text(MADE)
+    (folder / "temporary").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--module", "made_checks", "--out", str(folder), "--budget", "560"],
         cwd=ROOT,
-        env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "TINY": "1"},
+        env={
+            "PYTHONPATH": str(folder),
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "TINY": "1",
+            "TMPDIR": str(folder / "temporary"),
+        },
         capture_output=True,
         text=True,
         check=False,
     )
+    left = [path.name for path in (folder / "temporary").iterdir() if not path.name.startswith("torchinductor_")]
+    assert not left
     (written,) = folder.glob("*-gpu-cpu.json")
     return done, json.loads(written.read_text()), written.with_suffix(".md").read_text()
 

@@ -21,11 +21,23 @@ inputs = runs.inputs
 
 
 @pytest.fixture(scope="module")
-def undisturbed(inputs, tmp_path_factory) -> Path:
+def temporary(tmp_path_factory) -> Path:
+    """What these runs take for the system's temporary folder."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, temporary, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    finished = subprocess.run(command(run, inputs), capture_output=True, text=True, env=environment(), check=False)
+    finished = subprocess.run(
+        command(run, inputs), capture_output=True, text=True, env=environment(temporary), check=False
+    )
     assert finished.returncode == 0, finished.stderr
     return run
+
+
+def test_nothing_is_left_in_the_temporary_folder(undisturbed, temporary):
+    assert not list(temporary.iterdir())
 
 
 def test_summary_has_what_is_promised(undisturbed):
@@ -56,13 +68,18 @@ def test_exports_load_elsewhere(undisturbed):
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_the_same_command_finishes_with_the_same_weights(undisturbed, inputs, tmp_path):
+def test_killed_in_every_stage_the_same_command_finishes_with_the_same_weights(
+    undisturbed, inputs, temporary, tmp_path
+):
     run = tmp_path / "run"
     for stage in NAMES:
-        kill_in(stage, run, inputs)
+        kill_in(stage, run, inputs, temporary)
         assert not (run / "stages" / stage / "DONE").is_file(), f"killed too late in {stage}"
-    finished = subprocess.run(command(run, inputs), capture_output=True, text=True, env=environment(), check=False)
+    finished = subprocess.run(
+        command(run, inputs), capture_output=True, text=True, env=environment(temporary), check=False
+    )
     assert finished.returncode == 0, finished.stderr
+    assert not list(temporary.iterdir())
     expected = weights(undisturbed)
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, expected[name]), name
@@ -88,9 +105,9 @@ def test_asked_to_stop_training_saves_and_goes_on_from_there(undisturbed, inputs
     assert rows == list(range(1, 21)), "every step is logged once"
 
 
-def kill_in(stage: str, run: Path, inputs: list[str]) -> None:
+def kill_in(stage: str, run: Path, inputs: list[str], temporary: Path) -> None:
     """SIGKILL as soon as a stage has begun; in training, after a checkpoint and a few more steps."""
-    process = start(run, inputs)
+    process = start(run, inputs, temporary=temporary)
     partial = run / "stages" / f".{stage}.partial"
     wait_for(lambda: len(training_rows(run)) >= 8 if stage == "distill" else partial.is_dir(), process)
     process.kill()

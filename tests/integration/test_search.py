@@ -10,10 +10,12 @@ import torch
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.load import load_recipe
+from nemo_minitron.json_lines import read_rows
 from nemo_minitron.pruning.plan import PruningPlan
 from tests.chain_jobs import weights
-from tests.ranks import run_on_ranks
-from tests.search_jobs import losses_of_cuts, run_with_failures, settings
+from tests.ranks import RankError, run_on_ranks
+from tests.search_jobs import losses_of_cuts, run_where_layers_win, run_with_failures, settings
+from tests.support.own_groups import connecting_themselves, free_port
 from tests.tiny import write_corpus, write_llama
 
 pytestmark = pytest.mark.slow
@@ -93,10 +95,12 @@ def test_layers_that_differ(inputs, tmp_path):
     layerwise = {"ffn_hidden_size": [1.0, 0.5], "num_query_groups": [1.0, 0.5], "samples": 4}
     rungs = [{"candidates": 1, "tokens": 512}]
     changes = settings(layerwise=layerwise, baselines=False, seeds=1, rungs=rungs)
+    changes["target"]["ratio"] = 0.65  # keeps all layers, at two sizes
     changes["export"] = {"formats": ["nemo"]}
-    [results] = run_on_ranks(1, run_with_failures, tmp_path / "run", inputs, "prune", changes, None)
+    [results] = run_on_ranks(1, run_where_layers_win, tmp_path / "run", inputs, "prune", changes)
     folder = tmp_path / "run/stages/search"
     data = json.loads((folder / "candidates.json").read_text())
+    assert data["winner"] == "layerwise"
     row = data["candidates"][-1]
     assert row["name"] == "layerwise"
     assert row["failed"] == ""
@@ -110,6 +114,25 @@ def test_layers_that_differ(inputs, tmp_path):
     [expected] = run_on_ranks(1, losses_of_cuts, tmp_path / "run", inputs, changes, told)
     found = [losses["base"] + losses["rise"][layer][form] for layer, form in cuts]
     assert found == pytest.approx(expected, abs=2e-5)
+    trained_by_its_recipe(folder / "recipe.yaml", inputs, tmp_path)
+
+
+def trained_by_its_recipe(path: Path, inputs: Path, tmp_path: Path) -> None:
+    """The recipe of a winner whose layers differ prunes the same model without a search, and trains and exports it."""
+    recipe = load_recipe(path)
+    assert recipe.target.budgets == {}
+    assert recipe.target.by_layer
+    sections = recipe.model_dump(mode="json", include={"target", "search", "export"})
+    sections["distill"] = {"tokens": 4 * 8 * 64, "validate_every": 4, "checkpoint_every": 0}
+    [results] = run_on_ranks(1, run_with_failures, tmp_path / "again", inputs, "export", sections, None)
+    assert "search" not in results
+    mine, other = weights(tmp_path / "again", "prune"), weights(tmp_path / "run", "prune")
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert (results["distill"]["steps"], results["distill"]["skipped_steps"]) == (4, 0)
+    student = open_checkpoint(tmp_path / "again/stages/distill/student").spec
+    assert student.layers == PruningPlan.load(tmp_path / "run/stages/search/plan.json").student.layers
+    assert len(set(student.layers)) > 1
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
@@ -129,3 +152,30 @@ def test_the_race_is_the_same_at_every_layout(run, inputs, tmp_path, parallel):
     assert failed[0] == failed[1]
     measured = [{key: loss for key, loss in each.items() if loss is not None} for each in losses]
     assert measured[1] == pytest.approx(measured[0], abs=2e-3)
+
+
+def test_groups_of_ranks_measure_what_one_measures_alone(run, inputs, tmp_path):
+    """Two processes, each with its own candidate: cut off in the middle, gone on with, and the same to the last bit."""
+    alone, expected, _ = run
+    folder, job = tmp_path / "run", (run_with_failures, tmp_path / "run", inputs, "search", settings())
+    with pytest.raises(RankError, match=r"LostRankError: (another group .* ended: rank [01]: CutOff|rank 1 lost)"):
+        run_on_ranks(2, connecting_themselves, free_port(), *job, 1)
+    partial = folder / "stages/.search.partial"
+    before = [row for path in partial.glob("measured*.jsonl") for row in read_rows(path)]
+    assert {row["rank"] for row in before} == {0, 1}
+    assert sum(row["rung"] > 0 for row in before) >= 1
+    first, second = run_on_ranks(2, connecting_themselves, free_port(), *job, None)
+    assert first["search"] == second["search"]
+    assert first["search"]["winner"] == expected["search"]["winner"]
+    assert first["search"]["failed"] == expected["search"]["failed"]
+    assert not list((folder / "stages/search").glob("measured.rank*"))
+    rows = read_rows(folder / "stages/search/measured.jsonl")
+    keys = [(row["candidate"], row["rung"], row["seed"]) for row in rows]
+    assert len(set(keys)) == len(keys), "nothing was measured twice"
+    assert all(row in rows for row in before), "and nothing again"
+    theirs = read_rows(alone / "stages/search/measured.jsonl")
+    losses = [
+        {(row["candidate"], row["rung"], row["seed"]): row["loss"] for row in each if "loss" in row}
+        for each in (rows, theirs)
+    ]
+    assert losses[0] == losses[1]

@@ -30,17 +30,22 @@ def command(run: Path, inputs: list[str], recipe: Path = RECIPE) -> list[str]:
     return [sys.executable, "-m", "nemo_minitron", "run", str(recipe), *inputs, "--run-dir", str(run)]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+def environment(temporary: Path | None = None) -> dict[str, str]:
+    """Of a run, with a temporary folder of its own if one is given."""
+    return os.environ | {"OMP_NUM_THREADS": "1"} | ({} if temporary is None else {"TMPDIR": str(temporary)})
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(stream(open_checkpoint(run / "stages/distill/student")))
 
 
-def start(run: Path, inputs: list[str], recipe: Path = RECIPE) -> subprocess.Popen[str]:
+def start(run: Path, inputs: list[str], recipe: Path = RECIPE, temporary: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(run, inputs, recipe), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        command(run, inputs, recipe),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(temporary),
     )
 
 

@@ -231,6 +231,22 @@ def converted(metadata: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_str(files["tokenizer.json"].decode())
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("add_bos_token", "false"),
+        ("add_bos_token", 0),
+        ("add_eos_token", 1.0),
+        ("bos_token_id", 0.0),
+        ("eos_token_id", "1"),
+    ],
+)
+def test_flags_and_ids_of_another_type_are_refused(key: str, value: object) -> None:
+    """llama.cpp refuses them too: a text "false" is true to Python."""
+    with pytest.raises(CheckpointError, match=f"tokenizer.ggml.{key} = "):
+        converted(in_gguf(published("smollm"), "smollm") | {f"tokenizer.ggml.{key}": value})
+
+
 @COUNTS
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "smollm", "tekken"])
 def test_byte_level_tokenizers_of_gguf_files(pre: str, count: int) -> None:

@@ -190,7 +190,9 @@ def test_a_signal_before_ranks_can_take_it_is_no_failure(start, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system ends orphans on Linux only")
-def test_no_rank_outlives_a_killed_launcher(start, tmp_path):
+def test_no_rank_and_no_file_outlives_a_killed_launcher(start, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     process = start(
         """
         import os, sys, time
@@ -210,6 +212,7 @@ def test_no_rank_outlives_a_killed_launcher(start, tmp_path):
     while any(alive(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def alive(pid: int) -> bool:

@@ -1,5 +1,6 @@
 """Existing Megatron token files: samples are those of Megatron's own blend, splits never overlap."""
 
+import struct
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from nemo_minitron.config.run import DataConfig
 from nemo_minitron.errors import DataError
+from nemo_minitron.megatron.blend import open_prefix
 from nemo_minitron.megatron.data import WindowDataset, training_dataset
 from nemo_minitron.megatron.token_files import open_split, write_blend_files
 from tests.tiny import write_tokenizer
@@ -195,3 +197,26 @@ def test_bad_files_are_named(tmp_path, tokenizer, prefixes):
     with pytest.raises(DataError, match="no document falls to calibration"):
         write_blend_files(tokenizer, tmp_path / "data", few, seed=5, vocab_size=256)
     assert not [path for path in (tmp_path / "data").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code", "lengths", "starts", "message"),
+    [
+        (np.float32, 7, (3, 2), (0, 3), "holds float32 numbers, which are no tokens"),
+        (np.float64, 6, (3, 2), (0, 3), "holds float64 numbers, which are no tokens"),
+        (np.uint16, 8, (3, 2), (2, 0), "do not lie one behind the other"),
+        (np.uint16, 8, (3, 2), (0, 0), "do not lie one behind the other"),
+        (np.uint16, 8, (3, 2), (0, 30), "do not lie one behind the other"),
+        (np.uint16, 8, (7, -2), (0, 7), "do not lie one behind the other"),
+        (np.uint16, 4, (3, 2), (0, 3), "10 bytes, where the index says 20"),
+        (np.uint16, 99, (3, 2), (0, 3), "99 is not a valid DType"),
+    ],
+)
+def test_an_index_that_contradicts_its_tokens_is_refused(tmp_path, *, dtype, code, lengths, starts, message):
+    (tmp_path / "a.bin").write_bytes(np.arange(5).astype(dtype).tobytes())
+    pointers = np.array(starts, np.int64) * {4: 4, 99: 2}.get(code, np.dtype(dtype).itemsize)
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 2, 3)
+    arrays = (np.array(lengths, np.int32), pointers, np.arange(3, dtype=np.int64))
+    (tmp_path / "a.idx").write_bytes(head + b"".join(array.tobytes() for array in arrays))
+    with pytest.raises(DataError, match=message):
+        open_prefix(str(tmp_path / "a"))

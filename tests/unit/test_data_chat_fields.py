@@ -136,6 +136,8 @@ def test_a_system_prompt_beside_the_messages_stands_in_front(tmp_path, tokenizer
         ({"prompt": "a", "answer": "b", "input": "more"}, "input: the chat template does not read it"),
         ({"tools": "add", "messages": [USER, ANSWER]}, "tools is a text that is not JSON"),
         ({"weight": 3, "messages": [USER, ANSWER]}, "weight is 3"),
+        ({"messages": [{**USER, "from": "gpt"}, ANSWER]}, 'message 1: role is "user", but from is "gpt"'),
+        ({"messages": [USER, {**ANSWER, "value": "other"}]}, "message 2: content and value are two texts"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused_by_name_however_rare_it_is(tmp_path, tokenizer, record, named):
@@ -154,6 +156,7 @@ def test_dirty_lines_cost_that_conversation(tmp_path, tokenizer):
         '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
         '{"messages": [',
         {"messages": [USER, {**ANSWER, "weight": 0}]},
+        '{"prompt": "a", "answer": "b", "answer": "c"}',
     )
     reading = read_lines([path])
     assert len(reading.conversations) == 45
@@ -162,6 +165,7 @@ def test_dirty_lines_cost_that_conversation(tmp_path, tokenizer):
     assert "a.jsonl:47: half a surrogate pair in a text" in told
     assert "a.jsonl:48: not JSON" in told
     assert "a.jsonl:49: every answer has weight 0" in told
+    assert "a.jsonl:50: not JSON in UTF-8 (key 'answer' occurs twice)" in told
     with pytest.raises(DataError, match=r"at most 0\.05 of the lines may be faulty"):
         read_lines([path], max_bad_fraction=0.05)
 

@@ -57,6 +57,16 @@ def test_parquet_gives_the_named_column(tmp_path):
         texts(tmp_path / "a.parquet", text_key="story")
 
 
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "b.arrow"):
+        with pytest.raises(DataError, match="has 2 columns 'text'"):
+            texts(tmp_path / name)
+
+
 def test_a_folder_is_read_in_path_order_without_hidden_and_foreign_files(tmp_path):
     for name in ("b/2.txt", "a/1.txt", "c.txt", ".cache/no.txt", "b/.no.txt", "read.me"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -82,6 +92,7 @@ def test_one_long_text_file_becomes_several_documents_and_loses_nothing(tmp_path
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "no text under 'text' (found: body, id)"),
         ("a.jsonl", b"[1]\n", "found: a JSON list"),
+        ("a.jsonl", b'{"text": "x", "id": 1, "text": "y"}\n', "key 'text' occurs twice"),
         ("a.txt.gz", gzip.compress(b"text" * 1000, mtime=0)[:-20], "undamaged"),
         ("a.jsonl.bz2", bz2.compress(b"x" * 1000)[:-20], "undamaged"),
         ("a.txt.xz", b"not xz", "undamaged"),

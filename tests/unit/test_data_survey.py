@@ -163,11 +163,35 @@ def test_a_file_becomes_unreadable_between_survey_and_reading(public):
         list(cut(found.files))
 
 
+def write_arrow(path: Path) -> None:
+    table = pyarrow.table({"text": [path.name]})
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_a_data_set_that_is_not_complete_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    write_arrow(tmp_path / "train/data-00000-of-00002.arrow")
+    names = [f"data-0000{number}-of-00002.arrow" for number in range(2)]
+    state = tmp_path / "train/state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    with pytest.raises(DataError, match=r"state\.json: names 'data-00001-of-00002\.arrow', which is not there"):
+        survey([tmp_path])
+    for damaged in ('{"_data_files": [', "[]", '{"_data_files": ["a.arrow"]}', "{}"):
+        state.write_text(damaged)
+        with pytest.raises(DataError, match=r"state\.json: .*\n.*datasets library"):
+            survey([tmp_path])
+    state.write_text(json.dumps({"_data_files": [{"filename": names[0]}]}))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=r"dataset_dict\.json: names 'test', which is not there"):
+        survey([tmp_path])
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert [file.path.name for file in survey([tmp_path]).files] == names[:1]
+
+
 def test_caches_of_the_datasets_library_are_no_data(tmp_path):
     for name in ("data-00000-of-00001.arrow", "cache-1234.arrow"):
-        table = pyarrow.table({"text": [name]})
-        with pyarrow.OSFile(str(tmp_path / name), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        write_arrow(tmp_path / name)
     state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None}
     (tmp_path / "state.json").write_text(json.dumps(state))
     found = survey([tmp_path])

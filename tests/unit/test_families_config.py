@@ -1,5 +1,6 @@
 """What families read from and write to configuration files, and what they refuse."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ REFUSED = [
     (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
     (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}}, "mscale = 2"),
     (LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": math.nan}}, "factor = 'nan'"),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": math.inf}}, "factor = 'inf'"),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling says"),
     (LLAMA, {"rope_theta": 5e5}, "rope_theta = 10000"),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type = 'linear'"),

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.axes import LAYER_AXES, Axis
 from nemo_minitron.arch.layer import transformer_layer
-from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.config.sizes import LayerSizes, TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.plan import PruningPlan
@@ -211,6 +211,37 @@ def test_a_share_is_taken_of_each_layer() -> None:
 def test_divisors_that_cannot_be(target: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         student_spec(TargetConfig(**target), LARGE)
+
+
+def test_layers_may_have_sizes_of_their_own() -> None:
+    scores = scores_with(ffn=[5, 1, 4, 2, 3], head=[1, 2, 9, 1, 4, 3])
+    by_layer = {1: {"ffn_hidden_size": 2}, 3: {"num_query_groups": 1, "ffn_hidden_size": 0.4}}
+    target = {"drop_layers": [0], "ffn_hidden_size": 4, "by_layer": by_layer}
+    plan = plan_for(scores, target)
+    assert plan.layers == (
+        layer_plan(source=1, kv_groups=(0, 1, 2), heads=(0, 1, 2, 3, 4, 5), ffn=(0, 2)),
+        layer_plan(source=2, kv_groups=(0, 1, 2), heads=(0, 1, 2, 3, 4, 5), ffn=(0, 2, 3, 4)),
+        layer_plan(source=3, kv_groups=(1,), heads=(2, 3), ffn=(0, 2)),
+    )
+    assert student_spec(TargetConfig(**target), SPEC) == plan.student
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"by_layer": {4: {"ffn_hidden_size": 2}}}, "by_layer.4: the teacher's layers are 0-3"),
+        ({"by_layer": {1: {"ffn_hidden_size": 6}}}, "by_layer.1: ffn_hidden_size = 6, the teacher has 5"),
+        ({"by_layer": {1: {"num_attention_heads": 4}}}, "by_layer.1: num_attention_heads = 4 is not a multiple of"),
+        ({"by_layer": {1: {"ffn_hidden_size": 2}}, "drop_layers": [1]}, "by_layer.1: drop_layers drops it"),
+    ],
+)
+def test_sizes_of_single_layers_that_cannot_be(target: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        student_spec(TargetConfig(**target), SPEC)
+
+
+def test_every_size_of_a_layer_can_be_said_of_a_single_one() -> None:
+    assert {row.size for row in LAYER_AXES} <= set(LayerSizes.model_fields)
 
 
 def test_scores_of_another_model_are_refused() -> None:

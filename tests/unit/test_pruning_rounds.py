@@ -107,3 +107,8 @@ def test_every_round_is_a_model_one_could_have_asked_for(groups, per_group, step
     wanted = target(num_attention_heads=groups[1] * per_group[1], num_query_groups=groups[1], num_layers=20)
     specs = round_specs(wanted, teacher, steps)
     assert specs[-1] == student_spec(wanted, teacher)
+
+
+def test_sizes_of_single_layers_are_for_one_round():
+    with pytest.raises(PlanError, match="layers differ in size"):
+        round_targets(target(by_layer={1: {"ffn_hidden_size": 768}}), spec(), 2)

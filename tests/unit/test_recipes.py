@@ -206,16 +206,21 @@ def hybrid(tmp_path_factory) -> list[str]:
     return [f"model.source={model}", "data.sources=[texts]"]
 
 
+@pytest.fixture(scope="module")
+def own_models(tiny, tiny_experts, hybrid) -> dict[str, list[str]]:
+    """What the tiny recipes are given; "" for those for any model."""
+    return {"": tiny, "tiny/experts_cpu": tiny_experts, "tiny/hybrid_cpu": hybrid}
+
+
 def documented(name: str) -> str:
     """A recipe's row in the table of recipes/README.md."""
     return re.search(rf"^\| `{name}` \|.*$", README.read_text(), re.MULTILINE)[0]
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
-def test_every_recipe_dry_runs(recipe, tiny, tiny_experts, hybrid, tmp_path, monkeypatch):
+def test_every_recipe_dry_runs(recipe, own_models, tmp_path, monkeypatch):
     monkeypatch.setenv("NEMO_MINITRON_CACHE", str(tmp_path / "nothing is here"))
-    own = {"tiny/experts_cpu": tiny_experts, "tiny/hybrid_cpu": hybrid}
-    overrides = own.get(recipe.name, tiny) if recipe.name.startswith("tiny/") else []
+    overrides = own_models.get(recipe.name, own_models[""]) if recipe.name.startswith("tiny/") else []
     before = time.process_time()
     done = CliRunner().invoke(app, ["run", recipe.name, *overrides, "--run-dir", str(tmp_path / "run"), "--dry-run"])
     assert time.process_time() - before < 10

@@ -194,6 +194,14 @@ def test_a_comparison_names_what_differs():
     assert "distill.optimizer.lr 0.0001 0.0003" in re.sub(r"\s+", " ", words)
     assert "seed 1234 1234" not in re.sub(r"\s+", " ", words)
     assert "1.42 x" in words
+    assert "The teacher's differ" not in words
+
+
+def test_teachers_that_were_measured_on_other_text_are_pointed_out():
+    first, second = complete(), complete()
+    second.results["evaluate"]["perplexity"]["teacher"] *= 1.02
+    runs = [Compared(name=name, content=one, settings={}) for name, one in (("a", first), ("b", second))]
+    assert "The teacher's differ" in " ".join(Page(comparison(runs)).words)
 
 
 # -- run folders -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,17 @@ from scipy.stats import spearmanr
 
 from nemo_minitron.errors import SearchError, TrainingError
 from nemo_minitron.json_lines import rows_to_continue
-from nemo_minitron.search.race import Record, Rung, Standing, rank_correlation, run_race
+from nemo_minitron.search.race import (
+    Record,
+    Rung,
+    Standing,
+    Task,
+    group_count,
+    group_sizes,
+    measure_in_turn,
+    rank_correlation,
+    run_race,
+)
 
 NAMES = list("abcdefgh")
 RUNGS = [Rung(candidates=4), Rung(candidates=2, seeds=3)]
@@ -34,7 +44,12 @@ class Course:
 
 
 def race(course, record=None, **settings):
-    return run_race(NAMES, RUNGS, course, record=record or Record(), failures=(TrainingError,), **settings)
+    record = record or Record()
+
+    def complete(tasks):
+        measure_in_turn(tasks, course, record=record, failures=(TrainingError,))
+
+    return run_race(NAMES, RUNGS, complete, record=record, **settings)
 
 
 def test_the_best_of_each_rung_go_on():
@@ -118,3 +133,55 @@ def test_rank_correlation_is_spearmans(seed):
 
 def test_two_candidates_have_no_rank_correlation():
     assert rank_correlation({"a": 1, "b": 2}, {"a": 1, "b": 2}) is None
+
+
+def test_a_candidate_that_failed_with_one_seed_has_no_loss():
+    """Another group may have measured the other seed meanwhile."""
+    record = Record()
+    record.take([{**Task("a", 2, 1)._asdict(), "loss": 1.0}, {**Task("a", 2, 0)._asdict(), "failed": "no memory"}])
+    assert record.losses("a", 2) is None
+    assert record.is_settled(Task("a", 2, 2))
+    assert not record.is_settled(Task("a", 1, 0))
+
+
+def test_what_is_known_already_is_not_written_again(tmp_path):
+    path = tmp_path / "measured.jsonl"
+    record = Record(path=path)
+    first = {**Task("a", 1, 0)._asdict(), "loss": 2.0}
+    record.take([first])
+    record.take([first, {**Task("b", 1, 0)._asdict(), "loss": 3.0}])
+    assert [json.loads(line)["candidate"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "ranks", "unit", "least", "expected"),
+    [
+        (24, 4, 1, 1, 4),  # a rank each, six tasks one after the other
+        (24, 4, 2, 2, 2),  # TP 2: two copies
+        (3, 8, 1, 1, 4),  # one group is left over, and every candidate has two ranks
+        (1, 8, 2, 2, 1),  # all together
+        (12, 64, 8, 8, 8),  # fewer copies than tasks
+        (5, 24, 1, 1, 6),
+        (24, 8, 1, 4, 2),  # at least four ranks each
+        (24, 8, 2, 3, 2),  # at least three are four, with two in each copy
+        (24, 4, 1, 16, 1),  # more than there are
+        (2, 1, 1, 1, 1),
+    ],
+)
+def test_groups_are_as_many_as_the_work_and_as_large_as_can_be(tasks, ranks, unit, least, expected):
+    assert group_count(tasks, ranks, group_sizes(ranks, unit, least)) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 6, 24, 64])
+def test_groups_share_all_ranks_equally_and_hold_complete_copies(ranks):
+    for unit in (unit for unit in range(1, ranks + 1) if ranks % unit == 0):
+        for least in (1, 3, 1000):
+            sizes = group_sizes(ranks, unit, least)
+            assert sizes[-1] == ranks
+            assert all(size % unit == 0 and ranks % size == 0 for size in sizes)
+            for tasks in (1, 2, 7, 1000):
+                count = group_count(tasks, ranks, sizes)
+                assert count * (ranks // count) == ranks
+                assert ranks // count in sizes
+                larger = [size for size in sizes if size > ranks // count]
+                assert all(ranks // size < tasks for size in larger), "no larger group would have sufficed"

@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
-from nemo_minitron.config.load import check
+from nemo_minitron.config.load import check, load_recipe, to_yaml
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.pruning.sizes import student_spec
+from nemo_minitron.search.problem import pose, target_by_layer
 from nemo_minitron.stages.chain import chain_for
 from tests.tiny import write_corpus, write_llama
 from tests.unit.search_specs import smollm2
@@ -29,6 +30,8 @@ def recipe(**sections) -> RunConfig:
         ({"rounds": 2}, "rounds = 2 with a budget (target.ratio)"),
         ({"target": {"ratio": 0.75, "drop_layers": [1]}}, "target.drop_layers with a budget"),
         ({"target": {"ratio": 0.75, "random_seed": 1}}, "target.random_seed with a budget"),
+        ({"target": {"ratio": 0.75, "by_layer": {1: {"ffn_hidden_size": 8}}}}, "target.by_layer with a budget"),
+        ({"search": {"ranks_per_candidate": 0}}, "search.ranks_per_candidate"),
         ({"target": {"ratio": 0.75, "merge_layers": True}}, "target.merge_layers with a budget"),
         ({"target": {"decode_ms": 5}}, "target.decode_ms needs target.deployment.latency_table"),
         ({"target": {"ratio": 1.5}}, "target.ratio"),
@@ -106,7 +109,7 @@ def invoke(*arguments):
 
 def test_a_dry_run_shows_space_budgets_and_cost(tiny, tmp_path):
     folder, overrides = tiny
-    run = ["--run-dir", tmp_path / "run", "--dry-run"]
+    run = ["--run-dir", tmp_path / "run", "--dry-run", "--nproc", "2"]
     done = invoke("search", "tiny/tiny_cpu", *overrides, "target.ratio=0.6", "search.tolerance=0.3", *run)
     assert done.exit_code == 0, done.output
     teacher = parameter_count(open_checkpoint(folder / "hf").spec)
@@ -115,6 +118,7 @@ def test_a_dry_run_shows_space_budgets_and_cost(tiny, tmp_path):
     assert re.search(r"layers 4 2, 3, 4 3", text)
     assert f"params {teacher * 6 // 10 / 1e3:.4g} K" in text
     assert re.search(r"[\d,]+ pass, \d+ of them run", text)
+    assert re.search(r"at once ─+ pruned 3 512 2 1 3 1 512 2 ", text), "three candidates on two ranks"
     assert re.search(r"the race passes over [\d,]+ tokens at most: about [\d.e-]+ hours on this machine", text)
     assert not list(tmp_path.iterdir())
 
@@ -133,3 +137,46 @@ def test_the_verb_without_a_budget_says_what_is_missing(tiny, tmp_path):
     done = invoke("search", "tiny/tiny_cpu", *overrides, "target.num_layers=3", "--run-dir", tmp_path / "run")
     assert done.exit_code == 2
     assert "no stage 'search'; the recipe's target has no budget" in done.output
+
+
+def test_how_many_ranks_share_a_candidate_changes_no_result():
+    config, other = recipe(), recipe(search={"ranks_per_candidate": 8})
+    digests = {}
+    for name, each in {"config": config, "other": other, "samples": recipe(search={"samples": 9})}.items():
+        [stage] = [stage for stage in chain_for(each) if stage.name == "search"]
+        digests[name] = stage.digest(each, dict.fromkeys(stage.needs, ""))
+    assert digests["config"] == digests["other"] != digests["samples"]
+
+
+def test_groups_cut_the_batch_into_complete_micro_batches():
+    batch = {"sequence_length": 100, "global_batch_size": 6, "micro_batch_size": 1}
+    config = recipe(distill={"tokens": 1_000_000, "batch": batch}, search={"space": {"num_layers": {"min": 15}}})
+    problem = pose(config, smollm2())
+    # Four ranks cannot share a batch of six: two of them can, in two groups.
+    assert [problem.groups(tasks, 4) for tasks in (1, 2, 3)] == [2, 2, 4]
+    assert problem.groups(5, 1) == 1
+
+
+def test_sizes_of_layers_survive_a_recipe_file(tmp_path):
+    by_layer = {3: {"ffn_hidden_size": 768}, 12: {"num_query_groups": 1, "ffn_hidden_size": 0.5}}
+    config = recipe(target={"drop_layers": [7], "by_layer": by_layer})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(config))
+    assert load_recipe(path) == config
+    changed = load_recipe(path, ["target.by_layer.3.ffn_hidden_size=896"]).target
+    assert (changed.for_layer(3).ffn_hidden_size, changed.for_layer(12).num_query_groups) == (896, 1)
+    assert changed.for_layer(0) == changed
+
+
+def test_a_choice_of_layers_becomes_sizes_in_a_recipe():
+    teacher = smollm2()
+    small = teacher.layer.with_sizes(ffn_hidden_size=768)
+    few = teacher.layer.with_sizes(num_query_groups=1, num_attention_heads=3)
+    layers = {number: {2: small, 9: few}.get(number, teacher.layer) for number in range(30) if number not in (4, 29)}
+    asked = TargetConfig(ratio=0.75, num_layers=28, multiple_of=100, rescale_norms=False)
+    target = target_by_layer(asked, teacher, layers)
+    assert target.budgets == {}
+    assert target.drop_layers == (4, 29)
+    assert set(target.by_layer) == {2, 9}
+    assert not target.rescale_norms
+    assert student_spec(target, teacher).layers == tuple(layers.values())

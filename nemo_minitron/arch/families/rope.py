@@ -1,5 +1,6 @@
 """Rotary settings of `config.json`: `rope_parameters` of transformers 5, `rope_scaling` and the keys of before it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -100,8 +101,11 @@ def _scaling(kind: Any, rope: Mapping[str, Any], config: Mapping[str, Any], wher
     if kind == "default":
         return None
     if kind not in ("linear", "llama3", "yarn"):
+        remedy = "with sequences up to max_position_embeddings it is 'default'" if kind == "dynamic" else ""
         raise SpecError(
-            f"config.json: {where}: rope_type = {kind!r} is not supported", rule="default, linear, llama3 or yarn"
+            f"config.json: {where}: rope_type = {kind!r} is not supported",
+            rule="default, linear, llama3 or yarn",
+            remedy=remedy,
         )
     needed = _LLAMA3 if kind == "llama3" else ("factor",)
     if missing := [key for key in needed if key not in rope]:
@@ -139,7 +143,7 @@ def _agreed(
 
 
 def _number(value: Any, key: str) -> float:
-    if type(value) not in (int, float) or value <= 0:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
         raise SpecError(f"config.json: {key} = {str(value)[:40]!r}", rule="a positive number")
     return float(value)
 

@@ -11,6 +11,7 @@ class DType:
 
 class _IndexReader:
     dtype: type[np.number[Any]]
+    sequence_pointers: NDArray[np.int64]
 
 class _BinReader:
     def read(self, dtype: type[np.number[Any]], count: int, offset: int) -> NDArray[Any]: ...
