@@ -198,12 +198,13 @@ def _write(path: Path, config: object, kind: Callable[..., PreTrainedModel], see
                 parameter.add_(1.0)
     tokenizer = write_tokenizer(path, vocab_size=config.vocab_size)
     if trained_steps:
-        _train(model, tokenizer, trained_steps)
+        train(model, tokenizer, trained_steps)
     model.save_pretrained(path)
     return model.eval()
 
 
-def _train(model, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+def train(model, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    """Train on sentences like the corpus's."""
     ids = torch.tensor(tokenizer.encode(" ".join(sentences(2000 + seed, 100) for seed in range(10))))
     windows = ids[: len(ids) // 64 * 64].view(-1, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -28,7 +28,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
-    write_experts(folder / "hf", "qwen2_moe")
+    write_experts(folder / "hf", "qwen2_moe", trained_steps=100)
     write_corpus(folder / "corpus")
     return folder
 

@@ -65,14 +65,27 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
-def write_experts(path: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
-    """A random model out of `CONFIGS` and a tokenizer, as transformers saves them."""
+def write_experts(
+    path: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    trained_steps: int = 0,
+    **changes: Any,
+) -> None:
+    """A model out of `CONFIGS` and a tokenizer, as transformers saves them.
+
+    Random, or trained for some steps as in `tiny.write_llama`.
+    """
     model = build_experts(name, seed=seed, **changes).to(dtype)
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):  # fp32 in a model of any dtype
             buffer.data = buffer.float()
+    tokenizer = tiny.write_tokenizer(path, vocab_size=256)
+    if trained_steps:
+        tiny.train(model, tokenizer, trained_steps)
     model.save_pretrained(path)
-    tiny.write_tokenizer(path, vocab_size=256)
 
 
 def build_experts(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
