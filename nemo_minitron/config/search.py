@@ -45,8 +45,9 @@ class SearchConfig(Section):
     layerwise: LayerwiseConfig | None = None
     """Also try layers of different sizes in the last rung; `{}` for the defaults, nothing for layers of one size."""
     ranks_per_candidate: Count | None = None
-    """Ranks that work on one candidate, at least; None for the fewest that hold one (TP x PP x CP). All others work on
-    other candidates meanwhile. More of them share the batch and the optimizer's states; losses are the same."""
+    """Ranks that work on one candidate, at least; None for the fewest that the layout fits in (TP x PP x CP, more with
+    EP). All others work on other candidates meanwhile. More of them share the batch and the optimizer's states; losses
+    are the same."""
     cache: CacheConfig = CacheConfig()
     """The teacher's targets, stored once for all candidates."""
 

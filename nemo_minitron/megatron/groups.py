@@ -53,9 +53,9 @@ class RankGroup:
 
 
 def most_groups() -> int:
-    """How many groups there can be: one for each copy of the model, if this module made the connections."""
+    """How many groups there can be: as many as the layout fits in, if `start` made the connections."""
     here = runtime.current()
-    return 1 if runtime.shared_store() is None else here.world_size // here.parallel.model_parallel_size
+    return 1 if runtime.shared_store() is None else here.world_size // here.parallel.ranks
 
 
 def in_groups(count: int, work: Callable[[RankGroup], T]) -> list[T]:

@@ -46,10 +46,12 @@ class SearchProblem:
     def groups(self, tasks: int, ranks: int) -> int:
         """How many groups of ranks share so many measurements; each can cut the batch into complete micro-batches."""
         config = self.config
-        batch, unit = config.distill.batch, config.parallel.model_parallel_size
+        batch, parallel = config.distill.batch, config.parallel
+        unit = parallel.ranks
         ranks = max(ranks // unit, 1) * unit  # what is left over is refused before a search begins
         sizes = group_sizes(ranks, unit, config.search.ranks_per_candidate or unit)
-        fitting = [size for size in sizes if batch.global_batch_size % (batch.micro_batch_size * size // unit) == 0]
+        copies = {size: size // parallel.model_parallel_size for size in sizes}
+        fitting = [size for size in sizes if batch.global_batch_size % (batch.micro_batch_size * copies[size]) == 0]
         return group_count(tasks, ranks, fitting or sizes[:1])
 
 

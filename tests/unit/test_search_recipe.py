@@ -1,6 +1,7 @@
 """Budgets in a recipe: what is refused, what the chain becomes, what a dry run says."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,7 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
 from nemo_minitron.config.load import check, load_recipe, to_yaml
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ConfigError, PlanError
@@ -155,6 +157,9 @@ def test_groups_cut_the_batch_into_complete_micro_batches():
     # Four ranks cannot share a batch of six: two of them can, in two groups.
     assert [problem.groups(tasks, 4) for tasks in (1, 2, 3)] == [2, 2, 4]
     assert problem.groups(5, 1) == 1
+    experts = config.model_copy(update={"parallel": ParallelConfig(expert=2)})
+    shared = replace(problem, config=experts)
+    assert [shared.groups(tasks, 4) for tasks in (1, 3)] == [2, 2], "two ranks share the experts of a candidate"
 
 
 def test_sizes_of_layers_survive_a_recipe_file(tmp_path):
