@@ -5,7 +5,7 @@
 For each seed a run of the demo's recipe is made as far as its pruned student; teacher, student and samples are written
 for the others (`plain_kd`), and then one trainer after the other has the machine for itself. All are validated on the
 same held-out windows by the same formula; loading and validating are not timed. A trainer's library that is not
-installed can lie in a folder of its own (`pip install --no-deps --target EXTRA trl nvidia-modelopt`, then `--extra
+installed can lie in a folder of its own (`pip install --no-deps --target EXTRA trl nvidia-modelopt pulp`, then `--extra
 EXTRA`). What is there already is not done again.
 """
 

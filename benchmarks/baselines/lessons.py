@@ -47,10 +47,10 @@ class Lesson:
         return max(1, math.ceil(self.warmup * self.steps))
 
     def rate(self, step: int) -> float:
-        """Fraction of the peak rate at a step, from 0."""
+        """Fraction of the peak rate at a step, from 0; the last one's is zero, as ours."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        return max(0.0, (self.steps - step) / max(1, self.steps - self.warmup_steps))
+        return max(0.0, (self.steps - step - 1) / max(1, self.steps - self.warmup_steps))
 
     def model(self, name: str) -> PreTrainedModel:
         """`TEACHER`, frozen, or `STUDENT`."""

@@ -86,11 +86,11 @@ def _tiles(runs: Sequence[Compared]) -> list[Row]:
 
 def _sizes(runs: Sequence[Compared]) -> Row:
     rows = []
-    labels = tuple(dict.fromkeys(label for run in runs for label in cut_sizes(run.content.student)))
+    labels = dict.fromkeys(label for run in runs for label in cut_sizes(run.content.student))
     for run in runs:
         before, after = run.content.parameters["teacher"], run.content.parameters["student"]
         sizes = cut_sizes(run.content.student)
-        found = (str(sizes.get(label, 0)) for label in labels)
+        found = (str(sizes.get(label, "")) for label in labels)
         rows.append((run.name, run.content.source, compact(after), f"{after / before:.1%}", *found))
     headings = ("run", "teacher", "parameters", "of the teacher's", *labels)
     return {"headings": headings, "rows": rows}
