@@ -197,5 +197,7 @@ class LayerwiseConfig(Section):
     """KV groups that a layer may have; each keeps its query heads."""
     drop: bool = True
     """Whether a layer may go altogether."""
+    drop_parts: bool = False
+    """Whether a layer may lose its attention or its MLP alone."""
     samples: Count = 2
     """Calibration samples that each replacement is measured on."""

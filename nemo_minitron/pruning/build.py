@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis, outer_axis
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ScoresError
@@ -83,8 +83,10 @@ def build_plan_by_layer(
     how = _how(target)
     plans = []
     for number in sorted(layers):
-        exact = target.model_copy(update=layers[number].sizes)
-        plans.append(_layer_plan(scores, number, exact, how))
+        form, whole = layers[number], scores.spec.layers[number]
+        exact = target.model_copy(update=form.sizes)
+        gone = tuple(name for name in PARTS if getattr(form, name) is None and getattr(whole, name) is not None)
+        plans.append(_layer_plan(scores, number, exact, how, gone))
     return PruningPlan(
         spec=scores.spec,
         hidden=tuple(range(scores.spec.hidden_size)),
