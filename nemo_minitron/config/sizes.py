@@ -50,6 +50,9 @@ class LayerSizes(Section):
     num_experts: Size | None = None
     expert_ffn_hidden_size: Size | None = None
     shared_ffn_hidden_size: Size | None = None
+    mamba_num_heads: Size | None = None
+    mamba_num_groups: Size | None = None
+    mamba_head_dim: Size | None = None
 
 
 class TargetConfig(BudgetConfig):

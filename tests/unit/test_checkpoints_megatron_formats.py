@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from nemo_minitron.arch.families import FAMILIES
 from nemo_minitron.arch.spec import Activation, ModelSpec, Norm, RopeScaling
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.megatron_dist import write_megatron
@@ -61,9 +62,9 @@ def plan(source: TensorSource) -> PruningPlan:
 
 CASES = [
     (family, tied)
-    for family in (*tiny.FAMILY_CONFIGS, HYBRID)
+    for family in FAMILIES
     for tied in (True, False)
-    if not (tied and family == HYBRID)
+    if family in tiny.FAMILY_CONFIGS or (family == HYBRID and not tied)
 ]
 
 
