@@ -109,7 +109,8 @@ def losses_of_cuts(
             sizes = dict(enumerate(teacher.spec.layers))
             before = sizes.pop(layer)
             if not form.get("dropped"):
-                sizes[layer] = before.with_sizes(**form)
+                left = before.without(*form.get("without", ()))
+                sizes[layer] = left.with_sizes(**{name: size for name, size in form.items() if name != "without"})
             plan = build_plan_by_layer(scores, config.target, sizes, provenance={})
             found.append(loss_of(PrunedSource(teacher, plan), config, run / "stages/data"))
     finally:

@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     NemotronConfig,
+    NemotronHConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -136,6 +137,37 @@ def write_family(path: Path, name: str, *, seed: int = 0, trained_steps: int = 0
     return _write(path, config, AutoModelForCausalLM.from_config, seed, trained_steps)
 
 
+NEMOTRON_H_PATTERN = "M-*M-M*-"
+
+
+def write_nemotron_h(
+    path: Path, *, seed: int = 0, pattern: str = NEMOTRON_H_PATTERN, trained_steps: int = 0, **changes: object
+) -> PreTrainedModel:
+    """A hybrid: Mamba with 8 heads of 8 channels in 4 groups and 16 states, attention of 8 heads in 4 groups, FFN 96.
+
+    Random, or trained for some steps as in `write_llama`.
+    """
+    settings: dict[str, object] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "hybrid_override_pattern": pattern,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 4,
+        "ssm_state_size": 16,
+        "chunk_size": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    config = NemotronHConfig(**settings | changes)
+    return _write(path, config, AutoModelForCausalLM.from_config, seed, trained_steps)
+
+
 def _sizes(sizes: dict[str, int]) -> dict[str, object]:
     return {
         "vocab_size": 256,
@@ -158,6 +190,8 @@ def _write(path: Path, config: object, kind: Callable[..., PreTrainedModel], see
     model = kind(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.endswith(("A_log", "dt_bias", "conv1d.weight")):
+                continue  # Mamba's own: decay and steps that are neither nothing nor everything
             # Larger than the usual initialisation, so that layers, heads and neurons really differ.
             parameter.normal_(std=0.15 if parameter.ndim > 1 else 0.3)
             if "norm" in name and name.endswith("weight") and config.model_type not in ZERO_CENTRED:

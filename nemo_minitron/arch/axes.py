@@ -29,10 +29,18 @@ class Axis(StrEnum):
     """Neurons of a layer's routed experts; every expert has its own, and all experts of a layer have equally many."""
     SHARED_FFN = "shared_ffn"
     """Neurons of the expert of a layer that sees every token."""
-    SINGLE = "single"
-    """One row; never pruned, present so that the gate of a shared expert has an axis."""
     HEAD_CHANNEL = "head_channel"
     """Channels inside one head; never pruned, present so that per-head norms have an axis."""
+    MAMBA_GROUP = "mamba_group"
+    """Groups of a layer's Mamba heads, each with an input and an output map of its state."""
+    MAMBA_HEAD = "mamba_head"
+    """Mamba heads of a layer; ranked inside their group."""
+    MAMBA_CHANNEL = "mamba_channel"
+    """Channels inside one Mamba head; all heads of a layer keep the same ones."""
+    MAMBA_TAP = "mamba_tap"
+    """Taps of a layer's causal convolution; never pruned."""
+    SINGLE = "single"
+    """A dimension of one; never pruned, present since other libraries store it."""
 
 
 class Packing(StrEnum):
@@ -44,6 +52,11 @@ class Packing(StrEnum):
     """Grouped by KV head: for each group its query heads, then its key head, then its value head."""
     GATE_UP = "gate_up"
     """All gate rows, then all up rows."""
+    MAMBA_IN = "mamba_in"
+    """Of all heads: the gate's channels (z), the input's (x); of all groups: input and output maps of the state (B, C);
+    a step size for each head (dt)."""
+    MAMBA_CONV = "mamba_conv"
+    """What of `MAMBA_IN` the convolution passes over: x, B, C."""
 
 
 class Scope(StrEnum):
@@ -63,6 +76,7 @@ class Site:
         name: In score files.
         axis: The axis whose units its channels belong to.
         part: The part of a layer that it belongs to, `mixer` or `feed_forward`.
+        kind: The class in `arch.layer` that this part is of; "" for any.
         is_split: Whether tensor-parallel ranks hold different channels of it; otherwise all of them hold all.
         where: What is measured there.
     """
@@ -70,6 +84,7 @@ class Site:
     name: str
     axis: Axis
     part: str
+    kind: str = ""
     is_split: bool
     where: str
 
@@ -79,6 +94,7 @@ SITES: tuple[Site, ...] = (
         name="hidden.attention",
         axis=Axis.HIDDEN,
         part="mixer",
+        kind="Attention",
         is_split=False,
         where="output of the norm before attention",
     ),
@@ -90,7 +106,30 @@ SITES: tuple[Site, ...] = (
         where="output of the norm before the MLP",
     ),
     Site(name="ffn", axis=Axis.FFN, part="feed_forward", is_split=True, where="input of mlp.linear_fc2"),
-    Site(name="head", axis=Axis.HEAD, part="mixer", is_split=True, where="input of self_attention.linear_proj"),
+    Site(
+        name="head",
+        axis=Axis.HEAD,
+        part="mixer",
+        kind="Attention",
+        is_split=True,
+        where="input of self_attention.linear_proj",
+    ),
+    Site(
+        name="hidden.mamba",
+        axis=Axis.HIDDEN,
+        part="mixer",
+        kind="Mamba",
+        is_split=False,
+        where="output of the norm before Mamba",
+    ),
+    Site(
+        name="mamba",
+        axis=Axis.MAMBA_HEAD,
+        part="mixer",
+        kind="Mamba",
+        is_split=True,
+        where="the x part of mixer.in_proj's output",
+    ),
     Site(
         name="expert_ffn",
         axis=Axis.EXPERT_FFN,
@@ -132,6 +171,9 @@ class PrunableAxis:
         each: Whether its size counts the units inside one unit of `within`, not those of the complete layer.
         sums: The axis whose scores inside a unit add up to the unit's score. Such an axis has no sites.
         token_sums: Keys of `TOKEN_SUMS` that its scores follow from. Such an axis has no sites.
+        crosses: The axis with each of whose units each of this one's has a channel, as every Mamba head has every head
+            channel. Their site shows all pairs, and a unit's score is the L2 norm over those with kept units of the
+            other axis, as far as that one is decided before.
         is_head: Whether a unit is `head_dim` channels, whose L2 norm is the unit's score.
         mixes: Key, in a plan, of units that take on what dropped ones differ by (`pruning.mixes`); "" where that
             cannot be.
@@ -152,6 +194,7 @@ class PrunableAxis:
     each: bool = False
     sums: Axis | None = None
     token_sums: tuple[str, ...] = ()
+    crosses: Axis | None = None
     is_head: bool = False
     mixes: str = ""
     symbol: str
@@ -166,7 +209,8 @@ class PrunableAxis:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where its units are measured; what they show there is added up."""
-        return tuple(site for site in SITES if site.axis is self.axis)
+        own = tuple(site for site in SITES if site.axis is self.axis)
+        return own or tuple(site for site in SITES if site.axis is self.crosses)
 
 
 PRUNABLE: tuple[PrunableAxis, ...] = (
@@ -266,6 +310,39 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         label="shared expert FFN size",
         unit="neuron",
         divided_by="tensor",
+    ),
+    PrunableAxis(
+        axis=Axis.MAMBA_CHANNEL,
+        symbol="C",
+        scope=Scope.LAYER,
+        size="mamba_head_dim",
+        plan="mamba_channels",
+        label="Mamba head size",
+        unit="Mamba head channel",
+        crosses=Axis.MAMBA_HEAD,
+    ),
+    PrunableAxis(
+        axis=Axis.MAMBA_GROUP,
+        symbol="B",
+        scope=Scope.LAYER,
+        size="mamba_num_groups",
+        plan="mamba_groups",
+        label="Mamba groups",
+        unit="Mamba group",
+        divided_by="tensor",
+        sums=Axis.MAMBA_HEAD,
+    ),
+    PrunableAxis(
+        axis=Axis.MAMBA_HEAD,
+        symbol="M",
+        scope=Scope.LAYER,
+        size="mamba_num_heads",
+        plan="mamba_heads",
+        label="Mamba heads",
+        unit="Mamba head",
+        divided_by="tensor",
+        within=Axis.MAMBA_GROUP,
+        crosses=Axis.MAMBA_CHANNEL,
     ),
 )
 """Every axis that can be cut, in the order in which sizes are decided: an axis comes after the one it lies within."""

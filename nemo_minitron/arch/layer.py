@@ -1,9 +1,9 @@
 """A layer of a model: a mixer and a feed-forward, each of one of several kinds, as plain, frozen data."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 from nemo_minitron.arch.axes import PrunableAxis, outer_axis
 from nemo_minitron.errors import SpecError
@@ -86,15 +86,59 @@ class Moe:
         return tuple(found)
 
 
-Mixer = Attention
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mamba:
+    """A mixer: Mamba-2's selective state space (arXiv:2405.21060), with a causal convolution before and a gated norm.
+
+    Fields are called as in Megatron's configuration.
+    """
+
+    mamba_num_heads: int
+    mamba_head_dim: int
+    mamba_state_dim: int
+    """Channels of the state that each channel of a head keeps."""
+    mamba_num_groups: int
+    """Heads of a group share input and output maps of the state, and a norm."""
+    conv_kernel: int = 4
+    """Positions that the convolution sees, its own among them."""
+    conv_bias: bool = True
+    dt_min: float = 0.0
+    """Step sizes are not below."""
+    chunk_size: int = field(default=128, compare=False)
+    """Positions that a scan takes together. Nothing is computed from it but speed."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their fields."""
+        names = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def inner_size(self) -> int:
+        """Channels of all heads."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def map_size(self) -> int:
+        """Channels of the input maps of all groups, and of the output maps."""
+        return self.mamba_num_groups * self.mamba_state_dim
+
+    def parts(self) -> dict[str, int]:
+        """Rows of each part of the input projection, by the letters of the paper, in order."""
+        inner, maps = self.inner_size, self.map_size
+        return {"z": inner, "x": inner, "B": maps, "C": maps, "dt": self.mamba_num_heads}
+
+
+Mixer = Attention | Mamba
 """What exchanges information between positions."""
 FeedForward = Mlp | Moe
 """What transforms each position."""
 Part = Mixer | FeedForward
 
-MIXERS: tuple[type[Mixer], ...] = (Attention,)
+MIXERS: tuple[type[Mixer], ...] = (Attention, Mamba)
 FEED_FORWARDS: tuple[type[FeedForward], ...] = (Mlp, Moe)
 PARTS = ("mixer", "feed_forward")
+_WORDS: dict[type[Part], str] = {Attention: "attention", Mamba: "Mamba", Mlp: "an MLP", Moe: "experts"}
 _Part = TypeVar("_Part", bound=Part)
 
 
@@ -111,6 +155,17 @@ class LayerSpec:
         return tuple(part for part in (self.mixer, self.feed_forward) if part is not None)
 
     @property
+    def is_transformer(self) -> bool:
+        """Whether it is attention and an MLP."""
+        return isinstance(self.mixer, Attention) and isinstance(self.feed_forward, Mlp)
+
+    @property
+    def described(self) -> str:
+        """Its parts in words, as `attention and an MLP`, or `an MLP alone`."""
+        words = [_WORDS[type(part)] for part in self.parts]
+        return " and ".join(words) if len(words) > 1 else f"{words[0]} alone" if words else "nothing"
+
+    @property
     def attention(self) -> Attention:
         """The mixer, of a layer that has attention.
 
@@ -119,6 +174,17 @@ class LayerSpec:
         """
         if not isinstance(self.mixer, Attention):
             raise SpecError("a layer has no attention", rule="this step needs attention in every layer")
+        return self.mixer
+
+    @property
+    def mamba(self) -> Mamba:
+        """The mixer, of a layer that has Mamba.
+
+        Raises:
+            SpecError: It has none.
+        """
+        if not isinstance(self.mixer, Mamba):
+            raise SpecError("a layer has no Mamba mixer", rule="this step needs one in every layer")
         return self.mixer
 
     @property
@@ -175,8 +241,7 @@ class LayerSpec:
         """
         if unknown := sorted(set(sizes) - set(self.sizes)):
             raise SpecError(f"a layer has no {', '.join(unknown)}")
-        feed_forward = cast("FeedForward | None", _resized(self.feed_forward, sizes))
-        return LayerSpec(mixer=_resized(self.mixer, sizes), feed_forward=feed_forward)
+        return replace(self, **{name: _resized(getattr(self, name), sizes) for name in PARTS})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data: the fields of both parts side by side, without those at their defaults; null for no part."""
@@ -205,6 +270,10 @@ class LayerSpec:
         if top_k is None or not isinstance(self.feed_forward, Moe):
             return self
         return replace(self, feed_forward=replace(self.feed_forward, top_k=top_k))
+
+    def without(self, *parts: str) -> "LayerSpec":
+        """A copy that lacks parts, by their names in `PARTS`."""
+        return replace(self, **dict.fromkeys(parts))
 
     def looking_back(self, *, local: bool) -> "LayerSpec":
         """A copy whose attention is local, or is not."""

@@ -80,6 +80,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("multi_latent_attention", "parallel_attention", "no_rope_freq", "softcap", "is_hybrid_model"), ()),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"), ()),
     **dict.fromkeys(("heterogeneous_layers_config_path", "window_attn_skip_freq", "interleaved_attn_pattern"), ()),
+    **dict.fromkeys(("hybrid_override_pattern", "hybrid_layer_pattern"), ()),
     **dict.fromkeys(("softmax_type",), ("vanilla",)),
     **dict.fromkeys(("attention_output_gate", "linear_attention_freq", "mtp_num_layers", "glu_linear_offset"), ()),
 }

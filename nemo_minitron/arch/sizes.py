@@ -10,7 +10,7 @@ ACTIVE = "active parameters"
 
 
 def named_sizes(spec: ModelSpec) -> dict[str, int]:
-    """Sizes by label; those of layers are the first layer's."""
+    """Sizes by label; those of layers are those of the first layer that has them."""
     return {
         PARAMETERS: parameter_count(spec),
         **({ACTIVE: parameter_count(spec, active=True)} if spec.has_experts else {}),
@@ -22,18 +22,10 @@ def named_sizes(spec: ModelSpec) -> dict[str, int]:
 
 
 def cut_sizes(spec: ModelSpec) -> dict[str, int]:
-    """Sizes by label of the axes that can be cut; those of layers are the first one's that has the axis.
-
-    Axes that no layer has are left out.
-    """
-    return {row.label: first_size(spec, row) for row in (*MODEL_AXES, *layer_axes(spec))}
+    """Sizes by label of the axes that a model has and that can be cut, as in `named_sizes`."""
+    return {row.label: size for row in (*MODEL_AXES, *LAYER_AXES) if (size := spec.common_size(row))}
 
 
 def layer_axes(spec: ModelSpec) -> tuple[PrunableAxis, ...]:
     """The axes of layers that some layer of a model has."""
     return tuple(row for row in LAYER_AXES if any(layer.size(row) for layer in spec.layers))
-
-
-def first_size(spec: ModelSpec, row: PrunableAxis) -> int:
-    """The size of an axis in the first layer that has it; 0 if none has."""
-    return next((size for index in range(spec.num_layers) if (size := spec.size(row, index))), 0)

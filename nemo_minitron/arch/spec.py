@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -107,6 +107,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
+    """Share of a head's channels that turn with the position; 0: attention knows no positions."""
     rope_scaling: AnyScaling | None = None
     tied_embeddings: bool = False
     qkv_bias: bool = False
@@ -153,10 +154,11 @@ class ModelSpec:
             raise AssertionError(f"{row.axis} is an axis of layers")
         return self.layers[layer].size(row)
 
-    def query_channels(self, layers: Iterable[int] | None = None) -> int:
-        """Channels of all query heads of some layers, or of all of them."""
-        chosen = range(self.num_layers) if layers is None else layers
-        return sum(self.layers[index].on_rank(1).heads for index in chosen) * self.head_dim
+    def common_size(self, row: PrunableAxis) -> int:
+        """Units of an axis in the model, or in its first layer that has the axis; 0 where none has."""
+        if row.scope is Scope.MODEL:
+            return self.size(row)
+        return next((size for layer in self.layers if (size := layer.size(row))), 0)
 
     def units(self, row: PrunableAxis, layer: int) -> int:
         """Units of an axis of layers in one of them; see `LayerSpec.units`."""
@@ -304,7 +306,7 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
         if not layer.parts:
             yield f"layer {index} has neither a mixer nor a feed-forward"
         elif min(layer.sizes.values()) < 1:
-            yield f"layer {index}: heads, KV groups and FFN must each be at least 1"
+            yield f"layer {index}: heads, groups, FFN and states must each be at least 1"
         else:
             yield from (f"layer {index}: {problem}" for problem in _nesting_problems(layer))
         if isinstance(layer.feed_forward, Moe):

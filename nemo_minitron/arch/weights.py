@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mixer, Mlp, Moe
+from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mamba, Mixer, Mlp, Moe
 from nemo_minitron.arch.spec import ModelSpec
 
 LAYER_PREFIX = "decoder.layers.{i}."
@@ -24,7 +24,8 @@ class WeightRow:
 
     `axes` names the axis of each dimension. A dimension of a QKV packing is marked `HEAD` and holds query heads and KV
     groups together; a dimension of a GATE_UP packing is marked `FFN` (of experts: `EXPERT_FFN`, `SHARED_FFN`) and holds
-    each neuron twice.
+    each neuron twice. A dimension marked `MAMBA_CHANNEL` holds the channels of every Mamba head, or, in a packing, all
+    of its parts.
     """
 
     name: str
@@ -35,8 +36,8 @@ class WeightRow:
     """The kind of mixer or feed-forward that it belongs to; None for a weight outside the layers."""
     when: Callable[[ModelSpec], bool] = lambda spec: True
     """Whether models with such traits have it."""
-    where: Callable[[Moe], bool] | None = None
-    """Whether experts with such traits have it; None: all of them."""
+    layer_when: Callable[[LayerSpec], bool] = lambda layer: True
+    """Whether layers with such traits have it, among those that have the part."""
     per_expert: bool = False
     """Whether every routed expert of a layer has one."""
     fp32: bool = False
@@ -49,9 +50,10 @@ class WeightRow:
 
     def present(self, spec: ModelSpec, layer: LayerSpec | None = None) -> bool:
         """Whether a model has it; for a weight of layers, whether that layer of the model has it."""
-        has_part = self.part is None or (layer is not None and any(isinstance(p, self.part) for p in layer.parts))
-        fits = self.where is None or (has_part and layer is not None and self.where(layer.moe))
-        return has_part and fits and self.when(spec)
+        if self.part is None:
+            return self.when(spec)
+        has_part = layer is not None and any(isinstance(part, self.part) for part in layer.parts)
+        return has_part and self.when(spec) and layer is not None and self.layer_when(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,13 @@ def _gated(spec: ModelSpec) -> bool:
 
 _ATTENTION = LAYER_PREFIX + "self_attention."
 _MLP = LAYER_PREFIX + "mlp."
+_MAMBA = LAYER_PREFIX + "mixer."
 _EXPERT = _MLP + "experts.local_experts.{e}."
 _SHARED = _MLP + "shared_experts."
 
 
-def _has_shared(experts: Moe) -> bool:
-    return experts.shared_ffn_hidden_size > 0
+def _has_shared(layer: LayerSpec) -> bool:
+    return layer.moe.shared_ffn_hidden_size > 0
 
 
 def _fc1(name: str, part: type[FeedForward], axis: Axis, **more: Any) -> tuple[WeightRow, WeightRow]:
@@ -113,18 +116,18 @@ _EXPERT_ROWS: tuple[WeightRow, ...] = (
         name=_MLP + "router.expert_bias",
         part=Moe,
         axes=(Axis.EXPERT,),
-        where=lambda experts: experts.correction_bias,
+        layer_when=lambda layer: layer.moe.correction_bias,
         fp32=True,
     ),
     *_fc1(_EXPERT + "linear_fc1.weight", Moe, Axis.EXPERT_FFN, per_expert=True),
     _fc2(_EXPERT + "linear_fc2.weight", Moe, Axis.EXPERT_FFN, per_expert=True),
-    *_fc1(_SHARED + "linear_fc1.weight", Moe, Axis.SHARED_FFN, where=_has_shared),
-    _fc2(_SHARED + "linear_fc2.weight", Moe, Axis.SHARED_FFN, where=_has_shared),
+    *_fc1(_SHARED + "linear_fc1.weight", Moe, Axis.SHARED_FFN, layer_when=_has_shared),
+    _fc2(_SHARED + "linear_fc2.weight", Moe, Axis.SHARED_FFN, layer_when=_has_shared),
     WeightRow(
         name=_SHARED + "gate_weight",
         part=Moe,
         axes=(Axis.SINGLE, Axis.HIDDEN),
-        where=lambda experts: experts.shared_gate,
+        layer_when=lambda layer: layer.moe.shared_gate,
     ),
 )
 
@@ -170,6 +173,40 @@ ROWS: tuple[WeightRow, ...] = (
         part=Attention,
         axes=(Axis.HIDDEN,),
         when=lambda spec: spec.post_norms,
+    ),
+    WeightRow(name=_MAMBA + "in_proj.layer_norm_weight", part=Mamba, axes=(Axis.HIDDEN,)),
+    WeightRow(name=_MAMBA + "in_proj.layer_norm_bias", part=Mamba, axes=(Axis.HIDDEN,), when=_biased_norm),
+    WeightRow(
+        name=_MAMBA + "in_proj.weight",
+        part=Mamba,
+        axes=(Axis.MAMBA_CHANNEL, Axis.HIDDEN),
+        packing=Packing.MAMBA_IN,
+        tensor_parallel_dim=0,
+    ),
+    WeightRow(
+        name=_MAMBA + "conv1d.weight",
+        part=Mamba,
+        axes=(Axis.MAMBA_CHANNEL, Axis.SINGLE, Axis.MAMBA_TAP),
+        packing=Packing.MAMBA_CONV,
+        tensor_parallel_dim=0,
+    ),
+    WeightRow(
+        name=_MAMBA + "conv1d.bias",
+        part=Mamba,
+        axes=(Axis.MAMBA_CHANNEL,),
+        packing=Packing.MAMBA_CONV,
+        tensor_parallel_dim=0,
+        layer_when=lambda layer: layer.mamba.conv_bias,
+    ),
+    WeightRow(name=_MAMBA + "dt_bias", part=Mamba, axes=(Axis.MAMBA_HEAD,), tensor_parallel_dim=0),
+    WeightRow(name=_MAMBA + "A_log", part=Mamba, axes=(Axis.MAMBA_HEAD,), tensor_parallel_dim=0),
+    WeightRow(name=_MAMBA + "D", part=Mamba, axes=(Axis.MAMBA_HEAD,), tensor_parallel_dim=0),
+    WeightRow(name=_MAMBA + "norm.weight", part=Mamba, axes=(Axis.MAMBA_CHANNEL,), tensor_parallel_dim=0),
+    WeightRow(
+        name=_MAMBA + "out_proj.weight",
+        part=Mamba,
+        axes=(Axis.HIDDEN, Axis.MAMBA_CHANNEL),
+        tensor_parallel_dim=1,
     ),
     WeightRow(name=_MLP + "linear_fc1.layer_norm_weight", part=Mlp, axes=(Axis.HIDDEN,)),
     WeightRow(name=_MLP + "linear_fc1.layer_norm_bias", part=Mlp, axes=(Axis.HIDDEN,), when=_biased_norm),
@@ -218,6 +255,13 @@ ROWS: tuple[WeightRow, ...] = (
         when=lambda spec: not spec.tied_embeddings,
     ),
 )
+
+
+MAMBA_PARTS: dict[Packing, tuple[str, ...]] = {
+    Packing.MAMBA_IN: ("z", "x", "B", "C", "dt"),
+    Packing.MAMBA_CONV: ("x", "B", "C"),
+}
+"""Parts of packings by their letters (`Mamba.parts`), in order."""
 
 
 @lru_cache(maxsize=16)
@@ -286,7 +330,7 @@ def is_active(weight: Weight, spec: ModelSpec) -> bool:
 
 
 def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a weight's parts in packing order (q, k, v or gate, up); one shape for a plain weight."""
+    """Shapes of a weight's parts in packing order (q, k, v; gate, up; z, x, B, C, dt); one shape for a plain weight."""
     rest = weight.shape[1:]
     match weight.row.packing:
         case Packing.PLAIN:
@@ -296,6 +340,30 @@ def part_shapes(weight: Weight, spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
             return (weight.shape[0] - 2 * key, *rest), (key, *rest), (key, *rest)
         case Packing.GATE_UP:
             return ((weight.shape[0] // 2, *rest),) * 2
+        case Packing.MAMBA_IN | Packing.MAMBA_CONV:
+            return tuple((rows, *rest) for rows in mamba_parts(weight, spec).values())
+
+
+def mamba_parts(weight: Weight, spec: ModelSpec) -> dict[str, int]:
+    """Rows of each part of a Mamba packing, by its letters, in order; {} for a weight of another packing."""
+    if weight.row.packing not in MAMBA_PARTS or weight.layer is None:
+        return {}
+    return _mamba_rows(weight.row.packing, spec.layers[weight.layer].mamba)
+
+
+def stored_parts(weight: Weight, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that Megatron's distributed checkpoints hold of a weight, by what follows its name.
+
+    They keep the parts of a Mamba packing apart, as `.z`, `.x` and so on; any other weight is one tensor.
+    """
+    if parts := mamba_parts(weight, spec):
+        return {f".{letters}": (rows, *weight.shape[1:]) for letters, rows in parts.items()}
+    return {"": weight.shape}
+
+
+def _mamba_rows(packing: Packing, mamba: Mamba) -> dict[str, int]:
+    rows = mamba.parts()
+    return {letters: rows[letters] for letters in MAMBA_PARTS[packing]}
 
 
 def packed_groups(weight: Weight, spec: ModelSpec) -> int:
@@ -313,28 +381,42 @@ def _fill(row: WeightRow, spec: ModelSpec, layer: int | None, expert: int | None
 
 
 def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None) -> int:
+    fixed = {
+        Axis.VOCAB: spec.vocab_size,
+        Axis.HIDDEN: spec.hidden_size,
+        Axis.HEAD_CHANNEL: spec.head_dim,
+        Axis.SINGLE: 1,
+    }
+    if axis in fixed:
+        return fixed[axis]
     match axis:
-        case Axis.VOCAB:
-            return spec.vocab_size
-        case Axis.HIDDEN:
-            return spec.hidden_size
-        case Axis.EXPERT | Axis.EXPERT_FFN | Axis.SHARED_FFN | Axis.SINGLE if layer is not None:
-            return _expert_size(axis, layer.moe) * (2 if packing is Packing.GATE_UP else 1)
-        case Axis.HEAD_CHANNEL:
-            return spec.head_dim
-        case Axis.FFN if layer is not None:
-            return layer.mlp.ffn_hidden_size * (2 if packing is Packing.GATE_UP else 1)
+        case Axis.FFN | Axis.EXPERT | Axis.EXPERT_FFN | Axis.SHARED_FFN if layer is not None:
+            return _feed_forward_size(axis, layer) * (2 if packing is Packing.GATE_UP else 1)
         case Axis.HEAD if layer is not None:
             extra = 2 * layer.attention.num_query_groups if packing is Packing.QKV else 0
             return (layer.attention.num_attention_heads + extra) * spec.head_dim
+        case _ if layer is not None and isinstance(layer.mixer, Mamba):
+            return _mamba_size(axis, packing, layer.mixer)
     raise AssertionError(f"axis {axis} has no size here")
 
 
-def _expert_size(axis: Axis, experts: Moe) -> int:
+def _feed_forward_size(axis: Axis, layer: LayerSpec) -> int:
+    if axis is Axis.FFN:
+        return layer.mlp.ffn_hidden_size
+    experts = layer.moe
     sizes = {
         Axis.EXPERT: experts.num_experts,
         Axis.EXPERT_FFN: experts.expert_ffn_hidden_size,
         Axis.SHARED_FFN: experts.shared_ffn_hidden_size,
-        Axis.SINGLE: 1,
+    }
+    return sizes[axis]
+
+
+def _mamba_size(axis: Axis, packing: Packing, mamba: Mamba) -> int:
+    channels = mamba.inner_size if packing is Packing.PLAIN else sum(_mamba_rows(packing, mamba).values())
+    sizes = {
+        Axis.MAMBA_CHANNEL: channels,
+        Axis.MAMBA_HEAD: mamba.mamba_num_heads,
+        Axis.MAMBA_TAP: mamba.conv_kernel,
     }
     return sizes[axis]

@@ -47,6 +47,7 @@ class ImportanceCallback(Callback):
     Args:
         path: Where rank 0 writes the scores when validation ends; None keeps them in `scores` only.
         ffn_site: What MLP neurons are measured on.
+        sublayers: Whether mixer and feed-forward of each layer are measured apart as well.
         provenance: What the scores were made from (data and tokenizer digests); stored in the file.
         coverage: Which calibration samples they rest on. Without it the file cannot be merged with others.
         saving: Save sums on the way, and go on from those of an earlier attempt.
@@ -65,12 +66,14 @@ class ImportanceCallback(Callback):
         path: str | Path | None = None,
         *,
         ffn_site: FfnSite | str = FfnSite.AFTER_ACTIVATION,
+        sublayers: bool = False,
         provenance: dict[str, Any] | None = None,
         coverage: Coverage | None = None,
         saving: ScoreCheckpointing | None = None,
     ) -> None:
         self.path = Path(path) if path is not None else None
         self.ffn_site = FfnSite(ffn_site)
+        self.sublayers = sublayers
         self.provenance = dict(provenance or {})
         if coverage is not None:
             self.provenance["calibration"] = [coverage.to_dict()]
@@ -88,7 +91,9 @@ class ImportanceCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hooks."""
         model = gpt_model(pl_module)
-        collector = ImportanceCollector(model.chunks, model.runtime, model.spec, ffn_site=self.ffn_site)
+        collector = ImportanceCollector(
+            model.chunks, model.runtime, model.spec, ffn_site=self.ffn_site, sublayers=self.sublayers
+        )
         self.losses, self._consumed = {}, 0
         if self.saving is not None:
             self.saving.take_signals()

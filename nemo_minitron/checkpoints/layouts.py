@@ -57,7 +57,7 @@ def checkpoint_of(
 
     def get(name: str) -> Tensor:
         weight = weight_named(spec, name)
-        return weights.get(weight).to(dtype_of(weight, dtype))
+        return weights.get(weight, spec).to(dtype_of(weight, dtype))
 
     return Checkpoint(
         spec=spec,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import Weight, weights
+from nemo_minitron.arch.weights import Weight, stored_parts, weights
 from nemo_minitron.checkpoints.parts import widest
 from nemo_minitron.checkpoints.torch_dist_index import Shape, StoredTensor
 from nemo_minitron.errors import CheckpointError
@@ -55,8 +55,8 @@ class Weights(Protocol):
         """Type that holds every weight of the model exactly."""
         ...
 
-    def get(self, weight: Weight) -> Tensor:
-        """One canonical tensor in its stored type; of a padded vocabulary only the real rows."""
+    def get(self, weight: Weight, spec: ModelSpec) -> Tensor:
+        """One of a model's canonical tensors in its stored type; of a padded vocabulary only the real rows."""
         ...
 
 
@@ -105,25 +105,35 @@ class DistributedWeights:
         expected = {}
         for weight in weights(spec):
             place = place_of(weight, spec, stacked=self.stacked)
-            expected[self.prefix + place.key] = (weight, place.leading + weight.shape)
+            for suffix, shape in stored_parts(weight, spec).items():
+                expected[self.prefix + place.key + suffix] = (weight, place.leading + shape)
         check_names(expected.keys(), self._keys, label=label)
         for key, (weight, shape) in expected.items():
             check_shape(weight, self.store.tensors[key].shape, shape, where=f"{label}: {key}")
 
     def dtype(self, spec: ModelSpec) -> torch.dtype:
         """Type that holds every weight of the model exactly."""
-        keys = {self.prefix + _key_of(w, stacked=self.stacked)[0] for w in weights(spec) if not w.row.fp32}
+        keys = {
+            self.prefix + _key_of(weight, stacked=self.stacked)[0] + suffix
+            for weight in weights(spec)
+            if not weight.row.fp32
+            for suffix in stored_parts(weight, spec)
+        }
         return widest([self.store.tensors[key].dtype for key in sorted(keys)])
 
-    def get(self, weight: Weight) -> Tensor:
+    def get(self, weight: Weight, spec: ModelSpec) -> Tensor:
         """One canonical tensor in its stored type; of a stacked key only its layer is read."""
         key, offsets = _key_of(weight, stacked=self.stacked)
-        key = self.prefix + key
+        found = stored_parts(weight, spec).items()
+        parts = [self._read(self.prefix + key + suffix, offsets, shape) for suffix, shape in found]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
         if not offsets:
-            return self.store.read(key, stop=weight.shape)
-        start = (*offsets, *(0 for _ in weight.shape))
-        stop = (*(offset + 1 for offset in offsets), *weight.shape)
-        return self.store.read(key, start=start, stop=stop).reshape(weight.shape)
+            return self.store.read(key, stop=shape)
+        start = (*offsets, *(0 for _ in shape))
+        stop = (*(offset + 1 for offset in offsets), *shape)
+        return self.store.read(key, start=start, stop=stop).reshape(shape)
 
     def _find_prefix(self) -> str:
         for prefix in PREFIXES:

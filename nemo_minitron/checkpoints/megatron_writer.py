@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import parameter_count, weight_named, weights
+from nemo_minitron.arch.weights import parameter_count, stored_parts, weight_named, weights
 from nemo_minitron.checkpoints.megatron_weights import place_of
 from nemo_minitron.checkpoints.parts import dtype_of
 from nemo_minitron.checkpoints.source import TensorSource, stream
@@ -23,17 +23,18 @@ def write_weights(source: TensorSource, folder: Path, *, prefix: str, dtype: tor
     with TorchDistWriter(folder, nbytes=parameter_count(spec) * dtype.itemsize) as writer:
         for name, tensor in stream(source):
             weight = weight_named(spec, name)
-            place = place_of(weight, spec, stacked=spec.is_uniform)
-            tensor = tensor.to(dtype_of(weight, dtype))  # noqa: PLW2901
-            if not place.leading:
-                writer.add(prefix + place.key, tensor)
-                continue
-            writer.add(
-                prefix + place.key,
-                tensor[(None,) * len(place.leading)],
-                offsets=(*place.offsets, *(0 for _ in tensor.shape)),
-                shape=(*place.leading, *tensor.shape),
-            )
+            place, parts = place_of(weight, spec, stacked=spec.is_uniform), stored_parts(weight, spec)
+            pieces = torch.split(tensor.to(dtype_of(weight, dtype)), [shape[0] for shape in parts.values()])
+            for suffix, piece in zip(parts, pieces, strict=True):
+                if not place.leading:
+                    writer.add(prefix + place.key + suffix, piece)
+                    continue
+                writer.add(
+                    prefix + place.key + suffix,
+                    piece[(None,) * len(place.leading)],
+                    offsets=(*place.offsets, *(0 for _ in piece.shape)),
+                    shape=(*place.leading, *piece.shape),
+                )
         for key in extra_state_keys(spec, prefix=prefix):
             writer.add_object(key, _empty_state())
 
@@ -42,7 +43,8 @@ def extra_state_keys(spec: ModelSpec, *, prefix: str) -> Iterator[str]:
     """Keys of the empty per-layer states that Megatron-Core asks for beside each linear layer's weight."""
     for weight in weights(spec):
         module = weight.name.removesuffix(".weight")
-        if weight.layer is None or not module.rpartition(".")[2].startswith("linear_") or module == weight.name:
+        is_linear = module.rpartition(".")[2].startswith(("linear_", "in_proj", "out_proj"))
+        if weight.layer is None or not is_linear or module == weight.name:
             continue
         place = place_of(weight, spec, stacked=spec.is_uniform)
         first, sizes = (".".join(map(str, numbers)) for numbers in (place.offsets or (0,), place.leading or (1,)))

@@ -24,6 +24,8 @@ def fuse(parts: Sequence[Tensor], weight: Weight, spec: ModelSpec) -> Tensor:
         case Packing.GATE_UP:
             gate, up = parts
             return merge_gate_up(gate, up)
+        case Packing.MAMBA_IN | Packing.MAMBA_CONV:
+            return torch.cat(list(parts))
 
 
 def split(tensor: Tensor, weight: Weight, spec: ModelSpec) -> tuple[Tensor, ...]:
@@ -36,6 +38,8 @@ def split(tensor: Tensor, weight: Weight, spec: ModelSpec) -> tuple[Tensor, ...]
             return split_qkv(tensor, num_groups=groups, head_dim=spec.head_dim)
         case Packing.GATE_UP:
             return split_gate_up(tensor)
+        case Packing.MAMBA_IN | Packing.MAMBA_CONV:
+            return torch.split(tensor, [shape[0] for shape in part_shapes(weight, spec)])
 
 
 def stored_shapes(weight: Weight, spec: ModelSpec, *, tensors: int) -> tuple[tuple[int, ...], ...]:

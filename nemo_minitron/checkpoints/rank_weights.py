@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_minitron.arch.axes import Packing
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import Weight, weights
+from nemo_minitron.arch.weights import Weight, part_shapes, weights
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.megatron_weights import EMBEDDING, check_names, check_shape
 from nemo_minitron.checkpoints.parts import widest
@@ -109,16 +109,17 @@ class RankWeights:
         places = [self._places[weight.name] for weight in weights(spec)]
         return widest([file.entries[stored].dtype for stage, stored in places for file in stage.files])
 
-    def get(self, weight: Weight) -> Tensor:
+    def get(self, weight: Weight, spec: ModelSpec) -> Tensor:
         """One canonical tensor, put together from its ranks' shards; of a padded vocabulary only the real rows."""
         stage, stored = self._places[weight.name]
         dim = weight.row.tensor_parallel_dim
         if dim is None or len(stage.files) == 1:
             return stage.files[0].get(stored)[: weight.shape[0]].contiguous()
         shards = [file.get(stored) for file in stage.files]
-        if weight.row.packing is Packing.GATE_UP:  # a rank holds its share of the gate, then its share of the up rows
-            halves = [shard.chunk(2) for shard in shards]
-            return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+        if weight.row.packing not in (Packing.PLAIN, Packing.QKV):  # a rank holds its share of each part
+            rows = [shape[0] // len(shards) for shape in part_shapes(weight, spec)]
+            ranks = [torch.split(shard, rows) for shard in shards]
+            return torch.cat([part for of_ranks in zip(*ranks, strict=True) for part in of_ranks])
         return torch.cat(shards, dim)[: weight.shape[0]].contiguous()
 
     def _check_shapes(self, weight: Weight) -> None:

@@ -82,6 +82,8 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
         values = [size for layer in spec.layers if (size := layer.size(row))]
         low, high = min(values), max(values)
         found = str(low) if low == high else f"{low} to {high}, by layer"
+        if len(values) < spec.num_layers:
+            found += f", in {len(values)} layers"
         return f"{found} of {spec.head_dim} channels" if row.is_head else found
 
     found = [
@@ -90,7 +92,7 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
         *_routing(spec),
         ("vocabulary", f"{spec.vocab_size}{', tied to the output layer' if spec.tied_embeddings else ''}"),
         ("context", str(spec.max_position_embeddings)),
-        ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}"),
+        ("rotary base", f"{spec.rotary_base:g}{_scaling(spec)}" if spec.rotary_percent else "none"),
         ("MLP and norm", f"{spec.activation}, {spec.norm} (eps {spec.norm_eps:g})"),
     ]
     if spec.sliding_window:

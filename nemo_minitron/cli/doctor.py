@@ -78,6 +78,8 @@ GPU_PARTS: tuple[Part, ...] = (
         "on a GPU: slower layers, no context or sequence parallelism, no fp8",
     ),
     Part("apex", "apex", False, "on a GPU without Transformer Engine: slower optimizer and norms", extra=True),
+    Part("mamba-ssm", "mamba_ssm", False, "on a GPU: hybrids of Mamba scan in plain torch", extra=True),
+    Part("causal-conv1d", "causal_conv1d", False, "on a GPU: hybrids of Mamba scan in plain torch", extra=True),
 )
 
 _SELF_TEST_SECONDS = 180

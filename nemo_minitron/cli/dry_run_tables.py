@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemo_minitron.arch.sizes import PARAMETERS, first_size, layer_axes, named_sizes
+from nemo_minitron.arch.sizes import PARAMETERS, layer_axes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.run import RunConfig
@@ -27,7 +27,7 @@ def sizes(models: Mapping[str, ModelSpec]) -> RenderableType:
     table = new_table("", *models, "kept", title="sizes")
     named = {name: named_sizes(spec) for name, spec in models.items()}
     for label in next(iter(named.values())):
-        found = [each[label] for each in named.values()]
+        found = [each.get(label, 0) for each in named.values()]
         before, after = found[0], found[-1]
         style = "bold" if label == PARAMETERS else ("dim" if before == after else "")
         kept = f"{after / before:.1%}" if before else ""
@@ -51,7 +51,7 @@ def layout(
     for row in layer_axes(next(iter(models.values()))):
         if row.divided_by:
             ranks_of = getattr(parallel, row.divided_by)
-            found = (first_size(spec, row) for spec in models.values())
+            found = (spec.common_size(row) for spec in models.values())
             by = {"expert": "EP"}.get(row.divided_by, "TP")
             table.add_row(row.label, f"{by} {ranks_of}", *(_share(size, ranks_of) for size in found))
     table.add_row("vocabulary, padded", f"TP {parallel.tensor}", *(_vocabulary(s, parallel) for s in models.values()))

@@ -107,6 +107,9 @@ class ScoreConfig(Section):
     checkpoint_every: Count = 32
     """Samples after which the sums so far are saved, to go on from."""
     depth: DepthConfig = DepthConfig()
+    sublayers: bool = False
+    """Measure mixer and feed-forward of each layer apart as well: their Block Influence, and on `depth.samples` samples
+    what the next-token loss rises by without them. `target.drop_mixers` and `drop_feed_forwards` choose by it."""
     merge_samples: Count = 16
     """Calibration samples, from the first on, that `target.merge_layers` rests on."""
 
@@ -165,9 +168,22 @@ class RunConfig(Section):
         problems += search_problems(self.search, target, self.distill, self.rounds)
         if target.budgets and self.search.layerwise is not None and ExportFormat.HF in self.export.formats:
             problems.append("search.layerwise: Hugging Face's config.json cannot say it; set export.formats=[nemo]")
-        if problems := problems + self._layout_problems():
+        if problems := problems + self._sublayer_problems() + self._layout_problems():
             raise ValueError("; ".join(problems))
         return self
+
+    def _sublayer_problems(self) -> list[str]:
+        """What the target asks of parts of layers that nothing measures, or that rounds cannot do."""
+        problems = []
+        asked = [name for name in ("drop_mixers", "drop_feed_forwards") if isinstance(getattr(self.target, name), int)]
+        if asked and not self.score.sublayers and self.target.random_seed is None:
+            problems.append(
+                f"target.{asked[0]} = {getattr(self.target, asked[0])} is a number of layers, and nothing measures "
+                "which: set score.sublayers=true, or name the layers as a list"
+            )
+        if self.rounds > 1 and (self.target.drop_mixers is not None or self.target.drop_feed_forwards is not None):
+            problems.append("target.drop_mixers and target.drop_feed_forwards with rounds above 1; set rounds=1")
+        return problems
 
     def _layout_problems(self) -> list[str]:
         """What the parallel layout cannot give to other sections."""

@@ -91,7 +91,7 @@ def search_problems(search: SearchConfig, target: BudgetConfig, distill: Distill
     named = ", ".join(f"target.{name}" for name in target.budgets)
     if rounds > 1:
         problems.append(f"rounds = {rounds} with a budget ({named}): the search knows one round; give sizes instead")
-    for name in ("drop_layers", "random_seed", "by_layer"):
+    for name in ("drop_layers", "random_seed", "by_layer", "drop_mixers", "drop_feed_forwards"):
         if getattr(target, name, None) not in (None, {}):
             problems.append(f"target.{name} with a budget ({named}): the search chooses; give sizes instead")
     if getattr(target, "merge_layers", False):
@@ -104,6 +104,8 @@ def search_problems(search: SearchConfig, target: BudgetConfig, distill: Distill
     for name in ("prefill_ms", "decode_ms"):
         if name in target.budgets and target.deployment.latency_table is None:
             problems.append(f"target.{name} needs target.deployment.latency_table (`nemo-minitron latency` makes one)")
+        if name in target.budgets and search.layerwise is not None and search.layerwise.drop_parts:
+            problems.append(f"target.{name} with search.layerwise.drop_parts: a table has no layers without a part")
     if distill.tokens is None and any(rung.tokens < 1 for rung in search.rungs):
         problems.append("search.rungs: tokens as fractions need distill.tokens; with distill.minutes give numbers")
     elif search.rungs:

@@ -1,6 +1,6 @@
 """The keys of a recipe that are sizes: of the student, of a search's space, and of single layers."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -21,6 +21,10 @@ Size = Annotated[int | float, BeforeValidator(_size)]
 """An integer: so many units. A number between 0 and 1: that share of the teacher's, rounded to `target.multiple_of`."""
 
 
+Parts = Count | tuple[NonNegative, ...]
+"""So many layers, or these."""
+
+
 class MultipleOf(Section):
     """What sizes are multiples of: shares are rounded to it (to the nearest, halves up), explicit sizes must be it."""
 
@@ -32,6 +36,9 @@ class MultipleOf(Section):
     num_experts: Count = 1
     expert_ffn_hidden_size: Count = 1
     shared_ffn_hidden_size: Count = 1
+    mamba_num_heads: Count = 1
+    mamba_num_groups: Count = 1
+    mamba_head_dim: Count = 1
 
 
 class LayerSizes(Section):
@@ -43,6 +50,9 @@ class LayerSizes(Section):
     num_experts: Size | None = None
     expert_ffn_hidden_size: Size | None = None
     shared_ffn_hidden_size: Size | None = None
+    mamba_num_heads: Size | None = None
+    mamba_num_groups: Size | None = None
+    mamba_head_dim: Size | None = None
 
 
 class TargetConfig(BudgetConfig):
@@ -59,6 +69,13 @@ class TargetConfig(BudgetConfig):
     """What layers are chosen by: `block_influence`, or one that `score.depth.metrics` measures."""
     depth_contiguous: bool = False
     """Drop the best block of consecutive layers instead of the layers that are worth least one by one."""
+    drop_mixers: Parts | None = None
+    """Attention, or whatever mixes positions, that goes out of layers whose feed-forward stays: a number, for those
+    that are worth least by `sublayer_metric`, or a list of layers, counted from 0."""
+    drop_feed_forwards: Parts | None = None
+    """MLPs that go out of layers whose mixer stays, likewise; chosen after mixers."""
+    sublayer_metric: Literal["block_influence", "lm_loss"] = "block_influence"
+    """What mixers and feed-forwards are chosen by; `score.sublayers` measures it."""
     hidden_size: Size | None = None
     ffn_hidden_size: Size | None = None
     num_attention_heads: Size | None = None
@@ -77,6 +94,11 @@ class TargetConfig(BudgetConfig):
     """Experts that a token is routed to; None keeps the teacher's number."""
     expert_metric: ExpertMetric = ExpertMetric.REAP
     """What experts are chosen by."""
+    mamba_num_heads: Size | None = None
+    """Mamba heads of a layer; a multiple of its groups."""
+    mamba_num_groups: Size | None = None
+    mamba_head_dim: Size | None = None
+    """Channels of a Mamba head."""
     multiple_of: MultipleOf = MultipleOf()
     """A divisor for each axis, as `{hidden_size: 64, ffn_hidden_size: 128}`; an integer stands for these two axes."""
     rescale_norms: bool = True
@@ -178,5 +200,7 @@ class LayerwiseConfig(Section):
     """KV groups that a layer may have; each keeps its query heads."""
     drop: bool = True
     """Whether a layer may go altogether."""
+    drop_parts: bool = False
+    """Whether a layer may lose its attention or its MLP alone."""
     samples: Count = 2
     """Calibration samples that each replacement is measured on."""

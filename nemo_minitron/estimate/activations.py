@@ -6,7 +6,7 @@ Korthikanti et al., arXiv:2205.05198, sec. 4, with the fused attention kernel, w
 
 from dataclasses import dataclass, replace
 
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.megatron.functional import QUERY_BLOCK
@@ -61,14 +61,16 @@ def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     # A norm keeps its input [H] (Transformer Engine) or what it normalised in fp32 (ours), and a number or two.
     norm = outside * (element if step.engine else 4) + (8 if spec.norm.subtracts_mean else 4)
     linear_input = outside * element
-    kept = norm + linear_input + _attention(spec, sizes, step)
-    if step.parallel.recompute is Recompute.SELECTIVE:
+    kept = 0
+    if sizes.mixer is not None:
+        kept += norm + linear_input + _mixer(spec, sizes, step)
+    if sizes.feed_forward is not None and step.parallel.recompute is Recompute.SELECTIVE:
         # The checkpoint's input [H]; Transformer Engine's first linear has its norm inside the checkpoint.
         kept += linear_input if step.engine else norm + linear_input
-    else:
+    elif sizes.feed_forward is not None:
         kept += norm + linear_input + _mlp(spec, sizes, step)
     if spec.post_norms:
-        kept += 2 * (4 * spec.hidden_size + 4)
+        kept += len(sizes.parts) * (4 * spec.hidden_size + 4)
     return step.tokens * kept
 
 
@@ -114,6 +116,33 @@ def _working(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     in_attention = scores + of_qkv + step.tokens * 2 * spec.hidden_size * element
     in_attention += 0 if recompute is Recompute.SELECTIVE else again - mlp
     return max(in_mlp, in_attention)
+
+
+def _mixer(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
+    """Bytes a token."""
+    if isinstance(sizes.mixer, Mamba):
+        return _mamba(sizes.mixer, step)
+    return _attention(spec, sizes, step)
+
+
+def _mamba(mamba: Mamba, step: Pass) -> int:
+    """Bytes a token; `[d]` channels of all heads, `[c]` of the convolution, `[p]` of the projection, on this rank."""
+    element, ranks = bytes_of(step.precision), step.parallel.tensor
+    rows = {letters: count // ranks for letters, count in mamba.parts().items()}
+    inner, heads, projected = rows["x"], rows["dt"], sum(rows.values())
+    convolved = inner + 2 * rows["B"]
+    # p as it comes, c convolved, steps before and after softplus and clamp, d of the scan; in the gated norm in fp32
+    # its input, the gate's SiLU, their product and what is normalised; the next linear's input [d].
+    kept = (projected + convolved + inner + inner) * element + 12 * heads + 4 * 4 * inner
+    if step.engine:  # mamba-ssm's kernels, which compute a chunk's decay again
+        return kept + 4 * heads
+    chunk = min(mamba.chunk_size, step.sequence_length)
+    # Of each head: the decay between all positions of a chunk in float64 and fp32, and times the scores.
+    between = heads * chunk * (8 + 4 + 4) + rows["B"] // mamba.mamba_state_dim * chunk * 4
+    # The convolution's input and sum in fp32; of the scan its input times steps and decay, both maps, and its parts.
+    scanned = 4 * (2 * convolved + 4 * inner + 4 * rows["B"]) + 6 * 8 * heads
+    states = 3 * 4 * inner * mamba.mamba_state_dim // chunk
+    return kept + between + scanned + states
 
 
 def _attention(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:

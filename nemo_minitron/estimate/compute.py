@@ -1,8 +1,10 @@
 """Floating-point operations of a run, and the time they take at a stated utilisation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import feed_forward_count, is_active, weights
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
@@ -42,7 +44,25 @@ def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
         for weight in weights(spec)
         if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes and is_active(weight, spec)
     )
-    return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + 4.0 * spec.query_channels() * sequence_length / 2
+    return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + mixing_flops(spec, sequence_length)
+
+
+def mixing_flops(spec: ModelSpec, sequence_length: int, layers: Iterable[int] | None = None) -> float:
+    """Operations of one token between the projections of mixers, in some layers or in all.
+
+    Attention: see `forward_flops`. A scan multiplies each channel with its state twice, and inside a chunk does what
+    attention does over half of it (arXiv:2405.21060, section 6).
+    """
+    chosen = range(spec.num_layers) if layers is None else layers
+    total = 0.0
+    for layer in (spec.layers[index] for index in chosen):
+        if isinstance(layer.mixer, Mamba):
+            inner, maps = layer.mixer.inner_size, layer.mixer.map_size
+            half = min(layer.mixer.chunk_size, sequence_length) / 2
+            total += 4 * inner * layer.mixer.mamba_state_dim + 2 * (inner + maps) * half
+        else:
+            total += 4.0 * layer.on_rank(1).heads * spec.head_dim * sequence_length / 2
+    return total
 
 
 def training_flops(spec: ModelSpec, sequence_length: int, *, recompute: Recompute = Recompute.NONE) -> float:

@@ -19,7 +19,7 @@ from nemo_minitron.arch.weights import weights
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.estimate.activations import own_layers
 from nemo_minitron.estimate.communication import Collective, Split, Traffic, step_traffic
-from nemo_minitron.estimate.compute import PEAK_FLOPS, forward_flops, training_flops
+from nemo_minitron.estimate.compute import PEAK_FLOPS, forward_flops, mixing_flops, training_flops
 from nemo_minitron.estimate.memory import Training, rank_parameters
 
 NVLINK = {"a100": 300e9, "h100": 450e9, "h200": 450e9, "b200": 900e9}
@@ -190,4 +190,4 @@ def _stage_flops(spec: ModelSpec, parallel: ParallelConfig, stage: int, length: 
         if weight.layer in layers and len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
     )
     head = spec.vocab_size * spec.hidden_size if stage == parallel.pipeline - 1 else 0
-    return 2.0 * (matrices + head) + 4.0 * spec.query_channels(layers) * length / 2
+    return 2.0 * (matrices + head) + mixing_flops(spec, length, layers)

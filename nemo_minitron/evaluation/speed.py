@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_minitron.arch.layer import LayerSpec, Mamba
 from nemo_minitron.config.evaluation import SpeedConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.generate import generate
@@ -128,12 +129,24 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _memory(chunks: Sequence[nn.Module], samples: int, length: int, above: int) -> dict[str, int]:
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     weights = sum(parameter.nbytes for parameter in parameters)
-    width = 0
+    width = state = 0
+    element = parameters[0].element_size()
     if can_cache(chunks):
-        attentions = [layer.self_attention for chunk in chunks for layer in unwrap(chunk).decoder.layers]
-        width = sum(one.num_query_groups_per_partition * one.hidden_size_per_attention_head for one in attentions)
-    cache = 2 * width * samples * length * parameters[0].element_size()
+        numbers = [layer.layer_number - 1 for chunk in chunks for layer in unwrap(chunk).decoder.layers]
+        spec, ranks = unwrap(chunks[0]).spec, unwrap(chunks[0]).tp_group.size()
+        width = sum(spec.layers[number].on_rank(ranks).groups for number in numbers) * spec.head_dim
+        state = sum(_state_bytes(spec.layers[number], element) for number in numbers) // ranks
+    cache = 2 * width * samples * length * element + samples * state
     return {"weights_bytes": weights, "cache_bytes": cache} | ({"peak_bytes": weights + above} if above else {})
+
+
+def _state_bytes(layer: LayerSpec, element: int) -> int:
+    """Bytes of a sample's state in fp32, and of the last inputs of the convolution."""
+    if not isinstance(layer.mixer, Mamba):
+        return 0
+    mamba = layer.mixer
+    window = (mamba.conv_kernel - 1) * (mamba.inner_size + 2 * mamba.map_size)
+    return 4 * mamba.inner_size * mamba.mamba_state_dim + element * window
 
 
 def _allocated() -> int:

@@ -147,20 +147,23 @@ def _read_when_called(model: nn.Module, read: Callable[[str], Tensor]) -> None:
             continue
         if isinstance(bias := getattr(module, _CORRECTION, None), Tensor):  # a buffer, and trained all the same
             bias.copy_(read(f"{prefix}.{_CORRECTION}"))
-        module.register_forward_pre_hook(_filler(names, f"{prefix}.", read))
-        module.register_forward_hook(_dropper(names), always_call=True)
+        # Mamba mixers take the weights out of their convolution, and never call it.
+        is_read = isinstance(module, nn.Conv1d)
+        caller = model.get_submodule(prefix.rpartition(".")[0]) if is_read else module
+        caller.register_forward_pre_hook(_filler(module, names, f"{prefix}.", read))
+        caller.register_forward_hook(_dropper(module, names), always_call=True)
 
 
-def _filler(names: list[str], prefix: str, read: Callable[[str], Tensor]) -> Callable[..., None]:
-    def fill(module: nn.Module, *_: Any) -> None:
+def _filler(module: nn.Module, names: list[str], prefix: str, read: Callable[[str], Tensor]) -> Callable[..., None]:
+    def fill(*_: Any) -> None:
         for name in names:
             module._parameters[name] = nn.Parameter(read(prefix + name).float(), requires_grad=False)
 
     return fill
 
 
-def _dropper(names: list[str]) -> Callable[..., None]:
-    def drop(module: nn.Module, *_: Any) -> None:
+def _dropper(module: nn.Module, names: list[str]) -> Callable[..., None]:
+    def drop(*_: Any) -> None:
         for name in names:
             parameter = module._parameters[name]
             if parameter is not None:
@@ -196,7 +199,9 @@ def _reader(folder: Path, model: Any) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         if model.config.tie_word_embeddings and name == "lm_head.weight":
             name = embedding
-        return expert_parameters.parameter(name, files, stored)
+        # Nemotron-H is stored under another name than its class has.
+        other = "backbone." + name.removeprefix("model.")
+        return expert_parameters.parameter(other if other in files else name, files, stored)
 
     def stored(name: str) -> Tensor:
         with safe_open(folder / files[name], framework="pt") as file:

@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemo_minitron.arch.axes import Axis, Packing
-from nemo_minitron.arch.layer import LayerSpec, Mlp
+from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing
+from nemo_minitron.arch.layer import LayerSpec, Mamba, Mlp
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
@@ -94,8 +95,18 @@ def use_transformer_engine() -> bool:
 
 def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
     """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
-    ours = spec.post_norms or spec.has_experts or any(layer.local for layer in spec.layers)
-    return device.type == "cuda" and not ours and use_transformer_engine()
+    return device.type == "cuda" and not needs_local_layers(spec) and use_transformer_engine()
+
+
+def needs_local_layers(spec: ModelSpec) -> bool:
+    """Whether a model has something that only our own layers have."""
+    without_positions = not spec.rotary_percent
+    return (
+        spec.post_norms
+        or spec.has_experts
+        or without_positions
+        or any(layer.local or isinstance(layer.mixer, Mamba) for layer in spec.layers)
+    )
 
 
 def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
@@ -107,7 +118,8 @@ def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
             remedy="set distill.teacher_fp8=false",
         )
     size = _FP8_MULTIPLE * runtime.parallel.tensor
-    odd = {layer.mlp.ffn_hidden_size for layer in spec.layers if layer.mlp.ffn_hidden_size % size}
+    sizes = {part.ffn_hidden_size for layer in spec.layers for part in layer.parts if isinstance(part, Mlp)}
+    odd = {neurons for neurons in sizes if neurons % size}
     if odd or spec.hidden_size % _FP8_MULTIPLE:
         raise LayoutError(
             f"distill.teacher_fp8 = true with hidden size {spec.hidden_size} and FFN {sorted(odd)}",
@@ -119,16 +131,16 @@ def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
 def transformer_config(
     spec: ModelSpec, parallel: ParallelConfig, precision: Precision, *, device: torch.device, fp8: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration of a model; where layers differ, its sizes are those of the first one."""
+    """Megatron's configuration of a model; where layers differ, its sizes are those of the first that has them."""
     dtype = torch_dtype(precision)
-    first = spec.layers[0]
+    # Where no layer has attention or an MLP, sizes that Megatron takes, and that nothing is made of.
+    sizes = {"num_attention_heads": parallel.tensor, "num_query_groups": parallel.tensor, "ffn_hidden_size": 1}
+    sizes |= {row.size: size for row in LAYER_AXES if row.size in sizes and (size := spec.common_size(row))}
     engine = engine_carries(spec, device)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
-        ffn_hidden_size=_neurons(spec),
-        num_attention_heads=first.attention.num_attention_heads,
-        num_query_groups=first.attention.num_query_groups,
+        **sizes,
         kv_channels=spec.head_dim,
         normalization="LayerNorm" if spec.norm.subtracts_mean else "RMSNorm",
         layernorm_zero_centered_gamma=spec.norm.zero_centred,
@@ -170,12 +182,6 @@ def transformer_config(
         # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before.
         **({"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}),
     )
-
-
-def _neurons(spec: ModelSpec) -> int:
-    """Of the first layer with an MLP, or of the experts of the first layer where there is none."""
-    dense = next((layer for layer in spec.layers if isinstance(layer.feed_forward, Mlp)), None)
-    return spec.layers[0].moe.expert_ffn_hidden_size if dense is None else dense.mlp.ffn_hidden_size
 
 
 def _experts(spec: ModelSpec, parallel: ParallelConfig) -> dict[str, Any]:
@@ -283,15 +289,36 @@ def initialise(chunks: Sequence[nn.Module], runtime: Runtime, seed: int) -> None
 
 
 def _random_weight(weight: Weight, spec: ModelSpec, seed: int) -> Tensor:
+    name_hash = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(name_hash[:7], "little"))
+    if weight.row.part is Mamba and (found := _random_mamba(weight, generator)) is not None:
+        return found
     if weight.name.endswith("bias"):
         return torch.zeros(weight.shape)
     if len(weight.shape) == 1:
         return torch.zeros(weight.shape) if spec.norm.zero_centred else torch.ones(weight.shape)
-    name_hash = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(name_hash[:7], "little"))
     writes_residual = weight.row.axes[0] is Axis.HIDDEN
     deviation = INIT_STD / math.sqrt(2 * spec.num_layers) if writes_residual else INIT_STD
     return torch.randn(weight.shape, generator=generator).mul_(deviation)
+
+
+def _random_mamba(weight: Weight, generator: torch.Generator) -> Tensor | None:
+    """What Mamba-2 begins with: decay rates of 1 to 16, steps of 0.001 to 0.1; None for what begins as elsewhere.
+
+    Source: the authors' code (state-spaces/mamba), whose values Megatron takes.
+    """
+    drawn = torch.rand(weight.shape, generator=generator)
+    match weight.row.name.rpartition("mixer.")[2]:
+        case "A_log":
+            return (1 + 15 * drawn).log_()
+        case "dt_bias":
+            steps = (math.log(1e-3) + drawn * math.log(100)).exp_()
+            return steps + (-torch.expm1(-steps)).log_()  # what softplus turns into the step
+        case "conv1d.weight":
+            return (2 * drawn - 1) / math.sqrt(weight.shape[-1])
+        case "D" | "norm.weight":
+            return torch.ones(weight.shape)
+    return None
 
 
 def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, virtual: int) -> MinitronGPT:
@@ -314,6 +341,7 @@ def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, v
         rotary_base=spec.rotary_base,
         vp_stage=virtual if parallel.virtual_pipeline is not None else None,
         spec=spec,
+        from_engine=engine,
     )
 
 
@@ -340,7 +368,14 @@ def _layer(spec: ModelSpec, sizes: LayerSpec, *, engine: bool) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
-    return replace(layer, module=SizedLayer, params={**layer.params, "sizes": sizes})
+    absent: dict[str, Any] = {}
+    if sizes.mixer is None:
+        absent |= {"input_layernorm": IdentityOp, "self_attention": IdentityOp, "self_attn_bda": IdentityFuncOp}
+    if sizes.feed_forward is None:
+        absent |= {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
+    submodules: Any = layer.submodules
+    submodules = replace(submodules, **absent)
+    return replace(layer, module=SizedLayer, submodules=submodules, params={**layer.params, "sizes": sizes})
 
 
 def _final_norm(*, engine: bool) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.megatron.functional import Starts
-from nemo_minitron.megatron.layers import LocalDocuments, LocalSelfAttention
+from nemo_minitron.megatron.layers import LocalDocuments
 from nemo_minitron.megatron.model import unwrap
 
 
@@ -74,8 +74,7 @@ def attention_documents(
 
 def uses_engine(chunks: Sequence[nn.Module]) -> bool:
     """Whether attention is Transformer Engine's."""
-    layers = (layer for chunk in chunks for layer in unwrap(chunk).decoder.layers)
-    return any(not isinstance(layer.self_attention, LocalSelfAttention) for layer in layers)
+    return any(unwrap(chunk).from_engine for chunk in chunks)
 
 
 def _positions(starts: Sequence[int], length: int) -> Tensor:

@@ -9,7 +9,9 @@ Sites of each layer, and what a rank sees of them (S sequence, B samples, C chan
     head               input of linear_proj                            this tensor-parallel rank's heads
     shared_ffn         input of the shared expert's linear_fc2         this tensor-parallel rank's neurons
     expert_ffn         input of each expert's linear_fc2               those of this rank's experts (`expert_sums`)
-    block_influence    1 - cos(what enters the layer, what leaves it)
+    hidden.mamba       output of the norm before Mamba                 all channels
+    mamba              x part of what in_proj returns                  this tensor-parallel rank's heads
+    block_influence    1 - cos(what enters the layer, what leaves it); of mixer and feed-forward apart if asked for
 
 Context parallelism splits the positions of a sequence, and sequence parallelism those of the first two and the last;
 their sums over a sequence are added up before a square root or a square is taken. Everything else is a sum over
@@ -23,10 +25,10 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.arch.layer import PARTS, Attention, Mamba, Mlp
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
@@ -37,7 +39,7 @@ from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
 from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
-from nemo_minitron.megatron.score_sums import RankSums, Site, deal_out, gather, passed, rank_channels
+from nemo_minitron.megatron.score_sums import RankSums, Site, deal_out, gather, passed_sites, rank_channels
 from nemo_minitron.ops.block_influence import Stream, dissimilarity, stream_of
 from nemo_minitron.ops.importance import (
     Block,
@@ -49,7 +51,7 @@ from nemo_minitron.ops.importance import (
 )
 from nemo_minitron.ops.memory import Workspace
 from nemo_minitron.parallel.collectives import sum_over
-from nemo_minitron.pruning.scores import HIDDEN_SITES
+from nemo_minitron.pruning.scores import HIDDEN_SITES, two_part_layers
 
 _HIDDEN = frozenset(HIDDEN_SITES)
 
@@ -92,6 +94,10 @@ class _Chunk:
     blocks: dict[Site, list[Block]] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
     """1 - cos of every token, `[s * b]`, by layer."""
+    parts: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """As `influence`, by layer and part; empty unless it was asked for."""
+    middle: Tensor | None = None
+    """What the layer that is on its way has between mixer and feed-forward."""
     latest: tuple[Tensor, Stream] | None = None
     """What the layer before returned, and the same with its lengths: the next layer's input."""
 
@@ -108,6 +114,7 @@ class ImportanceCollector:
         runtime: The running layout.
         spec: Architecture of the complete model.
         ffn_site: What neurons are measured on.
+        sublayers: Whether mixer and feed-forward of a layer are measured apart as well.
     """
 
     def __init__(
@@ -117,7 +124,9 @@ class ImportanceCollector:
         spec: ModelSpec,
         *,
         ffn_site: FfnSite = FfnSite.AFTER_ACTIVATION,
+        sublayers: bool = False,
     ) -> None:
+        self._sublayers = sublayers
         self._chunks = [unwrap(chunk) for chunk in chunks]
         self._runtime = runtime
         self._spec = spec
@@ -171,7 +180,9 @@ class ImportanceCollector:
         """
         sites: dict[Site, Tensor] = {}
         influence: dict[int, Tensor] = {}
+        parts: dict[tuple[int, str], Tensor] = {}
         for state in self._states:
+            parts |= state.parts
             for group in state.groups:
                 sites |= dict(zip(group.sites, torch.split(group.sums.values, group.widths, 1), strict=True))
             influence |= dict(zip(state.layers, state.influence.unbind(), strict=True))
@@ -182,7 +193,9 @@ class ImportanceCollector:
             for number, found in state.experts.items()
             for name, sums in found.tokens.items()
         }
-        return gather(RankSums(sites, influence, self._samples, self._tokens, experts), self._spec, self._runtime)
+        apart = parts if self._sublayers else None
+        sums = RankSums(sites, influence, self._samples, self._tokens, apart, experts)
+        return gather(sums, self._spec, self._runtime)
 
     def load(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from sums that `result` gave at any layout, instead of what has been collected.
@@ -198,12 +211,14 @@ class ImportanceCollector:
             for number, found in state.experts.items():
                 found.neurons.values.copy_(mine.sites[number, EXPERT_FFN])
                 found.tokens = {name: mine.experts[number, name] for name in found.tokens}
+            for key in state.parts:
+                state.parts[key] = (mine.parts or {})[key]
         self._samples, self._tokens = mine.samples, mine.tokens
 
     def _state(self, chunk: MinitronGPT) -> _Chunk:
         runtime, spec = self._runtime, self._spec
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        every = [(number, site) for number in layers for site in passed(number, spec)]
+        every = [(number, site) for number in layers for site in passed_sites(number, spec)]
         split = [runtime.groups.cp] if runtime.parallel.context > 1 else []
         if runtime.parallel.sequence_parallel:
             hidden = [site for site in every if site[1] in _HIDDEN]
@@ -221,7 +236,9 @@ class ImportanceCollector:
             if (moe := experts_of(layer)) is not None
         }
         influence = torch.zeros(len(layers), dtype=torch.float64, device=runtime.device)
-        return _Chunk(layers, groups, influence, experts)
+        both = [number for number in two_part_layers(spec) if self._sublayers and number in layers]
+        apart = {(number, part): torch.zeros_like(influence[0]) for number in both for part in PARTS}
+        return _Chunk(layers, groups, influence, experts, parts=apart)
 
     def _expert_sums(self, moe: LocalMoe) -> LayerExpertSums:
         neurons = moe.sizes.expert_ffn_hidden_size // self._runtime.parallel.tensor
@@ -277,19 +294,30 @@ class ImportanceCollector:
 
         return hook
 
-    def _attach(self, layer: TransformerLayer, number: int, state: _Chunk) -> None:
-        attention, mlp = layer.self_attention, layer.mlp
-        self._watch_norm(layer.input_layernorm, attention.linear_qkv, (number, "hidden.attention"), state)
-        self._watch_norm(layer.pre_mlp_layernorm, getattr(mlp, "linear_fc1", mlp), (number, "hidden.mlp"), state)
-        self._watch_input(attention.linear_proj, (number, "head"), state)
+    def _attach(self, layer: Any, number: int, state: _Chunk) -> None:
+        sizes = self._spec.layers[number]
+        if isinstance(sizes.mixer, Attention):
+            attention = layer.self_attention
+            self._watch_norm(layer.input_layernorm, attention.linear_qkv, (number, "hidden.attention"), state)
+            self._watch_input(attention.linear_proj, (number, "head"), state)
+        elif isinstance(sizes.mixer, Mamba):
+            mamba = layer.self_attention
+            self._watch_norm(layer.input_layernorm, mamba.in_proj, (number, "hidden.mamba"), state)
+            self._watch_output(mamba.in_proj, mamba.inputs_of, (number, "mamba"), state)
         if (moe := experts_of(layer)) is not None:
+            self._watch_norm(layer.pre_mlp_layernorm, moe, (number, "hidden.mlp"), state)
             moe.observer = state.experts[number]
             if moe.shared_experts is not None:
                 self._watch_input(moe.shared_experts.linear_fc2, (number, "shared_ffn"), state)
-        elif self._ffn_site is FfnSite.AFTER_ACTIVATION:
-            self._watch_input(mlp.linear_fc2, (number, "ffn"), state)
-        else:
-            self._watch_activation(mlp.linear_fc1, (number, "ffn"), state)
+        elif isinstance(sizes.feed_forward, Mlp):
+            mlp = layer.mlp
+            self._watch_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, (number, "hidden.mlp"), state)
+            if self._ffn_site is FfnSite.AFTER_ACTIVATION:
+                self._watch_input(mlp.linear_fc2, (number, "ffn"), state)
+            else:
+                self._watch_activation(mlp.linear_fc1, (number, "ffn"), state)
+        if (number, "mixer") in state.parts:
+            self._watch_middle(layer.pre_mlp_layernorm, state)
         self._handles.append(layer.register_forward_hook(self._take_influence(number, state), with_kwargs=True))
 
     def _watch_norm(self, norm: nn.Module, linear: nn.Module, site: Site, state: _Chunk) -> None:
@@ -307,11 +335,27 @@ class ImportanceCollector:
 
             self._handles.append(norm.register_forward_hook(take))
 
+    def _watch_middle(self, norm: nn.Module, state: _Chunk) -> None:
+        """Watch what a layer's feed-forward is given, before its norm."""
+
+        def take(norm: nn.Module, args: tuple[Any, ...]) -> None:
+            state.middle = args[0]
+
+        self._handles.append(norm.register_forward_pre_hook(take))
+
     def _watch_input(self, linear: nn.Module, site: Site, state: _Chunk) -> None:
         def take(linear: nn.Module, args: tuple[Any, ...]) -> None:
             self._take(site, args[0], state)
 
         self._handles.append(linear.register_forward_pre_hook(take))
+
+    def _watch_output(self, linear: nn.Module, part: Callable[[Tensor], Tensor], site: Site, state: _Chunk) -> None:
+        """Watch a part of what a linear without bias returns."""
+
+        def take(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._take(site, part(output[0]), state)
+
+        self._handles.append(linear.register_forward_hook(take))
 
     def _watch_activation(self, linear: nn.Module, site: Site, state: _Chunk) -> None:
         """Watch what the activation will be applied to: a linear's output, `[gate; up]` if gated, and its bias."""
@@ -350,9 +394,25 @@ class ImportanceCollector:
                 before = stream_of(x_in, self._workspace, "odd" if number % 2 else "even")
             after = stream_of(x_out, self._workspace, "even" if number % 2 else "odd")
             state.changes[number] = dissimilarity(before, after)
+            if state.middle is not None:
+                self._take_parts(number, state, x_in, after)
             state.latest = x_out, after
 
         return hook
+
+    def _take_parts(self, number: int, state: _Chunk, x_in: Tensor, after: Stream) -> None:
+        """How much each part of a layer changes the stream."""
+        assert state.middle is not None
+        entering = stream_of(x_in, self._workspace, "entering")
+        middle = stream_of(state.middle, self._workspace, "middle")
+        state.middle = None
+        keep_BS = _announced(state).outside
+        # The first of two streams is overwritten.
+        for part, ends in (("mixer", (entering, middle)), ("feed_forward", (middle, after))):
+            change_N = dissimilarity(*ends)
+            if keep_BS is not None:
+                change_N = torch.where(keep_BS.t().flatten(), change_N, 0)
+            state.parts[number, part] += change_N.sum(dtype=torch.float64)
 
 
 def fused_norm(linear: Any, x: Tensor) -> Tensor:

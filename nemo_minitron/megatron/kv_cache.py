@@ -1,8 +1,8 @@
-"""Keys and values of the tokens that a model has read, so that each further token costs one position.
+"""Keys, values and states of the tokens that a model has read, so that each further token costs one position.
 
-For our own layers (`layers.LocalSelfAttention`). Samples of a batch may have prompts of different lengths: they are
-padded on the right, each sample counts its own positions, and what a padded position has left in the cache is written
-over before any query looks at it.
+For our own layers (`layers.LocalSelfAttention`, `mamba.LocalMamba`). Samples of a batch may have prompts of different
+lengths: they are padded on the right, each sample counts its own positions, and what a padded position has left in the
+cache is written over before any query looks at it.
 
 Shapes: B samples, S new positions, L positions of the cache, G KV groups of this rank, R query heads of a group, D
 channels of a head.
@@ -11,7 +11,6 @@ channels of a head.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.megatron.functional import causal_attention, rotary_tables
 from nemo_minitron.megatron.layers import LocalSelfAttention, layer_angles
+from nemo_minitron.megatron.mamba import LocalMamba, MambaState
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 
 
@@ -113,9 +113,70 @@ class KeyValueCache:
         return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
+class MambaCache:
+    """A Mamba mixer's state, and the last inputs of its convolution.
+
+    The state behind a padded prompt is made when the first token after it says where each prompt ends. A token at the
+    position of the one before takes its place: the interleaved schedule passes each several times.
+
+    Args:
+        progress: Where the next tokens stand.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._prompts: Tensor | None = None
+        self._before: MambaState | None = None
+        self._after: MambaState | None = None
+        self._last: Tensor | None = None
+        """The position of each sample that `_after` has read, and `_before` has not."""
+
+    def mix(self, mixer: LocalMamba, projected_BSC: Tensor) -> Tensor:
+        """What the mixer makes of prompts, or of one more token a sample."""
+        if self.progress.positions is None:
+            self._prompts, self._last = projected_BSC, None
+            return mixer.mix(projected_BSC).output
+        positions = self.progress.positions[:, 0]
+        if self._last is None:
+            assert self._prompts is not None, "prompts come first"
+            self._after, self._prompts = _state_of(mixer, self._prompts, positions), None
+            self._before = self._after
+            self._last = torch.full_like(positions, -1)
+        assert self._before is not None
+        assert self._after is not None
+        again = positions == self._last
+        state = MambaState(
+            *(
+                torch.where(again.view(-1, *[1] * (old.dim() - 1)), old, new)
+                for old, new in ((self._before.window, self._after.window), (self._before.state, self._after.state))
+            )
+        )
+        found = mixer.mix(projected_BSC, before=state)
+        inner = _convolved(mixer, projected_BSC)
+        window = torch.cat([state.window, inner], dim=1)[:, inner.shape[1] :]
+        self._before, self._after, self._last = state, MambaState(window, found.state), positions
+        return found.output
+
+
+def _state_of(mixer: LocalMamba, prompts_BSC: Tensor, lengths_B: Tensor) -> MambaState:
+    """What a mixer remembers of prompts of so many tokens each, padded on the right."""
+    places = torch.arange(prompts_BSC.shape[1], device=prompts_BSC.device)
+    state = mixer.mix(prompts_BSC, keep_BS=places < lengths_B[:, None]).state
+    taps = mixer.sizes.conv_kernel
+    padded = F.pad(_convolved(mixer, prompts_BSC), (0, 0, taps - 1, 0))
+    last = lengths_B[:, None] + torch.arange(taps - 1, device=lengths_B.device)
+    return MambaState(padded[torch.arange(len(padded), device=padded.device)[:, None], last], state)
+
+
+def _convolved(mixer: LocalMamba, projected_BSC: Tensor) -> Tensor:
+    """The channels that the convolution passes over."""
+    first = mixer.parts["z"]
+    return projected_BSC[..., first : first + mixer.convolved]
+
+
 def can_cache(chunks: Sequence[nn.Module]) -> bool:
-    """Whether all layers on this rank are our own; those of Transformer Engine have no such cache."""
-    return all(isinstance(layer.self_attention, LocalSelfAttention) for layer in _layers(chunks))
+    """Whether all layers are our own; those of Transformer Engine have no such cache."""
+    return not any(unwrap(chunk).from_engine for chunk in chunks)
 
 
 @contextmanager
@@ -137,21 +198,26 @@ def cached(chunks: Sequence[nn.Module], *, samples: int, length: int) -> Iterato
                 model = unwrap(chunk)
                 angles = model.rotary_pos_emb(length)
                 dtype = next(model.parameters()).dtype
-                for layer in model.decoder.layers:
-                    attention = layer.self_attention
-                    assert isinstance(attention, LocalSelfAttention), "can_cache holds"
-                    attention.cache = KeyValueCache(
-                        attention, layer_angles(attention, angles), samples=samples, dtype=dtype, progress=progress
+                for mixer in _mixers([chunk]):
+                    mixer.cache = (
+                        MambaCache(progress)
+                        if isinstance(mixer, LocalMamba)
+                        else KeyValueCache(
+                            mixer, layer_angles(mixer, angles), samples=samples, dtype=dtype, progress=progress
+                        )
                     )
         yield progress
     finally:
-        for layer in _layers(chunks):
-            layer.self_attention.cache = None
+        for mixer in _mixers(chunks):
+            mixer.cache = None
 
 
-def _layers(chunks: Sequence[nn.Module]) -> Iterator[Any]:
+def _mixers(chunks: Sequence[nn.Module]) -> Iterator[LocalSelfAttention | LocalMamba]:
     for chunk in chunks:
-        yield from unwrap(chunk).decoder.layers
+        for layer in unwrap(chunk).decoder.layers:
+            mixer: nn.Module = layer.self_attention
+            if isinstance(mixer, LocalSelfAttention | LocalMamba):
+                yield mixer
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

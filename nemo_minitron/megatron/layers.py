@@ -15,14 +15,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.functional import (
@@ -34,6 +34,7 @@ from nemo_minitron.megatron.functional import (
     rms_norm,
     rotary_tables,
 )
+from nemo_minitron.megatron.mamba import LocalMamba, MambaSubmodules
 from nemo_minitron.megatron.marks import mark
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -226,15 +227,18 @@ def local_mlp(kind: Activation, fc2: type) -> type[LocalMLP]:
 
 
 class SizedLayer(TransformerLayer):
-    """A transformer layer with sizes of its own, which need not be the config's."""
+    """A layer with sizes of its own, which need not be the config's; a part that it lacks passes on what it is given.
+
+    Whatever its mixer is, it stands in Megatron's place for self-attention.
+    """
 
     def __init__(self, config: TransformerConfig, *args: Any, sizes: LayerSpec, **kwargs: Any) -> None:
         own = copy.copy(config)
-        own.num_attention_heads = sizes.attention.num_attention_heads
-        own.num_query_groups = sizes.attention.num_query_groups
-        if not sizes.has_experts:  # which have sizes of their own
-            own.ffn_hidden_size = sizes.mlp.ffn_hidden_size
+        for name, size in sizes.sizes.items():
+            setattr(own, name, size)
         super().__init__(own, *args, **kwargs)
+        self.sizes = sizes
+        self.recompute_mlp = self.recompute_mlp and sizes.feed_forward is not None
 
 
 def add_residual(training: bool, fused: bool) -> Any:
@@ -252,41 +256,59 @@ def _add_residual(output_and_bias: tuple[Tensor, Tensor | None], residual: Tenso
 
 def local_layer(spec: ModelSpec, sizes: LayerSpec) -> ModuleSpec:
     """How to build one layer out of the modules above."""
-    head_norm = LocalNorm if spec.qk_norm else IdentityOp
     writer = NormedRowParallelLinear if spec.post_norms else LocalRowLinear
-    attention = {
-        "attn_mask_type": AttnMaskType.causal,
-        "window": spec.sliding_window if sizes.local else None,
-        "scale": spec.attention_scale,
-        "rotary_base": spec.local_rotary_base if sizes.local else None,
-    }
+    parts: dict[str, Any] = {}
+    if sizes.mixer is not None:
+        mixer = _local_attention if isinstance(sizes.mixer, Attention) else _local_mamba
+        parts |= {"input_layernorm": LocalNorm, "self_attention": mixer(spec, sizes, writer)}
+    if sizes.feed_forward is not None:
+        parts |= {"pre_mlp_layernorm": LocalNorm, "mlp": local_mlp(spec.activation, writer)}
     return ModuleSpec(
         module=SizedLayer,
         params={"sizes": sizes},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LocalNorm,
-            self_attention=ModuleSpec(
-                module=LocalSelfAttention,
-                params=attention,
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=LocalColumnLinear,
-                    core_attention=IdentityOp,
-                    linear_proj=writer,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=add_residual,
-            pre_mlp_layernorm=LocalNorm,
-            mlp=local_mlp(spec.activation, writer),
-            mlp_bda=add_residual,
-            # In checkpoints the norms carry the names that Transformer Engine's fused layers give them.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            **parts,
+            self_attn_bda=add_residual if sizes.mixer is not None else IdentityFuncOp,
+            mlp_bda=add_residual if sizes.feed_forward is not None else IdentityFuncOp,
+            sharded_state_dict_keys_map=canonical_names(sizes),
         ),
     )
+
+
+def canonical_names(sizes: LayerSpec) -> dict[str, str]:
+    """Beginnings of names in a local layer, and in checkpoints.
+
+    There norms carry the names that Transformer Engine's fused layers give them, and Mamba is a mixer.
+    """
+    norms = {} if sizes.has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if isinstance(sizes.mixer, Mamba):
+        return {"input_layernorm.": "mixer.in_proj.layer_norm_", "self_attention.": "mixer."} | norms
+    return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"} | norms
+
+
+def _local_attention(spec: ModelSpec, sizes: LayerSpec, writer: type) -> ModuleSpec:
+    head_norm = LocalNorm if spec.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=LocalSelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "window": spec.sliding_window if sizes.local else None,
+            "scale": spec.attention_scale,
+            "rotary_base": spec.local_rotary_base if sizes.local else None,
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=LocalColumnLinear,
+            core_attention=IdentityOp,
+            linear_proj=writer,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+def _local_mamba(spec: ModelSpec, sizes: LayerSpec, writer: type) -> ModuleSpec:
+    linears = MambaSubmodules(in_proj=LocalColumnLinear, out_proj=LocalRowLinear)
+    return ModuleSpec(module=LocalMamba, params={"sizes": sizes.mamba}, submodules=linears)
 
 
 @lru_cache(maxsize=4)

@@ -15,12 +15,8 @@ from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import LinearScaling, ModelSpec, YarnScaling
 from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
 from nemo_minitron.megatron.experts import experts_of
+from nemo_minitron.megatron.layers import canonical_names
 
-# Where the local layer's norms live, against their canonical names (Transformer Engine fuses them into the linears).
-_LOCAL_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 _LOCAL_EXPERT = re.compile(r"(local_experts\.)(\d+)\.")
 """Experts are numbered by rank in Megatron's modules, over the layer in canonical names."""
 _BUFFER = "router.expert_bias"
@@ -31,15 +27,22 @@ class MinitronGPT(GPTModel):
 
     Attributes:
         spec: Architecture of the complete model.
+        from_engine: Whether its layers are Transformer Engine's.
         output: What the last stage returns: "logits" `[b, s, V/tp]`, or "hidden" states `[s, b, h]` after the final
             norm, which losses fused with the output layer take. Other stages return their hidden states.
     """
 
     def __init__(
-        self, *args: Any, spec: ModelSpec, output: Literal["logits", "hidden"] = "logits", **kwargs: Any
+        self,
+        *args: Any,
+        spec: ModelSpec,
+        from_engine: bool = False,
+        output: Literal["logits", "hidden"] = "logits",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.spec = spec
+        self.from_engine = from_engine
         self.output = output
         # Megatron knows Llama 3's scaling with one set of constants; the spec may have others.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
@@ -95,15 +98,15 @@ class MinitronGPT(GPTModel):
         if not name.startswith("decoder.layers."):
             return name
         index, _, rest = name.removeprefix("decoder.layers.").partition(".")
-        layer = self.decoder.layers[int(index)]
-        number = layer.layer_number - 1
+        layer: Any = self.decoder.layers[int(index)]
         if (experts := experts_of(layer)) is not None:
             first = experts.first
             rest = _LOCAL_EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + first}.", rest)
-        for local, canonical in _LOCAL_NAMES.items():
-            if rest.startswith(local) and not (local.startswith("pre_mlp") and experts is not None):
+        for local, canonical in canonical_names(layer.sizes).items():
+            if rest.startswith(local):
                 rest = canonical + rest.removeprefix(local)
-        return LAYER_PREFIX.format(i=number) + rest
+                break
+        return LAYER_PREFIX.format(i=layer.layer_number - 1) + rest
 
 
 @contextmanager
@@ -143,6 +146,8 @@ def rotary_frequencies(spec: ModelSpec) -> Tensor:
     channel instead, between the two that turn `beta_fast` and `beta_slow` times in the original context.
     """
     rotated = int(spec.head_dim * spec.rotary_percent)
+    if not rotated:
+        return torch.empty(0, device="cpu")
     # The device is explicit, so that they have values in a model that is built on `meta` too.
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
     frequencies = 1.0 / spec.rotary_base**exponents

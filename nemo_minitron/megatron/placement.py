@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing
+from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import Weight
+from nemo_minitron.arch.weights import Weight, part_shapes
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import LayoutError
 
@@ -34,10 +35,13 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages (parallel.pipeline)")
     if padded_vocab(spec, parallel.tensor) * (parallel.tensor - 1) // parallel.tensor >= spec.vocab_size:
         problems.append(f"vocab_size = {spec.vocab_size} is too small for parallel.tensor = {parallel.tensor}")
+    if any(isinstance(layer.mixer, Mamba) for layer in spec.layers):
+        asked = {"parallel.context": parallel.context > 1, "parallel.sequence_parallel": parallel.sequence_parallel}
+        problems += [f"{key} splits positions, which a Mamba mixer's scan runs along" for key in asked if asked[key]]
     if problems:
         raise LayoutError(
             "the model cannot be split so: " + "; ".join(problems),
-            rule="tensor parallelism divides KV groups, heads and FFN, expert parallelism experts; "
+            rule="tensor parallelism divides KV groups, heads, Mamba groups and FFN, expert parallelism experts; "
             "every pipeline stage has a layer",
             remedy="choose other sizes under parallel:, or a target whose sizes are multiples of parallel.tensor",
         )
@@ -76,8 +80,8 @@ def state_holder(state: int, num_layers: int, parallel: ParallelConfig) -> int:
 def local_shard(weight: Weight, tensor: Tensor, spec: ModelSpec, *, rank: int, size: int) -> Tensor:
     """A tensor-parallel rank's part of a canonical tensor, in the layout of Megatron's modules.
 
-    Rows of a QKV packing are split by KV group, the halves of a GATE_UP packing one by one, and vocabulary rows after
-    padding with zeros.
+    Rows of a QKV packing are split by KV group, the parts of a GATE_UP and of a Mamba packing one by one, and
+    vocabulary rows after padding with zeros.
     """
     dim = weight.row.tensor_parallel_dim
     if dim is None:
@@ -85,6 +89,7 @@ def local_shard(weight: Weight, tensor: Tensor, spec: ModelSpec, *, rank: int, s
     if weight.row.axes[0] is Axis.VOCAB:
         missing = padded_vocab(spec, size) - tensor.shape[0]
         tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
-    if weight.row.packing is Packing.GATE_UP:
-        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
+    if weight.row.packing not in (Packing.PLAIN, Packing.QKV):
+        parts = torch.split(tensor, [shape[0] for shape in part_shapes(weight, spec)])
+        return torch.cat([part.chunk(size)[rank] for part in parts])
     return tensor.chunk(size, dim=dim)[rank]

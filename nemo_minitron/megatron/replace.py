@@ -24,11 +24,13 @@ class Replacement:
     Attributes:
         layer: Which layer, from 0.
         kept: Units that stay, by axis; of an axis that is not named, all.
+        without: Parts of the layer that go, by their names in `arch.layer.PARTS`.
         dropped: Whether the layer goes altogether.
     """
 
     layer: int
     kept: Mapping[Axis, tuple[int, ...]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     dropped: bool = False
 
 
@@ -60,17 +62,19 @@ class BlockReplacer(LayerSkipper):
     @contextmanager
     def _silenced(self, part: Part, replacement: Replacement) -> Iterator[None]:
         layer: Any = part.model.decoder.layers[replacement.layer - part.layers.start]
-        sizes = self._spec.layers[replacement.layer]
-        heads = sizes.attention.num_attention_heads
-        cuts = (
-            (layer.mlp.linear_fc2, replacement.kept.get(Axis.FFN), sizes.mlp.ffn_hidden_size, 1),
-            (layer.self_attention.linear_proj, replacement.kept.get(Axis.HEAD), heads, self._spec.head_dim),
-        )
+        sizes, kept = self._spec.layers[replacement.layer].sizes, replacement.kept
         with ExitStack() as stack:
-            for module, kept, size, width in cuts:
-                if kept is not None:
-                    mask = self._mask(kept, size, width)
-                    stack.callback(module.register_forward_pre_hook(_multiplied(mask)).remove)
+            for module, axis, size, width in (
+                (layer.mlp, Axis.FFN, "ffn_hidden_size", 1),
+                (layer.self_attention, Axis.HEAD, "num_attention_heads", self._spec.head_dim),
+            ):
+                if axis in kept:
+                    last = module.linear_fc2 if axis is Axis.FFN else module.linear_proj
+                    mask = self._mask(kept[axis], sizes[size], width)
+                    stack.callback(last.register_forward_pre_hook(_multiplied(mask)).remove)
+            for name in replacement.without:
+                module = layer.self_attention if name == "mixer" else layer.mlp
+                stack.callback(module.register_forward_hook(_nothing).remove)
             yield
 
     def _mask(self, kept: tuple[int, ...], size: int, width: int) -> Tensor:
@@ -103,6 +107,15 @@ class BlockLossCollector(DepthCollector):
         Raises:
             ScoresError: A state was NaN or infinite; names the layer.
         """
+        count, values = self.sums()
+        return [float(value) for value in values / count]
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Tokens, and summed nats of the unchanged model and of every replacement, float64 on every rank. Collective.
+
+        Raises:
+            ScoresError: A state was NaN or infinite; names the layer.
+        """
         self._skipper.check_finite()
         sums = self._sums[LM_LOSS]
         flat = torch.cat([sums.count, sums.values])
@@ -110,12 +123,17 @@ class BlockLossCollector(DepthCollector):
         if not self._runtime.is_last_stage or self._runtime.tp_rank:
             flat.zero_()
         dist.all_reduce(flat)
-        return [float(value) for value in flat[1:] / flat[0]]
+        return flat[0], flat[1:]
 
 
 def blocks_of(replacements: Sequence[Replacement]) -> list[tuple[int, int]]:
     """Where each begins, and how many layers it skips."""
     return [(each.layer, int(each.dropped)) for each in replacements]
+
+
+def _nothing(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+    """In the place of what a mixer or a feed-forward adds to the residual stream."""
+    return torch.zeros_like(output[0]), None
 
 
 def _multiplied(mask: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """Where the sums of a complete model's scores lie on its ranks: put together for a file, and dealt out again.
 
-A rank holds the sums of its own layers. Those of `ffn` and `head` are split over tensor-parallel ranks by channel; all
-ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal sums of every
-site, so only one of them is counted. Data-parallel ranks hold sums of different samples, which add up.
+A rank holds the sums of its own layers. Those of `ffn`, `head` and `mamba` are split over tensor-parallel ranks by
+channel; all ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal
+sums of every site, so only one of them is counted. Data-parallel ranks hold sums of different samples, which add up.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,24 +13,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_minitron.arch.axes import SITES
+from nemo_minitron.arch.layer import PARTS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.megatron.expert_sums import EXPERT_FFN
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.importance import SiteSums
-from nemo_minitron.pruning.scores import HIDDEN_SITES, site_channels, site_names, token_sum_names
+from nemo_minitron.pruning.scores import (
+    HIDDEN_SITES,
+    has_site,
+    site_channels,
+    site_names,
+    token_sum_names,
+    two_part_layers,
+)
 
 Site = tuple[int, str]
 """Global layer number from 0, and site."""
 
-PASSED = ("hidden.attention", "head", "hidden.mlp", "ffn", "shared_ffn")
+PASSED = ("hidden.attention", "head", "hidden.mamba", "mamba", "hidden.mlp", "ffn", "shared_ffn")
 """Sites of a layer in the order in which a forward pass meets them; those of routed experts apart."""
-
-
-def passed(layer: int, spec: ModelSpec) -> list[str]:
-    """The sites that a layer has, in that order."""
-    found = {name for number, name, _ in site_names(spec) if number == layer}
-    return [site for site in PASSED if site in found]
+_SITES = {site.name: site for site in SITES}
 
 
 @dataclass(slots=True)
@@ -43,13 +46,15 @@ class RankSums:
     """By layer, a scalar; of this rank's positions."""
     samples: Tensor
     tokens: Tensor
+    parts: dict[tuple[int, str], Tensor] | None = None
+    """As `influence`, by layer and part, of layers that have both; None where it is not measured."""
     experts: dict[Site, Tensor] = field(default_factory=dict)
     """Of each sum over tokens by expert, `[experts of this rank]`."""
 
 
 def rank_channels(site: str, layer: int, spec: ModelSpec, runtime: Runtime) -> int:
     """How many channels of a site this rank sees."""
-    row = next(row for row in SITES if row.name == site)
+    row = _SITES[site]
     ranks = runtime.parallel.tensor if row.is_split else 1
     if site == EXPERT_FFN:
         ranks *= runtime.parallel.expert
@@ -76,6 +81,11 @@ def _of_rank(rows: Tensor, site: Site, spec: ModelSpec, runtime: Runtime) -> Ten
     return rows[:, runtime.tp_rank * width : (runtime.tp_rank + 1) * width]
 
 
+def passed_sites(layer: int, spec: ModelSpec) -> list[str]:
+    """The sites that a layer has, in the order in which a forward pass meets them."""
+    return [site for site in PASSED if has_site(spec, _SITES[site], layer)]
+
+
 def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tensor]:
     """The complete model's sums under the names of `pruning.scores`, on the CPU, the same on every rank. Collective.
 
@@ -96,6 +106,10 @@ def gather(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> dict[str, Tenso
     for number in range(spec.num_layers):
         _check_finite(flat[size + number], f"layer {number}, block influence")
         found[f"layers.{number}.block_influence.sum"] = flat[size + number].clone()
+    if mine.parts is not None:
+        for index, (number, part) in enumerate(_part_keys(spec), start=size + spec.num_layers):
+            _check_finite(flat[index], f"layer {number}, block influence of its {part}")
+            found[f"layers.{number}.block_influence.{part}.sum"] = flat[index].clone()
     return found | {"samples": flat[-2].clone(), "tokens": flat[-1].clone()}
 
 
@@ -130,9 +144,16 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
         counted = first and runtime.tp_rank == 0 and runtime.cp_rank == 0
         total = whole[f"layers.{number}.block_influence.sum"] if counted else torch.zeros(())
         influence[number] = total.clone().to(device, torch.float64)
+    parts: dict[tuple[int, str], Tensor] = {}
+    for key in _part_keys(spec):
+        name = f"layers.{key[0]}.block_influence.{key[1]}.sum"
+        if key[0] in influence and name in whole:
+            counted = first and runtime.tp_rank == 0 and runtime.cp_rank == 0
+            total = whole[name] if counted else torch.zeros(())
+            parts[key] = total.clone().to(device, torch.float64)
     counts = [(whole[name] if first else torch.zeros(())).clone() for name in ("samples", "tokens")]
     samples, tokens = (count.to(device, torch.float64) for count in counts)
-    return RankSums(sites, influence, samples, tokens, experts)
+    return RankSums(sites, influence, samples, tokens, parts, experts)
 
 
 def _layout(spec: ModelSpec) -> Iterator[tuple[Site, int, slice]]:
@@ -151,13 +172,18 @@ def _token_layout(spec: ModelSpec, start: int) -> Iterator[tuple[Site, int, slic
         start += units
 
 
+def _part_keys(spec: ModelSpec) -> list[tuple[int, str]]:
+    return [(number, part) for number in two_part_layers(spec) for part in PARTS]
+
+
 def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
     """Every sum of the complete model in one flat tensor, added up over all ranks, each part counted once."""
     places = list(_layout(spec))
     size = places[-1][2].stop
     tokens_of = list(_token_layout(spec, size))
     size = tokens_of[-1][2].stop if tokens_of else size
-    flat = torch.zeros(size + spec.num_layers + 2, dtype=torch.float64, device=runtime.device)
+    keys = [] if mine.parts is None else _part_keys(spec)
+    flat = torch.zeros(size + spec.num_layers + len(keys) + 2, dtype=torch.float64, device=runtime.device)
     once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
     for site, channels, place in places:
         values = mine.sites.get(site)
@@ -171,6 +197,8 @@ def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
     if runtime.parallel.sequence_parallel or runtime.tp_rank == 0:
         for number, total in mine.influence.items():
             flat[size + number] = total
+        for key, total in (mine.parts or {}).items():
+            flat[size + spec.num_layers + keys.index(key)] = total
     if once_a_copy and runtime.tp_rank == 0 and runtime.is_first_stage:
         flat[-2], flat[-1] = mine.samples, mine.tokens
     dist.all_reduce(flat)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weights
+from nemo_minitron.arch.weights import stored_parts, weights
 from nemo_minitron.checkpoints import digests
 from nemo_minitron.checkpoints.megatron_weights import place_of
 from nemo_minitron.errors import CheckpointError
@@ -233,5 +233,6 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights(spec):
         place = place_of(weight, spec, stacked=spec.is_uniform)
-        shapes[PREFIX + place.key] = place.leading + weight.shape
+        for suffix, shape in stored_parts(weight, spec).items():
+            shapes[PREFIX + place.key + suffix] = place.leading + shape
     return shapes

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -46,11 +45,13 @@ def watched(chunks: Sequence[nn.Module], states: Collection[int], take: Take) ->
             handle.remove()
 
 
-def _watch_first_norm(layer: TransformerLayer, state: int, take: Take) -> RemovableHandle:
+def _watch_first_norm(layer: Any, state: int, take: Take) -> RemovableHandle:
     """A layer's first norm; where it is fused into the linear that follows, it is computed once more."""
-    linear = layer.self_attention.linear_qkv
-    if not isinstance(layer.input_layernorm, IdentityOp):
-        return _watch_output(layer.input_layernorm, state, take)
+    has_mixer = layer.sizes.mixer is not None
+    norm = layer.input_layernorm if has_mixer else layer.pre_mlp_layernorm
+    if not isinstance(norm, IdentityOp):
+        return _watch_output(norm, state, take)
+    linear: nn.Module = layer.self_attention.linear_qkv if has_mixer else layer.mlp.linear_fc1
 
     def look(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args

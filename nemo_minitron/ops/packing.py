@@ -5,6 +5,8 @@ Canonical (Megatron) order along dimension 0. QKV: for each KV group its query h
 `[rows]` alike, and on a tensor-parallel shard that holds complete groups.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,20 @@ def qkv_rows(heads: Tensor, groups: Tensor, *, num_heads: int, num_groups: int, 
 def gate_up_rows(kept: Tensor, *, neurons: int) -> Tensor:
     """Rows of a gated MLP's first weight that belong to the `kept` ones of its `neurons`: gate rows, then up rows."""
     return torch.cat([kept, kept + neurons])
+
+
+def crossed(outer: Tensor, inner: Tensor, *, size: int) -> Tensor:
+    """Indices of all pairs of kept units, `outer * size + inner`, in the order of the first and then the second."""
+    return (outer[:, None] * size + inner).flatten()
+
+
+def part_rows(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Rows that stay of a weight whose parts lie one below the other: of each part, its rows and which of them stay."""
+    first, found = 0, []
+    for rows, kept in parts:
+        found.append(kept + first)
+        first += rows
+    return torch.cat(found)
 
 
 def _by_group(rows: Tensor, num_groups: int, head_dim: int) -> Tensor:

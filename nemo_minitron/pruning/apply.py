@@ -1,7 +1,7 @@
 """Applying a plan: a lazy view of a checkpoint whose tensors are cut when they are asked for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing, Scope, is_prunable, outer_axis, row_of
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import Weight, weight_named
+from nemo_minitron.arch.weights import MAMBA_PARTS, Weight, weight_named
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource, names_of
 from nemo_minitron.ops.mixing import mix_slots
-from nemo_minitron.ops.packing import gate_up_rows, head_channels, qkv_rows
+from nemo_minitron.ops.packing import crossed, gate_up_rows, head_channels, part_rows, qkv_rows
 from nemo_minitron.ops.slicing import slice_dims
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 
@@ -81,19 +81,21 @@ class PrunedSource:
             columns = torch.tensor(self.plan.hidden) if whole.dim() > 1 else None
             slots = _slot_mixes(layer, self.plan.spec.layers[layer.source])
             return mix_slots(tensor, whole, slots, head_dim=self.plan.spec.head_dim, columns=columns)
-        factor = math.sqrt(self._squared_factor(weight))
+        factor = math.sqrt(self._squared_factor(weight, layer))
         if factor == 1:
             return tensor
         offset = 1 if _is_norm_scale(weight) and self._student.norm.zero_centred else 0
         return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
 
-    def _squared_factor(self, weight: Weight) -> Fraction:
+    def _squared_factor(self, weight: Weight, layer: LayerPlan | None) -> Fraction:
         """What a weight's square is multiplied by, since fewer channels are left.
 
         Norms: see `PruningPlan.rescale_norms`. Embeddings that enter times `sqrt(hidden_size)` make up for the smaller
         root, so that the first layer sees what it saw; where they are the output layer too, the final norm takes it
         back.
         """
+        if layer is not None and weight.row.axes == (Axis.MAMBA_CHANNEL,) and weight.row.packing is Packing.PLAIN:
+            return self.plan.group_ratio(layer)
         factor = self.plan.norm_ratio if _is_norm_scale(weight) else Fraction(1)
         if self._student.scaled_embeddings:
             channels = Fraction(self.plan.spec.hidden_size, self._student.hidden_size)
@@ -124,6 +126,8 @@ class PrunedSource:
         if layer is None or row.scope is Scope.MODEL:
             return torch.tensor(self.plan.kept(row))
         teacher, units = self.plan.spec.layers[layer.source], torch.tensor(layer.kept[axis])
+        if axis is Axis.MAMBA_CHANNEL:
+            return _mamba_rows(weight, teacher.mamba, layer.kept)
         outer = outer_axis(row)
         if row.each and outer is not None:
             inside = teacher.size(row)
@@ -144,6 +148,20 @@ class PrunedSource:
 def _source(weight: Weight, layer: LayerPlan) -> int | None:
     """Which expert of the teacher's layer a weight's is."""
     return None if weight.expert is None else layer.kept[Axis.EXPERT][weight.expert]
+
+
+def _mamba_rows(weight: Weight, mamba: Mamba, kept: Mapping[Axis, Sequence[int]]) -> Tensor:
+    """Indices along a dimension that holds the channels of Mamba heads, or all parts of a Mamba packing."""
+    heads, channels, groups = (
+        torch.tensor(kept[axis]) for axis in (Axis.MAMBA_HEAD, Axis.MAMBA_CHANNEL, Axis.MAMBA_GROUP)
+    )
+    inner = crossed(heads, channels, size=mamba.mamba_head_dim)
+    maps = crossed(groups, torch.arange(mamba.mamba_state_dim), size=mamba.mamba_state_dim)
+    of_part = {"z": inner, "x": inner, "B": maps, "C": maps, "dt": heads}
+    if weight.row.packing not in MAMBA_PARTS:
+        return inner
+    rows = mamba.parts()
+    return part_rows([(rows[letters], of_part[letters]) for letters in MAMBA_PARTS[weight.row.packing]])
 
 
 def _is_norm_scale(weight: Weight) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch.axes import Axis, outer_axis
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ScoresError
@@ -18,13 +18,21 @@ from nemo_minitron.pruning.depth import kept_layers
 from nemo_minitron.pruning.mixes import Mixes, residual_mixes
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan, axes_of
 from nemo_minitron.pruning.scores import Scores
-from nemo_minitron.pruning.sizes import hidden_size, named_layers, num_layers, student_layer, student_spec
+from nemo_minitron.pruning.sizes import (
+    dropped_parts,
+    hidden_size,
+    named_layers,
+    num_layers,
+    student_layer,
+    student_spec,
+)
 
 
 def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> PruningPlan:
     """Keep what scores highest; ties go to the lower index.
 
-    Layers are chosen first, by `target.depth_metric`, unless they are named. Hidden channels are ranked over the
+    Layers are chosen first, by `target.depth_metric`, unless they are named, then mixers and feed-forwards that go out
+    of layers that stay, by `target.sublayer_metric`. Hidden channels are ranked over the
     complete model, neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each
     kept group, experts in each layer and neurons of experts inside each kept expert.
 
@@ -49,7 +57,13 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
     layers = named_layers(target, spec)
     if layers is None:
         layers = kept_layers(scores.block_influence(), scores.depth, target, num_layers(target, spec))
-    return _plan(scores, layers, target, _provenance(scores, target))
+
+    def ranked_parts(part: str, able: list[int]) -> list[int]:
+        worth = scores.sublayers(part, target.sublayer_metric)
+        return sorted(able, key=lambda layer: (worth[layer], layer))
+
+    gone = dropped_parts(target, spec, layers, ranked_parts)
+    return _plan(scores, layers, gone, target, _provenance(scores, target))
 
 
 def build_plan_by_layer(
@@ -69,8 +83,10 @@ def build_plan_by_layer(
     how = _how(target)
     plans = []
     for number in sorted(layers):
-        exact = target.model_copy(update=layers[number].sizes)
-        plans.append(_layer_plan(scores, number, exact, how))
+        form, whole = layers[number], scores.spec.layers[number]
+        exact = target.model_copy(update=form.sizes)
+        gone = tuple(name for name in PARTS if getattr(form, name) is None and getattr(whole, name) is not None)
+        plans.append(_layer_plan(scores, number, exact, how, gone))
     return PruningPlan(
         spec=scores.spec,
         hidden=tuple(range(scores.spec.hidden_size)),
@@ -92,7 +108,8 @@ def random_plan(target: TargetConfig, spec: ModelSpec, *, seed: int) -> PruningP
     student_spec(target, spec)
     lots = RandomImportance(spec, seed)
     layers = named_layers(target, spec) or _indices(lots.importance(Axis.LAYER), num_layers(target, spec))
-    return _plan(lots, layers, target, {"target": target.model_dump(mode="json"), "random_seed": seed})
+    gone = dropped_parts(target, spec, layers, lots.ranked_parts)
+    return _plan(lots, layers, gone, target, {"target": target.model_dump(mode="json"), "random_seed": seed})
 
 
 class _Importance(Protocol):
@@ -101,7 +118,14 @@ class _Importance(Protocol):
     spec: ModelSpec
 
     def importance(
-        self, axis: Axis, layer: int | None = None, *, batch: str, sequence: str, experts: str
+        self,
+        axis: Axis,
+        layer: int | None = None,
+        *,
+        batch: str,
+        sequence: str,
+        experts: str,
+        kept: Mapping[Axis, Tensor] | None = None,
     ) -> Tensor: ...
 
 
@@ -115,26 +139,33 @@ def _how(target: TargetConfig) -> dict[str, Any]:
 
 
 def _plan(
-    importance: _Importance, layers: tuple[int, ...], target: TargetConfig, provenance: dict[str, Any]
+    importance: _Importance,
+    layers: tuple[int, ...],
+    gone: Mapping[int, tuple[str, ...]],
+    target: TargetConfig,
+    provenance: dict[str, Any],
 ) -> PruningPlan:
     spec = importance.spec
     how = _how(target)
     return PruningPlan(
         spec=spec,
         hidden=_indices(importance.importance(Axis.HIDDEN, **how), hidden_size(target, spec)),
-        layers=tuple(_layer_plan(importance, layer, target, how) for layer in layers),
+        layers=tuple(_layer_plan(importance, layer, target, how, gone.get(layer, ())) for layer in layers),
         rescale_norms=target.rescale_norms,
         provenance=provenance,
     )
 
 
-def _layer_plan(importance: _Importance, layer: int, target: TargetConfig, how: dict[str, Any]) -> LayerPlan:
-    teacher = importance.spec.layers[layer]
+def _layer_plan(
+    importance: _Importance, layer: int, target: TargetConfig, how: dict[str, Any], without: tuple[str, ...] = ()
+) -> LayerPlan:
+    teacher = importance.spec.layers[layer].without(*without)
     student = student_layer(target.for_layer(layer), teacher)
-    scores = {row.axis: importance.importance(row.axis, layer, **how) for row in axes_of(teacher)}
+    scores: dict[Axis, Tensor] = {}
     kept: dict[Axis, Tensor] = {}
     for row in axes_of(teacher):
         keep, outer = student.units(row), outer_axis(row)
+        scores[row.axis] = importance.importance(row.axis, layer, kept=kept, **how)
         kept[row.axis] = (
             top_indices(scores[row.axis], keep=keep)
             if outer is None
@@ -149,6 +180,7 @@ def _layer_plan(importance: _Importance, layer: int, target: TargetConfig, how: 
         source=layer,
         kept={axis: _plain(indices) for axis, indices in kept.items()},
         top_k=target.top_k if teacher.has_experts else None,
+        without=without,
     )
     return replace(plan, mixes=_mixes(plan, teacher, scores)) if target.merge_head_residuals else plan
 

@@ -1,6 +1,7 @@
 """Importance drawn by lot, the baseline that every score must beat: a function of the seed alone, on every machine."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ class RandomImportance:
         self.seed = seed
 
     def importance(
-        self, axis: Axis, layer: int | None = None, *, batch: str = "", sequence: str = "", experts: str = ""
+        self,
+        axis: Axis,
+        layer: int | None = None,
+        *,
+        batch: str = "",
+        sequence: str = "",
+        experts: str = "",
+        kept: Mapping[Axis, Tensor] | None = None,
     ) -> Tensor:
         """For each unit of an axis of the model, or of one of its layers, `[units]`."""
         row = row_of(axis)
@@ -33,6 +41,11 @@ class RandomImportance:
             row.plan if layer is None else f"{row.plan}.{layer}",
             self.spec.size(row) if layer is None else self.spec.units(row, layer),
         )
+
+    def ranked_parts(self, part: str, layers: list[int]) -> list[int]:
+        """Layers in the order in which a part of them would go."""
+        lots = self._lots(part, self.spec.num_layers).tolist()
+        return sorted(layers, key=lambda layer: lots[layer])
 
     def _lots(self, axis: str, count: int) -> Tensor:
         drawn = hashlib.shake_256(f"nemo_minitron/{self.seed}/{axis}".encode()).digest(8 * count)

@@ -61,6 +61,8 @@ class PlanDiff:
         rows = [("axis", "first keeps", "second keeps", "differing", "of")]
         for row in PRUNABLE:
             found = [axis for axis in self.axes if axis.axis == row.plan]
+            if not found:
+                continue
             first, second = (sum(axis.kept[side] for axis in found) for side in (0, 1))
             differing = sum(axis.differing for axis in found)
             rows.append((row.plan, f"{first:,}", f"{second:,}", f"{differing:,}", f"{first + second:,}"))
@@ -88,9 +90,9 @@ def diff_plans(first: PruningPlan, second: PruningPlan) -> PlanDiff:
     axes = [_axis(row.plan, None, first.kept(row), second.kept(row)) for row in MODEL_AXES]
     for one, other in shared:
         axes += [
-            _axis(row.plan, one.source, one.kept[row.axis], other.kept[row.axis])
+            _axis(row.plan, one.source, one.kept.get(row.axis, ()), other.kept.get(row.axis, ()))
             for row in LAYER_AXES
-            if row.axis in one.kept
+            if row.axis in one.kept or row.axis in other.kept
         ]
     return PlanDiff(axes=tuple(axes), settings=tuple(_settings(first, second, shared)))
 

@@ -54,12 +54,12 @@ def check_mergeable(spec: ModelSpec) -> None:
     """Make sure that a layer's second MLP matrix adds to the residual stream as it is.
 
     Raises:
-        PlanError: A norm stands between them, or layers have experts, each with a matrix of its own.
+        PlanError: A norm stands between them, or a layer has none, or experts, each with a matrix of its own.
     """
-    if spec.has_experts:
+    if any(not layer.is_transformer for layer in spec.layers):
         raise PlanError(
-            "target.merge_layers for a model with experts",
-            rule="what a layer adds to the residual stream is a linear map of its MLP's neurons",
+            "target.merge_layers for a model with layers that are not attention and an MLP",
+            rule="the second MLP matrix of the layer before dropped ones takes on what they added",
             remedy="set target.merge_layers=false",
         )
     if spec.post_norms:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, outer_axis, row_of
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.open import open_checkpoint
@@ -24,8 +24,8 @@ from nemo_minitron.pruning.validate import index_problem, layer_problems
 
 FORMAT = "nemo_minitron.plan"
 VERSIONS = (1, 2, 3)
-"""2 adds `merged_heads`, `merged_groups` and `norm_scale`, 3 `top_k`. A plan without them is still written as 1, and
-its digest stays what it was."""
+"""2 adds `merged_heads`, `merged_groups` and `norm_scale`; 3 `without` and `top_k`, and `norm_scale` in layers. A plan
+without them is still written as 1, and its digest stays what it was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,10 @@ class LayerPlan:
     mixes: Mapping[Axis, Mixes] = field(default_factory=dict)
     """By axis, units whose weights become sums over the teacher's units (head-residual merging): query weights of query
     heads; key and value weights of KV groups, only where every head has a key and value of its own."""
+    without: tuple[str, ...] = ()
+    """Parts of the layer that go, by their names in `arch.layer.PARTS`; the layer passes on what it would be given."""
+    norm_scale: tuple[int, int] | None = None
+    """As `PruningPlan.norm_scale`, for the channels of a Mamba group."""
     top_k: int | None = None
     """Experts that a token is routed to; None: as many as in the teacher."""
 
@@ -51,8 +55,8 @@ class LayerPlan:
 
     def cut(self, teacher: LayerSpec) -> LayerSpec:
         """Sizes of what stays of the teacher's layer, and to how many experts it routes."""
-        sizes = {row.size: self._size(row) for row in axes_of(teacher)}
-        return teacher.with_sizes(**sizes).routed_to(self.top_k)
+        left = teacher.without(*self.without)
+        return left.with_sizes(**{row.size: self._size(row) for row in axes_of(left)}).routed_to(self.top_k)
 
     def _size(self, row: PrunableAxis) -> int:
         outer = outer_axis(row) if row.each else None
@@ -104,7 +108,11 @@ class PruningPlan:
         if self.norm_scale is not None and min(self.norm_scale) < 1:
             yield f"norm_scale: {self.norm_scale} is no ratio of channels"
         for layer in self.layers:
-            problems = layer_problems(layer.kept, layer.mixes, self.spec.layers[layer.source])
+            teacher = self.spec.layers[layer.source]
+            if set(layer.without) >= {name for name in PARTS if getattr(teacher, name) is not None}:
+                yield f"layer {layer.source}: neither its mixer nor its feed-forward stays; drop the layer"
+                continue
+            problems = layer_problems(layer.kept, layer.mixes, teacher.without(*layer.without))
             yield from (f"layer {layer.source}: {problem}" for problem in problems)
             yield from self._routing_problems(layer)
 
@@ -143,6 +151,24 @@ class PruningPlan:
             return Fraction(*self.norm_scale)
         return rescaling(self.spec, len(self.hidden)) if self.rescale_norms else Fraction(1)
 
+    def group_ratio(self, layer: LayerPlan) -> Fraction:
+        """As `norm_ratio`, for the norm that a Mamba mixer takes over the channels of each of its groups."""
+        if layer.norm_scale is not None:
+            return Fraction(*layer.norm_scale)
+        return self._group_rescaling(layer) if self.rescale_norms else Fraction(1)
+
+    def _group_rescaling(self, layer: LayerPlan) -> Fraction:
+        """Channels of a Mamba group before over those after; 1 for a layer of another kind."""
+        sizes = [each.mixer for each in (self.spec.layers[layer.source], layer.cut(self.spec.layers[layer.source]))]
+        found = [Fraction(m.inner_size, m.mamba_num_groups) for m in sizes if isinstance(m, Mamba)]
+        return found[0] / found[1] if len(found) == len(sizes) else Fraction(1)
+
+    @property
+    def dropped_parts(self) -> dict[str, list[int]]:
+        """Layers that stay without a part, by the part's name."""
+        found = {part: [layer.source for layer in self.layers if part in layer.without] for part in PARTS}
+        return {part: layers for part, layers in found.items() if layers}
+
     @property
     def merges(self) -> bool:
         """Whether any kept head takes on residuals of dropped ones."""
@@ -166,7 +192,7 @@ class PruningPlan:
         rescale_norms = then.rescale_norms if cuts[1] else self.rescale_norms
         plain = rescaling(self.spec, len(hidden)) if rescale_norms else Fraction(1)
         mixed = total != plain
-        return PruningPlan(
+        composed = PruningPlan(
             spec=self.spec,
             hidden=hidden,
             layers=tuple(_composed_layer(self.layers[second.source], second) for second in then.layers),
@@ -174,6 +200,12 @@ class PruningPlan:
             norm_scale=(total.numerator, total.denominator) if mixed else None,
             provenance={"composed": [*_steps(self.provenance), *_steps(then.provenance)]},
         )
+        layers = []
+        for layer, second in zip(composed.layers, then.layers, strict=True):
+            ratio = self.group_ratio(self.layers[second.source]) * then.group_ratio(second)
+            as_said = ratio == composed.group_ratio(layer)
+            layers.append(layer if as_said else replace(layer, norm_scale=(ratio.numerator, ratio.denominator)))
+        return replace(composed, layers=tuple(layers))
 
     def followed_by(self, then: "PruningPlan") -> "PruningPlan":
         """`compose` for a student that was on disk in between.
@@ -222,7 +254,7 @@ class PruningPlan:
             data["norm_scale"] = list(self.norm_scale)
         if self.merges or self.norm_scale is not None:
             data["version"] = 2
-        if any(layer.top_k is not None for layer in self.layers):
+        if any(layer.without or layer.norm_scale or layer.top_k is not None for layer in self.layers):
             data["version"] = 3
         return data
 
@@ -327,7 +359,9 @@ class PruningPlan:
         """Sizes before and after as a plain text table."""
         kept = {layer.source for layer in self.layers}
         dropped = [index for index in range(self.spec.num_layers) if index not in kept]
-        return f"{size_table(self.spec, self.student)}\nlayers dropped: {to_ranges(dropped) or 'none'}"
+        lines = [size_table(self.spec, self.student), f"layers dropped: {to_ranges(dropped) or 'none'}"]
+        lines += [f"{part} dropped of layers: {to_ranges(layers)}" for part, layers in self.dropped_parts.items()]
+        return "\n".join(lines)
 
 
 def narrowed(teacher: ModelSpec, hidden_size: int, layers: tuple[LayerSpec, ...], *, norm_ratio: Fraction) -> ModelSpec:
@@ -348,9 +382,11 @@ _PLAN_KEYS = ("format", "version", "spec", "hidden", "rescale_norms", "layers", 
 _ADDED = ("norm_scale", *(row.mixes for row in LAYER_AXES if row.mixes))
 _TOP_K = "top_k"
 
+_ADDED_LATER = ("without", _TOP_K)
+
 
 def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], *, version: int, where: str) -> None:
-    allowed = {*known, *(_ADDED if version > 1 else ()), *((_TOP_K,) if version > 2 else ())}
+    allowed = {*known, *(_ADDED if version > 1 else ()), *(_ADDED_LATER if version > 2 else ())}
     if unknown := sorted(set(data) - allowed):
         raise PlanError(f"{where}: unknown key(s) {', '.join(unknown)} in version {version}")
 
@@ -359,15 +395,23 @@ def _layer_data(layer: LayerPlan) -> dict[str, Any]:
     rows = [row for row in LAYER_AXES if row.axis in layer.kept]
     kept = {row.plan: to_ranges(layer.kept[row.axis]) for row in rows}
     mixed = {row.mixes: mixes.to_json(found) for row in reversed(rows) if (found := layer.mixes.get(row.axis))}
+    data: dict[str, Any] = {"source": layer.source}
+    if layer.without:
+        data["without"] = list(layer.without)
+    if layer.norm_scale is not None:
+        data["norm_scale"] = list(layer.norm_scale)
     routed = {} if layer.top_k is None else {_TOP_K: layer.top_k}
-    return {"source": layer.source, **kept, **mixed, **routed}
+    return data | kept | mixed | routed
 
 
 def _layer_from(item: Mapping[str, Any], spec: ModelSpec, version: int) -> LayerPlan:
     source = item["source"]
     if type(source) is not int or not 0 <= source < spec.num_layers:
         raise PlanError(f"layer {source!r} is not one of the teacher's {spec.num_layers}")
-    where, teacher = f"layer {source}", spec.layers[source]
+    without = tuple(item.get("without", ()))
+    if set(without) - set(PARTS):
+        raise PlanError(f"layer {source}: without = {list(without)}", rule=f"parts of a layer: {', '.join(PARTS)}")
+    where, teacher = f"layer {source}", spec.layers[source].without(*without)
     rows = axes_of(teacher)
     _refuse_unknown(item, ("source", *(row.plan for row in rows)), version=version, where=where)
     mixed = {
@@ -378,6 +422,8 @@ def _layer_from(item: Mapping[str, Any], spec: ModelSpec, version: int) -> Layer
         kept={r.axis: from_ranges(item[r.plan], size=teacher.units(r), what=f"{where}: {r.plan}") for r in rows},
         mixes={axis: found for axis, found in mixed.items() if found},
         top_k=_whole(item.get(_TOP_K), where),
+        without=without,
+        norm_scale=_norm_scale(item.get("norm_scale")),
     )
 
 
@@ -407,6 +453,7 @@ def _composed_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:
         kept={axis: tuple(first.kept[axis][index] for index in kept) for axis, kept in second.kept.items()},
         mixes={axis: found for axis, found in mixed.items() if found},
         top_k=first.top_k if second.top_k is None else second.top_k,
+        without=tuple(name for name in PARTS if name in (*first.without, *second.without)),
     )
 
 

@@ -8,7 +8,7 @@ every round is a model one could have asked for, and the last one is the target 
 from fractions import Fraction
 from math import ceil, gcd
 
-from nemo_minitron.arch.axes import PRUNABLE, size_divisor
+from nemo_minitron.arch.axes import LAYER_AXES, PRUNABLE, size_divisor
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -65,11 +65,12 @@ Sizes = dict[str, int]
 
 
 def _whole(spec: ModelSpec) -> Sizes:
-    return {row.size: spec.size(row, 0) for row in PRUNABLE if spec.size(row, 0)}
+    return {row.size: size for row in PRUNABLE if (size := spec.common_size(row))}
 
 
 def _uniform(*specs: ModelSpec) -> bool:
-    return all(len(set(spec.layers)) == 1 for spec in specs)
+    """Whether all layers that have an axis have one size of it."""
+    return all(len({layer.size(row) for layer in spec.layers} - {0}) <= 1 for spec in specs for row in LAYER_AXES)
 
 
 def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: int, steps: int) -> Sizes:

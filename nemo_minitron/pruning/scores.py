@@ -13,12 +13,17 @@ nine (batch, sequence) aggregations of arXiv:2407.14679, sec. 2.2, follow from t
     layers.{i}.shared_ffn....                               input of the shared expert's            [shared ffn]
     layers.{i}.expert.output.sum                            weight * |output| of each expert        [experts]
     layers.{i}.expert.routed.sum                            tokens routed to each expert            [experts]
+    layers.{i}.hidden.mamba....                             output of the norm before Mamba         [hidden]
+    layers.{i}.mamba....                                    x part of Mamba's input projection      [heads * head size]
     layers.{i}.block_influence.sum                          sum over tokens of 1 - cos(in, out)     []
+    layers.{i}.block_influence.{part}.sum                   the same of the mixer, the feed-forward []
+    layers.{i}.lm_loss.{part}.sum                           sum of nats without it                  []
+    sublayers.lm_loss.{base|count}                          nats with all, and tokens               []
     samples, tokens                                         how many they rest on                   []
     depth....                                               see `pruning.depth`
 
 Sums of other samples add up, so files that were made from parts of a calibration set merge into the file of the
-complete.
+complete. What concerns a part of a layer is there if it was asked for, for layers that have both.
 """
 
 import json
@@ -30,10 +35,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nemo_minitron.arch.axes import LAYER_AXES, SITES, TOKEN_SUMS, Axis, Scope, Site, row_of
+from nemo_minitron.arch.axes import LAYER_AXES, SITES, TOKEN_SUMS, Axis, PrunableAxis, Scope, Site, row_of
+from nemo_minitron.arch.layer import PARTS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.checkpoints.safetensors_file import Entry, SafetensorsFile, SafetensorsWriter
+from nemo_minitron.config.depth import BLOCK_INFLUENCE, LM_LOSS
 from nemo_minitron.config.sites import Aggregation, ExpertMetric, FfnSite
 from nemo_minitron.errors import CheckpointError, MinitronError, ScoresError
 from nemo_minitron.ops.importance import SiteSums, aggregate, head_importance, kv_group_importance
@@ -48,6 +55,9 @@ READABLE = ("1", VERSION)
 
 HIDDEN_SITES = tuple(site.name for site in SITES if not site.is_split)
 """Sites of which every tensor-parallel rank holds all channels."""
+
+LOSSES = "sublayers.lm_loss"
+"""What names of sums that all sublayer losses share begin with."""
 
 _OTHER_SITES = {
     FfnSite.BEFORE_ACTIVATION: {
@@ -130,12 +140,14 @@ class Scores:
         batch: Aggregation | str = "l2",
         sequence: Aggregation | str = "mean",
         experts: ExpertMetric | str = ExpertMetric.REAP,
+        kept: Mapping[Axis, Tensor] | None = None,
     ) -> Tensor:
         """Importance of each unit of an axis, `[units]`; higher is more important.
 
         Units of the model's own axes add up what all sites of all layers show, those of a layer's axes what its sites
         do. A head is the L2 norm over its channels, a unit that holds heads their sum; a layer is its block influence,
-        on which aggregations have no say.
+        on which aggregations have no say. A Mamba head is the L2 norm over its channels that stay, a channel of Mamba
+        heads that over heads (arXiv:2504.11409, section 3.1).
 
         Args:
             axis: An axis of `arch.axes.PRUNABLE`.
@@ -143,18 +155,21 @@ class Scores:
             batch: Aggregation over samples.
             sequence: Aggregation over the positions of a sample.
             experts: What experts are ranked by; aggregations have no say in it.
+            kept: Units of other axes of the layer that stay, for axes that cross them; others count as complete.
         """
         row = row_of(axis)
         if axis is Axis.LAYER:
             return self.block_influence()
         if row.sums is not None:
-            inside = self.importance(row.sums, layer, batch=batch, sequence=sequence)
+            inside = self.importance(row.sums, layer, batch=batch, sequence=sequence, kept=kept)
             return kv_group_importance(inside, num_groups=self.spec.size(row, layer))
         if row.token_sums and layer is not None:
             return self._expert_importance(layer, ExpertMetric(experts))
         layers = range(self.spec.num_layers) if layer is None else (layer,)
         sites = [(index, site) for index in layers for site in row.sites if has_site(self.spec, site, index)]
         total = torch.stack([self._channels(index, site.name, batch, sequence) for index, site in sites]).sum(0)
+        if row.crosses is not None and layer is not None:
+            return self._crossed(total, row, layer, (kept or {}).get(row.crosses))
         return head_importance(total, head_dim=self.spec.head_dim) if row.is_head else total
 
     def _expert_importance(self, layer: int, metric: ExpertMetric) -> Tensor:
@@ -175,6 +190,36 @@ class Scores:
         sums = [self.tensors[f"layers.{layer}.block_influence.sum"] for layer in range(self.spec.num_layers)]
         return torch.stack(sums) / self.tensors["tokens"]
 
+    def sublayers(self, part: str, metric: str = "block_influence") -> dict[int, float]:
+        """What a part is worth in each layer that has both: Block Influence, or what the loss rises by without it.
+
+        Args:
+            part: `mixer` or `feed_forward`.
+            metric: `block_influence`, or `lm_loss` (nats per token).
+
+        Raises:
+            ScoresError: It was not measured.
+        """
+        layers = two_part_layers(self.spec)
+        names = [f"layers.{layer}.{metric}.{part}.sum" for layer in layers]
+        if any(name not in self.tensors for name in names):
+            raise ScoresError(
+                f"sublayer metric {metric} is not in the scores",
+                rule="score.sublayers measures parts of layers",
+                remedy="set score.sublayers=true and score again (--from score), or name the layers in a list",
+            )
+        base, count = torch.zeros(()), self.tensors["tokens"]
+        if metric == LM_LOSS:
+            base, count = (self.tensors[f"{LOSSES}.{which}"] for which in ("base", "count"))
+        values = [(self.tensors[name] - base) / count for name in names]
+        return {layer: float(value) for layer, value in zip(layers, values, strict=True)}
+
+    def with_sums(self, sums: Mapping[str, Tensor]) -> "Scores":
+        """The same with more sums, as of sublayers."""
+        return Scores(
+            self.spec, {**self.tensors, **sums}, ffn_site=self.ffn_site, depth=self.depth, provenance=self.provenance
+        )
+
     def merge(self, *others: "Scores") -> "Scores":
         """The scores over all samples together: sums add up. What all agree on stays of the provenance.
 
@@ -189,7 +234,11 @@ class Scores:
         depths = [scores.depth for scores in everyone if scores.depth is not None]
         return Scores(
             self.spec,
-            {name: sum((other.tensors[name] for other in others), tensor) for name, tensor in self.tensors.items()},
+            {
+                name: sum((other.tensors[name] for other in others), tensor)
+                for name, tensor in self.tensors.items()
+                if all(name in other.tensors for other in others)
+            },
             ffn_site=self.ffn_site,
             depth=reduce(lambda left, right: left.merge(right), depths) if depths else None,
             provenance=_agreed([scores.provenance for scores in everyone])
@@ -268,6 +317,14 @@ class Scores:
             what = error.what if isinstance(error, CheckpointError) else f"{path}: {error}"
             raise ScoresError(what, remedy="the file is damaged; score again") from error
 
+    def _crossed(self, pairs: Tensor, row: PrunableAxis, layer: int, kept: Tensor | None) -> Tensor:
+        """L2 norms of a site's pairs of units, `[units * crossed units]` of its own axis, over the crossed ones."""
+        (site,) = row.sites
+        grid = pairs.view(self.spec.size(row_of(site.axis), layer), -1)
+        grid = grid if site.axis is row.axis else grid.t()
+        norms: Tensor = torch.linalg.vector_norm(grid if kept is None else grid[:, kept], dim=1)
+        return norms
+
     def _channels(self, layer: int, site: str, batch: Aggregation | str, sequence: Aggregation | str) -> Tensor:
         prefix = f"layers.{layer}.{site}.{Aggregation(sequence).value}"
         return aggregate(self.tensors[f"{prefix}.sum"], self.tensors[f"{prefix}.sumsq"], self.samples, batch)
@@ -276,14 +333,17 @@ class Scores:
 def has_site(spec: ModelSpec, site: Site, layer: int) -> bool:
     """Whether a layer has the part that a site lies in, and the axis that is measured there."""
     sizes, row = spec.layers[layer], row_of(site.axis)
-    return getattr(sizes, site.part) is not None and (row.scope is Scope.MODEL or sizes.size(row) > 0)
+    part = getattr(sizes, site.part)
+    if part is None or site.kind not in ("", type(part).__name__):
+        return False
+    return row.scope is Scope.MODEL or sizes.size(row) > 0
 
 
 def site_channels(spec: ModelSpec, site: Site, layer: int) -> int:
     """Number of channels of a site."""
     row = row_of(site.axis)
-    units = spec.size(row) if row.scope is Scope.MODEL else spec.units(row, layer)
-    return units * (spec.head_dim if row.is_head else 1)
+    each = spec.head_dim if row.is_head else 1 if row.crosses is None else spec.size(row_of(row.crosses), layer)
+    return (spec.size(row) if row.scope is Scope.MODEL else spec.units(row, layer)) * each
 
 
 def site_names(spec: ModelSpec) -> Iterator[tuple[int, str, int]]:
@@ -302,6 +362,24 @@ def token_sum_names(spec: ModelSpec) -> Iterator[tuple[int, str, int]]:
                 yield index, name, layer.units(row)
 
 
+def two_part_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """Layers with a mixer and a feed-forward."""
+    return tuple(index for index, layer in enumerate(spec.layers) if len(layer.parts) == len(PARTS))
+
+
+def _optional(spec: ModelSpec) -> Iterator[dict[str, tuple[tuple[int, ...], str]]]:
+    """Groups of sums of which all are there or none, as `_expected` gives them."""
+    for metric in (BLOCK_INFLUENCE, LM_LOSS):
+        found: dict[str, tuple[tuple[int, ...], str]] = {
+            f"layers.{index}.{metric}.{part}.sum": ((), f"layer {index}, {metric} of its {part}")
+            for index in two_part_layers(spec)
+            for part in PARTS
+        }
+        if metric == LM_LOSS:
+            found |= {f"{LOSSES}.{which}": ((), "sublayer losses") for which in ("base", "count")}
+        yield found
+
+
 def _expected(spec: ModelSpec) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and place (for messages) of every sum."""
     found: dict[str, tuple[tuple[int, ...], str]] = {"samples": ((), "samples"), "tokens": ((), "tokens")}
@@ -317,6 +395,9 @@ def _expected(spec: ModelSpec) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _check(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     expected = _expected(spec)
+    for group in _optional(spec):
+        if any(name in tensors for name in group):
+            expected |= group
     if missing := [name for name in expected if name not in tensors]:
         raise ScoresError(f"scores: {len(missing)} sum(s) missing, {missing[0]} first")
     if extra := sorted(set(tensors) - set(expected)):

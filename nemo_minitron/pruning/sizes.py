@@ -1,6 +1,6 @@
 """What sizes a target asks for: explicit ones and shares of the teacher's, resolved and checked all at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from math import lcm
 
@@ -35,8 +35,11 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
             rule="a student is cut out of its teacher: no size grows, every KV group keeps as many heads as the others",
             remedy="change the sizes under target",
         )
-    kept = named_layers(target, teacher) or range(num_layers(target, teacher))
-    layers = tuple(student_layer(target.for_layer(index), teacher.layers[index]) for index in kept)
+    kept = named_layers(target, teacher) or tuple(range(num_layers(target, teacher)))
+    gone = dropped_parts(target, teacher, kept, lambda part, layers: layers)
+    layers = tuple(
+        student_layer(target.for_layer(index), teacher.layers[index]).without(*gone.get(index, ())) for index in kept
+    )
     channels = hidden_size(target, teacher)
     ratio = rescaling(teacher, channels) if target.rescale_norms else Fraction(1)
     return narrowed(teacher, channels, layers, norm_ratio=ratio)
@@ -76,6 +79,54 @@ def named_layers(target: TargetConfig, teacher: ModelSpec) -> tuple[int, ...] | 
     return tuple(index for index in range(teacher.num_layers) if index not in set(target.drop_layers))
 
 
+def dropped_parts(
+    target: TargetConfig, teacher: ModelSpec, kept: Sequence[int], ranked: Callable[[str, list[int]], Sequence[int]]
+) -> dict[int, tuple[str, ...]]:
+    """Parts that go out of layers that stay, by layer; every layer keeps one.
+
+    Args:
+        target: What is wanted.
+        teacher: The teacher.
+        kept: Layers that stay.
+        ranked: Puts layers in order by what a part is worth, the least first: `ranked(part, layers)`.
+    """
+    gone: dict[int, tuple[str, ...]] = {}
+    for part, wanted in _parts(target).items():
+        if isinstance(wanted, int):
+            able = [index for index in kept if len(teacher.layers[index].parts) == 2 and index not in gone]
+            wanted = tuple(ranked(part, able)[:wanted])  # noqa: PLW2901
+        gone |= {index: (*gone.get(index, ()), part) for index in wanted if index in kept}
+    return gone
+
+
+def _parts(target: TargetConfig) -> dict[str, int | tuple[int, ...]]:
+    """What is asked of each part of layers, by its name."""
+    asked = {"mixer": target.drop_mixers, "feed_forward": target.drop_feed_forwards}
+    return {part: wanted for part, wanted in asked.items() if wanted is not None}
+
+
+def _part_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
+    kept = set(named_layers(target, teacher) or range(teacher.num_layers))
+    left = {index: len(layer.parts) for index, layer in enumerate(teacher.layers)}
+    keys = {"mixer": "drop_mixers", "feed_forward": "drop_feed_forwards"}
+    taken = 0
+    for part, wanted in _parts(target).items():
+        if isinstance(wanted, int):
+            able = max(sum(left[index] == 2 for index in kept) - taken, 0)
+            taken += wanted
+            if wanted > able:
+                yield f"{keys[part]} = {wanted}, and {able} layers have both parts"
+            continue
+        if outside := sorted(index for index in set(wanted) if index not in kept):
+            yield f"{keys[part]} = {outside}: not among the layers that stay"
+        for index in sorted(set(wanted) & kept):
+            if getattr(teacher.layers[index], part) is None:
+                yield f"{keys[part]}: layer {index} has none"
+            elif left[index] == 1:
+                yield f"{keys[part]}: layer {index} has nothing else; name it in drop_layers"
+            left[index] -= 1
+
+
 def _resolved(target: TargetConfig, name: str, size: int, *, unit: int = 1, most: int | None = None) -> int:
     """Units that an axis of `size` keeps: a share becomes the nearest multiple of its divisor and of `unit`."""
     wanted = getattr(target, name)
@@ -92,13 +143,14 @@ def _resolved(target: TargetConfig, name: str, size: int, *, unit: int = 1, most
 def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
     for row in MODEL_AXES:
         yield from _size_problems(target, row.size, teacher.size(row))
-    if target.drop_layers is not None:
-        yield from _drop_problems(target, teacher, list(target.drop_layers))
     for row in LAYER_AXES:
-        # A model may have layers of several kinds: each takes what it has.
-        have = [bool(layer.size(row)) for layer in teacher.layers]
-        if getattr(target, row.size) is not None and not (any(have) if teacher.has_experts else all(have)):
-            yield f"{row.size}: a layer of the teacher has none"
+        if getattr(target, row.size) is not None and not teacher.common_size(row):
+            yield f"{row.size}: the teacher has no {row.units}"
+    if target.drop_layers is not None:
+        drops = list(_drop_problems(target, teacher, list(target.drop_layers)))
+        yield from drops
+    if target.drop_layers is None or not drops:
+        yield from _part_problems(target, teacher)
     for sizes in dict.fromkeys(layer for index, layer in enumerate(teacher.layers) if index not in target.by_layer):
         yield from _layer_problems(target, sizes)
         yield from _routing_problems(target, sizes)

@@ -50,6 +50,11 @@ def size_table(before: ModelSpec, after: ModelSpec) -> str:
     )
 
 
+def _sizes(spec: ModelSpec, row: PrunableAxis) -> list[int]:
+    """Of the layers that have an axis; [0] if none has."""
+    return [size for layer in spec.layers if (size := layer.size(row))] or [0]
+
+
 def _shown(values: list[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"

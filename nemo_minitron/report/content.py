@@ -38,7 +38,7 @@ class Importance:
     hidden: Vector
     """`[hidden_size]`."""
     units: dict[Axis, tuple[Vector, ...]]
-    """By axis of layers that is measured itself: for each layer one vector `[units]`."""
+    """By axis of layers that is measured itself: for each layer one vector `[units]`, empty where a layer has none."""
     kept_hidden: tuple[int, ...]
     kept: dict[int, Mapping[Axis, tuple[int, ...]]]
     """Indices that stay, by layer and axis; a dropped layer has no entry."""

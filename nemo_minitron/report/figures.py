@@ -140,6 +140,8 @@ def sorted_importance(importance: Importance, row: PrunableAxis) -> Picture:
     width = max(map(len, layers))
     values = np.full((len(layers), width), np.nan)
     for layer, units in enumerate(layers):
+        if not units.size:
+            continue
         ordered = np.sort(units)[::-1] / max(float(units.mean()), np.finfo(float).tiny)
         values[layer, : len(ordered)] = np.log10(np.maximum(ordered, 1e-3))
 
@@ -147,7 +149,8 @@ def sorted_importance(importance: Importance, row: PrunableAxis) -> Picture:
         axes = figure.subplots()
         image = axes.imshow(values, aspect="auto", cmap=_HEAT, vmin=-1, vmax=1, interpolation="nearest")
         for layer, kept in importance.kept.items():
-            axes.plot([len(kept[row.axis]) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
+            if row.axis in kept:
+                axes.plot([len(kept[row.axis]) - 0.5] * 2, [layer - 0.5, layer + 0.5], color=CUT, linewidth=1.4)
         for layer in importance.dropped_layers:
             axes.axhspan(layer - 0.5, layer + 0.5, facecolor=PAPER, alpha=0.72, edgecolor="none")
         axes.set(xlabel=f"{row.units} of the layer, most important first", ylabel="layer")
@@ -188,13 +191,15 @@ def unit_importance(importance: Importance, row: PrunableAxis) -> Picture:
     width = max(map(len, layers))
     values = np.full((width, len(layers)), np.nan)
     for layer, units in enumerate(layers):
+        if not units.size:
+            continue
         values[: len(units), layer] = units / max(float(units.mean()), np.finfo(float).tiny)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         image = axes.imshow(values, aspect="auto", cmap=_HEAT, vmin=0, vmax=2, interpolation="nearest")
         for layer, kept in importance.kept.items():
-            gone = [unit for unit in range(len(layers[layer])) if unit not in kept[row.axis]]
+            gone = [unit for unit in range(len(layers[layer])) if unit not in kept.get(row.axis, ())]
             axes.plot([layer] * len(gone), gone, linestyle="none", marker="x", color=CUT, markersize=4)
         for layer in importance.dropped_layers:
             axes.axvspan(layer - 0.5, layer + 0.5, facecolor=PAPER, alpha=0.72, edgecolor="none")
@@ -214,7 +219,7 @@ def unit_importance(importance: Importance, row: PrunableAxis) -> Picture:
 
 
 def _kept_range(importance: Importance, row: PrunableAxis) -> str:
-    counts = [len(kept[row.axis]) for kept in importance.kept.values()] or [0]
+    counts = [len(kept[row.axis]) for kept in importance.kept.values() if row.axis in kept] or [0]
     return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 

@@ -102,7 +102,7 @@ def architecture(content: ReportContent) -> Row:
     rows, styles = [], []
     student = named_sizes(content.student)
     for label, before in named_sizes(content.teacher).items():
-        after = student[label]
+        after = student.get(label, 0)
         styles.append("strong" if label == PARAMETERS else ("same" if before == after else ""))
         rows.append((label, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else ""))
     return {"headings": ("size", "teacher", "student", "kept"), "rows": rows, "styles": styles}
@@ -238,7 +238,9 @@ def rounds(content: ReportContent) -> Row:
     rows = []
     for number, (row, spec) in enumerate(zip(content.rounds, specs, strict=True), start=1):
         kl = ("" if value is None else f"{value:.3f}" for value in row["kl"].values())
-        rows.append((str(number), compact(row["parameters"]), *map(str, cut_sizes(spec).values()), *kl))
+        sizes = cut_sizes(spec)
+        found = (str(sizes.get(label, 0)) for label in cut_sizes(specs[0]))
+        rows.append((str(number), compact(row["parameters"]), *found, *kl))
     return {"headings": headings, "rows": rows}
 
 

@@ -2,6 +2,7 @@
 
 from nemo_minitron.arch.axes import SEARCH_ORDER, Axis, PrunableAxis, row_of
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.errors import SpecError
 
 AXES: tuple[PrunableAxis, ...] = tuple(row_of(axis) for axis in SEARCH_ORDER)
 NAMES: tuple[str, ...] = tuple(row.size for row in AXES)
@@ -41,8 +42,14 @@ def sizes_of(spec: ModelSpec) -> Sizes:
     """The sizes of a model whose layers are all the same.
 
     Raises:
-        SpecError: Its layers differ.
+        SpecError: Its layers are not all attention and an MLP.
     """
+    if not all(layer.is_transformer or layer.has_experts for layer in spec.layers):
+        raise SpecError(
+            "a search over a model with layers of several kinds",
+            rule="layers of attention and an MLP each, whose counts are linear in their sizes",
+            remedy="give sizes under target instead of a budget",
+        )
     return tuple(spec.size(row, 0) for row in axes_of(spec))
 
 

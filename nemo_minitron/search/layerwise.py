@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, outer_axis
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.sizes import LayerwiseConfig, TargetConfig
 from nemo_minitron.errors import SearchError
@@ -39,17 +39,15 @@ def layer_variants(
         multiple = lcm(shared, getattr(target.multiple_of, row.size))
         return _sizes(getattr(layerwise, row.size), layer.size(row), multiple)
 
-    found: dict[Variant, None] = {layer: None}
+    sized = {layer: None}
     for counts in product(*map(wanted, chosen)):
         sizes = {row.size: count for row, count in zip(chosen, counts, strict=True)}
         for row in LAYER_AXES:
             if (outer := outer_axis(row)) is not None and outer.size in sizes:  # as many in each as before
                 sizes[row.size] = sizes[outer.size] * (layer.size(row) // layer.size(outer))
-        form = layer.with_sizes(**sizes)
-        found[form] = None
-    if layerwise.drop:
-        found[None] = None
-    return list(found)
+        sized[layer.with_sizes(**sizes)] = None
+    parts = {form.without(part): None for form in sized for part in PARTS} if layerwise.drop_parts else {}
+    return [*sized, *parts, *([None] if layerwise.drop else [])]
 
 
 def _sizes(wanted: Sequence[int | float], size: int, multiple: int) -> list[int]:
@@ -61,6 +59,8 @@ def layer_costs(
     space: Space, variants: Sequence[Variant], measured: Mapping[str, Measure], limits: Mapping[str, float]
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
     """What one layer of each form adds to every budget's measure, and what a model has besides its layers.
+
+    A part that a form lacks counts as one of size 0, which still has its norm.
 
     Args:
         space: The teacher's; its hidden size stays.
@@ -85,7 +85,7 @@ def layer_costs(
 
 
 def _shape(layers: int, hidden: int, form: LayerSpec) -> tuple[int, ...]:
-    sizes = {"num_layers": layers, "hidden_size": hidden, **form.sizes}
+    sizes = {**dict.fromkeys(NAMES, 0), **form.sizes, "num_layers": layers, "hidden_size": hidden}
     return tuple(sizes[name] for name in NAMES)
 
 

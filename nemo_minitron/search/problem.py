@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from nemo_minitron.arch.axes import PRUNABLE
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
@@ -94,7 +94,7 @@ def sized_target(target: TargetConfig, sizes: Sizes) -> TargetConfig:
 
 
 def target_by_layer(target: TargetConfig, teacher: ModelSpec, layers: Mapping[int, LayerSpec]) -> TargetConfig:
-    """A recipe's target with its budgets replaced by the sizes of each layer that stays; all channels stay.
+    """A recipe's target with its budgets replaced by the parts and sizes of each layer that stays; all channels stay.
 
     Args:
         target: With budgets.
@@ -107,8 +107,18 @@ def target_by_layer(target: TargetConfig, teacher: ModelSpec, layers: Mapping[in
     }
     dropped = tuple(number for number in range(teacher.num_layers) if number not in layers)
     every_layer = dict.fromkeys([*target.budgets, *(row.size for row in PRUNABLE)])
+    gone = {
+        part: tuple(
+            number
+            for number, layer in layers.items()
+            if getattr(layer, part) is None and getattr(teacher.layers[number], part) is not None
+        )
+        for part in PARTS
+    }
     own = {
         "drop_layers": dropped or None,
+        "drop_mixers": gone["mixer"] or None,
+        "drop_feed_forwards": gone["feed_forward"] or None,
         "by_layer": {number: LayerSizes(**sizes) for number, sizes in changed.items() if sizes},
         "multiple_of": MultipleOf(),
     }

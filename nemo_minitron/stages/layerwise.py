@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import LayerwiseConfig
 from nemo_minitron.megatron import runtime as megatron_runtime
@@ -47,7 +47,8 @@ def layerwise_plan(context: StageContext, problem: SearchProblem, scores: Scores
     layers: dict[int, LayerSpec] = {}
     for number, form in enumerate(chosen):
         if (sizes := forms[form]) is not None:
-            layers[number] = sizes.looking_back(local=teacher.layers[number].local)
+            local = teacher.layers[number].local
+            layers[number] = sizes.looking_back(local=local) if sizes.mixer is not None else sizes
     provenance = {"search": "layerwise", "expected_rise": float(losses[np.arange(len(chosen)), chosen].sum())}
     return build_plan_by_layer(scores, target, layers, provenance=provenance)
 
@@ -80,9 +81,9 @@ def _replacement(context: StageContext, scores: Scores, layer: int, sizes: Varia
     if sizes is None:
         return Replacement(layer=layer, dropped=True)
     plan = build_plan_by_layer(scores, context.config.target, {layer: sizes}, provenance={})
-    kept, before = plan.layers[0].kept, scores.spec.layers[layer]
-    cut = {row.axis: kept[row.axis] for row in axes_of(before) if len(kept[row.axis]) < before.size(row)}
-    return Replacement(layer=layer, kept=cut)
+    (chosen,), before = plan.layers, scores.spec.layers[layer]
+    cut = {row.axis: chosen.kept[row.axis] for row in axes_of(sizes) if sizes.size(row) < before.size(row)}
+    return Replacement(layer=layer, kept=cut, without=chosen.without)
 
 
 def _measure(
@@ -115,4 +116,5 @@ def _measure(
 def _told(form: Variant) -> dict[str, Any]:
     if form is None:
         return {"dropped": True}
-    return form.sizes
+    absent = [part for part in PARTS if getattr(form, part) is None]
+    return {**form.sizes, **({"without": absent} if absent else {})}

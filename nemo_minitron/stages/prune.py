@@ -49,6 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "non_embedding_parameters": parameter_count(student, embeddings=False),
         "teacher_parameters": parameter_count(original),
         "merged_into": [gap.layer for gap in gaps_of(plan)] if target.merge_layers else [],
+        "dropped_parts": plan.dropped_parts,
         "dropped_layers": [index for index in range(teacher.spec.num_layers) if index not in kept],
         "summary": f"{student.num_layers} layers, {parameters / 1e6:.1f}M parameters "
         f"({parameters / parameter_count(original):.0%} of the teacher)",

@@ -1,11 +1,13 @@
 """Report: what the run came to, as `report.html`, `summary.json` and `README.md` at the top of its folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.arch.axes import LAYER_AXES, Axis
+import numpy as np
+
+from nemo_minitron.arch.axes import LAYER_AXES, Axis, PrunableAxis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.callbacks.reporter import duration
 from nemo_minitron.config.load import load_recipe, to_yaml
@@ -15,7 +17,7 @@ from nemo_minitron.errors import RunFolderError
 from nemo_minitron.json_lines import read_rows
 from nemo_minitron.report import build
 from nemo_minitron.report.compare import Compared, comparison
-from nemo_minitron.report.content import Depth, Importance, ReportContent, Row, summary
+from nemo_minitron.report.content import Depth, Importance, ReportContent, Row, Vector, summary
 from nemo_minitron.stages import manifest
 from nemo_minitron.stages.base import StageContext, flatten
 from nemo_minitron.stages.chain import chain_for, round_name
@@ -24,6 +26,7 @@ from nemo_minitron.stages.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.depth import DepthScores
+    from nemo_minitron.pruning.scores import Scores
 
 FILES = ("report.html", "summary.json", "README.md")
 NEEDED = ("import", "score", "prune")
@@ -181,15 +184,23 @@ def importance(scores_path: Path, plan_paths: Sequence[Path], target: TargetConf
         block_influence=scores.block_influence().double().numpy(),
         hidden=scores.importance(Axis.HIDDEN, **how).double().numpy(),
         units={
-            row.axis: tuple(scores.importance(row.axis, layer, **how).double().numpy() for layer in layers)
+            row.axis: tuple(_units(scores, row, layer, how) for layer in layers)
             for row in LAYER_AXES
             # Neurons of experts are too many for a picture.
-            if (row.sites or row.token_sums) and not row.each and all(layer.size(row) for layer in scores.spec.layers)
+            if (row.sites or row.token_sums) and not row.each and scores.spec.common_size(row)
         },
         kept_hidden=plan.hidden,
         kept={layer.source: layer.kept for layer in plan.layers},
         depth=None if scores.depth is None else depth_curves(scores.depth),
     )
+
+
+def _units(scores: "Scores", row: PrunableAxis, layer: int, how: Mapping[str, Any]) -> Vector:
+    """Importance of a layer's units; of a layer that does not have the axis, none."""
+    if not scores.spec.size(row, layer):
+        return np.empty(0)
+    units: Vector = scores.importance(row.axis, layer, **how).double().numpy()
+    return units
 
 
 def depth_curves(scores: "DepthScores") -> Depth:

@@ -31,6 +31,7 @@ from nemo_minitron.stages.depth import measure_depth
 from nemo_minitron.stages.merge import measure_merge
 from nemo_minitron.stages.prune import MERGE_FILE, target_of
 from nemo_minitron.stages.session import make_trainer, restore, validate
+from nemo_minitron.stages.sublayers import sublayer_losses
 
 FILE, PARTIAL, DEPTH_PARTIAL = "scores.safetensors", "partial.safetensors", "depth_partial.safetensors"
 
@@ -43,10 +44,11 @@ def run(context: StageContext) -> dict[str, Any]:
         check_mergeable(open_checkpoint(context.input("model")).spec)
     windows = calibration_windows(context.input("data"), config)
     coverage = Coverage.of(info["data_digest"], settings.sequence_length, settings.first_sample, len(windows))
-    identity = {**coverage.to_dict(), "ffn_site": settings.ffn_site.value}
+    identity = {**coverage.to_dict(), "ffn_site": settings.ffn_site.value, "sublayers": settings.sublayers}
     before = PartialScores.load(context.out / PARTIAL, identity)
     importance = ImportanceCallback(
         ffn_site=settings.ffn_site,
+        sublayers=settings.sublayers,
         provenance={"data_digest": info["data_digest"], "tokenizer_digest": info["tokenizer_digest"]},
         coverage=coverage,
         saving=ScoreCheckpointing(
@@ -73,10 +75,7 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         scores = Scores(model.spec, before.sums, ffn_site=importance.ffn_site, provenance=importance.provenance)
         losses = dict(before.losses)
-    if settings.depth.metrics:
-        scores.depth = _depth(context, trainer, model)
-    if config.target.merge_layers:
-        _merge(context, model, scores)
+    scores = _with_more(context, trainer, model, scores)
     _leave(context, scores)
     return {
         "samples": scores.samples,
@@ -86,6 +85,19 @@ def run(context: StageContext) -> dict[str, Any]:
         **_speed(model, rate, settings.sequence_length),
         "summary": f"{scores.samples} samples, {scores.tokens:,} tokens",
     }
+
+
+def _with_more(context: StageContext, trainer: Trainer, model: MegatronGPTModel, scores: Scores) -> Scores:
+    """The same with depth metrics and losses of sublayers, as far as they are asked for."""
+    settings = context.config.score
+    if settings.depth.metrics:
+        scores.depth = _depth(context, trainer, model)
+    if settings.sublayers:
+        sums = sublayer_losses(model.chunks, model.runtime, model.spec, context.input("data"), settings)
+        scores = scores.with_sums(sums)
+    if context.config.target.merge_layers:
+        _merge(context, model, scores)
+    return scores
 
 
 def _leave(context: StageContext, scores: Scores) -> None:

@@ -14,12 +14,15 @@ GROUPS = {
     "tests.emulation.engine_checks": ["tests/emulation/engine_checks.py"],
     "tests.parallel.test_megatron_layouts": [
         f"{PARALLEL}/test_megatron_layouts.py::test_training_is_the_same_at_every_layout[{layout}]"
-        for layout in ("TP2 uneven layers", "TP2 qwen3", "TP2 nemotron", "PP2 untied", "PP2 VPP2 tied")
+        for layout in (
+            *("TP2 uneven layers", "TP2 qwen3", "TP2 nemotron", "PP2 untied", "PP2 VPP2 tied"),
+            *("TP2 sublayers", "PP2 sublayers"),
+        )
     ],
     "tests.parallel.test_megatron_hooks": [
         *(
             f"{PARALLEL}/test_megatron_hooks.py::test_scores_are_the_same_at_every_layout_and_on_every_rank[{layout}]"
-            for layout in ("TP2 uneven layers", "PP2", "DP2")
+            for layout in ("TP2 uneven layers", "PP2", "DP2", "TP2 parts apart")
         ),
         f"{PARALLEL}/test_megatron_hooks.py::test_scores_are_the_papers_on_transformers_activations",
     ],

@@ -92,7 +92,7 @@ def test_the_recipe_of_the_winner_prunes_the_same_without_a_search(run, inputs, 
 
 def test_layers_that_differ(inputs, tmp_path):
     """Silencing units gives the loss that cutting them gives, and the choice keeps to the budget."""
-    layerwise = {"ffn_hidden_size": [1.0, 0.5], "num_query_groups": [1.0, 0.5], "samples": 4}
+    layerwise = {"ffn_hidden_size": [1.0, 0.5], "num_query_groups": [1.0, 0.5], "samples": 4, "drop_parts": True}
     rungs = [{"candidates": 1, "tokens": 512}]
     changes = settings(layerwise=layerwise, baselines=False, seeds=1, rungs=rungs)
     changes["target"]["ratio"] = 0.65  # keeps all layers, at two sizes
@@ -108,8 +108,13 @@ def test_layers_that_differ(inputs, tmp_path):
     assert set(data["rungs"][1]["losses"]) == {data["rungs"][0]["order"][0], "layerwise"}
     assert results["prune"]["parameters"] <= data["budgets"]["params"]
     losses = json.loads((folder / "block_losses.json").read_text())
-    cuts = [(0, 1), (2, 2), (1, 3), (3, 4)]
-    assert losses["forms"][4] == {"dropped": True}
+    cuts = [(0, 1), (2, 2), (1, 3), (3, 8), (1, 4), (2, 5), (0, 7)]
+    assert losses["forms"][8] == {"dropped": True}
+    assert [form.get("without") for form in losses["forms"]] == [
+        *(None,) * 4,
+        *(["mixer"], ["feed_forward"], ["feed_forward"], ["mixer"]),
+        None,
+    ]
     told = [(layer, losses["forms"][form]) for layer, form in cuts]
     [expected] = run_on_ranks(1, losses_of_cuts, tmp_path / "run", inputs, changes, told)
     found = [losses["base"] + losses["rise"][layer][form] for layer, form in cuts]

@@ -23,6 +23,8 @@ class ScoreCase:
     poison: int | None = None
     """Layer whose MLP weight is made infinite."""
     ffn_site: FfnSite = FfnSite.AFTER_ACTIVATION
+    sublayers: bool = False
+    """Measure mixer and feed-forward of each layer apart as well."""
     fold: bool = False
     """Gather and deal out again after each part, as saving does."""
 
@@ -45,7 +47,8 @@ def score(case: ScoreCase) -> dict[str, torch.Tensor]:
         tokens, labels, keep = global_batch()
         mine = slice(here.dp_rank, None, here.dp_size)
         whole = MicroBatch.of(tokens[mine], labels[mine], keep[mine])
-        with ImportanceCollector(chunks, here, spec, ffn_site=case.ffn_site) as collector:
+        how = {"ffn_site": case.ffn_site, "sublayers": case.sublayers}
+        with ImportanceCollector(chunks, here, spec, **how) as collector:
             for part in whole.split(len(whole.tokens) // case.rounds):
                 micro_batches = part.split(case.micro_batch_size)
                 collector.expect([micro_batch.keep for micro_batch in micro_batches])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.arch.layer import LayerSpec, Moe, RouterScore, transformer_layer
+from nemo_minitron.arch.layer import LayerSpec, Mamba, Moe, RouterScore, transformer_layer
 from nemo_minitron.arch.spec import Activation, ModelSpec, Norm
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
@@ -28,6 +28,10 @@ SPEC = ModelSpec(
     tied_embeddings=True,
 )
 EVEN = SPEC.with_sizes(num_attention_heads=8, num_query_groups=4)
+MAMBA = LayerSpec(
+    mixer=Mamba(mamba_num_heads=4, mamba_head_dim=6, mamba_state_dim=5, mamba_num_groups=2, chunk_size=4),
+    feed_forward=None,
+)
 SPECS = {
     "tied": EVEN,
     "untied": replace(EVEN, tied_embeddings=False, qkv_bias=True),
@@ -62,8 +66,25 @@ FAMILY_SPECS = {
         sliding_window=5,
         local_rotary_base=100.0,
     ),
+    "sublayers": replace(
+        EVEN,
+        layers=(EVEN.layer, EVEN.layer.without("mixer"), EVEN.layer.without("feed_forward"), EVEN.layer),
+    ),
+    "nemotron_h": replace(
+        EVEN,
+        layers=(
+            MAMBA,
+            EVEN.layer.without("mixer"),
+            EVEN.layer.without("feed_forward"),
+            replace(MAMBA, feed_forward=EVEN.layer.mlp),
+            MAMBA,
+        ),
+        tied_embeddings=False,
+        activation=Activation.SQUARED_RELU,
+        rotary_percent=0.0,
+    ),
 }
-"""Families whose layers differ from Llama's, or from Qwen2's, in more than a name."""
+"""Families whose layers differ from Llama's, or from Qwen2's, in more than a name; and layers that lack a part."""
 ALL_SPECS = SPECS | FAMILY_SPECS
 _MIXER = EVEN.layer.mixer
 EXPERT_SPECS = {

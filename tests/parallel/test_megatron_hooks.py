@@ -8,7 +8,7 @@ import torch
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.ops.importance import aggregate
-from nemo_minitron.pruning.scores import HIDDEN_SITES, Scores
+from nemo_minitron.pruning.scores import Scores
 from tests.oracles import importance as oracle
 from tests.parallel.hooks_jobs import ScoreCase, activations, score, score_all
 from tests.parallel.megatron_jobs import SPECS, global_batch
@@ -26,6 +26,9 @@ LAYOUTS = {
     "PP2 VPP2": (2, ScoreCase("tied", ParallelConfig(pipeline=2, virtual_pipeline=2))),
     "DP2": (2, ScoreCase("tied", micro_batch_size=2)),
     "PP2 uneven stages, uneven layers": (2, ScoreCase("uneven", PP2, ffn_site=BEFORE)),
+    "TP2 parts apart": (2, ScoreCase("untied", TP2, sublayers=True)),
+    "PP2 parts apart": (2, ScoreCase("untied", PP2, sublayers=True, fold=True)),
+    "DP2 parts apart": (2, ScoreCase("untied", micro_batch_size=2, sublayers=True)),
     "TP2 PP2": (4, ScoreCase("tied", TP2_PP2, micro_batch_size=2)),
     "TP2 PP2 before the activation": (4, ScoreCase("untied", TP2_PP2, ffn_site=BEFORE)),
     "TP2 DP2": (4, ScoreCase("untied", TP2)),
@@ -39,8 +42,9 @@ LAYOUTS = {
 def runs(world):
     """Every case of a world size in one start of the ranks; 0 stands for the plain runs they are compared with."""
     if world == 0:
-        plain = sorted({(case.spec, case.ffn_site) for _, case in LAYOUTS.values()})
-        (results,) = run_on_ranks(1, score_all, [ScoreCase(spec, ffn_site=site) for spec, site in plain])
+        plain = sorted({(case.spec, case.ffn_site, case.sublayers) for _, case in LAYOUTS.values()})
+        alone = [ScoreCase(spec, ffn_site=site, sublayers=apart) for spec, site, apart in plain]
+        (results,) = run_on_ranks(1, score_all, alone)
         return {which: [result] for which, result in zip(plain, results, strict=True)}
     names = [name for name, (size, _) in LAYOUTS.items() if size == world]
     results = run_on_ranks(world, score_all, [LAYOUTS[name][1] for name in names])
@@ -50,7 +54,7 @@ def runs(world):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_are_the_same_at_every_layout_and_on_every_rank(layout):
     world, case = LAYOUTS[layout]
-    (alone,) = runs(0)[case.spec, case.ffn_site]
+    (alone,) = runs(0)[case.spec, case.ffn_site, case.sublayers]
     for rank in runs(world)[layout]:
         assert list(rank) == list(alone)
         for name, expected in alone.items():
@@ -134,7 +138,7 @@ def test_scores_are_the_papers_on_transformers_activations(scored):
     assert len(kept) < len(keep), "the batch has a fully masked sample"
     assert (sums["samples"].item(), sums["tokens"].item()) == (len(kept), keep.sum().item())
     for layer in range(SPECS["tied"].num_layers):
-        for site in (*HIDDEN_SITES, "ffn", "head"):
+        for site in ("hidden.attention", "hidden.mlp", "ffn", "head"):
             samples = [found[layer, site][sample][keep[sample]].tolist() for sample in kept]
             for sequence in ("mean", "l2", "var"):
                 for batch in ("mean", "l2", "var"):

@@ -124,8 +124,14 @@ def test_what_a_layer_lacks_cannot_be_asked_for_in_silence() -> None:
         _ = ONLY_ATTENTION.mlp
     with pytest.raises(SpecError, match="num_query_groups"):
         ONLY_MLP.with_sizes(num_query_groups=1)
-    with pytest.raises(PlanError, match="num_query_groups: a layer of the teacher has none"):
-        student_spec(TargetConfig(num_query_groups=1), MIXED)
+    with pytest.raises(PlanError, match="num_query_groups: the teacher has no KV groups"):
+        student_spec(TargetConfig(num_query_groups=1), replace(MIXED, layers=(ONLY_MLP,) * 2))
+    sizes = [layer.sizes for layer in student_spec(TargetConfig(num_query_groups=1), MIXED).layers]
+    assert sizes == [
+        {"num_attention_heads": 2, "num_query_groups": 1, "ffn_hidden_size": 6},
+        {"ffn_hidden_size": 6},
+        {"num_attention_heads": 2, "num_query_groups": 1},
+    ]
 
 
 @pytest.mark.parametrize("draw", ["scores", "lots"])

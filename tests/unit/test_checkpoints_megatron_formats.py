@@ -21,13 +21,18 @@ from nemo_minitron.checkpoints.megatron_dist import write_megatron
 from nemo_minitron.checkpoints.nemo1 import pack_nemo, write_folder
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
 from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import CheckpointError, MinitronError, SpecError
 from nemo_minitron.pruning.apply import PrunedSource
+from nemo_minitron.pruning.build import random_plan
+from nemo_minitron.pruning.plan import PruningPlan
 from tests import tiny
 from tests.support.checkpoints import UNEVEN, UNIFORM, RandomSource, _foreign, _foreign_state, equal
 from tests.support.family_plans import plan_for
 
 WEIGHTS = "model.safetensors"
+HYBRID = "nemotron_h"
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +45,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def toy(root: Path, family: str, tied: bool) -> Path:
     """A bf16 model that transformers saved."""
     folder = root / f"{family}_{tied}"
-    tiny.write_family(folder, family, tie_word_embeddings=tied).bfloat16().save_pretrained(folder)
+    if family == HYBRID:
+        model = tiny.write_nemotron_h(folder)
+    else:
+        model = tiny.write_family(folder, family, tie_word_embeddings=tied)
+    model.bfloat16().save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name in tiny.FAMILY_CONFIGS])
+def plan(source: TensorSource) -> PruningPlan:
+    if source.family != HYBRID:
+        return plan_for(source)
+    target = TargetConfig(random_seed=0, mamba_num_heads=4, mamba_head_dim=5, hidden_size=48, num_layers=6)
+    return random_plan(target, source.spec, seed=0)
+
+
+CASES = [
+    (family, tied)
+    for family in FAMILIES
+    for tied in (True, False)
+    if family in tiny.FAMILY_CONFIGS or (family == HYBRID and not tied)
+]
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
 def test_bytes_through_every_format_and_back(folders: Path, tmp_path: Path, family: str, tied: bool) -> None:
     """Hugging Face, canonical, `.nemo`, NeMo 2, Megatron, Hugging Face; as it is and pruned."""
     source = open_hf(toy(folders, family, tied))
     assert (source.family, source.spec.tied_embeddings, source.dtype) == (family, tied, torch.bfloat16)
-    for name, first in {"complete": source, "pruned": PrunedSource(source, plan_for(source))}.items():
+    for name, first in {"complete": source, "pruned": PrunedSource(source, plan(source))}.items():
         root = tmp_path / name
         write_hf(first, root / "hf")
         write_folder(open_checkpoint(root / "hf"), root / "canonical")

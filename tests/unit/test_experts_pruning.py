@@ -177,7 +177,7 @@ def test_what_cannot_be_is_named_before_work(tmp_path: Path) -> None:
     for sizes, words in (
         ({"num_experts": 2}, r"num_experts = 2 is below the teacher's top_k = 3 \(give a smaller target\.top_k"),
         ({"num_experts": 4, "top_k": 5}, "top_k = 5, the teacher routes a token to 3 experts"),
-        ({"shared_ffn_hidden_size": 4}, "shared_ffn_hidden_size: a layer of the teacher has none"),
+        ({"shared_ffn_hidden_size": 4}, "shared_ffn_hidden_size: the teacher has no"),
         ({"num_experts": 7}, "num_experts = 7, the teacher has 6"),
     ):
         with pytest.raises(PlanError, match=words):

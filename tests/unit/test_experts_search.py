@@ -42,8 +42,11 @@ def test_candidates_keep_to_both_budgets_and_counts_are_exact() -> None:
 def test_what_no_search_of_experts_does_is_told() -> None:
     for changes, words in (
         (("target.params=23B", "search.layerwise={}", "export.formats=[nemo]"), "layerwise for a model with experts"),
-        (("target.decode_ms=10",), "decode_ms for a model with experts"),
-        (("target.params=23B", "search.space.num_experts={max: 4, min: 1}"), "fewer experts than a token is routed to"),
+        (("target.decode_ms=10", "target.deployment.latency_table=table.json"), "decode_ms for a model with experts"),
+        (
+            ("target.params=23B", "parallel.expert=4", "search.space.num_experts={values: [4]}"),
+            "fewer experts than a token is routed to",
+        ),
     ):
         config, teacher = recipe(*changes)
         with pytest.raises(SearchError, match=words):

@@ -20,7 +20,7 @@ from nemo_minitron.config.load import load_recipe
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.rounds import round_specs
 from tests.support.expert_models import write_experts
-from tests.tiny import write_llama
+from tests.tiny import write_llama, write_nemotron_h
 
 NAME = re.compile(r"[a-z0-9]+/[a-z0-9_]+_\d+b(_a\d+b)?_to_\d+b_(width|depth)_(?P<gpus>\d+)gpu_(?P<gpu>a100|h100)")
 CITED = re.compile(r"# (table|text|section|README|guidelines)\b")
@@ -86,6 +86,13 @@ GOLDEN = {
         "target.num_attention_heads": 24,
         "target.merge_head_residuals": True,
     },
+    # arXiv:2504.11409, table 1, and the tokens of the final model.
+    "nemotron/nemotron_h_8b_to_4b_width_256gpu_h100": {
+        "target.hidden_size": 3072,
+        "target.ffn_hidden_size": 12288,
+        "target.mamba_num_heads": 112,
+        "distill.tokens": 380e9,
+    },
     # examples/nemo_run/prune_distill/README.md of NVIDIA/TensorRT-Model-Optimizer, and its pruning guidelines.
     "qwen3/qwen3_8b_to_6b_depth_64gpu_h100": {
         "score.samples": 1024,
@@ -104,13 +111,14 @@ GOLDEN = {
     },
 }
 # Teacher, student, and the student without embeddings, in billions as printed: arXiv:2408.11796v4 table 3,
-# arXiv:2407.14679v2 table 5; Qwen3-8B's model card for the last.
+# arXiv:2407.14679v2 table 5; the pages of Nemotron-H-8B and 4B, and of Qwen3-8B, on the Hugging Face hub.
 BILLIONS = {
     "llama3/llama31_8b_to_4b_width_256gpu_h100": (8.0, 4.5, 3.7),
     "llama3/llama31_8b_to_4b_depth_256gpu_h100": (8.0, 4.5, 3.5),
     "mistral/mistral_nemo_12b_to_8b_width_256gpu_h100": (12.2, 8.4, 7.3),
     "nemotron/nemotron4_15b_to_8b_width_128gpu_a100": (15.6, 8.3, None),
     "nemotron/nemotron4_15b_to_4b_width_128gpu_a100": (15.6, 4.2, None),
+    "nemotron/nemotron_h_8b_to_4b_width_256gpu_h100": (8.1, 4.5, None),
     "qwen3/qwen3_8b_to_6b_depth_64gpu_h100": (8.2, 5.9, None),
     "qwen3/qwen3_30b_a3b_to_22b_width_64gpu_h100": (30.5, 22.4, None),
 }
@@ -190,16 +198,29 @@ def tiny_experts(tmp_path_factory) -> list[str]:
     return [f"model.source={model}", "data.sources=[texts]"]
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> list[str]:
+    """The same with a hybrid of Mamba and attention."""
+    model = tmp_path_factory.mktemp("hybrid")
+    write_nemotron_h(model)
+    return [f"model.source={model}", "data.sources=[texts]"]
+
+
+@pytest.fixture(scope="module")
+def own_models(tiny, tiny_experts, hybrid) -> dict[str, list[str]]:
+    """What the tiny recipes are given; "" for those for any model."""
+    return {"": tiny, "tiny/experts_cpu": tiny_experts, "tiny/hybrid_cpu": hybrid}
+
+
 def documented(name: str) -> str:
     """A recipe's row in the table of recipes/README.md."""
     return re.search(rf"^\| `{name}` \|.*$", README.read_text(), re.MULTILINE)[0]
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
-def test_every_recipe_dry_runs(recipe, tiny, tiny_experts, tmp_path, monkeypatch):
+def test_every_recipe_dry_runs(recipe, own_models, tmp_path, monkeypatch):
     monkeypatch.setenv("NEMO_MINITRON_CACHE", str(tmp_path / "nothing is here"))
-    overrides = tiny if recipe.name.startswith("tiny/") else []
-    overrides = tiny_experts if recipe.name == "tiny/experts_cpu" else overrides
+    overrides = own_models.get(recipe.name, own_models[""]) if recipe.name.startswith("tiny/") else []
     before = time.process_time()
     done = CliRunner().invoke(app, ["run", recipe.name, *overrides, "--run-dir", str(tmp_path / "run"), "--dry-run"])
     assert time.process_time() - before < 10

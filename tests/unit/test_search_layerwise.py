@@ -1,5 +1,6 @@
 """The choice of each layer's form: against trying every combination, and by hand."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -56,6 +57,22 @@ def test_forms_of_a_layer_are_its_sizes_and_none():
     assert forms[-1] is None
     rounded = layer_variants(settings, TargetConfig(multiple_of=500), layer, ParallelConfig())
     assert {form.mlp.ffn_hidden_size for form in rounded[1:-1]} == {1500, 1000}
+
+
+def test_a_layer_may_lose_one_part_and_what_that_saves_is_not_overrated():
+    teacher = smollm2()
+    settings = LayerwiseConfig(ffn_hidden_size=(1.0, 0.5), num_query_groups=(3, 1), drop=False, drop_parts=True)
+    forms = layer_variants(settings, TargetConfig(), teacher.layer, ParallelConfig())
+    alone = [form for form in forms if len(form.parts) == 1]
+    assert {tuple(form.sizes.values()) for form in alone} == {(1536,), (768,), (9, 3), (3, 1)}
+    assert len(forms) == 8
+    space = make_space(SearchConfig(), TargetConfig(params="1M"), teacher, ParallelConfig())
+    measured = measures(teacher, DeploymentConfig(sequence_length=100), ["params", "kv_cache"])
+    costs, fixed = layer_costs(space, forms, measured, {"params": 1, "kv_cache": 1})
+    for place, form in enumerate(forms):
+        real = parameter_count(replace(teacher, layers=(form,)))
+        assert 0 <= fixed["params"] + costs["params"][place] - real <= teacher.hidden_size
+        assert (costs["kv_cache"][place] == 0) == (form.mixer is None)
 
 
 def test_costs_of_layers_add_up_to_those_of_the_model():

@@ -177,11 +177,13 @@ def test_a_choice_of_layers_becomes_sizes_in_a_recipe():
     teacher = smollm2()
     small = teacher.layer.with_sizes(ffn_hidden_size=768)
     few = teacher.layer.with_sizes(num_query_groups=1, num_attention_heads=3)
-    layers = {number: {2: small, 9: few}.get(number, teacher.layer) for number in range(30) if number not in (4, 29)}
+    chosen = {2: small, 5: small.without("mixer"), 6: teacher.layer.without("feed_forward"), 9: few}
+    layers = {number: chosen.get(number, teacher.layer) for number in range(30) if number not in (4, 29)}
     asked = TargetConfig(ratio=0.75, num_layers=28, multiple_of=100, rescale_norms=False)
     target = target_by_layer(asked, teacher, layers)
     assert target.budgets == {}
     assert target.drop_layers == (4, 29)
-    assert set(target.by_layer) == {2, 9}
+    assert set(target.by_layer) == {2, 5, 9}
+    assert (target.drop_mixers, target.drop_feed_forwards) == ((5,), (6,))
     assert not target.rescale_norms
     assert student_spec(target, teacher).layers == tuple(layers.values())

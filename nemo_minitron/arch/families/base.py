@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from nemo_minitron.arch.families.keys import assumed, complete, special_ids
-from nemo_minitron.arch.layer import Moe
+from nemo_minitron.arch.layer import Attention, LayerSpec, Moe
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
 from nemo_minitron.errors import SpecError
@@ -63,6 +63,7 @@ class Family:
             without experts.
         free_experts: Traits of `Moe` that its config decides.
         has_dense_layers: Whether a class with experts also has layers without.
+        layer: Whether its class has such a layer; attention and an MLP in each, unless a family says otherwise.
         defaults: What its class assumes where a key is absent; keys that decide what is computed, and special ids.
         nullable: Keys of `defaults` that may be null though their default is not.
     """
@@ -79,6 +80,7 @@ class Family:
     experts: Mapping[str, Any] | None = None
     free_experts: tuple[str, ...] = ()
     has_dense_layers: bool = False
+    layer: Callable[[LayerSpec], bool] = lambda layer: layer.is_transformer
     defaults: Mapping[str, Any]
     nullable: tuple[str, ...] = (
         "bos_token_id",
@@ -140,12 +142,20 @@ class Family:
         """Traits of a model that this family's class does not have."""
         wanted = {name: self.fixed.get(name, _DEFAULTS[name]) for name in _TRAITS if name not in self.free}
         found = [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
+        strange: dict[str, int] = {}
+        for index, layer in enumerate(spec.layers):
+            of_experts = (
+                self.experts is not None and isinstance(layer.mixer, Attention) and layer.feed_forward is not None
+            )
+            if not (of_experts or self.layer(layer)):
+                strange.setdefault(layer.described, index)
+        found += [f"layers of {words} (layer {index} first)" for words, index in strange.items()]
         return found + self._expert_objections(spec)
 
     def _expert_objections(self, spec: ModelSpec) -> list[str]:
         parts = {part for layer in spec.layers if isinstance(part := layer.feed_forward, Moe)}
         if self.experts is None:
-            return ["experts"] if parts else []
+            return []
         dense = any(layer.feed_forward is not None and not layer.has_experts for layer in spec.layers)
         found = ["layers without experts"] if not parts or (dense and not self.has_dense_layers) else []
         for name, default in _EXPERT_DEFAULTS.items():

@@ -17,6 +17,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "max_position_embeddings": ("n_ctx", "n_positions", "seq_length", "max_seq_len", "model_max_length"),
     "rms_norm_eps": ("norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon"),
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon"),
+    "layer_norm_epsilon": ("norm_eps", "rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_epsilon"),
     "hidden_act": ("hidden_activation", "activation_function", "activation"),
     "hidden_activation": ("hidden_act", "activation_function", "activation"),
     "tie_word_embeddings": ("tie_embeddings", "tied_embeddings", "share_embeddings_and_output_weights"),
@@ -42,6 +43,10 @@ AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
     Axis.EXPERT: ("num_experts", "num_local_experts", "n_routed_experts"),
     Axis.EXPERT_FFN: ("moe_intermediate_size", "intermediate_size"),
     Axis.SHARED_FFN: ("shared_expert_intermediate_size", "n_shared_experts", "moe_intermediate_size"),
+    Axis.MAMBA_GROUP: ("n_groups", "ssm_state_size"),
+    Axis.MAMBA_HEAD: ("mamba_num_heads",),
+    Axis.MAMBA_CHANNEL: ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"),
+    Axis.MAMBA_TAP: ("conv_kernel",),
     Axis.SINGLE: (),
 }
 """Keys of `config.json` that decide the size of an axis."""

@@ -23,5 +23,6 @@ class TransformerLayer(nn.Module):
     self_attention: SelfAttention
     pre_mlp_layernorm: nn.Module
     mlp: MLP
+    recompute_mlp: bool
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None: ...
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]: ...

@@ -1,0 +1,36 @@
+"""The convolution and the scan of `ops.state_space` by causal-conv1d's and mamba-ssm's kernels, where they are."""
+
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.kernels.available import SWITCH
+from nemo_minitron.ops.state_space import Scan
+
+
+def run(device: torch.device) -> bool:
+    """Whether a mixer on a device takes these forms: it is a GPU, and both libraries are installed."""
+    return device.type == "cuda" and os.environ.get(SWITCH) != "0" and _are_installed()
+
+
+def causal_convolution(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """As `ops.state_space.causal_convolution`."""
+    kernel = import_module("causal_conv1d").causal_conv1d_fn
+    found: Tensor = kernel(x_BSC.transpose(1, 2), weight_CK, bias_C, activation="silu")
+    return found.transpose(1, 2)
+
+
+def scan(x_BSHP: Tensor, dt_BSH: Tensor, a_H: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, *, chunk: int = 128) -> Scan:
+    """As `ops.state_space.state_space_scan`, from a state of zero."""
+    kernel = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    output, state = kernel(x_BSHP, dt_BSH, a_H, b_BSGN, c_BSGN, chunk_size=chunk, return_final_states=True)
+    return Scan(output, state)
+
+
+@cache
+def _are_installed() -> bool:
+    return find_spec("mamba_ssm") is not None and find_spec("causal_conv1d") is not None

@@ -1,0 +1,74 @@
+"""Complete runs from the command line: a hybrid of Mamba and attention, and layers whose attention alone goes."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.arch.layer import Mamba
+from nemo_minitron.checkpoints.open import open_checkpoint
+from tests.support import runs
+from tests.support.runs import command, environment
+from tests.tiny import write_corpus, write_nemotron_h
+
+pytestmark = pytest.mark.slow
+
+RECIPE = Path(__file__).parents[2] / "recipes/tiny/hybrid_cpu.yaml"
+llama = runs.inputs
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_nemotron_h(folder / "hf", trained_steps=100)
+    write_corpus(folder / "corpus")
+    return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
+
+
+def finished(run: Path, inputs: list[str], recipe: Path) -> dict:
+    done = subprocess.run(command(run, inputs, recipe), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_a_hybrid_from_text_to_an_exported_student(hybrid: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    summary = finished(run, hybrid, RECIPE)
+    assert summary["perplexity"]["distilled"] < summary["perplexity"]["pruned"]
+    student = open_checkpoint(run / "stages/export/tiny_hybrid_hf").spec
+    assert (student.num_layers, student.hidden_size) == (7, 48)
+    mixers = [layer.mixer for layer in student.layers if isinstance(layer.mixer, Mamba)]
+    assert {(mixer.mamba_num_heads, mixer.mamba_head_dim, mixer.mamba_num_groups) for mixer in mixers} == {(4, 6, 4)}
+    assert student == open_checkpoint(run / "stages/export/tiny_hybrid.nemo").spec
+    exported = json.loads((run / "stages/export/result.json").read_text())
+    assert set(exported["largest_logit_difference"]) == {"nemo", "hf"}
+    report = (run / "report.html").read_text()
+    for words in ("Mamba heads", "Mamba head size", "FFN size"):
+        assert words in report
+
+
+def test_attention_alone_goes_out_of_the_layer_that_needs_it_least(llama: list[str], tmp_path: Path) -> None:
+    asked = [
+        "score.sublayers=true",
+        "target.drop_mixers=1",
+        "target.drop_feed_forwards=1",
+        "target.sublayer_metric=lm_loss",
+        "target.num_layers=4",
+    ]
+    refused = subprocess.run(
+        command(tmp_path / "refused", [*llama, *asked], runs.RECIPE),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "LlamaForCausalLM does not compute layers of" in refused.stderr
+    assert not (tmp_path / "refused" / "stages").exists()
+    run = tmp_path / "run"
+    summary = finished(run, [*llama, *asked, "export.formats=[nemo]"], runs.RECIPE)
+    assert summary["perplexity"]["distilled"] < summary["perplexity"]["pruned"]
+    spec = open_checkpoint(run / "stages/export/tiny.nemo").spec
+    assert sorted(len(layer.parts) for layer in spec.layers) == [1, 1, 2, 2]
+    assert sum(layer.mixer is None for layer in spec.layers) == 1

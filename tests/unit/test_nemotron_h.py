@@ -1,0 +1,354 @@
+"""Hybrids of Mamba, attention and MLPs: published sizes, transformers' logits, bytes, cuts, what is refused."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
+
+from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.families import NEMOTRON_H, family_of_hf_config
+from nemo_minitron.arch.layer import Attention, Mamba, Mlp
+from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import parameter_count, weights
+from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.nemo1 import write_folder, write_nemo
+from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.source import TensorSource
+from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.errors import LayoutError, MinitronError, PlanError, SpecError
+from nemo_minitron.evaluation.generate import generate
+from nemo_minitron.megatron import runtime, sharded_io
+from nemo_minitron.megatron.build import build_chunks
+from nemo_minitron.megatron.forward import MicroBatch
+from nemo_minitron.megatron.model import MinitronGPT
+from nemo_minitron.megatron.placement import check_layout
+from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.pruning.apply import PrunedSource
+from nemo_minitron.pruning.build import random_plan
+from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.search.axes import sizes_of
+from tests import tiny
+
+TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+
+# -- published sizes --------------------------------------------------------------------------------------------------
+
+EIGHT = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Nemotron-H 8B": {
+        "hybrid_override_pattern": EIGHT,
+        "hidden_size": 4096,
+        "intermediate_size": 21_504,
+        "num_attention_heads": 32,
+        "mamba_num_heads": 128,
+        "mamba_head_dim": 64,
+        "total": 8.10e9,
+    },
+    "Nemotron-H 4B": {
+        "hybrid_override_pattern": EIGHT,
+        "hidden_size": 3072,
+        "intermediate_size": 12_288,
+        "num_attention_heads": 32,
+        "mamba_num_heads": 112,
+        "mamba_head_dim": 64,
+        "total": 4.49e9,
+    },
+    "Nano 2 12B": {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
+        "hidden_size": 5120,
+        "intermediate_size": 20_480,
+        "num_attention_heads": 40,
+        "mamba_num_heads": 128,
+        "mamba_head_dim": 80,
+        "total": 12.31e9,
+    },
+    "Nano 2 9B": {
+        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        "hidden_size": 4480,
+        "intermediate_size": 15_680,
+        "num_attention_heads": 40,
+        "mamba_num_heads": 128,
+        "mamba_head_dim": 80,
+        "total": 8.89e9,
+    },
+}
+"""Configurations of the models' pages on the Hugging Face hub, and their totals there, to three digits."""
+
+
+def published(name: str) -> dict[str, Any]:
+    return {
+        "model_type": "nemotron_h",
+        "vocab_size": 131_072,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "max_position_embeddings": 8192,
+        "time_step_limit": [0.0, float("inf")],
+        **{key: value for key, value in PUBLISHED[name].items() if key != "total"},
+    }
+
+
+def by_hand(config: dict[str, Any]) -> int:
+    """Parameters of each kind of layer, each with its norm, written out."""
+    hidden, pattern = config["hidden_size"], config["hybrid_override_pattern"]
+    inner, heads = config["mamba_num_heads"] * config["mamba_head_dim"], config["mamba_num_heads"]
+    maps = 2 * 8 * 128
+    mamba = hidden + hidden * (2 * inner + maps + heads) + 5 * (inner + maps) + 3 * heads + inner + inner * hidden
+    queries = config["num_attention_heads"] * 128
+    attention = hidden + hidden * (queries + 2 * 8 * 128) + queries * hidden
+    mlp = hidden + 2 * hidden * config["intermediate_size"]
+    each = {"M": mamba, "*": attention, "-": mlp}
+    return sum(each[letter] for letter in pattern) + 2 * 131_072 * hidden + hidden
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    config = published(name)
+    spec = family_of_hf_config(config).read_config(config)
+    assert parameter_count(spec) == by_hand(config)
+    assert parameter_count(spec) == pytest.approx(PUBLISHED[name]["total"], rel=6e-4)
+    kinds = [type(layer.parts[0]) for layer in spec.layers]
+    assert [kinds.count(kind) for kind in (Mamba, Mlp, Attention)] == [
+        config["hybrid_override_pattern"].count(letter) for letter in "M-*"
+    ]
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert NEMOTRON_H.read_config(NEMOTRON_H.write_config(spec)) == spec
+
+
+def test_defaults_are_those_of_the_class() -> None:
+    theirs = {field.name: field.default for field in fields(NemotronHConfig)}
+    assert {key: theirs.get(key) for key in NEMOTRON_H.defaults} == dict(NEMOTRON_H.defaults)
+    alone = {"model_type": "nemotron_h", "hybrid_override_pattern": "M*-"}
+    whole = NemotronHConfig(hybrid_override_pattern="M*-").to_dict()
+    assert NEMOTRON_H.read_config(alone) == NEMOTRON_H.read_config(whole)
+    with pytest.raises(SpecError, match="layer_norm_epsilon is missing, and rms_norm_eps"):
+        NEMOTRON_H.read_config(alone | {"rms_norm_eps": 1e-6})
+
+
+# -- against transformers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("nemotron_h") / "hf"
+    tiny.write_nemotron_h(path)
+    return path
+
+
+@pytest.fixture
+def here() -> Iterator[Runtime]:
+    yield runtime.start(ParallelConfig(), seed=0)
+    runtime.stop()
+
+
+def megatron_model(source: TensorSource, here: Runtime) -> MinitronGPT:
+    (model,) = build_chunks(source.spec, here, Precision.FP32, trainable=False)
+    with torch.no_grad():
+        for weight, parameter in model.named_weights():
+            parameter.copy_(source.get(weight.name))
+    return model
+
+
+@torch.no_grad()
+def megatron_logits(source: TensorSource, here: Runtime, dtype: torch.dtype = torch.float32) -> Tensor:
+    micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
+    return megatron_model(source, here).to(dtype)(micro.tokens, micro.position_ids, None)
+
+
+@torch.no_grad()
+def hf_logits(model: PreTrainedModel) -> Tensor:
+    return model(TOKENS, use_cache=False).logits
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+CUTS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "mamba heads": {"mamba_num_heads": 4},
+    "mamba channels": {"mamba_head_dim": 5},
+    "mamba groups": {"mamba_num_groups": 2},
+    "hidden": {"hidden_size": 48},
+    "ffn": {"ffn_hidden_size": 50},
+    "heads": {"num_query_groups": 2, "num_attention_heads": 2},
+    "layers": {"drop_layers": (1, 3, 6)},
+    "all": {
+        "mamba_num_groups": 3,
+        "mamba_num_heads": 3,
+        "mamba_head_dim": 6,
+        "hidden_size": 40,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_layers": 7,
+    },
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_logits_are_those_of_transformers_before_and_after_each_cut(
+    cut: str, folder: Path, tmp_path: Path, here: Runtime
+) -> None:
+    source = open_hf(folder)
+    pruned = PrunedSource(source, random_plan(TargetConfig(random_seed=3, **CUTS[cut]), source.spec, seed=3))
+    write_hf(pruned, tmp_path / "pruned")
+    again = open_hf(tmp_path / "pruned")
+    assert again.spec == pruned.spec
+    expected = hf_logits(loaded(tmp_path / "pruned"))
+    if cut == "nothing":
+        torch.testing.assert_close(expected, hf_logits(loaded(folder)), rtol=0, atol=0)
+    torch.testing.assert_close(megatron_logits(again, here), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_there_and_back(folder: Path, tmp_path: Path, here: Runtime) -> None:
+    """bf16: Hugging Face, our folder, a `.nemo`, Hugging Face; and through a Megatron model that saves itself."""
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "first")
+    source = open_hf(tmp_path / "first")
+    write_folder(source, tmp_path / "folder")
+    write_nemo(open_checkpoint(tmp_path / "folder"), tmp_path / "model.nemo")
+    write_hf(open_checkpoint(tmp_path / "model.nemo"), tmp_path / "again")
+    chunks = build_chunks(source.spec, here, Precision.BF16, trainable=False)
+    sharded_io.load_weights(chunks, tmp_path / "folder")
+    write_folder(source, tmp_path / "saved")
+    sharded_io.save_weights(chunks, tmp_path / "saved")
+    write_hf(open_checkpoint(tmp_path / "saved"), tmp_path / "resaved")
+    before = load_file(tmp_path / "first" / "model.safetensors")
+    for name in ("again", "resaved"):
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert before.keys() == after.keys()
+        for key, tensor in before.items():
+            assert torch.equal(tensor.view(torch.int16), after[key].view(torch.int16)), key
+
+
+def test_weights_are_called_as_in_megatron(folder: Path, tmp_path: Path, here: Runtime) -> None:
+    """As `megatron.core.ssm.mamba_mixer` stores them: parts of fused weights apart."""
+    spec = open_hf(folder).spec
+    mixer = {name.partition("mixer.")[2] for name in sharded_io.stored_shapes(spec) if "layers.0.mixer." in name}
+    parts = [f"in_proj.weight.{part}" for part in ("z", "x", "B", "C", "dt")]
+    parts += [f"conv1d.{kind}.{part}" for kind in ("weight", "bias") for part in "xBC"]
+    others = ("in_proj.layer_norm_weight", "A_log", "D", "dt_bias", "norm.weight", "out_proj.weight")
+    assert mixer == {*parts, *others}
+
+
+def test_generation_with_a_cache_of_states_is_that_without(folder: Path, here: Runtime) -> None:
+    """Prompts of several lengths, shorter than the convolution among them, and of one that ends early."""
+    model = megatron_model(open_hf(folder), here)
+    prompts = [[5], [7, 8], list(range(1, 12)), list(range(40, 75))]
+
+    def finished(sample: int, new: list[int]) -> bool:
+        return sample == 2 and len(new) == 3
+
+    found, expected = (
+        generate([model], here, prompts, 12, finished=finished, use_cache=cached) for cached in (True, False)
+    )
+    assert found == expected
+    assert [len(new) for new in found] == [12, 12, 3, 12]
+    assert len({tuple(new) for new in found}) == 4
+
+
+# -- dead units -------------------------------------------------------------------------------------------------------
+
+
+def test_cutting_a_mamba_head_that_gives_nothing_changes_no_logit(tmp_path: Path, here: Runtime) -> None:
+    """Its input is zero, so nothing comes out of it; the norm of its group is scaled for fewer channels.
+
+    All norms share their epsilon, so this is exact as far as it is small beside what the norm divides by. A quarter of
+    each group stays, so that the scale is a power of two and rounds nothing.
+    """
+    tiny.write_nemotron_h(tmp_path / "alive", layer_norm_epsilon=1e-14, n_groups=2)
+    model = loaded(tmp_path / "alive")
+    before = hf_logits(model)
+    dead = {0: (1, 2, 3, 4, 6, 7), 3: (0, 1, 3, 5, 6, 7), 5: (0, 1, 2, 4, 5, 6)}
+    state = model.state_dict()
+    for layer, heads in dead.items():
+        rows = torch.tensor([head * 8 + channel for head in heads for channel in range(8)])
+        state[f"model.layers.{layer}.mixer.in_proj.weight"][64 + rows] = 0.0
+        state[f"model.layers.{layer}.mixer.conv1d.bias"][rows] = 0.0
+    expected = hf_logits(model)
+    assert (expected - before).abs().max() > 0.1
+    model.save_pretrained(tmp_path / "dead")
+    source = open_hf(tmp_path / "dead")
+    plan = PruningPlan.keep_all(source.spec)
+    layers = list(plan.layers)
+    for layer, heads in dead.items():
+        kept = {**layers[layer].kept, Axis.MAMBA_HEAD: tuple(head for head in range(8) if head not in heads)}
+        layers[layer] = LayerPlan(source=layer, kept=kept)
+    pruned = PrunedSource(source, replace(plan, layers=tuple(layers)))
+    assert {layer.mamba.mamba_num_heads for layer in pruned.spec.layers if isinstance(layer.mixer, Mamba)} == {2}
+    whole, cut = (megatron_logits(each, here, torch.float64) for each in (source, pruned))
+    assert (whole - cut).abs().max() < 1e-6 * whole.square().mean().sqrt()
+    write_hf(pruned, tmp_path / "pruned")
+    torch.testing.assert_close(hf_logits(loaded(tmp_path / "pruned")), expected, rtol=1e-5, atol=1e-5)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_group_without_heads_is_refused_by_name(folder: Path) -> None:
+    spec = open_hf(folder).spec
+    plan = PruningPlan.keep_all(spec)
+    kept = {**plan.layers[0].kept, Axis.MAMBA_HEAD: (0, 1, 2, 3)}
+    with pytest.raises(PlanError, match="layer 0: Mamba group 2 stays without any of its Mamba heads"):
+        replace(plan, layers=(LayerPlan(source=0, kept=kept), *plan.layers[1:]))
+    with pytest.raises(PlanError, match="mamba_num_heads = 2 is not a multiple of mamba_num_groups = 4"):
+        random_plan(TargetConfig(mamba_num_heads=2), spec, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hybrid_override_pattern": "M-E*"}, "a layer of kind 'moe' is not supported"),
+        ({"layers_block_type": ["mlp"]}, "hybrid_override_pattern and layers_block_type differ"),
+        ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act = 'gelu'"),
+        ({"tie_word_embeddings": True}, "does not compute tied_embeddings = True"),
+        ({"use_bias": True}, "use_bias = True is not supported"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = '1'"),
+        ({"n_groups": 3}, "mamba_num_heads = 128 is not a multiple of mamba_num_groups = 3"),
+    ],
+)
+def test_configurations_that_compute_something_else_are_refused(changes: dict[str, Any], said: str) -> None:
+    config = published("Nemotron-H 8B") | changes
+    with pytest.raises(SpecError) as error:
+        NEMOTRON_H.read_config(config)
+    assert said in str(error.value)
+
+
+def test_layouts_that_cannot_be_are_refused_before_a_model_is_built(folder: Path) -> None:
+    spec = open_hf(folder).spec
+    check_layout(spec, ParallelConfig(tensor=2, pipeline=2))
+    with pytest.raises(LayoutError, match=r"mamba_num_groups = 4 of layer 0 is not a multiple of parallel\.tensor = 8"):
+        check_layout(spec, ParallelConfig(tensor=8))
+    with pytest.raises(LayoutError, match=r"parallel\.sequence_parallel splits positions"):
+        check_layout(spec, ParallelConfig(tensor=2, sequence_parallel=True))
+    with pytest.raises(LayoutError, match=r"parallel\.context splits positions"):
+        check_layout(spec, ParallelConfig(context=2))
+
+
+def test_a_search_over_a_hybrid_is_refused(folder: Path) -> None:
+    with pytest.raises(SpecError, match="a search over a model with layers of several kinds"):
+        sizes_of(open_hf(folder).spec)
+
+
+def test_other_families_cannot_write_a_hybrid(folder: Path) -> None:
+    spec = open_hf(folder).spec
+    from nemo_minitron.arch.families import FAMILIES
+
+    for name, family in FAMILIES.items():
+        if name == "nemotron_h":
+            continue
+        with pytest.raises(MinitronError, match=r"layers of Mamba alone \(layer 0 first\)"):
+            family.write_config(spec)
+
+
+def test_every_row_has_a_name_in_the_family(folder: Path) -> None:
+    spec = open_hf(folder).spec
+    assert {weight.row.name for weight in weights(spec)} == set(NEMOTRON_H.hf_names)
