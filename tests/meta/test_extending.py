@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.expert_models import write_experts
+from tests.tiny import write_corpus
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 DIFFS = dict(re.findall(r"^## (?:An? )(.+?)\n.*?^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class Extended:
-    """A copy of the package with every diff applied."""
+    """A copy of the package with every diff applied; the axis, which the package has, was taken out before."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,11 +33,17 @@ class Extended:
         for name in ("nemo_minitron", "tests", "recipes"):
             shutil.copytree(ROOT / name, self.copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "ruff.toml", self.copy)
+        write_experts(folder / "experts", "qwen2_moe")
+        write_corpus(folder / "corpus")
+        self.run("git", "apply", "--reverse", "-", stdin=DIFFS["axis"])
+        self.refusal = self.run(*self.pruning("refused", "target.shared_ffn_hidden_size=16"), status=2)
+        self.run(*self.pruning("without"))
         for diff in DIFFS.values():
             self.run("git", "apply", "-", stdin=diff)
+        self.run(*self.pruning("with", "target.shared_ffn_hidden_size=16"))
         self.facts = json.loads(self.python("tests.support.extended", str(folder)).splitlines()[-1])
 
-    def run(self, *command: str, stdin: str = "") -> str:
+    def run(self, *command: str, stdin: str = "", status: int = 0) -> str:
         paths = {"PYTHONPATH": str(self.copy), "GIT_CEILING_DIRECTORIES": str(self.folder), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command,
@@ -45,8 +54,15 @@ class Extended:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout if status == 0 else done.stderr
+
+    def pruning(self, name: str, *settings: str) -> list[str]:
+        """The command that scores and prunes a small mixture of experts."""
+        sources = [f"model.source={self.folder / 'experts'}", f"data.sources=[{self.folder / 'corpus'}]"]
+        where = ["--run-dir", str(self.folder / name), "--to", "prune"]
+        recipe = "recipes/tiny/experts_cpu.yaml"
+        return [sys.executable, "-m", "nemo_minitron", "run", recipe, *sources, *settings, *where]
 
     def python(self, module: str, *arguments: str) -> str:
         return self.run(sys.executable, "-m", module, *arguments)
@@ -75,7 +91,7 @@ def changed(diff: str) -> set[str]:
 
 
 def test_the_page_has_what_it_announces(extended: Extended) -> None:
-    assert list(DIFFS) == ["divergence", "family", "depth metric", "stage"]
+    assert list(DIFFS) == ["divergence", "family", "depth metric", "axis", "stage"]
     assert PAGE.count("```diff") == len(DIFFS)
     assert not any(path.startswith("nemo_minitron/") for path in changed(DIFFS["depth metric"]))
     ruff = str(Path(sys.executable).parent / "ruff")
@@ -124,6 +140,28 @@ def test_the_depth_metric_ranks_layers_as_transformers_does(extended: Extended) 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     layers = json.loads(extended.result("prune/plan.json").read_text())["layers"]
     assert set(range(len(expected))) - {layer["source"] for layer in layers} == {int(expected.argmin())}
+
+
+def numbers(ranges: str) -> list[int]:
+    """`0-2,5` as 0, 1, 2, 5."""
+    ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
+    return [number for first, *last in ends for number in range(first, (last or [first])[0] + 1)]
+
+
+def test_the_axis_is_cut_where_it_is_in_the_table(extended: Extended) -> None:
+    assert "shared_ffn_hidden_size" in extended.refusal
+    before, after = (extended.folder / name / "stages" for name in ("without", "with"))
+    sums = [load_file(stages / "score/scores.safetensors") for stages in (before, after)]
+    assert not any(".shared_ffn." in name for name in sums[0])
+    assert set(sums[0]) < set(sums[1])
+    plans = [json.loads((stages / "prune/plan.json").read_text())["layers"] for stages in (before, after)]
+    assert [len(plan) for plan in plans] == [3, 3]
+    for layer, (old, new) in enumerate(zip(*plans, strict=True)):
+        assert "shared_ffn" not in old
+        norms = sums[1][f"layers.{layer}.shared_ffn.mean.sumsq"]
+        assert len(norms) == 32
+        assert numbers(new.pop("shared_ffn")) == sorted(norms.topk(16).indices.tolist())
+        assert old == new
 
 
 def test_the_stage_has_a_verb_and_runs_in_its_place(extended: Extended) -> None:
