@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -113,7 +113,8 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = known_keys(model)
+        number = next((part for part in location if part.isdigit()), "0")
+        known = [name.replace("*", number) for name in known_keys(model)]
         if (now := ".".join([*location[:-1], RENAMED.get(location[-1], "")])) in known:
             return f"{key}: is called {now} now"
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -129,13 +130,14 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of a section and of those below it, with dots."""
+    """Every key of a section and of those below it, with dots; `*` for the number of one out of several."""
     found: list[str] = []
     for name, field in model.model_fields.items():
         found.append(prefix + name)
         for kind in (field.annotation, *get_args(field.annotation)):  # `Section | None` too
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found += known_keys(kind, f"{prefix}{name}.")
+                of_many = get_origin(field.annotation) is dict
+                found += known_keys(kind, f"{prefix}{name}.{'*.' if of_many else ''}")
     return found
 
 

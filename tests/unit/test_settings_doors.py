@@ -424,7 +424,7 @@ def test_the_other_scripts_are_as_strict(script, section, kind):
 
     before = found()
     assert before.section.samples == 1024
-    for key in known_keys(kind):
+    for key in (key.replace("*", "0") for key in known_keys(kind)):
         outcomes = set()
         for value in VALUES:
             after = attempt(partial(found, **{f"{section}.{key}": value}))
