@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 from yaml import YAMLError
 
 from nemo_minitron.config.run import RunConfig
@@ -139,6 +140,19 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
                 of_many = get_origin(field.annotation) is dict
                 found += known_keys(kind, f"{prefix}{name}.{'*.' if of_many else ''}")
     return found
+
+
+def has_default(model: type[BaseModel], key: str, value: Any) -> bool:
+    """Whether the value of a key, with dots and as JSON data, is what a recipe has that does not say it."""
+    name, _, rest = key.partition(".")
+    if (field := model.model_fields.get(name)) is None:
+        return False
+    if not rest:
+        return not field.is_required() and to_jsonable_python(field.get_default(call_default_factory=True)) == value
+    kinds = (field.annotation, *get_args(field.annotation))
+    return any(
+        has_default(kind, rest, value) for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
+    )
 
 
 def _siblings(known: list[str], location: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from nemo_minitron.config.load import has_default
 from nemo_minitron.config.resume import Change
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, RunFolderError
@@ -97,9 +98,11 @@ def decide(
     conflicts: list[str] = []
     for stage in chain:
         upstream = {name: digests[name] for name in stage.needs}
-        digests[stage.name] = digest = stage.digest(config, upstream)
-        settings = stage.settings(config)
         record = run.done(stage.name) or run.attempt(stage.name)
+        settings = stage.settings(config)
+        if record and stage.name not in forced:
+            settings = _as_made(record["settings"], settings)
+        digests[stage.name] = digest = stage.digest_of(settings, upstream)
         if stage.name in forced:
             action = Action.REDO if record else Action.DO
         else:
@@ -118,6 +121,20 @@ def decide(
             remedy=f"name another folder with --run-dir, or redo from there with --from {first}",
         )
     return tuple(steps)
+
+
+def _as_made(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Settings without keys that came with a later version than what was made: their defaults change nothing.
+
+    Keys of a section that was null then are not such keys.
+    """
+
+    def is_later(key: str, value: Any) -> bool:
+        parts = key.split(".")
+        known = any(".".join(parts[:count]) in old for count in range(1, len(parts) + 1))
+        return not known and has_default(RunConfig, key, value)
+
+    return {key: value for key, value in new.items() if not is_later(key, value)}
 
 
 def _action(

@@ -120,6 +120,31 @@ def test_a_key_no_begun_stage_depends_on_may_change(recorder, run):
     assert go(recorder, run, make_config(target={"num_layers": 3}, parallel={"tensor": 2})) == ["prune", "report"]
 
 
+def test_a_key_of_a_later_version_refuses_nothing_at_its_default(recorder, run):
+    """What an earlier version has made knows no `score.sublayers`, and nothing is made again."""
+    key = "score.sublayers"
+    go(recorder, run)
+    for stage in recorder.chain()[1:]:
+        done = run.stage(stage.name) / "DONE"
+        record = json.loads(done.read_text())
+        record["settings"].pop(key, None)
+        record["upstream"] = {need: run.done(need)["digest"] for need in record["upstream"]}
+        record["digest"] = stage.digest_of(record["settings"], record["upstream"])
+        done.write_text(json.dumps(record))
+    assert go(recorder, run) == []
+    asked = make_config(score={"sublayers": True, "depth": {"samples": 2}})
+    with pytest.raises(RunFolderError, match=r"score\.sublayers: stage score was made with None, now True"):
+        go(recorder, run, asked)
+
+
+def test_a_section_that_was_null_is_no_key_of_a_later_version(recorder, run):
+    """All keys of `search.layerwise` at their defaults are another recipe than no `search.layerwise`."""
+    chain = (recorder.stage("search", sections=("search",)),)
+    go(recorder, run, chain=chain)
+    with pytest.raises(RunFolderError, match=r"search\.layerwise\.ffn_hidden_size"):
+        go(recorder, run, make_config(search={"layerwise": {}}), chain=chain)
+
+
 @pytest.mark.parametrize(
     "changed", [{"log_every": 7}, {"checkpoint_every": 7}, {"keep_last": 7}, {"async_save": True}], ids=str
 )
