@@ -17,6 +17,21 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
+def rows_to_continue(path: Path) -> list[Any]:
+    """The same, and a last line that was cut short is taken out of the file, so that it can be appended to."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    return read_rows(path)
+
+
+def append_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Add values at the end of a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def without_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads(..., object_pairs_hook=...)`, which takes the last of two equal keys.
 
@@ -28,18 +43,3 @@ def without_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return found
-
-
-def rows_to_continue(path: Path) -> list[Any]:
-    """The same, and a last line that was cut short is taken out of the file, so that it can be appended to."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    return read_rows(path)
-
-
-def append_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Add values at the end of a file, on disk when it returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -17,6 +17,7 @@ FIELD, ARGUMENT = "num_moe_experts", "num_experts"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices"), ()),
     **dict.fromkeys(("moe_latent_size", "moe_input_jitter_eps", "moe_apply_probs_on_input"), ()),
+    **dict.fromkeys(("moe_expert_capacity_factor",), ()),
     **dict.fromkeys(("moe_router_force_load_balancing",), ()),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
 }
@@ -90,11 +91,16 @@ def feed_forwards(found: Mapping[str, Any], *, where: str) -> Callable[[int], Fe
     }
     if wrong := [name for name, value in sizes.items() if type(value) is not int]:
         raise SpecError(f"{where}: {wrong[0]} = {str(sizes[wrong[0]])[:40]!r}", rule="a whole number")
-    sigmoid = found.get("moe_router_score_function", "softmax") == "sigmoid"
+    name = found.get("moe_router_score_function", RouterScore.SOFTMAX.value)
+    if name not in tuple(RouterScore):
+        raise SpecError(
+            f"{where}: moe_router_score_function = {str(name)[:40]!r} is not supported", rule=" or ".join(RouterScore)
+        )
+    sigmoid = name == RouterScore.SIGMOID
     experts = Moe(
         **sizes,
         shared_gate=bool(found.get("moe_shared_expert_gate", False)),
-        score_function=RouterScore.SIGMOID if sigmoid else RouterScore.SOFTMAX,
+        score_function=RouterScore(name),
         normalize_top_k=sigmoid or not found.get("moe_router_pre_softmax", False),
         correction_bias=bool(found.get("moe_router_enable_expert_bias", False)),
         scaling_factor=float(found.get("moe_router_topk_scaling_factor", 1.0)),
@@ -105,5 +111,10 @@ def feed_forwards(found: Mapping[str, Any], *, where: str) -> Callable[[int], Fe
     if isinstance(frequency, int) and frequency > 0:
         return lambda index: experts if index % frequency == 0 else dense
     if isinstance(frequency, list | tuple) and all(value in (0, 1) for value in frequency):
-        return lambda index: experts if index < len(frequency) and frequency[index] else dense
+        if len(frequency) != found.get("num_layers", len(frequency)):
+            raise SpecError(
+                f"{where}: moe_layer_freq names {len(frequency)} layers, num_layers = {found['num_layers']}",
+                rule="one 0 or 1 for each layer",
+            )
+        return lambda index: experts if frequency[index] else dense
     raise SpecError(f"{where}: moe_layer_freq = {str(frequency)[:60]!r}", rule="a number, or a list of 0 and 1")

@@ -88,6 +88,8 @@ _CHANGED_BY_TRAINING = (
     *("seq_length", "encoder_seq_length", "make_vocab_size_divisible_by", "padded_vocab_size", "iteration"),
     *("hidden_dropout", "attention_dropout", "apply_rope_fusion", "bf16", "fp16"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_bias_update_rate"),
+    "moe_token_dispatcher_type",
 )
 """What may differ from the architecture a checkpoint was first written with."""
 _WRITTEN = (

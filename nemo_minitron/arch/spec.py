@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, Scope, size_divisor
-from nemo_minitron.arch.layer import LayerSpec, Moe
+from nemo_minitron.arch.layer import LayerSpec, Mamba, Moe
 from nemo_minitron.errors import SpecError
 
 
@@ -309,6 +309,8 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
             yield f"layer {index}: heads, groups, FFN and states must each be at least 1"
         else:
             yield from (f"layer {index}: {problem}" for problem in _nesting_problems(layer))
+        if isinstance(layer.mixer, Mamba) and spec.post_norms:
+            yield f"layer {index}: a Mamba mixer has no norm behind it (post_norms)"
         if isinstance(layer.feed_forward, Moe):
             yield from (f"layer {index}: {problem}" for problem in layer.feed_forward.problems)
             if spec.linear_bias or spec.post_norms:

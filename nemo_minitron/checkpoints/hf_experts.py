@@ -32,7 +32,7 @@ def split_fused_experts(places: dict[str, Place], family: Family, spec: ModelSpe
     for name in list(places):
         if (found := _FUSED.match(name)) and _fits(places[name], spec, int(found[1]), found[2]):
             _split(places, name, int(found[1]), found[2], family)
-        elif (found := _GATE.match(name)) and (own := family.hf_names[_ROUTER][0].format(i=found[1])) != name:
+        elif (found := _GATE.match(name)) and (own := family.hf_names[_ROUTER][0].format(i=found[1])) not in places:
             places[own] = places.pop(name)
 
 

@@ -106,7 +106,7 @@ class RankWeights:
 
     def dtype(self, spec: ModelSpec) -> torch.dtype:
         """Type that holds every weight of the model exactly."""
-        places = [self._places[weight.name] for weight in weights(spec)]
+        places = [self._places[weight.name] for weight in weights(spec) if not weight.row.fp32]
         return widest([file.entries[stored].dtype for stage, stored in places for file in stage.files])
 
     def get(self, weight: Weight, spec: ModelSpec) -> Tensor:

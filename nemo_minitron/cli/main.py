@@ -163,17 +163,23 @@ def _report(
     ] = None,
     run_dir: RunDir = None,
     dry_run: DryRun = False,
-    redo: Annotated[bool, typer.Option("--redo", help="Do it again, though it is done.")] = False,
+    redo: Redo = False,
     nproc: Ranks = None,
     debug: Debug = False,
 ) -> None:
     """The stage verb that takes run folders too."""
     with reported(debug=debug):
         from nemo_minitron.cli import report as pages
+        from nemo_minitron.errors import ConfigError
 
         if folders := pages.folders([recipe, *(overrides or [])]):
+            if dry_run or redo or run_dir or nproc:
+                problem = "--dry-run, --redo, --run-dir and --nproc go with a recipe, not with run folders"
+                raise ConfigError("command line", [problem])
             print(pages.report(folders, out))
             return
+        if out is not None:
+            raise ConfigError("command line", ["--out goes with run folders, not with a recipe"])
     redo_from = "report" if redo else None
     _go(recipe, overrides, run_dir, nproc, dry_run=dry_run, debug=debug, redo_from=redo_from, only="report")
 

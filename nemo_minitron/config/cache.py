@@ -51,6 +51,8 @@ def cache_problems(cache: CacheConfig, distill: DistillConfig, rounds: int) -> l
         problems.append("distill.ramp_to.temperature: cached targets are of one temperature")
     if distill.hidden is not None:
         problems.append("distill.hidden: a cache holds no intermediate states; leave cache out")
+    if distill.router_weight:
+        problems.append("distill.router_weight: a cache holds no routers; leave cache out")
     if distill.top_k is not None:
         problems.append("distill.top_k is for a teacher in memory; set cache.kind: top_k and cache.k")
     if cache.folder is not None and rounds > 1:

@@ -149,6 +149,8 @@ def has_default(model: type[BaseModel], key: str, value: Any) -> bool:
         return False
     if not rest:
         return not field.is_required() and to_jsonable_python(field.get_default(call_default_factory=True)) == value
+    if not field.is_required() and field.get_default(call_default_factory=True) is None:
+        return False  # a section that is not there unless a recipe has it
     kinds = (field.annotation, *get_args(field.annotation))
     return any(
         has_default(kind, rest, value) for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -62,7 +62,8 @@ class SearchConfig(Section):
     def race_training(self, distill: DistillConfig, rung: int) -> DistillConfig:
         """How a candidate is trained in a rung: as `distill` says, for as many tokens, from cached targets.
 
-        Losses of intermediate states and ramps of the temperature are left out: a cache has no such targets.
+        Losses of intermediate states and of routers, and ramps of the temperature, are left out: a cache has no such
+        targets.
         """
         tokens = self.rungs[rung].tokens
         count = in_steps(tokens, distill.tokens or 0)
@@ -71,6 +72,7 @@ class SearchConfig(Section):
             "tokens": max(count, distill.batch.tokens_per_step),
             "minutes": None,
             "hidden": None,
+            "router_weight": 0.0,
             "top_k": None,
             "ramp_to": ramp,
             "offload_teacher": False,

@@ -1,7 +1,7 @@
 """Bytes that ranks tell each other in one optimizer step, by axis of the layout, and bytes of a training checkpoint.
 
 Equal to what the collectives of a real step move (`tests/parallel/test_estimate_traffic.py`), scalars aside: token
-counts, the gradient norm, reports. Context parallelism and losses on intermediate states are left out.
+counts, the gradient norm, reports. Context and expert parallelism and losses on intermediate states are left out.
 """
 
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def _states(spec: ModelSpec, step: Pass) -> int:
 
 
 def _layers(spec: ModelSpec, step: Pass, stage: int, *, passes: int) -> list[Traffic]:
-    """Tensor parallelism outside of the loss: two sums per layer in each direction, and the embedding's.
+    """Tensor parallelism outside of the loss: a sum per mixer and feed-forward in each direction, and the embedding's.
 
     Under sequence parallelism a sum becomes a gather before a block and a scattered sum behind it; the backward pass
     gathers the inputs of both blocks a second time (Korthikanti et al., arXiv:2205.05198, sec. 4.2.2).
@@ -109,15 +109,15 @@ def _layers(spec: ModelSpec, step: Pass, stage: int, *, passes: int) -> list[Tra
     `passes` is 1 for forward, 2 for forward and backward, 3 with a second forward pass between them.
     """
     parallel = step.parallel
-    layers = len(own_layers(spec, parallel, stage))
+    parts = sum(len(spec.layers[number].parts) for number in own_layers(spec, parallel, stage))
     first, last = int(stage == 0), int(stage == parallel.pipeline - 1)
     both = int(passes > 1)
     size = step.micro_batches * _states(spec, step)
     if not parallel.sequence_parallel:
-        calls = 2 * layers * passes + first
+        calls = parts * passes + first
         return [_on_tensor(Collective.ALL_REDUCE, calls * size, parallel)]
-    scattered = 2 * layers * passes + first
-    gathered = 2 * layers * (passes + both) + first * both + last
+    scattered = parts * passes + first
+    gathered = parts * (passes + both) + first * both + last
     return [
         _on_tensor(Collective.ALL_GATHER, gathered * size, parallel),
         _on_tensor(Collective.REDUCE_SCATTER, scattered * size, parallel),

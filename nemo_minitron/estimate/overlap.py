@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import weights
+from nemo_minitron.arch.weights import is_active, weights
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.estimate.activations import own_layers
 from nemo_minitron.estimate.communication import Collective, Split, Traffic, step_traffic
@@ -187,7 +187,10 @@ def _stage_flops(spec: ModelSpec, parallel: ParallelConfig, stage: int, length: 
     matrices = sum(
         weight.numel
         for weight in weights(spec)
-        if weight.layer in layers and len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes
+        if weight.layer in layers
+        and len(weight.shape) == 2
+        and Axis.VOCAB not in weight.row.axes
+        and is_active(weight, spec)
     )
     head = spec.vocab_size * spec.hidden_size if stage == parallel.pipeline - 1 else 0
     return 2.0 * (matrices + head) + mixing_flops(spec, length, layers)

@@ -157,10 +157,13 @@ class TokenScorer:
                 )
 
     def _rounds(self, items: Sequence[Item], batches: int) -> Iterator[Sequence[Item]]:
-        """This copy's share of each round, in which every copy takes up to `batches` batches; empty at the end."""
-        share = self.batch_size * batches
-        for start in range(0, len(items), share * self.runtime.dp_size):
-            first = start + share * self.runtime.dp_rank
+        """This copy's share of each round, in which every copy takes up to `batches` batches; empty at the end.
+
+        Copies that share experts exchange tokens in every pass, so they take the same items.
+        """
+        share, sharing = self.batch_size * batches, self.runtime.parallel.expert
+        for start in range(0, len(items), share * (self.runtime.dp_size // sharing)):
+            first = start + share * (self.runtime.dp_rank // sharing)
             yield items[first : first + share]
 
     def _exchange(

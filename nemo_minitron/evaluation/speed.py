@@ -141,12 +141,12 @@ def _memory(chunks: Sequence[nn.Module], samples: int, length: int, above: int) 
 
 
 def _state_bytes(layer: LayerSpec, element: int) -> int:
-    """Bytes of a sample's state in fp32, and of the last inputs of the convolution."""
+    """Bytes of a sample's state in fp32 and the last inputs of the convolution, before and after the latest token."""
     if not isinstance(layer.mixer, Mamba):
         return 0
     mamba = layer.mixer
     window = (mamba.conv_kernel - 1) * (mamba.inner_size + 2 * mamba.map_size)
-    return 4 * mamba.inner_size * mamba.mamba_state_dim + element * window
+    return 2 * (4 * mamba.inner_size * mamba.mamba_state_dim + element * window)
 
 
 def _allocated() -> int:

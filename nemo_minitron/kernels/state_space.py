@@ -11,16 +11,19 @@ from torch import Tensor
 from nemo_minitron.kernels.available import SWITCH
 from nemo_minitron.ops.state_space import Scan
 
+TAPS = range(2, 5)
+"""Taps of a convolution that causal-conv1d has a kernel for."""
 
-def run(device: torch.device) -> bool:
-    """Whether a mixer on a device takes these forms: it is a GPU, and both libraries are installed."""
-    return device.type == "cuda" and os.environ.get(SWITCH) != "0" and _are_installed()
+
+def run(device: torch.device, *, taps: int) -> bool:
+    """Whether a mixer on a device takes these forms: it is a GPU, and both libraries are there and have kernels."""
+    return device.type == "cuda" and os.environ.get(SWITCH) != "0" and taps in TAPS and _are_installed()
 
 
 def causal_convolution(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None) -> Tensor:
     """As `ops.state_space.causal_convolution`."""
     kernel = import_module("causal_conv1d").causal_conv1d_fn
-    found: Tensor = kernel(x_BSC.transpose(1, 2), weight_CK, bias_C, activation="silu")
+    found: Tensor = kernel(x_BSC.transpose(1, 2).contiguous(), weight_CK, bias_C, activation="silu")
     return found.transpose(1, 2)
 
 

@@ -62,7 +62,7 @@ def build_chunks(
     if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
-            rule="and layers that it carries: without sliding windows, experts, and norms behind attention and MLP",
+            rule="and layers that it carries: no Mamba, experts, sliding windows, or norms behind attention and MLP",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     if fp8:

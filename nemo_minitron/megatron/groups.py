@@ -111,7 +111,7 @@ def _meet(everyone: ProcessGroupGloo, store: Store) -> None:
 def _leave_word(store: Store, told: str) -> None:
     """Tell the others why this group ends, if they can still be told."""
     try:
-        store.set("ended", told)
+        store.compare_set("ended", "", told)  # only the first reason
     except RuntimeError:  # the process that keeps the store is gone
         return
 

@@ -107,7 +107,7 @@ class ImportanceCollector:
 
     Before each global batch the caller tells with `expect` which positions count. Costs a few passes over each site's
     activations, a single-precision copy of one site and of two layers' states, and one transfer of masks a micro-batch;
-    no layer waits for the device. Nothing is changed in the model, and hooks are taken off on exit.
+    no layer without experts waits for the device. Nothing is changed in the model, and hooks are taken off on exit.
 
     Args:
         chunks: This rank's model chunks, wrapped or not; Transformer Engine's layers or the local ones.

@@ -152,7 +152,7 @@ class LocalMamba(MegatronModule):
         batch, length, _ = projected_BSC.shape
         sizes, parts = self.sizes, self.parts
         gate, inner, dt = torch.split(projected_BSC, [parts["z"], self.convolved, parts["dt"]], dim=-1)
-        fast = kernels.run(projected_BSC.device) and before is None
+        fast = kernels.run(projected_BSC.device, taps=sizes.conv_kernel) and before is None
         convolve = kernels.causal_convolution if fast else causal_convolution
         seen = inner if before is None else torch.cat([before.window, inner], dim=1)
         inner = convolve(seen, self.conv1d.weight[:, 0], self.conv1d.bias)[:, -length:]

@@ -1,8 +1,9 @@
 """Where the sums of a complete model's scores lie on its ranks: put together for a file, and dealt out again.
 
-A rank holds the sums of its own layers. Those of `ffn`, `head` and `mamba` are split over tensor-parallel ranks by
-channel; all ranks of a tensor-parallel group hold equal sums of the hidden sites, and all context-parallel ranks equal
-sums of every site, so only one of them is counted. Data-parallel ranks hold sums of different samples, which add up.
+A rank holds the sums of its own layers. Those of `ffn`, `head`, `mamba`, `shared_ffn` and `expert_ffn` are split over
+tensor-parallel ranks by channel, and the last over expert-parallel ranks too; all ranks of a tensor-parallel group hold
+equal sums of the hidden sites, and all context-parallel ranks equal sums of every site, so only one of them is counted.
+Data-parallel ranks hold sums of different samples, which add up.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

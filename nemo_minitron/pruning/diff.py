@@ -114,6 +114,17 @@ def _settings(first: PruningPlan, second: PruningPlan, shared: list[tuple[LayerP
     differing = [one.source for one, other in shared if one.mixes != other.mixes]
     if differing:
         yield f"merged heads differ in layers {to_ranges(differing)}"
+    routed = [one.source for one, other in shared if _top_k(first, one) != _top_k(second, other)]
+    if routed:
+        yield f"experts a token differ in layers {to_ranges(routed)}"
+    scaled = [one.source for one, other in shared if first.group_ratio(one) != second.group_ratio(other)]
+    if scaled:
+        yield f"scales of Mamba's norms differ in layers {to_ranges(scaled)}"
+
+
+def _top_k(plan: PruningPlan, layer: LayerPlan) -> int | None:
+    teacher = plan.spec.layers[layer.source]
+    return layer.top_k or (teacher.moe.top_k if teacher.has_experts else None)
 
 
 def _shortened(text: str, width: int) -> str:

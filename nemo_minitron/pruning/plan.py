@@ -115,6 +115,8 @@ class PruningPlan:
             problems = layer_problems(layer.kept, layer.mixes, teacher.without(*layer.without))
             yield from (f"layer {layer.source}: {problem}" for problem in problems)
             yield from self._routing_problems(layer)
+            if layer.norm_scale is not None and (min(layer.norm_scale) < 1 or Axis.MAMBA_HEAD not in layer.kept):
+                yield f"layer {layer.source}: norm_scale: {layer.norm_scale} is no ratio of channels of a Mamba group"
 
     def _routing_problems(self, layer: LayerPlan) -> Iterator[str]:
         teacher = self.spec.layers[layer.source]
@@ -203,7 +205,7 @@ class PruningPlan:
         layers = []
         for layer, second in zip(composed.layers, then.layers, strict=True):
             ratio = self.group_ratio(self.layers[second.source]) * then.group_ratio(second)
-            as_said = ratio == composed.group_ratio(layer)
+            as_said = Axis.MAMBA_HEAD not in layer.kept or ratio == composed.group_ratio(layer)
             layers.append(layer if as_said else replace(layer, norm_scale=(ratio.numerator, ratio.denominator)))
         return replace(composed, layers=tuple(layers))
 
@@ -273,7 +275,7 @@ class PruningPlan:
                     rule=f"{FORMAT}, version {' or '.join(map(str, VERSIONS))}",
                     remedy="a newer nemo_minitron may have written it",
                 )
-            _refuse_unknown(data, _PLAN_KEYS, version=data["version"], where="plan")
+            _refuse_unknown(data, _PLAN_KEYS, _PLAN_ADDED, version=data["version"], where="plan")
             spec = ModelSpec.from_dict(data["spec"])
             return cls(
                 spec=spec,
@@ -379,14 +381,16 @@ def rescaling(teacher: ModelSpec, hidden_size: int) -> Fraction:
 
 
 _PLAN_KEYS = ("format", "version", "spec", "hidden", "rescale_norms", "layers", "provenance")
-_ADDED = ("norm_scale", *(row.mixes for row in LAYER_AXES if row.mixes))
 _TOP_K = "top_k"
+_PLAN_ADDED = {2: ("norm_scale",)}
+_LAYER_ADDED = {2: tuple(row.mixes for row in LAYER_AXES if row.mixes), 3: ("norm_scale", "without", _TOP_K)}
+"""Keys by the version that added them."""
 
-_ADDED_LATER = ("without", _TOP_K)
 
-
-def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], *, version: int, where: str) -> None:
-    allowed = {*known, *(_ADDED if version > 1 else ()), *(_ADDED_LATER if version > 2 else ())}
+def _refuse_unknown(
+    data: Mapping[str, Any], known: tuple[str, ...], added: Mapping[int, tuple[str, ...]], *, version: int, where: str
+) -> None:
+    allowed = {*known, *(key for since, keys in added.items() if since <= version for key in keys)}
     if unknown := sorted(set(data) - allowed):
         raise PlanError(f"{where}: unknown key(s) {', '.join(unknown)} in version {version}")
 
@@ -413,7 +417,7 @@ def _layer_from(item: Mapping[str, Any], spec: ModelSpec, version: int) -> Layer
         raise PlanError(f"layer {source}: without = {list(without)}", rule=f"parts of a layer: {', '.join(PARTS)}")
     where, teacher = f"layer {source}", spec.layers[source].without(*without)
     rows = axes_of(teacher)
-    _refuse_unknown(item, ("source", *(row.plan for row in rows)), version=version, where=where)
+    _refuse_unknown(item, ("source", *(row.plan for row in rows)), _LAYER_ADDED, version=version, where=where)
     mixed = {
         row.axis: mixes.from_json(item[row.mixes], what=f"{where}: {row.mixes}") for row in rows if row.mixes in item
     }
@@ -452,7 +456,7 @@ def _composed_layer(first: LayerPlan, second: LayerPlan) -> LayerPlan:
         source=first.source,
         kept={axis: tuple(first.kept[axis][index] for index in kept) for axis, kept in second.kept.items()},
         mixes={axis: found for axis, found in mixed.items() if found},
-        top_k=first.top_k if second.top_k is None else second.top_k,
+        top_k=None if Axis.EXPERT not in second.kept else second.top_k or first.top_k,
         without=tuple(name for name in PARTS if name in (*first.without, *second.without)),
     )
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import lcm
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, size_divisor
-from nemo_minitron.arch.layer import LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -96,13 +96,14 @@ def dropped_parts(
             able = [index for index in kept if len(teacher.layers[index].parts) == 2 and index not in gone]
             wanted = tuple(ranked(part, able)[:wanted])  # noqa: PLW2901
         gone |= {index: (*gone.get(index, ()), part) for index in wanted if index in kept}
-    return gone
+    return {index: tuple(part for part in PARTS if part in parts) for index, parts in gone.items()}
 
 
 def _parts(target: TargetConfig) -> dict[str, int | tuple[int, ...]]:
-    """What is asked of each part of layers, by its name."""
+    """What is asked of each part of layers, by its name: named layers first, so that a number leaves them out."""
     asked = {"mixer": target.drop_mixers, "feed_forward": target.drop_feed_forwards}
-    return {part: wanted for part, wanted in asked.items() if wanted is not None}
+    found = {part: wanted for part, wanted in asked.items() if wanted is not None}
+    return dict(sorted(found.items(), key=lambda item: isinstance(item[1], int)))
 
 
 def _part_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
@@ -112,7 +113,8 @@ def _part_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
     taken = 0
     for part, wanted in _parts(target).items():
         if isinstance(wanted, int):
-            able = max(sum(left[index] == 2 for index in kept) - taken, 0)
+            stay = num_layers(target, teacher) if target.drop_layers is None else len(kept)
+            able = max(min(sum(left[index] == 2 for index in kept), stay) - taken, 0)
             taken += wanted
             if wanted > able:
                 yield f"{keys[part]} = {wanted}, and {able} layers have both parts"
@@ -151,6 +153,7 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
         yield from drops
     if target.drop_layers is None or not drops:
         yield from _part_problems(target, teacher)
+    yield from _unnamed_problems(target, teacher)
     for sizes in dict.fromkeys(layer for index, layer in enumerate(teacher.layers) if index not in target.by_layer):
         yield from _layer_problems(target, sizes)
         yield from _routing_problems(target, sizes)
@@ -158,6 +161,15 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
         yield from (f"by_layer.{index}: {problem}" for problem in _single_layer_problems(target, teacher, index))
     if target.top_k is not None and not teacher.has_experts:
         yield f"top_k = {target.top_k}: the teacher has no experts"
+
+
+def _unnamed_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
+    """Layers cannot be named while it is left to scores which of them stay."""
+    if target.drop_layers is not None or num_layers(target, teacher) >= teacher.num_layers:
+        return
+    named = {key: getattr(target, key) for key in ("by_layer", "drop_mixers", "drop_feed_forwards")}
+    for key in (key for key, value in named.items() if value and not isinstance(value, int)):
+        yield f"{key} names layers, but num_layers leaves it to scores which stay; name those that go in drop_layers"
 
 
 def _single_layer_problems(target: TargetConfig, teacher: ModelSpec, index: int) -> Iterator[str]:

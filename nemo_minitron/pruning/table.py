@@ -31,8 +31,8 @@ def _size(row: PrunableAxis, layer: LayerSpec) -> int:
 
 
 def _both(before: ModelSpec, after: ModelSpec, value: Callable[[LayerSpec], int]) -> tuple[list[int], list[int]]:
-    """A value of the layers of both models that have it."""
-    old, new = ([found for layer in spec.layers if (found := value(layer))] for spec in (before, after))
+    """A value of the layers of both models that have it; [0] where none has."""
+    old, new = ([found for layer in spec.layers if (found := value(layer))] or [0] for spec in (before, after))
     return old, new
 
 
@@ -48,11 +48,6 @@ def size_table(before: ModelSpec, after: ModelSpec) -> str:
         "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
         for row in rows
     )
-
-
-def _sizes(spec: ModelSpec, row: PrunableAxis) -> list[int]:
-    """Of the layers that have an axis; [0] if none has."""
-    return [size for layer in spec.layers if (size := layer.size(row))] or [0]
 
 
 def _shown(values: list[int]) -> str:

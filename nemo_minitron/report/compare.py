@@ -17,6 +17,7 @@ from nemo_minitron.version import __version__
 STUDENTS = ("tuned", "distilled", "pruned")
 """Which model stands for a run: the first of these that was measured."""
 _MAX_TEXT = 80
+_ABSENT = object()
 _SAME = 1.005
 """Perplexities of one teacher on one text differ by less than this factor between layouts and dtypes."""
 
@@ -193,9 +194,9 @@ def _differences(runs: Sequence[Compared]) -> list[Row]:
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = []
     for key in keys:
-        values = [_text(run.settings[key]) if key in run.settings else "" for run in runs]
-        if len(set(values)) > 1:
-            rows.append((key, *values))
+        values = [run.settings.get(key, _ABSENT) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append((key, *("" if value is _ABSENT else _text(value) for value in values)))
     if not rows:
         return [build.section("The recipes", note="All of them are the same.")]
     table = {"headings": ("key", *(run.name for run in runs)), "rows": rows}

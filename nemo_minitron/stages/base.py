@@ -104,12 +104,8 @@ class Stage:
             found.update(flatten(value, section))
         return found
 
-    def digest(self, config: "RunConfig", upstream: Mapping[str, str]) -> str:
-        """SHA-256 of everything the stage's result follows from: its settings and its upstream stages' digests."""
-        return self.digest_of(self.settings(config), {name: upstream[name] for name in self.needs})
-
     def digest_of(self, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
-        """The same of settings as `settings` gives them, and of the digests of the stages that it reads."""
+        """SHA-256 of all that its result follows from: settings as `settings` gives them, and its inputs' digests."""
         inputs = {
             "stage": self.name,
             "settings": {key: value for key, value in settings.items() if shapes_result(key)},

@@ -16,7 +16,7 @@ from nemo_minitron.stages.files import read_json, write_json
 
 FILE = "budget.json"
 LEAST_FRACTION = 0.25
-"""Of the minutes of a run: what a training takes even where the other stages leave it less."""
+"""Of the minutes of a run: what its trainings take even where the other stages leave them less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,14 @@ class Given:
     """What to tell the user of it before work begins."""
 
     @classmethod
-    def of(cls, settings: TrainingConfig, minutes_left: float | None, *, key: str) -> "Given":
+    def of(cls, settings: TrainingConfig, minutes_left: float | None, *, key: str, trainings: int = 1) -> "Given":
         """The stage's own budget, or what the other stages leave of the run's.
 
         Args:
             settings: A training with `minutes`.
             minutes_left: That rest, where the budget is the run's.
             key: Of the section in the recipe.
+            trainings: How many of the run share its time.
         """
         minutes = settings.minutes or 0.0
         source = f"{key}.minutes = {minutes:g}"
@@ -69,17 +70,17 @@ class Given:
             return cls(seconds=60 * minutes, source=source)
         others = minutes - minutes_left
         source = f"{source} for the complete run, {others:.2g} for other stages"
-        seconds = 60 * taken(minutes, minutes_left)
+        seconds = 60 * taken(minutes, minutes_left, trainings)
         late = f"{source}: this machine is slow or busy; {key} takes {duration(seconds)}, and the run ends later"
         return cls(seconds=seconds, source=source, notice=late if 60 * minutes_left < seconds else "")
 
 
-def taken(minutes: float, left: float) -> float:
-    """Minutes of a training that gets what other stages leave of a run: not less than a fraction of the run's.
+def taken(minutes: float, left: float, trainings: int) -> float:
+    """Minutes of one of the trainings that get what other stages leave of a run: together at least a fraction of it.
 
     A run that has scored and pruned for minutes is worth more with a short training, late, than with none.
     """
-    return max(left, LEAST_FRACTION * minutes)
+    return max(left, LEAST_FRACTION * minutes / trainings)
 
 
 def fitting(settings: TrainingConfig, costs: Costs, given: Given, *, seconds: float) -> TrainingConfig:

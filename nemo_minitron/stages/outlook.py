@@ -95,7 +95,8 @@ class Outlook:
         if section is None or section.minutes is None:
             return None
         left = self.minutes_for(stage)
-        return 60 * (section.minutes if left is None else taken(section.minutes, left))
+        trainings = sum(self._training(other) is section for other in self._chain)
+        return 60 * (section.minutes if left is None else taken(section.minutes, left, trainings))
 
     def _flops(self, stage: Stage) -> float:
         """Operations of a stage that runs models; 0 for another."""

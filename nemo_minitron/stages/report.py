@@ -104,8 +104,11 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
             return names
+    absolute = [path.absolute() for path in paths]
     raise RunFolderError(
-        f"{paths[0]}: named twice", rule="each run folder is compared once", remedy="leave the second one out"
+        f"{next(path for path in absolute if absolute.count(path) > 1)}: named twice",
+        rule="each run folder is compared once",
+        remedy="leave the second one out",
     )
 
 
@@ -124,7 +127,14 @@ def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> Repo
         scores: Whether to read the scores, which are large.
     """
     rounds = config.rounds
-    names = [stage.name for stage in chain_for(config) if stage.name != "report" and folder.is_complete(stage.name)]
+    records = _current(folder, [stage.name for stage in chain_for(config) if stage.name != "report"])
+    for name in (name for name in NEEDED if name not in records):
+        raise RunFolderError(
+            f"{folder.path}: stage {name} is older than a stage that it was made from",
+            rule="a report shows one state of a run",
+            remedy="run the recipe again, which brings what follows up to date",
+        )
+    names = list(records)
     results = {name: folder.result(name) for name in names}
     return ReportContent(
         name=config.name,
@@ -137,8 +147,18 @@ def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> Repo
         importance=_importance(folder, config) if scores else None,
         rounds=[_round(folder, number, rounds) for number in range(1, rounds + 1)],
         metrics=read_rows(folder.stages / "distill" / "metrics.jsonl"),
-        records={name: folder.done(name) or {} for name in names},
+        records=records,
     )
+
+
+def _current(folder: RunFolder, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What finished stages were made with, without those that were made from a stage that has been redone since."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        record = folder.done(name)
+        if record and all(found.get(each, {}).get("digest") == digest for each, digest in record["upstream"].items()):
+            found[name] = record
+    return found
 
 
 def _importance(folder: RunFolder, config: RunConfig) -> Importance:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from nemo_minitron.callbacks.importance import ImportanceCallback, ScoreCheckpointing
 from nemo_minitron.callbacks.progress import ProgressDisplay
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.run import RunConfig, ScoreConfig
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel, per_token
@@ -44,7 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
         check_mergeable(open_checkpoint(context.input("model")).spec)
     windows = calibration_windows(context.input("data"), config)
     coverage = Coverage.of(info["data_digest"], settings.sequence_length, settings.first_sample, len(windows))
-    identity = {**coverage.to_dict(), "ffn_site": settings.ffn_site.value, "sublayers": settings.sublayers}
+    identity = _identity(coverage, settings)
     before = PartialScores.load(context.out / PARTIAL, identity)
     importance = ImportanceCallback(
         ffn_site=settings.ffn_site,
@@ -87,8 +87,14 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
+def _identity(coverage: Coverage, settings: ScoreConfig) -> dict[str, Any]:
+    """What partial scores must be of, to go on with; keys of later versions are left out at their defaults."""
+    sublayers = {"sublayers": True} if settings.sublayers else {}
+    return {**coverage.to_dict(), "ffn_site": settings.ffn_site.value, **sublayers}
+
+
 def _with_more(context: StageContext, trainer: Trainer, model: MegatronGPTModel, scores: Scores) -> Scores:
-    """The same with depth metrics and losses of sublayers, as far as they are asked for."""
+    """The same with depth metrics, losses of sublayers and sums for merging, as far as they are asked for."""
     settings = context.config.score
     if settings.depth.metrics:
         scores.depth = _depth(context, trainer, model)

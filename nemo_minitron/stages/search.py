@@ -131,7 +131,7 @@ class _Search:
             try:
                 self._by_layer = layerwise.layerwise_plan(self._context, self.problem, self._scores)
             except rungs.failures(self._context.world_size) as error:
-                self._by_layer = error
+                self._by_layer = error.with_traceback(None)  # whose frames hold the teacher
         return self._by_layer
 
     def _cached_text(self) -> CachedText:

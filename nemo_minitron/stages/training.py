@@ -102,7 +102,14 @@ def _with_steps_fixed(context: StageContext, job: TrainingJob) -> TrainingJob:
     fixed = runtime.broadcast_object(budget.kept(context.out, job.settings) if context.rank == 0 else None)
     if fixed is None:
         key = context.stage.kind
-        given = runtime.broadcast_object(budget.Given.of(job.settings, context.minutes_left, key=key))
+        given = runtime.broadcast_object(
+            budget.Given.of(
+                job.settings,
+                context.minutes_left,
+                key=key,
+                trainings=context.config.rounds if key == "distill" else 1,
+            )
+        )
         if given.notice:
             context.reporter.line(f"          {given.notice}")
         context.reporter.line(f"          {duration(given.seconds)} for {key}: measuring the speed of this machine")

@@ -8,6 +8,7 @@ import torch
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import DataError
 from tests.ranks import run_on_ranks
+from tests.support.expert_models import loaded, write_experts
 from tests.tiny import write_llama
 
 LENGTH, STRIDE, BEGIN, VOCABULARY = 12, 5, 0, 251
@@ -71,3 +72,38 @@ def test_every_layout_measures_what_transformers_measures(layout, expected):
         assert len(refused) == 3
         assert "0 tokens and 1 to be scored" in refused[0]
         assert "39 to be scored" in refused[1]
+
+
+PROMPTS, ADDED = ([3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]), 4
+
+
+def with_experts(folder: Path) -> tuple[list[float], list[str]]:
+    """Two data-parallel ranks that share experts, and numbers of requests that they could not share alike."""
+    from nemo_minitron.config.model_settings import ModelSettings
+    from nemo_minitron.evaluation.scoring import Continuation, Prompt, TokenScorer
+    from nemo_minitron.models.gpt import MegatronGPTModel
+
+    settings = ModelSettings(parallel=ParallelConfig(expert=2), seed=0)
+    model = MegatronGPTModel.restore_from(folder, settings=settings)
+    scorer = TokenScorer(model.chunks, model.runtime, batch_size=2, decode=str, end=None)
+    texts = [tuple(text) for text in documents() if len(text) > 1]
+    scores = scorer.score([Continuation(text[:1], text[1:]) for text in texts])
+    return [score.logprob for score in scores], scorer.generate([Prompt(tuple(p), (), ADDED) for p in PROMPTS])
+
+
+def test_copies_that_share_experts_measure_what_transformers_measures(tmp_path):
+    write_experts(tmp_path / "hf", "qwen3_moe")
+    model = loaded(tmp_path / "hf")
+    expected, texts = [], []
+    with torch.no_grad():
+        for text in (text for text in documents() if len(text) > 1):
+            logs = model(torch.tensor([text[:-1]])).logits[0].double().log_softmax(-1)
+            expected.append(sum(float(logs[place, token]) for place, token in enumerate(text[1:])))
+        for prompt in PROMPTS:
+            tokens = list(prompt)
+            for _ in range(ADDED):
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            texts.append(str(tokens[len(prompt) :]))
+    for found, generated in run_on_ranks(2, with_experts, tmp_path / "hf"):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert generated == texts

@@ -18,16 +18,16 @@ import nemo_minitron
 from nemo_minitron.checkpoints.convert import convert
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.safetensors_file import SafetensorsFile
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron import runtime
-from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.ops.divergence import Divergence
 from nemo_minitron.ops.sampling import SparseTargets
 from nemo_minitron.parallel.fused_linear_kd import fused_linear_kd
 from nemo_minitron.parallel.fused_linear_sparse_kd import fused_linear_sparse_kd
 from tests import tiny
+from tests.support.loaded import megatron_model
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -39,12 +39,10 @@ def logits_error(folder: Path, theirs: PreTrainedModel) -> float:
     source = open_checkpoint(folder)
     here = runtime.start(ParallelConfig(), seed=0)
     try:
-        (ours,) = build_chunks(source.spec, here, Precision.FP32, trainable=False)
+        ours = megatron_model(source, here)
         tokens = torch.randint(0, 256, (2, 18), generator=torch.Generator().manual_seed(5))
         micro = MicroBatch.of(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 17, dtype=torch.bool))
         with torch.no_grad():
-            for weight, parameter in ours.named_weights():
-                parameter.copy_(source.get(weight.name))
             return error(ours(micro.tokens, micro.position_ids, None), theirs(micro.tokens, use_cache=False).logits)
     finally:
         runtime.stop()

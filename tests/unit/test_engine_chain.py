@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.callbacks.reporter import Reporter
-from nemo_minitron.config.load import check
+from nemo_minitron.config.load import check, has_default
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, RunFolderError
 from nemo_minitron.stages import signals, temporary
@@ -143,6 +143,15 @@ def test_a_section_that_was_null_is_no_key_of_a_later_version(recorder, run):
     go(recorder, run, chain=chain)
     with pytest.raises(RunFolderError, match=r"search\.layerwise\.ffn_hidden_size"):
         go(recorder, run, make_config(search={"layerwise": {}}), chain=chain)
+
+
+def test_a_section_that_a_later_version_knows_is_no_default_once_a_recipe_has_it():
+    assert has_default(
+        RunConfig, "search.samples", RunConfig.model_fields["search"].get_default(call_default_factory=True).samples
+    )
+    assert has_default(RunConfig, "search.layerwise", None)
+    layerwise = make_config(search={"layerwise": {}}).search.layerwise
+    assert not has_default(RunConfig, "search.layerwise.samples", layerwise.samples)
 
 
 @pytest.mark.parametrize(

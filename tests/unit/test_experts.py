@@ -1,5 +1,6 @@
 """Mixtures of experts: counts of published models, every family against transformers, bytes there and back."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,25 +10,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_minitron.arch.expert_fields import feed_forwards
 from nemo_minitron.arch.families import family_of_hf_config, nearest_family
 from nemo_minitron.arch.layer import Attention, LayerSpec, Moe
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import parameter_count, weights
+from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.megatron_dist import write_megatron
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.source import TensorSource
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.cache import CacheConfig, cache_problems
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.errors import CheckpointError, LayoutError, SpecError
 from nemo_minitron.megatron import runtime
-from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.routing import route, router_divergence
+from nemo_minitron.pruning.diff import diff_plans
+from nemo_minitron.pruning.plan import PruningPlan
 from tests.support.expert_models import CONFIGS, loaded, write_experts
+from tests.support.loaded import megatron_model
 
 CASES = pytest.mark.parametrize("case", CONFIGS)
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -151,14 +157,8 @@ def test_routers_differ_by_the_kl_of_their_scores(sigmoid: bool) -> None:
 
 @torch.no_grad()
 def megatron_logits(source: TensorSource, here: Runtime) -> Tensor:
-    (model,) = build_chunks(source.spec, here, Precision.FP32, trainable=False)
-    filled = set()
-    for weight, parameter in model.named_weights():
-        parameter.copy_(source.get(weight.name))
-        filled.add(weight.name)
-    assert filled == {weight.name for weight in weights(source.spec)}
     micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    return model(micro.tokens, micro.position_ids, None)
+    return megatron_model(source, here)(micro.tokens, micro.position_ids, None)
 
 
 @torch.no_grad()
@@ -242,3 +242,33 @@ def test_configs_that_say_something_else_are_refused() -> None:
     ):
         with pytest.raises(SpecError, match=words):
             family_of_hf_config(config).read_config(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"moe_router_score_function": "sqrtsoftplus"}, "moe_router_score_function = 'sqrtsoftplus' is not supported"),
+        ({"moe_expert_capacity_factor": 1.25}, "moe_expert_capacity_factor = '1.25' is not supported"),
+        ({"moe_layer_freq": [0, 1]}, "moe_layer_freq names 2 layers, num_layers = 3"),
+    ],
+)
+def test_settings_of_megatron_that_change_experts_are_refused(changes: dict[str, object], said: str) -> None:
+    fields = {"num_layers": 3, "num_moe_experts": 4, "ffn_hidden_size": 32, "moe_ffn_hidden_size": 8}
+    assert feed_forwards(fields, where="config") is not None
+    with pytest.raises(SpecError, match=re.escape(said)):
+        feed_forwards({**fields, **changes}, where="config")
+
+
+def test_a_cache_holds_no_routers() -> None:
+    problems = cache_problems(CacheConfig(), DistillConfig(router_weight=0.1, tokens=10_000), 1)
+    assert problems == ["distill.router_weight: a cache holds no routers; leave cache out"]
+
+
+def test_plans_that_route_to_other_numbers_of_experts_differ(tmp_path: Path) -> None:
+    write_experts(tmp_path / "hf", "qwen3_moe")
+    spec = open_hf(tmp_path / "hf").spec
+    plan = PruningPlan.keep_all(spec)
+    layers = [replace(layer, top_k=top_k) for layer, top_k in zip(plan.layers, (1, 2, 2), strict=True)]
+    found = diff_plans(plan, replace(plan, layers=tuple(layers)))
+    assert found.settings == ("experts a token differ in layers 0",)
+    assert not found.same

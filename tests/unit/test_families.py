@@ -18,16 +18,15 @@ from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
 from nemo_minitron.megatron import optim, runtime
-from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch, collect_hidden, reduce_report, run
 from nemo_minitron.megatron.hooks import ImportanceCollector
-from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.models.losses import DistillationLoss
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.plan import PruningPlan
 from tests import tiny
 from tests.support.family_plans import FFN, HEADS, HIDDEN, SIZE, plan_for
+from tests.support.loaded import megatron_model
 
 CASES = pytest.mark.parametrize("case", tiny.FAMILY_CONFIGS)
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -49,14 +48,6 @@ def _written(root: Path, case: str) -> tuple[Path, PreTrainedModel]:
 def here() -> Iterator[Runtime]:
     yield runtime.start(ParallelConfig(), seed=0)
     runtime.stop()
-
-
-def megatron_model(source: TensorSource, here: Runtime, *, trainable: bool = False) -> MinitronGPT:
-    (model,) = build_chunks(source.spec, here, Precision.FP32, trainable=trainable)
-    with torch.no_grad():
-        for weight, parameter in model.named_weights():
-            parameter.copy_(source.get(weight.name))
-    return model
 
 
 @torch.no_grad()

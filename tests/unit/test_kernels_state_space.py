@@ -37,6 +37,8 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, a
     CALLS.append("convolution")
     assert activation == "silu"
     channels, taps = weight.shape
+    assert x.is_contiguous()
+    assert 2 <= taps <= 4
     found = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=channels)
     return torch.nn.functional.silu(found[..., : x.shape[-1]])
 
@@ -82,14 +84,15 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_kernels_run_on_a_gpu_that_has_both_libraries(libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.run(torch.device("cuda"))
-    assert not kernels.run(torch.device("cpu"))
+    assert kernels.run(torch.device("cuda"), taps=4)
+    assert not kernels.run(torch.device("cuda"), taps=5)
+    assert not kernels.run(torch.device("cpu"), taps=4)
     monkeypatch.setenv("NEMO_MINITRON_TRITON", "0")
-    assert not kernels.run(torch.device("cuda"))
+    assert not kernels.run(torch.device("cuda"), taps=4)
     monkeypatch.delenv("NEMO_MINITRON_TRITON")
     monkeypatch.delitem(sys.modules, "causal_conv1d")
     kernels._are_installed.cache_clear()
-    assert not kernels.run(torch.device("cuda"))
+    assert not kernels.run(torch.device("cuda"), taps=4)
 
 
 def test_a_mixer_is_the_same_with_them(libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +103,7 @@ def test_a_mixer_is_the_same_with_them(libraries: None, monkeypatch: pytest.Monk
         x = torch.randn(11, 2, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
         expected = mixer(x)[0]
         (wanted,) = torch.autograd.grad(expected.square().sum(), x)
-        monkeypatch.setattr(mamba.kernels, "run", lambda device: True)
+        monkeypatch.setattr(mamba.kernels, "run", lambda device, *, taps: True)
         found = mixer(x)[0]
         (gradient,) = torch.autograd.grad(found.square().sum(), x)
     finally:

@@ -28,7 +28,6 @@ from nemo_minitron.evaluation.generate import generate
 from nemo_minitron.megatron import runtime, sharded_io
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.model import MinitronGPT
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.apply import PrunedSource
@@ -36,6 +35,7 @@ from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from nemo_minitron.search.axes import sizes_of
 from tests import tiny
+from tests.support.loaded import megatron_model
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -148,14 +148,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here() -> Iterator[Runtime]:
     yield runtime.start(ParallelConfig(), seed=0)
     runtime.stop()
-
-
-def megatron_model(source: TensorSource, here: Runtime) -> MinitronGPT:
-    (model,) = build_chunks(source.spec, here, Precision.FP32, trainable=False)
-    with torch.no_grad():
-        for weight, parameter in model.named_weights():
-            parameter.copy_(source.get(weight.name))
-    return model
 
 
 @torch.no_grad()

@@ -168,7 +168,9 @@ def test_the_untrained_line_is_the_logarithm_of_the_vocabulary():
 
 
 def test_known_colours_follow_the_theme_and_no_other_is_drawn():
-    for encoded in re.findall(r"svg\+xml;base64,([A-Za-z0-9+/=]+)", report_page()):
+    pictures = re.findall(r"svg\+xml;base64,([A-Za-z0-9+/=]+)", report_page())
+    assert len(pictures) >= 14  # seven figures, each for a wide page and a phone
+    for encoded in pictures:
         svg = base64.b64decode(encoded).decode()
         body = svg.partition("</style>")[2]
         assert "prefers-color-scheme:dark" in svg
@@ -223,7 +225,7 @@ def run_folder(path: Path, *, lr: float = 1e-4) -> Path:
         folder = path / "stages" / name
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "DONE").write_text(json.dumps({"digest": "cd" * 32, "ranks": 1}))
+        (folder / "DONE").write_text(json.dumps({"digest": "cd" * 32, "upstream": {}, "ranks": 1}))
     (path / "stages/distill/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample.metrics))
     return path
 
@@ -253,6 +255,30 @@ def test_one_run_s_page_is_made_anew(tmp_path, monkeypatch):
     assert json.loads((run / "summary.json").read_text())["params"]["student"] == 97_351_488
     for name in ("report.html", "README.md"):
         assert "cd" * 32 in (run / name).read_text()
+
+
+def test_what_is_older_than_what_it_was_made_from_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_minitron.stages.report._importance", lambda folder, config: report_sample.importance())
+    run = run_folder(tmp_path / "run")
+    done = run / "stages/evaluate/DONE"
+    done.write_text(json.dumps({"digest": "ab" * 32, "upstream": {"distill": "ee" * 32}}))
+    command(run)
+    assert "distilled" not in json.loads((run / "summary.json").read_text())["perplexity"]
+    (run / "stages/prune/DONE").write_text(json.dumps({"digest": "ab" * 32, "upstream": {"score": "ee" * 32}}))
+    assert "stage prune is older than a stage that it was made from" in command(run, status=2)
+
+
+def test_options_of_recipes_do_nothing_in_silence_for_runs(tmp_path):
+    run = run_folder(tmp_path / "run")
+    assert "go with a recipe" in command(run, "--dry-run", status=2)
+    assert not (run / "report.html").exists()
+    assert "--out goes with run folders" in command("tiny_cpu", "--out", tmp_path / "x.html", status=2)
+
+
+def test_recipes_are_compared_to_their_last_letter(tmp_path):
+    content = complete()
+    runs = [Compared(name=end, content=content, settings={"data.sources": "a" * 500 + end}) for end in "xy"]
+    assert "Where the recipes differ" in " ".join(Page(comparison(runs)).words)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

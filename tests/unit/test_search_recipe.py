@@ -146,7 +146,7 @@ def test_how_many_ranks_share_a_candidate_changes_no_result():
     digests = {}
     for name, each in {"config": config, "other": other, "samples": recipe(search={"samples": 9})}.items():
         [stage] = [stage for stage in chain_for(each) if stage.name == "search"]
-        digests[name] = stage.digest(each, dict.fromkeys(stage.needs, ""))
+        digests[name] = stage.digest_of(stage.settings(each), dict.fromkeys(stage.needs, ""))
     assert digests["config"] == digests["other"] != digests["samples"]
 
 

@@ -82,6 +82,14 @@ def test_a_training_takes_a_quarter_of_the_runs_time_even_if_nothing_is_left():
         budget.fitting(asked, COSTS, late, seconds=-10.0)
 
 
+def test_trainings_that_share_a_runs_time_share_its_quarter():
+    asked = settings(minutes=60, minutes_of="run", validate_every=0, checkpoint_every=0)
+    share = Given.of(asked, 13.75, key="distill", trainings=4)
+    assert share.seconds == 13.75 * 60
+    assert not share.notice
+    assert Given.of(asked, -1.0, key="distill", trainings=4).seconds == 60 * 60 / 4 / 4
+
+
 def test_tokens_or_minutes():
     assert settings().tokens == DEFAULT_TOKENS
     assert settings(minutes=2.5).tokens is None

@@ -30,9 +30,12 @@ from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import build_plan, random_plan
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.pruning.scores import LOSSES, Scores
+from nemo_minitron.pruning.sizes import student_spec
+from nemo_minitron.pruning.table import size_table
 from nemo_minitron.stages.prune import check_export
 from tests import tiny
 from tests.jobs import config_for
+from tests.support.loaded import megatron_model
 
 TOKENS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
 KEEP = torch.rand(3, 24, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -50,14 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here() -> Iterator[Runtime]:
     yield runtime.start(ParallelConfig(), seed=0)
     runtime.stop()
-
-
-def megatron_model(source: TensorSource, here: Runtime) -> MinitronGPT:
-    (model,) = build_chunks(source.spec, here, Precision.FP32, trainable=False)
-    with torch.no_grad():
-        for weight, parameter in model.named_weights():
-            parameter.copy_(source.get(weight.name))
-    return model
 
 
 def batch() -> MicroBatch:
@@ -246,6 +241,9 @@ def _totals() -> tuple[str, ...]:
         ({"drop_mixers": (9,)}, "not among the layers that stay"),
         ({"drop_mixers": 4, "drop_feed_forwards": 1}, "drop_feed_forwards = 1, and 0 layers have both parts"),
         ({"drop_mixers": 5}, "drop_mixers = 5, and 4 layers have both parts"),
+        ({"num_layers": 2, "drop_mixers": 3}, "drop_mixers = 3, and 2 layers have both parts"),
+        ({"num_layers": 2, "drop_mixers": (3,)}, "drop_mixers names layers, but num_layers leaves it to scores"),
+        ({"num_layers": 2, "by_layer": {3: {"ffn_hidden_size": 8}}}, "by_layer names layers, but num_layers leaves it"),
     ],
 )
 def test_parts_that_cannot_go(target: dict[str, Any], said: str, folder: Path) -> None:
@@ -253,6 +251,34 @@ def test_parts_that_cannot_go(target: dict[str, Any], said: str, folder: Path) -
     with pytest.raises(PlanError) as error:
         random_plan(TargetConfig(random_seed=0, **target), spec, seed=0)
     assert said in str(error.value)
+
+
+def test_a_number_of_one_part_leaves_named_layers_of_the_other_alone(folder: Path) -> None:
+    spec = open_hf(folder).spec
+    student = student_spec(TargetConfig(drop_mixers=1, drop_feed_forwards=(0,)), spec)
+    assert [layer.described for layer in student.layers[:3]] == [
+        "attention alone",
+        "an MLP alone",
+        "attention and an MLP",
+    ]
+
+
+def test_a_model_without_any_attention_has_a_table(folder: Path) -> None:
+    spec = open_hf(folder).spec
+    rows = {
+        line.split("  ")[0]: line
+        for line in size_table(spec, student_spec(TargetConfig(drop_mixers=4), spec)).splitlines()
+    }
+    assert rows["query heads"].split()[-2:] == ["0", "0.0%"]
+
+
+def test_keys_of_layers_are_no_keys_of_a_plan(folder: Path) -> None:
+    data = plan_without(open_hf(folder)).to_dict()
+    with pytest.raises(PlanError, match="plan: unknown key"):
+        PruningPlan.from_dict({**data, "without": ["mixer"]})
+    layers = [{**data["layers"][0], "norm_scale": [4, 0]}, *data["layers"][1:]]
+    with pytest.raises(PlanError, match="no ratio of channels of a Mamba group"):
+        PruningPlan.from_dict({**data, "layers": layers})
 
 
 def test_families_that_cannot_say_it_refuse_it_before_work(folder: Path, tmp_path: Path) -> None:
