@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from nemo_minitron.arch.layer import Moe, RouterScore
 from nemo_minitron.arch.spec import Activation
-from nemo_minitron.megatron.layers import ACTIVATIONS, LocalColumnLinear, LocalMLP, LocalRowLinear, device_of
-from nemo_minitron.megatron.marks import mark
+from nemo_minitron.megatron.layers import ACTIVATIONS, LocalColumnLinear, LocalMLP, LocalRowLinear
+from nemo_minitron.megatron.marks import device_of, mark
 from nemo_minitron.ops.routing import route
 
 

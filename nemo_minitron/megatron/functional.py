@@ -19,17 +19,13 @@ from torch import Tensor
 
 from nemo_minitron.ops import autograd
 from nemo_minitron.ops.linear import linear, linear_input_gradient
+from nemo_minitron.ops.widening import at_least_fp32
 
 Starts = tuple[tuple[int, ...], ...]
 """For each sample, where its documents begin; the first one at 0."""
 
 QUERY_BLOCK = 128
 """Queries a head that attention by blocks takes at a time: 64 and 128 are fastest, 256 leaves the cache."""
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class _Linear(torch.autograd.Function):

@@ -36,7 +36,7 @@ from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron.expert_sums import EXPERT_FFN, LayerExpertSums, RoutedTokens
 from nemo_minitron.megatron.experts import LocalMoe, experts_of
 from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.functional import at_least_fp32, layer_norm, rms_norm
+from nemo_minitron.megatron.functional import layer_norm, rms_norm
 from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.score_sums import RankSums, Site, deal_out, gather, passed_sites, rank_channels
@@ -50,6 +50,7 @@ from nemo_minitron.ops.importance import (
     sequence_blocks,
 )
 from nemo_minitron.ops.memory import Workspace
+from nemo_minitron.ops.widening import at_least_fp32
 from nemo_minitron.parallel.collectives import sum_over
 from nemo_minitron.pruning.scores import HIDDEN_SITES, two_part_layers
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
+from nemo_minitron.megatron.documents import uses_engine
 from nemo_minitron.megatron.functional import causal_attention, rotary_tables
 from nemo_minitron.megatron.layers import LocalSelfAttention, layer_angles
 from nemo_minitron.megatron.mamba import LocalMamba, MambaState
@@ -176,7 +177,7 @@ def _convolved(mixer: LocalMamba, projected_BSC: Tensor) -> Tensor:
 
 def can_cache(chunks: Sequence[nn.Module]) -> bool:
     """Whether all layers are our own; those of Transformer Engine have no such cache."""
-    return not any(unwrap(chunk).from_engine for chunk in chunks)
+    return not uses_engine(chunks)
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.functional import (
     Starts,
-    at_least_fp32,
     causal_attention,
     layer_norm,
     linear_layer,
@@ -35,7 +34,8 @@ from nemo_minitron.megatron.functional import (
     rotary_tables,
 )
 from nemo_minitron.megatron.mamba import LocalMamba, MambaSubmodules
-from nemo_minitron.megatron.marks import mark
+from nemo_minitron.megatron.marks import device_of, mark
+from nemo_minitron.ops.widening import at_least_fp32
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SWIGLU: functional.swiglu,
@@ -317,8 +317,3 @@ def _angles(base: float, rotated: int, length: int, device: torch.device) -> Ten
     frequencies = 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     return torch.cat([angles, angles], dim=-1)[:, None, None]
-
-
-def device_of(config: TransformerConfig) -> torch.device:
-    """Where a module makes its weights."""
-    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.kernels import state_space as kernels
+from nemo_minitron.megatron.marks import device_of
 from nemo_minitron.ops.state_space import Scan, causal_convolution, gated_group_norm, state_space_scan
 
 
@@ -57,7 +58,7 @@ class _Weight(nn.Module):
 
     def __init__(self, *shape: int, bias: bool = False, config: TransformerConfig) -> None:
         super().__init__()
-        options: dict[str, Any] = {"dtype": config.params_dtype, "device": _device(config)}
+        options: dict[str, Any] = {"dtype": config.params_dtype, "device": device_of(config)}
         self.weight = nn.Parameter(torch.ones(*shape, **options))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(shape[0], **options)) if bias else None
 
@@ -98,7 +99,7 @@ class LocalMamba(MegatronModule):
         self.convolved = sum(self.parts[letters] for letters in "xBC")
         self.cache: StateCache | None = None
         self.conv1d = _Weight(self.convolved, 1, sizes.conv_kernel, bias=sizes.conv_bias, config=config)
-        options: dict[str, Any] = {"dtype": config.params_dtype, "device": _device(config)}
+        options: dict[str, Any] = {"dtype": config.params_dtype, "device": device_of(config)}
         heads = self.parts["dt"]
         self.dt_bias = nn.Parameter(torch.zeros(heads, **options))
         self.A_log = nn.Parameter(torch.zeros(heads, **options))
@@ -218,7 +219,3 @@ def _in_parts(whole: ShardedTensor, parts: dict[str, int]) -> ShardedTensorFacto
         return found
 
     return ShardedTensorFactory(whole.key, whole.data, build, torch.cat, whole.replica_id)
-
-
-def _device(config: TransformerConfig) -> torch.device:
-    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())

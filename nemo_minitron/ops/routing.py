@@ -6,6 +6,8 @@ Shapes: T tokens, E experts.
 import torch
 from torch import Tensor
 
+from nemo_minitron.ops.widening import at_least_fp32
+
 _TINY = 1e-20
 """Added to the sum of sigmoid scores before it divides them, as in DeepSeek-V3's code."""
 
@@ -33,7 +35,7 @@ def route(
         bias_E: Has a say in the choice alone.
         scaling: Factor of the weights.
     """
-    wide = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    wide = at_least_fp32(logits_TE)
     scores_TE = wide.sigmoid() if sigmoid else wide.softmax(-1)
     order_TE = scores_TE if bias_E is None else scores_TE + bias_E
     chosen_TK = order_TE.detach().topk(top_k, dim=-1).indices
@@ -60,7 +62,7 @@ def router_divergence(teacher_TE: Tensor, student_TE: Tensor, keep_T: Tensor, *,
 
 
 def _log_distribution(logits_TE: Tensor, *, sigmoid: bool) -> Tensor:
-    wide = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    wide = at_least_fp32(logits_TE)
     if not sigmoid:
         return wide.log_softmax(-1)
     log_scores = torch.nn.functional.logsigmoid(wide)

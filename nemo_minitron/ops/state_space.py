@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from nemo_minitron.ops.widening import at_least_fp32
+
 
 class Scan(NamedTuple):
     """What a scan returns."""
@@ -29,7 +31,7 @@ def causal_convolution(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None =
     The last tap belongs to the position itself. Positions before the first are zero.
     """
     taps, length = weight_CK.shape[1], x_BSC.shape[1]
-    wide = _at_least_fp32(x_BSC)
+    wide = at_least_fp32(x_BSC)
     padded = F.pad(wide, (0, 0, taps - 1, 0))
     weight = weight_CK.to(wide.dtype)
     total = sum(padded[:, tap : tap + length] * weight[:, tap] for tap in range(taps))
@@ -65,7 +67,7 @@ def state_space_scan(
     groups, width = b_BSGN.shape[2:]
     size = min(chunk, length)
     missing = -length % size
-    x, dt, b, c = (_at_least_fp32(each) for each in (x_BSHP, dt_BSH, b_BSGN, c_BSGN))
+    x, dt, b, c = (at_least_fp32(each) for each in (x_BSHP, dt_BSH, b_BSGN, c_BSGN))
     # Positions behind the end have steps of zero: they neither decay nor add.
     x, dt, b, c = (F.pad(each, (0, 0) * (each.dim() - 2) + (0, missing)) for each in (x, dt, b, c))
     x = (x * dt[..., None]).view(batch, -1, size, groups, heads // groups, channels)
@@ -112,12 +114,8 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, *, groups: int, ep
 
     Source: arXiv:2405.21060, section 7.1; the norm is taken group by group, as Megatron's and Nemotron-H's mixers do.
     """
-    wide = _at_least_fp32(y)
+    wide = at_least_fp32(y)
     grouped = (wide * F.silu(gate.to(wide.dtype))).view(*y.shape[:-1], groups, -1)
     normed = grouped * (grouped.square().mean(-1, keepdim=True) + eps).rsqrt()
     scaled: Tensor = normed.flatten(-2) * weight.to(wide.dtype)
     return scaled.to(y.dtype)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
