@@ -36,7 +36,6 @@ class Lesson:
     beta2: float = 0.95
     clip: float = 1.0
     freeze_embeddings: bool = False
-    dtype: torch.dtype = torch.float32
     validations: int = 8
     """Besides the one before the first step."""
     seed: int = 1234
@@ -54,7 +53,9 @@ class Lesson:
 
     def model(self, name: str) -> PreTrainedModel:
         """`TEACHER`, frozen, or `STUDENT`."""
-        found = AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=self.dtype, attn_implementation="sdpa")
+        found = AutoModelForCausalLM.from_pretrained(
+            self.folder / name, dtype=torch.float32, attn_implementation="sdpa"
+        )
         found.config.use_cache = False
         if name == TEACHER:
             return found.eval().requires_grad_(False)
@@ -125,7 +126,7 @@ def is_due(step: int, lesson: Lesson) -> bool:
 
 def write(path: Path, trainer: str, lesson: Lesson, record: Record, **more: Any) -> None:
     """The result as JSON."""
-    settings = {key: str(value) if key in ("folder", "dtype") else value for key, value in vars(lesson).items()}
+    settings = {key: str(value) if key == "folder" else value for key, value in vars(lesson).items()}
     settings.pop("folder")
     result = {"trainer": trainer, "settings": settings, "threads": torch.get_num_threads(), "torch": torch.__version__}
     path.write_text(json.dumps({**result, **more, "curve": record.curve}, indent=1) + "\n", encoding="utf-8")

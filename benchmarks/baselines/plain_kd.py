@@ -183,7 +183,6 @@ def main() -> None:
     parser.add_argument("--kd-weight", type=float, default=1.0)
     parser.add_argument("--lm-weight", type=float, default=0.0)
     parser.add_argument("--freeze-embeddings", action="store_true")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--validations", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, help="of torch; all that there are if left out")
@@ -198,7 +197,6 @@ def main() -> None:
         **{key: getattr(args, key) for key in ("folder", "steps", "batch", "lr", "kd_weight", "lm_weight", "seed")},
         freeze_embeddings=args.freeze_embeddings,
         validations=args.validations,
-        dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32,
     )
     heldout = lesson.samples("heldout")
     per_step = args.batch * (heldout.shape[1] - 1)
