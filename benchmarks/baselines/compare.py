@@ -5,9 +5,9 @@
 For each seed a run of the demo's recipe is made as far as its pruned student; teacher, student and samples are written
 for the others (`plain_kd`), and then one trainer after the other has the machine for itself. All are validated on the
 same held-out windows by the same formula, ours on the way by its own validation and at the end on its export; loading
-and validating are not timed. All compute in fp32: a plain loop on weights of 16 bits would lose updates that ours keeps. A trainer's library that is not
-installed can lie in a folder of its own (`pip install --no-deps --target EXTRA trl nvidia-modelopt pulp`, then `--extra
-EXTRA`). What is there already is not done again.
+and validating are not timed. All compute in fp32: a plain loop on weights of 16 bits would lose updates that ours
+keeps. A trainer's library that is not installed can lie in a folder of its own (`pip install --no-deps --target EXTRA
+trl nvidia-modelopt pulp`, then `--extra EXTRA`). What is there already is not done again.
 """
 
 import argparse
