@@ -54,13 +54,20 @@ class MambaSubmodules:
 
 
 class _Weight(nn.Module):
-    """A weight, and a bias if there is one, whose rows are split over tensor-parallel ranks."""
+    """A weight, and a bias if there is one, whose rows are split over tensor-parallel ranks.
+
+    It is called for them: Megatron waits for a module's weights, where they are gathered late, before it is called.
+    """
 
     def __init__(self, *shape: int, bias: bool = False, config: TransformerConfig) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": device_of(config)}
         self.weight = nn.Parameter(torch.ones(*shape, **options))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(shape[0], **options)) if bias else None
+
+    def forward(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Both."""
+        return self.weight, self.bias
 
 
 class LocalMamba(MegatronModule):
@@ -156,7 +163,8 @@ class LocalMamba(MegatronModule):
         fast = kernels.run(projected_BSC.device, taps=sizes.conv_kernel) and before is None
         convolve = kernels.causal_convolution if fast else causal_convolution
         seen = inner if before is None else torch.cat([before.window, inner], dim=1)
-        inner = convolve(seen, self.conv1d.weight[:, 0], self.conv1d.bias)[:, -length:]
+        taps, bias = self.conv1d()
+        inner = convolve(seen, taps[:, 0], bias)[:, -length:]
         x, b, c = torch.split(inner, [parts["x"], parts["B"], parts["C"]], dim=-1)
         x = x.reshape(batch, length, -1, sizes.mamba_head_dim)
         wide = torch.promote_types(dt.dtype, torch.float32)
@@ -172,7 +180,8 @@ class LocalMamba(MegatronModule):
             found = state_space_scan(x, steps, decay, b, c, chunk=sizes.chunk_size, state_BHPN=state)
         y = (found.output + x * self.D.to(wide)[:, None]).to(projected_BSC.dtype).flatten(2)
         groups = parts["B"] // sizes.mamba_state_dim
-        normed = gated_group_norm(y, gate, self.norm.weight, groups=groups, eps=self.config.layernorm_epsilon)
+        scale, _ = self.norm()
+        normed = gated_group_norm(y, gate, scale, groups=groups, eps=self.config.layernorm_epsilon)
         return Scan(normed, found.state)
 
     def sharded_state_dict(

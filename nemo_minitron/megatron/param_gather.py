@@ -3,9 +3,11 @@
 With the distributed optimizer each data-parallel rank updates a shard of the weights and gathers the others'. Under
 `overlap_param_gather` it does not wait for them: Megatron puts a hook before every module, which waits for the bucket
 that holds the module's weights and sends the next bucket off. The first one is on its way as soon as the step is done,
-so that a teacher's pass hides it.
+so that a teacher's pass hides it. Experts have buckets of their own, and with them a second first one.
 
-Whoever reads weights otherwise has to wait by itself. The fused losses do so for the output weight (`finish_for`).
+Whoever reads weights otherwise has to wait by itself. The fused losses do so for the output weight (`finish_for`). A
+mixture of experts reads the weights of its experts without calling their modules, so it waits for all of them when it
+begins (`_waiting_for_experts`).
 Validations, scores and checkpoints read a model as a whole and wait for all of it (`finish`), as Megatron-LM's training
 loop does. Both are collective: every data-parallel rank gets there at the same point.
 """
@@ -16,7 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.megatron.experts import LocalMoe
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 
 if TYPE_CHECKING:
@@ -32,14 +36,20 @@ class _Gathering:
     """What a chunk knows of its data-parallel wrapper.
 
     Attributes:
-        groups: Megatron's bucket groups, in the order in which a forward pass reads them.
+        chains: Megatron's bucket groups, those of experts apart, in the order in which a forward pass reads them; each
+            group sends the next one of its chain off.
         remove_hooks: Takes the hooks off the chunk's modules.
         config: The wrapper's settings, which the optimizer reads too.
     """
 
-    groups: "Sequence[_ParamAndGradBucketGroup]"
+    chains: "Sequence[Sequence[_ParamAndGradBucketGroup]]"
     remove_hooks: Callable[[], None]
     config: "DistributedDataParallelConfig"
+
+    @property
+    def groups(self) -> "list[_ParamAndGradBucketGroup]":
+        """All of them."""
+        return [group for chain in self.chains for group in chain]
 
 
 def connect(wrapped: "Sequence[DistributedDataParallel]") -> None:
@@ -49,23 +59,23 @@ def connect(wrapped: "Sequence[DistributedDataParallel]") -> None:
     rank has read wrongly.
     """
     for chunk in wrapped:
-        model, groups = unwrap(chunk), _groups(chunk)
-        for group in groups:
+        model = unwrap(chunk)
+        waiting = [_waiting_for_experts(module, chunk) for module in model.modules() if isinstance(module, LocalMoe)]
+        gathering = _Gathering(_chains(chunk), partial(_remove_hooks, chunk, waiting), chunk.ddp_config)
+        for group in gathering.groups:
             group.param_gather_dispatched = True
-
-        remove_hooks = partial(chunk.disable_forward_pre_hook, param_sync=False)
-        setattr(model, _PENDING, _Gathering(groups, remove_hooks, chunk.ddp_config))
+        setattr(model, _PENDING, gathering)
         if model.post_process and (weight := model.output_weight()).requires_grad:
             setattr(weight, _GROUP, chunk.param_to_bucket_group[weight])
 
 
 def begin(chunks: Sequence[nn.Module]) -> None:
-    """After an optimizer step: what the other ranks have updated is out of date here; send the first bucket off."""
+    """After an optimizer step: what the other ranks have updated is out of date here; send the first buckets off."""
     for gathering in _of(chunks):
         for group in gathering.groups:
             group.param_gather_dispatched = False
-        if gathering.groups:
-            gathering.groups[0].start_param_sync()
+        for chain in gathering.chains:
+            chain[0].start_param_sync()
 
 
 def finish(chunks: Sequence[nn.Module]) -> None:
@@ -114,6 +124,24 @@ def _of(chunks: Sequence[nn.Module]) -> list[_Gathering]:
     return [gathering for gathering in found if gathering is not None]
 
 
-def _groups(chunk: "DistributedDataParallel") -> "list[_ParamAndGradBucketGroup]":
+def _chains(chunk: "DistributedDataParallel") -> "list[list[_ParamAndGradBucketGroup]]":
     """Buckets are filled from the last parameter to the first."""
-    return [*reversed(chunk.bucket_groups), *reversed(chunk.expert_parallel_bucket_groups)]
+    return [[*reversed(chain)] for chain in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups) if chain]
+
+
+def _waiting_for_experts(moe: LocalMoe, chunk: "DistributedDataParallel") -> RemovableHandle:
+    """Make a mixture wait for the weights of its experts, in their order, before it begins."""
+    found = (chunk.param_to_bucket_group.get(weight) for weight in moe.experts.parameters())
+    groups = list(dict.fromkeys(group for group in found if group is not None))  # none for frozen weights
+
+    def wait(moe: nn.Module, args: object) -> None:
+        for group in groups:
+            group.finish_param_sync()
+
+    return moe.register_forward_pre_hook(wait)
+
+
+def _remove_hooks(chunk: "DistributedDataParallel", waiting: Sequence[RemovableHandle]) -> None:
+    chunk.disable_forward_pre_hook(param_sync=False)
+    for handle in waiting:
+        handle.remove()

@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.config.distillation import Objective
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from tests.parallel.megatron_jobs import SPECS, Case, global_batch, optimizer_config
+from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS, Case, global_batch, optimizer_config
 
 STEPS = 3
 
@@ -44,7 +44,7 @@ def train(run: Run) -> dict[str, Any]:
     from nemo_minitron.models.losses import DistillationLoss, LanguageModelLoss, tensor_group
 
     here = runtime.start(run.parallel, seed=0)
-    spec = SPECS[run.spec]
+    spec = (ALL_SPECS | EXPERT_SPECS)[run.spec]
     teacher = build_chunks(spec, here, Precision.FP32, trainable=False, seed=3)
     chunks = build_chunks(spec, here, Precision.FP32, seed=7)
     for chunk in chunks:
@@ -52,6 +52,7 @@ def train(run: Run) -> dict[str, Any]:
         if run.kind == "frozen":
             freeze_vocabulary(chunk)
     config = optimizer_config(Case(run.spec, distributed=run.distributed))
+    before = _hooks(chunks)
     wrapped = optim.wrap(chunks, config, runtime=here)
     optimizer = optim.build_optimizer(wrapped, config, Precision.FP32, run.steps)
     first = 0
@@ -79,7 +80,7 @@ def train(run: Run) -> dict[str, Any]:
         report = reduce_report(run_schedule(wrapped, batches, loss, runtime=here, forward_only=False), here)
         losses.append(report["total"])
         norms.append(optimizer.step().grad_norm)
-        groups = [group for chunk in wrapped for group in chunk.bucket_groups]
+        groups = _groups(wrapped)
         handles = sum(group.param_gather_handle is not None for group in groups)
         gathering.append((handles, _out_of_date(groups)))
         if run.folder is not None and step == run.steps // 2:
@@ -90,12 +91,13 @@ def train(run: Run) -> dict[str, Any]:
             begins.remove()
             validated.append(report["total"])
     param_gather.disconnect(chunks)
+    assert _hooks(chunks) == before, "hooks were left behind"
     weights = {
         f"{index} {weight.name}": parameter.detach().clone()
         for index, chunk in enumerate(chunks)
         for weight, parameter in chunk.named_weights()
     }
-    buckets = sum(len(chunk.bucket_groups) for chunk in wrapped)
+    buckets, chains = len(_groups(wrapped)), sum(len(_chains(chunk)) for chunk in wrapped)
     runtime.stop()
     return {
         "losses": losses,
@@ -103,10 +105,24 @@ def train(run: Run) -> dict[str, Any]:
         "validated": validated,
         "weights": weights,
         "buckets": buckets,
+        "chains": chains,
         "under way": under_way,
         "gathering": gathering,
         "waiting": waiting,
     }
+
+
+def _chains(chunk: Any) -> list[list[Any]]:
+    """Buckets of a wrapped chunk that follow one another: those of experts are apart."""
+    return [chain for chain in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups) if chain]
+
+
+def _groups(wrapped: list[Any]) -> list[Any]:
+    return [group for chunk in wrapped for chain in _chains(chunk) for group in chain]
+
+
+def _hooks(chunks: list[Any]) -> int:
+    return sum(len(module._forward_pre_hooks) for chunk in chunks for module in chunk.modules())
 
 
 def _out_of_date(groups: list[Any]) -> int:
@@ -117,8 +133,7 @@ def _count_at_the_end(config: Any, wrapped: list[Any], into: list[int]) -> None:
     finalize = config.finalize_model_grads_func
 
     def counted(*args: Any, **kwargs: Any) -> None:
-        groups = [group for chunk in wrapped for group in chunk.bucket_groups]
-        into.append(sum(group.grad_reduce_handle is not None for group in groups))
+        into.append(sum(group.grad_reduce_handle is not None for group in _groups(wrapped)))
         finalize(*args, **kwargs)
 
     config.finalize_model_grads_func = counted
@@ -139,10 +154,15 @@ def train_gathering(runs: list[Run]) -> list[tuple[dict[str, Any], dict[str, Any
     results = []
     for run in runs:
         # An untied output layer fills a bucket of its own, which no module waits for.
-        small = {"overlap_grad_reduce": True, "grad_bucket_size": 2000}
+        small = {"overlap_grad_reduce": True, "grad_bucket_size": run.parallel.grad_bucket_size or 2000}
         ways = [run.parallel.model_copy(update={**small, "overlap_param_gather": late}) for late in (False, True)]
         results.append(tuple(train(replace(run, parallel=way)) for way in ways))
     return results
+
+
+def train_each(runs: list[Run]) -> list[dict[str, Any]]:
+    """One after the other, on one start-up of the ranks."""
+    return [train(run) for run in runs]
 
 
 def train_and_go_on(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,6 +25,16 @@ FOUR_RANKS = [
 ]
 
 
+# Small enough that experts, and the convolution and norm of a Mamba mixer, have buckets that hold nothing else.
+APART = {"grad_bucket_size": 150}
+FEW = {"distributed": True, "steps": 5, "validations": (2,)}
+READ_ELSEWHERE = [
+    Run("experts", ParallelConfig(**APART), **FEW),
+    Run("experts", ParallelConfig(expert=2, **APART), **FEW),
+    Run("nemotron_h", ParallelConfig(**APART), **FEW),
+]
+
+
 def assert_same(plain, late):
     for name in ("losses", "norms", "validated"):
         assert late[name] == plain[name], name
@@ -33,20 +43,40 @@ def assert_same(plain, late):
         assert torch.equal(late["weights"][name], weight), name
 
 
+def assert_gathered_late(run, plain, late):
+    assert_same(plain, late)
+    assert len(late["losses"]) == run.steps
+    assert late["losses"][-1] < late["losses"][0]
+    assert set(plain["gathering"]) == {(0, 0)}
+    # After a step the first bucket of each chunk, and of its experts, is on its way; the others are out of date.
+    assert late["chains"] >= (run.parallel.virtual_pipeline or 1)
+    assert set(late["gathering"]) == {(late["chains"], late["buckets"] - late["chains"])}, run
+    assert set(late["waiting"]) == {0}, "a validation begins with all weights"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", [TWO_RANKS, FOUR_RANKS], ids=["DP2", "DP2 with TP2, PP2, VPP2"])
 def test_twenty_steps_with_validations_between_are_bit_identical(runs):
     ranks = 2 * runs[0].parallel.model_parallel_size
     for results in run_on_ranks(ranks, train_gathering, runs, timeout=PATIENCE):
         for run, (plain, late) in zip(runs, results, strict=True):
-            assert_same(plain, late)
-            assert len(late["losses"]) == 20
-            assert late["losses"][-1] < late["losses"][0]
-            assert set(plain["gathering"]) == {(0, 0)}
-            # After a step the first bucket of each chunk is on its way, and the others are out of date.
-            chunks = run.parallel.virtual_pipeline or 1
-            assert set(late["gathering"]) == {(chunks, late["buckets"] - chunks)}, run
-            assert set(late["waiting"]) == {0}, "a validation begins with all weights"
+            assert_gathered_late(run, plain, late)
+
+
+def test_weights_that_are_read_outside_of_their_modules_are_waited_for():
+    """Those of experts, at EP 1 and 2, and those of a Mamba mixer's convolution and norm."""
+    for results in run_on_ranks(2, train_gathering, READ_ELSEWHERE, timeout=PATIENCE):
+        for run, (plain, late) in zip(READ_ELSEWHERE, results, strict=True):
+            assert_gathered_late(run, plain, late)
+            assert late["chains"] == (2 if run.spec == "experts" else 1)
+
+
+@pytest.mark.slow
+def test_experts_on_pipeline_stages_and_half_of_the_replicas_are_waited_for():
+    runs = [Run("experts", ParallelConfig(expert=2), **FEW), Run("alike", ParallelConfig(pipeline=2), **FEW)]
+    for results in run_on_ranks(4, train_gathering, runs, timeout=PATIENCE):
+        for run, (plain, late) in zip(runs, results, strict=True):
+            assert_gathered_late(run, plain, late)
 
 
 SMALL = {"overlap_grad_reduce": True, "grad_bucket_size": 2000}
