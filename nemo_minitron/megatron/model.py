@@ -62,7 +62,12 @@ class MinitronGPT(GPTModel):
             embedded = embedded * torch.tensor(self.spec.hidden_size**0.5, dtype=embedded.dtype)
         # A batch of one may come with strides that are not by the book, for which torch.matmul on a CPU copies the next
         # weight once per token.
-        return embedded.reshape(-1, embedded.shape[-1]).view(embedded.shape), *rest
+        embedded = embedded.reshape(-1, embedded.shape[-1]).view(embedded.shape)
+        recomputes = self.training and torch.is_grad_enabled() and self.config.recompute_granularity is not None
+        if recomputes and not embedded.requires_grad:
+            # A frozen embedding: Megatron recomputes only what has an input with a gradient, and drops that of others.
+            embedded = embedded.detach().requires_grad_()
+        return embedded, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process or self.output == "logits":

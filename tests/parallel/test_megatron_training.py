@@ -6,6 +6,7 @@ import torch
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.training import OptimizerConfig, Schedule
 from tests.parallel.megatron_jobs import Case, train
+from tests.parallel.overlap_jobs import Run, train_each
 from tests.ranks import run_on_ranks
 
 
@@ -44,6 +45,20 @@ def test_recomputed_activations_give_the_same_training(ranks: int) -> None:
         ffn, attention = plain["ffn"], plain["attention"]
         assert (selective["ffn"], selective["attention"]) == (2 * ffn, attention)
         assert (full["ffn"], full["attention"]) == (2 * ffn, 2 * attention)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_recomputed_activations_have_gradients_behind_a_frozen_embedding(stages: int) -> None:
+    """What enters the first layer needs no gradient then, and Megatron recomputes only what has one."""
+    runs = [
+        Run("untied", ParallelConfig(pipeline=stages, recompute=kind), distributed=False, kind="frozen")
+        for kind in Recompute
+    ]
+    for plain, *others in run_on_ranks(stages, train_each, runs):
+        for other in others:
+            assert other["losses"] == plain["losses"]
+            assert other["norms"] == plain["norms"]
+            assert all(torch.equal(weight, other["weights"][name]) for name, weight in plain["weights"].items())
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> list[float]:
