@@ -161,7 +161,7 @@ class TokenScorer:
 
         Copies that share experts exchange tokens in every pass, so they take the same items.
         """
-        share, sharing = self.batch_size * batches, self.runtime.parallel.expert
+        share, sharing = self.batch_size * batches, self.runtime.expert_peers
         for start in range(0, len(items), share * (self.runtime.dp_size // sharing)):
             first = start + share * (self.runtime.dp_rank // sharing)
             yield items[first : first + share]

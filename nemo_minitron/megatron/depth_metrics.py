@@ -1,5 +1,6 @@
 """What a model loses without some of its layers, measured over micro-batches at any parallel layout."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -119,6 +120,9 @@ class DepthCollector:
     def add(self, micro_batch: MicroBatch, own: Sequence[str] = ()) -> None:
         """Measure on this data-parallel rank's next calibration micro-batch; fully masked ones cost nothing.
 
+        Where data-parallel ranks share experts they all call it equally often, and masked ones cost as much as others:
+        the others' tokens may need the experts of this rank.
+
         Args:
             micro_batch: Tokens, labels and which positions count; all ranks of a model copy pass the same.
             own: Which of one's own metrics are measured on it too.
@@ -129,10 +133,14 @@ class DepthCollector:
             self._measure(part, self._built_in, own)
 
     def add_own(self, name: str, batches: Iterable[MicroBatch]) -> None:
-        """Evaluate a custom metric on its own text; data-parallel ranks take turns with the batches."""
+        """Evaluate a custom metric on its own text; data-parallel ranks take turns with the batches.
+
+        Those that share experts take the same batches, and the first of them counts.
+        """
+        here, sharing = self._runtime, self._runtime.expert_peers
         for index, batch in enumerate(batches):
-            if index % self._runtime.dp_size == self._runtime.dp_rank:
-                self._measure(batch, (), [name])
+            if index % (here.dp_size // sharing) == here.dp_rank // sharing:
+                self._measure(batch, (), [name], counted=here.dp_rank % sharing == 0)
 
     def result(self) -> DepthScores:
         """All sums of all ranks, on every rank. Collective.
@@ -162,8 +170,12 @@ class DepthCollector:
         return DepthScores(self._spec, found)
 
     @torch.no_grad()
-    def _measure(self, whole: MicroBatch, built_in: Sequence[str], own: Sequence[str]) -> None:
-        if not (built_in or own) or not bool(whole.keep.any()):
+    def _measure(self, whole: MicroBatch, built_in: Sequence[str], own: Sequence[str], *, counted: bool = True) -> None:
+        if not (built_in or own):
+            return
+        if not (counted and bool(whole.keep.any())):
+            if self._runtime.expert_peers > 1:
+                deque(self._skipper.outputs(whole.to(self._runtime.device)), maxlen=0)
             return
         whole = whole.to(self._runtime.device)
         text = _Text(whole, whole.on_context_rank(self._runtime.cp_rank, self._runtime.parallel.context))

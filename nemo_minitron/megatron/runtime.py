@@ -5,6 +5,7 @@ groups that somebody else made (Lightning, a test) are used as they are, and lef
 """
 
 import ctypes
+import math
 import os
 import random
 from collections.abc import Callable
@@ -85,6 +86,16 @@ class Runtime:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the final norm and the output layer."""
         return self.pp_rank == self.parallel.pipeline - 1
+
+    @property
+    def expert_peers(self) -> int:
+        """Data-parallel ranks that share experts with this one, itself included: neighbours by `dp_rank`.
+
+        They exchange tokens in every pass, so each of them makes as many passes as the others, of the same shapes.
+        Expert-parallel groups count context-parallel ranks too (Megatron's order: TP, CP, DP, PP).
+        """
+        context = self.parallel.context
+        return math.lcm(self.parallel.expert, context) // context
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
-"""A teacher's targets of the training samples, written to a cache at any TP x PP x CP x DP layout.
+"""A teacher's targets of the training samples, written to a cache at any TP x PP x CP x EP x DP layout.
 
 Shards are dealt out to the data-parallel ranks, which work on their own: more of them write faster, not differently.
+Those that share experts exchange tokens in every pass; they work on one shard together, and the first of them writes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,18 +70,19 @@ class TargetWriter:
         runtime = self._runtime
         missing = broadcast_object(list(self._writer.missing()) if runtime.rank == 0 else None)
         progress(self._manifest.shards - len(missing))
-        for start in range(0, len(missing), runtime.dp_size):
+        workers, worker = runtime.dp_size // runtime.expert_peers, runtime.dp_rank // runtime.expert_peers
+        for start in range(0, len(missing), workers):
             if not agree(not stopped()):
                 return False
-            own = missing[start : start + runtime.dp_size]
-            if runtime.dp_rank < len(own):
-                self._shard(own[runtime.dp_rank])
+            own = missing[start : start + workers]
+            if worker < len(own):
+                self._shard(own[worker])
             barrier()
             progress(len(own))
         return True
 
     def _shard(self, number: int) -> None:
-        """One shard, by the ranks of one copy of the teacher."""
+        """One shard, by the ranks of one copy of the teacher, or of several that share experts."""
         indices = self._manifest.shard_samples(number)
         targets: list[SampleTargets] = []
         tokens: list[Any] = []
@@ -91,7 +93,8 @@ class TargetWriter:
             targets += found[:own]
             tokens += [item["tokens"].numpy() for item in items[:own]]
         runtime = self._runtime
-        if runtime.is_last_stage and runtime.tp_rank == 0 and runtime.cp_rank == 0:
+        first = runtime.tp_rank == 0 and runtime.cp_rank == 0 and runtime.dp_rank % runtime.expert_peers == 0
+        if runtime.is_last_stage and first:
             self._writer.write(number, targets, tokens)
 
     def _groups(self, indices: range) -> Iterator[list[int]]:

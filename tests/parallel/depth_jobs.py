@@ -10,7 +10,7 @@ import torch
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.pruning.depth import candidate_blocks
 from tests.parallel.hooks_jobs import sharpen
-from tests.parallel.megatron_jobs import ONE, SPECS, global_batch
+from tests.parallel.megatron_jobs import EXPERT_SPECS, ONE, SPECS, global_batch
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def measure(case: DepthCase) -> dict[str, torch.Tensor]:
     from nemo_minitron.megatron.forward import MicroBatch
 
     here = runtime.start(case.parallel, seed=0)
-    spec = SPECS[case.spec]
+    spec = (SPECS | EXPERT_SPECS)[case.spec]
     own = {"misses": Misses(), "last_token": LastToken()}
     try:
         chunks = build_chunks(spec, here, Precision.FP32, trainable=False, seed=3)

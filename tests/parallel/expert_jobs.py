@@ -1,7 +1,8 @@
-"""What ranks do in the tests of experts: score a toy of transformers at some layout."""
+"""What ranks do in the tests of experts: score a toy of transformers at some layout, or cache a teacher's targets."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,3 +64,63 @@ def _score(case: ExpertScoreCase) -> dict[str, torch.Tensor]:
 
 def _has(layer: torch.nn.Module) -> bool:
     return hasattr(layer.mlp, "observer")
+
+
+class RandomSamples:
+    """Samples of random tokens; a third of their positions do not count."""
+
+    LENGTH, COUNT = 12, 10
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        draw = torch.Generator().manual_seed(index)
+        tokens = torch.randint(0, 94, (self.LENGTH + 1,), generator=draw)
+        places = torch.arange(self.LENGTH)
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": (places % 3 != index % 3).float(),
+            "position_ids": places,
+        }
+
+
+def write_targets(folder: Path, parallel: ParallelConfig) -> list[int]:
+    """Three shards of a random teacher's top 7; returns the numbers of those that this rank has written."""
+    from nemo_minitron.cache.folder import CacheManifest, CacheWriter
+    from nemo_minitron.config.cache import TargetKind
+    from nemo_minitron.megatron import runtime
+    from nemo_minitron.megatron.build import build_chunks
+    from nemo_minitron.megatron.target_writer import TargetWriter
+    from tests.parallel.megatron_jobs import EXPERT_SPECS
+
+    here = runtime.start(parallel, seed=0)
+    spec = EXPERT_SPECS["experts"]
+    chunks = build_chunks(spec, here, Precision.FP32, trainable=False, seed=3)
+    manifest = CacheManifest(
+        kind=TargetKind.TOP_K,
+        width=7,
+        temperature=1.0,
+        vocab_size=spec.vocab_size,
+        samples=RandomSamples.COUNT,
+        sequence_length=RandomSamples.LENGTH,
+        samples_per_shard=4,
+        seed=0,
+        order_digest="order",
+        tokenizer_digest="tokenizer",
+        teacher_digest="teacher",
+    )
+    if here.rank == 0:
+        CacheWriter(folder, manifest)
+    runtime.barrier()
+    writer = CacheWriter(folder, manifest)
+    written: list[int] = []
+    write = writer.write
+
+    def noted(shard: int, *args: Any) -> None:
+        written.append(shard)
+        write(shard, *args)
+
+    writer.write = noted
+    target_writer = TargetWriter(chunks, here, writer, RandomSamples(), micro_batch_size=2)
+    assert target_writer.run(stopped=lambda: False, progress=lambda shards: None)
+    runtime.stop()
+    return written

@@ -64,14 +64,16 @@ def score(case: ScoreCase) -> dict[str, torch.Tensor]:
 
 def sharpen(layer: Any) -> None:
     """Make attention and norms of a freshly drawn layer do something, the same at every layout."""
+    mlps = [layer.mlp] if hasattr(layer.mlp, "linear_fc1") else list(layer.mlp.experts.local_experts)
     for norm, linear in (
         (layer.input_layernorm, layer.self_attention.linear_qkv),
-        (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
+        (layer.pre_mlp_layernorm, mlps[0].linear_fc1),
     ):
         # Transformer Engine's norms are inside the linears.
         weight = norm.weight if hasattr(norm, "weight") else linear.layer_norm_weight
         weight.data.mul_(torch.linspace(0.5, 1.5, weight.numel(), device=weight.device))
-    for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+    inside = (linear for mlp in mlps for linear in (mlp.linear_fc1, mlp.linear_fc2))
+    for linear in (layer.self_attention.linear_qkv, *inside):
         linear.weight.data.mul_(12)
 
 

@@ -25,6 +25,9 @@ LAYOUTS = {
     "TP2 PP2": (4, DepthCase("tied", ParallelConfig(tensor=2, pipeline=2), micro_batch_size=4)),
     "PP2 DP2": (4, DepthCase("uneven", PP2)),
     "PP4": (4, DepthCase("untied", ParallelConfig(pipeline=4), micro_batch_size=8)),
+    # One of two ranks that share experts has a masked micro-batch, and five batches are dealt out to two ranks.
+    "EP2": (2, DepthCase("experts", ParallelConfig(expert=2))),
+    "EP2 in DP4": (4, DepthCase("experts", ParallelConfig(expert=2))),
 }
 DEAD = 2
 
@@ -33,7 +36,7 @@ DEAD = 2
 def runs(world):
     """Every case of a world size in one start of the ranks; 0 stands for the plain runs they are compared with."""
     if world == 0:
-        names = [name for name in SPECS if name != "three groups"]
+        names = [*(name for name in SPECS if name != "three groups"), "experts"]
         (results,) = run_on_ranks(1, measure_all, [*(DepthCase(name) for name in names), DepthCase("tied", dead=DEAD)])
         return {name: [result] for name, result in zip([*names, "dead"], results, strict=True)}
     names = [name for name, (size, _) in LAYOUTS.items() if size == world]
