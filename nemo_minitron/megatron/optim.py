@@ -146,7 +146,9 @@ class TrainOptimizer:
             return StepInfo(norm, lr, skipped=True)
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self.clip_grad, total_norm=norm)
+                # On a stage without experts their optimizer has none. Kernels of Transformer Engine and Apex want some.
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
         param_gather.begin(self.chunks)
         return StepInfo(norm, lr, skipped=False)

@@ -81,6 +81,37 @@ def test_a_training_state_goes_on_with_experts_elsewhere(tmp_path: Path) -> None
     assert written["losses"] == pytest.approx(written_alone["losses"], rel=1e-6)
 
 
+def clipped_as_on_a_gpu(case: Case) -> tuple[dict[str, Any], int]:
+    """A training whose kernel for scaling refuses lists without tensors, as those of Transformer Engine and Apex do.
+
+    Returns:
+        What `train_all` returns of it, and how often gradients were scaled.
+    """
+    from megatron.core.optimizer import clip_grads
+
+    apply, counts = clip_grads.multi_tensor_applier, []
+
+    def applied(operation: Any, overflow: Any, lists: list[list[torch.Tensor]], *args: Any) -> Any:
+        if operation is clip_grads.multi_tensor_scale_impl:
+            assert all(lists), "tensor_lists[0].size() is not > 0"
+            counts.append(len(lists[0]))
+        return apply(operation, overflow, lists, *args)
+
+    clip_grads.multi_tensor_applier = applied
+    [result] = train_all([case])
+    return result, len(counts)
+
+
+def test_a_stage_without_experts_clips_what_it_has() -> None:
+    """Megatron gives every stage an optimizer of experts, that of the middle one of three is empty."""
+    (alone,) = _runs(0)["experts"]
+    results = run_on_ranks(3, clipped_as_on_a_gpu, Case("experts", ParallelConfig(pipeline=3)))
+    for result, _ in results:
+        torch.testing.assert_close(result["norms"], alone["norms"], rtol=1e-5, atol=1e-6)
+    (_, first), (_, middle), (_, last) = results
+    assert first == last == 2 * middle > 0
+
+
 def test_a_layout_that_cannot_be_is_named_before_work() -> None:
     with pytest.raises(RankError, match=r"2 process\(es\) for parallel\.tensor 2 .*, with expert 2"):
         run_on_ranks(2, train_all, [Case("experts", TP2_EP2)])
