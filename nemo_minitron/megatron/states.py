@@ -94,6 +94,16 @@ def local_keep(micro_batch: MicroBatch, runtime: Runtime) -> Tensor:
     return keep_SB.chunk(parallel.tensor)[runtime.tp_rank] if parallel.sequence_parallel else keep_SB
 
 
+def connect(runtime: Runtime) -> None:
+    """Let the ranks of a pipeline reach each other, before some of them `send`. Every rank of a pipeline calls it.
+
+    NCCL connects a group when it is first used, by all of its ranks together, and messages sent in a batch count as a
+    use; but a route has two ends, and under the interleaved schedule nothing else has used the group before.
+    """
+    if runtime.parallel.pipeline > 1:
+        dist.all_reduce(torch.zeros(1, device=runtime.device), group=runtime.groups.pp)
+
+
 def send(
     own: Mapping[int, Sequence[Tensor]],
     routes: Collection[tuple[int, int, int]],
@@ -102,7 +112,7 @@ def send(
     count: int,
     runtime: Runtime,
 ) -> dict[int, Sequence[Tensor]]:
-    """Move states between pipeline ranks; every rank of a pipeline calls it.
+    """Move states between pipeline ranks, after `connect`; every rank of a pipeline calls it.
 
     Args:
         own: States of this rank, a tensor a micro-batch.

@@ -1,5 +1,6 @@
 """Losses between intermediate states of student and teacher, wherever in the pipeline the two live."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ class OnePass(Protocol):
 
 
 class StateMatching:
-    """Compares states of a student with those its teacher left for the same micro-batches.
+    """Compares states of a student with those its teacher left for the same micro-batches. Every rank makes one.
 
     The teacher's states travel once, after its pass, to the pipeline rank that holds the student's. There the loss is
     taken while the student runs, and its gradient joins the student's backward pass at that place; so the schedules and
@@ -65,6 +66,7 @@ class StateMatching:
             problems.append(f"distill.hidden.projection = false: hidden sizes differ ({sizes[0]} and {sizes[1]})")
         if problems:
             raise ConfigError("recipe", problems)
+        states.connect(runtime)
         self.config = config
         self.pairs = pairs
         self.factor: float | None = None if config.balance is not HiddenBalance.NONE else 1.0
@@ -128,8 +130,8 @@ class StateMatching:
         if self.needs_forward_first:
             report = self._measured(one_pass, chunks)
             self.balance(_divergence(report), report["hidden"])
-        assert self.factor is not None, "measured just now, or before"
-        factor = self.factor * weight
+        # Still None where the very first batch is not finite. Its loss is not finite either, and its step is refused.
+        factor = (self.factor or 0.0) * weight
         with self.match(chunks, weight=factor):
             report = one_pass(training=True)
         report["hidden"] = self.total()
@@ -173,8 +175,11 @@ class StateMatching:
         return float(value)
 
     def balance(self, divergence: float, hidden: float) -> None:
-        """Note what the same tokens gave: the sums of the divergence and of `total`."""
-        if self.config.balance is not HiddenBalance.NONE:
+        """Note what the same tokens gave: the sums of the divergence and of `total`.
+
+        Of a batch where one of them is not finite nothing is noted: the next one would inherit it.
+        """
+        if self.config.balance is not HiddenBalance.NONE and math.isfinite(divergence) and math.isfinite(hidden):
             self.factor = float(dynamic_weight(torch.tensor(divergence), torch.tensor(hidden)))
 
     def step(self, *, tokens: float, lr: float, skipped: bool) -> None:

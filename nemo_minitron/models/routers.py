@@ -40,6 +40,8 @@ class _Pair:
 class RouterMatching:
     """Compares the routers of a student with those of its teacher on the same micro-batches.
 
+    Every rank makes one.
+
     Args:
         student: Architecture of the student.
         teacher: Architecture of the teacher.
@@ -53,6 +55,7 @@ class RouterMatching:
     def __init__(self, *, student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None, runtime: Runtime) -> None:
         self._student, self._teacher, self._runtime = student, teacher, runtime
         self._pairs = _pairs(student, teacher, plan)
+        states.connect(runtime)
         parallel = runtime.parallel
         self._routes = {
             pair.teacher: (

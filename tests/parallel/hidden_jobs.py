@@ -91,3 +91,47 @@ def _model(student: Path, teacher: Path, config: RunConfig, callbacks: list[Any]
         settings=ModelSettings.of_training(settings, settings.with_teacher(teacher)),
     )
     return model, trainer
+
+
+def uses_of_the_pipeline_group() -> dict[str, Any]:
+    """What a rank does on the group of its pipeline while a state goes from the first stage to the last, in order.
+
+    NCCL connects the ranks of a group when it is first used, and waits for all of them.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from nemo_minitron.config.hidden import HiddenConfig
+    from nemo_minitron.config.parallel import ParallelConfig
+    from nemo_minitron.config.training import OptimizerConfig
+    from nemo_minitron.megatron import runtime
+    from nemo_minitron.megatron.forward import MicroBatch
+    from nemo_minitron.models.hidden import StateMatching
+    from nemo_minitron.models.routers import RouterMatching
+    from tests.parallel.megatron_jobs import EXPERT_SPECS, SPECS
+
+    here = runtime.start(ParallelConfig(pipeline=dist.get_world_size()), seed=0)
+    uses: list[str] = []
+    add_up, exchange = dist.all_reduce, dist.batch_isend_irecv
+
+    def added_up(tensor: torch.Tensor, *args: Any, group: Any = None, **how: Any) -> Any:
+        uses.extend(["all"] * (group is here.groups.pp))
+        return add_up(tensor, *args, group=group, **how)
+
+    def exchanged(operations: list[Any]) -> Any:
+        uses.extend(["some"] * all(operation.group is here.groups.pp for operation in operations))
+        return exchange(operations)
+
+    dist.all_reduce, dist.batch_isend_irecv = added_up, exchanged
+    experts, spec = EXPERT_SPECS["experts"], SPECS["untied"]
+    RouterMatching(student=experts, teacher=experts, plan=None, runtime=here)
+    routers = list(uses)
+    uses.clear()
+    config = HiddenConfig(layers=((0, -1),))  # held by the first stage, wanted by the last
+    matching = StateMatching(config, student=spec, teacher=spec, runtime=here, optimizer=OptimizerConfig())
+    tokens = torch.arange(8).view(1, 8)
+    value = torch.arange(8.0 * spec.hidden_size).view(8, 1, -1)
+    matching._seen = {1: [value]} if here.is_first_stage else {}
+    matching.send_targets([MicroBatch.of(tokens, tokens, tokens >= 0)], torch.float32)
+    arrived = {state: torch.equal(found, value) for state, (found,) in matching._targets.items()}
+    return {"routers": routers, "states": uses, "arrived": arrived}

@@ -156,3 +156,11 @@ def test_balances(one_rank):
     np.testing.assert_allclose(previous["loss"], previous["kl"] + factor * previous["hidden"], rtol=1e-5)
     np.testing.assert_allclose(none["loss"], none["kl"] + none["hidden"], rtol=1e-5)
     assert all(rows["hidden"][-1] < 0.9 * rows["hidden"][0] for rows in (previous, same, none)), "states come closer"
+
+
+def test_all_stages_connect_before_some_of_them_exchange_states():
+    """Else those that do would wait for the others for ever, on NCCL and where nothing else connects them."""
+    first, middle, last = run_on_ranks(3, hidden_jobs.uses_of_the_pipeline_group)
+    assert all(rank["routers"] == ["all"] for rank in (first, middle, last))
+    assert (first["states"], middle["states"], last["states"]) == (["all", "some"], ["all"], ["all", "some"])
+    assert (first["arrived"], middle["arrived"], last["arrived"]) == ({}, {}, {1: True})
