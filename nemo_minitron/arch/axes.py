@@ -181,6 +181,7 @@ class PrunableAxis:
         coarse: A search steps through it by the power of two that makes at most `coarse` steps of the largest size; 0:
             by ones.
         is_searched: Whether a search chooses its size if the recipe says nothing.
+        timed: Its name in latency tables; of an axis within another, that of its size divided by the other's.
     """
 
     axis: Axis
@@ -200,6 +201,7 @@ class PrunableAxis:
     symbol: str
     coarse: int = 0
     is_searched: bool = False
+    timed: str = ""
 
     @property
     def units(self) -> str:
@@ -235,6 +237,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         plan="hidden",
         label="hidden size",
         unit="channel",
+        timed="hidden",
     ),
     PrunableAxis(
         axis=Axis.KV_GROUP,
@@ -247,6 +250,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         divided_by="tensor",
         sums=Axis.HEAD,
         mixes="merged_groups",
+        timed="groups",
     ),
     PrunableAxis(
         axis=Axis.HEAD,
@@ -260,6 +264,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         within=Axis.KV_GROUP,
         is_head=True,
         mixes="merged_heads",
+        timed="ratio",
     ),
     PrunableAxis(
         axis=Axis.FFN,
@@ -272,6 +277,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         label="FFN size",
         unit="neuron",
         divided_by="tensor",
+        timed="ffn",
     ),
     PrunableAxis(
         axis=Axis.EXPERT,
@@ -320,6 +326,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         label="Mamba head size",
         unit="Mamba head channel",
         crosses=Axis.MAMBA_HEAD,
+        timed="mamba_channels",
     ),
     PrunableAxis(
         axis=Axis.MAMBA_GROUP,
@@ -331,10 +338,13 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         unit="Mamba group",
         divided_by="tensor",
         sums=Axis.MAMBA_HEAD,
+        timed="mamba_groups",
     ),
     PrunableAxis(
         axis=Axis.MAMBA_HEAD,
         symbol="M",
+        coarse=8,
+        is_searched=True,
         scope=Scope.LAYER,
         size="mamba_num_heads",
         plan="mamba_heads",
@@ -343,6 +353,7 @@ PRUNABLE: tuple[PrunableAxis, ...] = (
         divided_by="tensor",
         within=Axis.MAMBA_GROUP,
         crosses=Axis.MAMBA_CHANNEL,
+        timed="mamba_ratio",
     ),
 )
 """Every axis that can be cut, in the order in which sizes are decided: an axis comes after the one it lies within."""
@@ -352,8 +363,12 @@ MODEL_AXES: tuple[PrunableAxis, ...] = tuple(row for row in PRUNABLE if row.scop
 LAYER_AXES: tuple[PrunableAxis, ...] = tuple(row for row in PRUNABLE if row.scope is Scope.LAYER)
 """Axes of which every layer has its own index set."""
 
-SEARCH_ORDER = (Axis.LAYER, Axis.HIDDEN, Axis.FFN, Axis.HEAD, Axis.KV_GROUP)
-"""The axes of a search, in the order in which candidates are named."""
+SEARCH_ORDER = (
+    *(Axis.LAYER, Axis.HIDDEN, Axis.FFN, Axis.EXPERT_FFN, Axis.HEAD, Axis.KV_GROUP, Axis.EXPERT),
+    Axis.SHARED_FFN,
+    *(Axis.MAMBA_HEAD, Axis.MAMBA_CHANNEL, Axis.MAMBA_GROUP),
+)
+"""The axes of a search, in the order in which candidates are named; a model has some of them."""
 
 _BY_AXIS = {row.axis: row for row in PRUNABLE}
 

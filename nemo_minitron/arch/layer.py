@@ -1,6 +1,6 @@
 """A layer of a model: a mixer and a feed-forward, each of one of several kinds, as plain, frozen data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
@@ -139,7 +139,32 @@ MIXERS: tuple[type[Mixer], ...] = (Attention, Mamba)
 FEED_FORWARDS: tuple[type[FeedForward], ...] = (Mlp, Moe)
 PARTS = ("mixer", "feed_forward")
 _WORDS: dict[type[Part], str] = {Attention: "attention", Mamba: "Mamba", Mlp: "an MLP", Moe: "experts"}
+_NEEDED: dict[type[Any], str] = {Attention: "attention", Mamba: "Mamba mixer", Mlp: "MLP", Moe: "experts"}
 _Part = TypeVar("_Part", bound=Part)
+
+KINDS: dict[str, tuple[type[Part], ...]] = {
+    "mamba": (Mamba,),
+    "attention": (Attention,),
+    "mlp": (Mlp,),
+    "dense": (Attention, Mlp),
+    "expert": (Attention, Moe),
+}
+"""Kinds of layers that models mix, by the parts that they have."""
+
+
+def count_label(kind: str) -> str:
+    """What tables call the number of layers of a kind."""
+    word = {"mamba": "Mamba", "mlp": "MLP"}.get(kind, kind)
+    return f"{word} layers"
+
+
+def count_key(kind: str) -> str:
+    """What the number of layers of a kind is called, in a recipe's `target` and `search.space`."""
+    return f"num_{kind}_layers"
+
+
+COUNT_KEYS: dict[str, str] = {count_key(kind): kind for kind in KINDS}
+"""Kinds by those names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,48 +191,43 @@ class LayerSpec:
         return " and ".join(words) if len(words) > 1 else f"{words[0]} alone" if words else "nothing"
 
     @property
-    def attention(self) -> Attention:
-        """The mixer, of a layer that has attention.
+    def kind(self) -> str:
+        """Which of `KINDS` it is, by its parts alone; "" for none of them."""
+        return next((name for name, parts in KINDS.items() if parts == tuple(map(type, self.parts))), "")
+
+    def find(self, kind: type[_Part]) -> _Part | None:
+        """The part of a kind; None if it has none."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
+
+    def part(self, kind: type[_Part]) -> _Part:
+        """The part of a kind.
 
         Raises:
             SpecError: It has none.
         """
-        if not isinstance(self.mixer, Attention):
-            raise SpecError("a layer has no attention", rule="this step needs attention in every layer")
-        return self.mixer
+        if (found := self.find(kind)) is None:
+            raise SpecError(f"a layer has no {_NEEDED[kind]}", rule="this step needs one in every layer")
+        return found
+
+    @property
+    def attention(self) -> Attention:
+        """Its `part` of that kind."""
+        return self.part(Attention)
 
     @property
     def mamba(self) -> Mamba:
-        """The mixer, of a layer that has Mamba.
-
-        Raises:
-            SpecError: It has none.
-        """
-        if not isinstance(self.mixer, Mamba):
-            raise SpecError("a layer has no Mamba mixer", rule="this step needs one in every layer")
-        return self.mixer
+        """Its `part` of that kind."""
+        return self.part(Mamba)
 
     @property
     def mlp(self) -> Mlp:
-        """The feed-forward, of a layer that has an MLP.
-
-        Raises:
-            SpecError: It has none.
-        """
-        if not isinstance(self.feed_forward, Mlp):
-            raise SpecError("a layer has no MLP", rule="this step needs an MLP in every layer")
-        return self.feed_forward
+        """Its `part` of that kind."""
+        return self.part(Mlp)
 
     @property
     def moe(self) -> Moe:
-        """The feed-forward, of a layer that has experts.
-
-        Raises:
-            SpecError: It has none.
-        """
-        if not isinstance(self.feed_forward, Moe):
-            raise SpecError("a layer has no experts", rule="this step needs experts in the layer")
-        return self.feed_forward
+        """Its `part` of that kind."""
+        return self.part(Moe)
 
     @property
     def has_experts(self) -> bool:
@@ -307,6 +327,15 @@ def transformer_layer(
         mixer=Attention(num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, local=local),
         feed_forward=Mlp(ffn_hidden_size=ffn_hidden_size),
     )
+
+
+def layers_of(
+    layer: LayerSpec, count: int, feed_forward: Callable[[int], FeedForward] | None = None
+) -> tuple[LayerSpec, ...]:
+    """So many layers, all the same, or each with a feed-forward of its own by its number."""
+    if feed_forward is None:
+        return (layer,) * count
+    return tuple(replace(layer, feed_forward=feed_forward(index)) for index in range(count))
 
 
 def _resized(part: _Part | None, sizes: Mapping[str, int]) -> _Part | None:

@@ -5,11 +5,10 @@ here settings become a spec. Plain data.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.arch.expert_fields import are_alike
-from nemo_minitron.arch.layer import FeedForward, LayerSpec, transformer_layer
+from nemo_minitron.arch.layer import FeedForward, layers_of, transformer_layer
 from nemo_minitron.arch.spec import Activation, AnyScaling, LinearScaling, ModelSpec, Norm
 from nemo_minitron.errors import SpecError
 
@@ -77,7 +76,7 @@ def spec_from_settings(
         vocab_size=vocab_size,
         hidden_size=found["hidden_size"],
         head_dim=found["hidden_size"] // heads if head_dim is None else head_dim,
-        layers=_layers(layer, found["num_layers"], feed_forward),
+        layers=layers_of(layer, found["num_layers"], feed_forward),
         max_position_embeddings=_positions(found, keys, where),
         activation=activation,
         norm=norm,
@@ -92,12 +91,6 @@ def spec_from_settings(
         scaled_embeddings=bool(found.get("scaled_embeddings", False)),
         sliding_window=None if window is None else window[0] + 1,
     )
-
-
-def _layers(layer: LayerSpec, count: int, feed_forward: Callable[[int], FeedForward] | None) -> tuple[LayerSpec, ...]:
-    if feed_forward is None:
-        return (layer,) * count
-    return tuple(replace(layer, feed_forward=feed_forward(index)) for index in range(count))
 
 
 def check_settings(found: Mapping[str, Any], keys: Mapping[str, str], *, where: str) -> None:

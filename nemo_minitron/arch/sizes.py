@@ -1,6 +1,7 @@
 """The sizes of a model by the names that tables give them."""
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PrunableAxis
+from nemo_minitron.arch.layer import count_label
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
 
@@ -11,11 +12,13 @@ ACTIVE = "active parameters"
 
 def named_sizes(spec: ModelSpec) -> dict[str, int]:
     """Sizes by label; those of layers are those of the first layer that has them."""
+    kinds = spec.kinds if len(spec.kinds) > 1 else {}
     return {
         PARAMETERS: parameter_count(spec),
         **({ACTIVE: parameter_count(spec, active=True)} if spec.has_experts else {}),
         "without embeddings": parameter_count(spec, embeddings=False),
         **cut_sizes(spec),
+        **{count_label(kind): count for kind, count in kinds.items() if kind},
         "head size": spec.head_dim,
         "vocabulary": spec.vocab_size,
     }

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from nemo_minitron.arch.axes import LAYER_AXES, PrunableAxis, Scope, size_divisor
-from nemo_minitron.arch.layer import LayerSpec, Mamba, Moe
+from nemo_minitron.arch.layer import KINDS, LayerSpec, Mamba, Moe
 from nemo_minitron.errors import SpecError
 
 
@@ -170,6 +170,12 @@ class ModelSpec:
         return any(layer.has_experts for layer in self.layers)
 
     @property
+    def kinds(self) -> dict[str, int]:
+        """Number of layers of each kind that it has, in the order of `arch.layer.KINDS`; "" for a kind of no name."""
+        found = [layer.kind for layer in self.layers]
+        return {kind: found.count(kind) for kind in (*KINDS, "") if kind in found}
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
         return len({tuple(layer.sizes.items()) for layer in self.layers}) == 1
@@ -193,30 +199,27 @@ class ModelSpec:
         ffn_hidden_size: int | None = None,
         num_attention_heads: int | None = None,
         num_query_groups: int | None = None,
-        **of_experts: int | None,
+        **others: int | None,
     ) -> "ModelSpec":
         """A copy with other sizes; None keeps what is there.
 
-        Layers are cut from the end: which ones really go is the plan's matter. In a model with experts, a layer takes
-        the sizes that it has.
+        Layers are cut from the end: which ones really go is the plan's matter. In a model with experts, or with layers
+        of several kinds, a layer takes the sizes that it has.
         """
         sizes = {
             "ffn_hidden_size": ffn_hidden_size,
             "num_attention_heads": num_attention_heads,
             "num_query_groups": num_query_groups,
-            **of_experts,
+            **others,
         }
         wanted = {key: value for key, value in sizes.items() if value is not None}
+        mixed = self.has_experts or len(self.kinds) > 1
         layers = self.layers if num_layers is None else (self.layers * num_layers)[:num_layers]
         return replace(
             self,
             hidden_size=self.hidden_size if hidden_size is None else hidden_size,
-            layers=tuple(layer.with_sizes(**self._fitting(layer, wanted)) for layer in layers),
+            layers=tuple(layer.with_sizes(**_fitting(layer, wanted, mixed=mixed)) for layer in layers),
         )
-
-    def _fitting(self, layer: LayerSpec, sizes: dict[str, int]) -> dict[str, int]:
-        """Of some sizes those that a layer has, if layers may be of several kinds."""
-        return {name: size for name, size in sizes.items() if not self.has_experts or name in layer.sizes}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` is the inverse. Layers that are all the same are stored once.
@@ -263,6 +266,11 @@ class ModelSpec:
         """SHA-256 of the canonical JSON form, 64 hex digits; the same on every machine."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fitting(layer: LayerSpec, sizes: dict[str, int], *, mixed: bool) -> dict[str, int]:
+    """Of some sizes those that a layer has, if layers may be of several kinds."""
+    return {name: size for name, size in sizes.items() if not mixed or name in layer.sizes}
 
 
 _TRAITS = ("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base")

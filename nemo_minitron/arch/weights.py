@@ -5,7 +5,7 @@ Counting parameters, slicing, sharding and conversion all read this table. A new
 Canonical form is Megatron's (Transformer Engine names), one tensor per layer, unsharded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -314,6 +314,28 @@ def parameter_count(spec: ModelSpec, *, embeddings: bool = True, active: bool = 
         for weight in weights(spec)
         if (embeddings or Axis.VOCAB not in weight.row.axes) and not (active and not is_active(weight, spec))
     )
+
+
+def matrix_count(spec: ModelSpec, layers: Container[int] | None = None, *, output_layer: bool = True) -> int:
+    """Number of elements of the matrices that a token is multiplied by: two operations each.
+
+    An embedding is looked up, not multiplied; an output layer is multiplied, tied or not. Of routed experts a token
+    meets `top_k`. Convolutions are no matrices.
+
+    Args:
+        spec: The architecture.
+        layers: Which layers count; None for all.
+        output_layer: Whether the output layer counts.
+    """
+    inner = sum(
+        weight.numel
+        for weight in weights(spec)
+        if len(weight.shape) == 2
+        and weight.layer is not None
+        and (layers is None or weight.layer in layers)
+        and is_active(weight, spec)
+    )
+    return inner + (spec.vocab_size * spec.hidden_size if output_layer else 0)
 
 
 def feed_forward_count(spec: ModelSpec) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_minitron.arch.layer import COUNT_KEYS
 from nemo_minitron.callbacks.importance import ImportanceCallback
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.open import open_checkpoint
@@ -151,7 +152,8 @@ class PruningCallback(Callback):
 
 
 def _check_depth(target: TargetConfig) -> None:
-    chosen = target.num_layers is not None and target.drop_layers is None and target.random_seed is None
+    counts = any(getattr(target, key) is not None for key in ("num_layers", *COUNT_KEYS))
+    chosen = counts and target.drop_layers is None and target.random_seed is None
     if chosen and (target.depth_metric != BLOCK_INFLUENCE or target.depth_contiguous):
         raise PlanError(
             f"PruningCallback: depth_metric = {target.depth_metric}, depth_contiguous = {target.depth_contiguous}",

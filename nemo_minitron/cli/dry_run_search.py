@@ -7,7 +7,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.cli.dry_run_tables import new_table
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.estimate.work import BASELINES, Work, work_of
-from nemo_minitron.search.axes import axes_of, sizes_of
+from nemo_minitron.search.axes import sizes_of
 from nemo_minitron.search.measures import describe, table_row
 from nemo_minitron.search.problem import SearchProblem
 from nemo_minitron.search.space import ranges
@@ -28,8 +28,8 @@ def tables(config: RunConfig, teacher: ModelSpec, *, ranks: int) -> RenderableTy
 def _space(problem: SearchProblem) -> RenderableType:
     found = new_table("axis", "teacher", "sizes", "number", title="search space")
     teacher = sizes_of(problem.space.teacher)
-    for axis, size, values in zip(axes_of(problem.space.teacher), teacher, problem.space.values, strict=True):
-        found.add_row(axis.label, f"{size:,}", ranges(problem.space)[axis.size], f"{len(values):,}")
+    for axis, size, values in zip(problem.space.axes, teacher, problem.space.values, strict=True):
+        found.add_row(axis.label, f"{size:,}", ranges(problem.space)[axis.key], f"{len(values):,}")
     return found
 
 

@@ -101,14 +101,16 @@ def communication(works: Mapping[str, Work], config: RunConfig) -> RenderableTyp
 
     Of the pipeline stage that waits longest.
     """
-    table = new_table("communication, s a step", "TP", "PP", "DP", "hidden", "not\nhidden", "of the\nstep", title="")
+    splits = {"TP": Split.TENSOR, "PP": Split.PIPELINE, "DP": Split.DATA}
+    splits |= {"EP": Split.EXPERT} if config.parallel.expert > 1 else {}
+    table = new_table("communication, s a step", *splits, "hidden", "not\nhidden", "of the\nstep", title="")
     for name, work in works.items():
         stages = work.communication(config)
         stage = max(range(len(stages)), key=lambda index: _exposed(stages[index]))
         found = stages[stage]
         label = name if len(stages) == 1 else f"{name}, PP stage {stage}"
         hidden, exposed = sum(each.hidden for each in found.values()), _exposed(found)
-        axes = (_seconds(found[split].seconds) for split in (Split.TENSOR, Split.PIPELINE, Split.DATA))
+        axes = (_seconds(found[split].seconds) for split in splits.values())
         share = f"{exposed / (exposed + computing):.1%}" if (computing := _step_seconds(work, config)) else ""
         table.add_row(label, *axes, _seconds(hidden), _seconds(exposed), share)
     return table

@@ -38,6 +38,8 @@ def latency(
         problems = []
         if teacher is None:
             problems.append(f"model.source = {config.model.source}: its sizes are not known before it is fetched")
+        elif teacher.has_experts:
+            problems.append(f"model.source = {config.model.source}: latency tables hold layers without experts")
         if deployment.dtype not in TIMED:
             problems.append(f"target.deployment.dtype = {deployment.dtype}: only {', '.join(TIMED)} are timed")
         if teacher is None or problems:

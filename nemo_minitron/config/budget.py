@@ -55,9 +55,12 @@ class DeploymentConfig(Section):
     dtype: StorageType = StorageType.BF16
     """Of weights."""
     cache_dtype: StorageType | None = None
-    """Of keys and values; None for `dtype` where that has at least 8 bits, else 8."""
+    """Of keys and values, and of what Mamba's convolutions remember; None for `dtype` where that has at least 8 bits,
+    else 8."""
+    state_dtype: StorageType = StorageType.FP32
+    """Of the states of Mamba layers."""
     batch_size: Count = 1
-    """Sequences in the KV cache, and of a step whose latency counts."""
+    """Sequences in memory, and of a step whose latency counts."""
     sequence_length: Count = 4096
     """Tokens of each sequence: what the cache holds, what a generated token attends to, what prefill reads."""
     tensor_parallel: Count = 1
@@ -88,6 +91,11 @@ class BudgetConfig(Section):
     """Bytes of the weights in `deployment.dtype`, as `8GB`."""
     kv_cache: Bytes | None = None
     """Bytes of keys and values of `deployment.batch_size` sequences of `deployment.sequence_length` tokens."""
+    ssm_state: Bytes | None = None
+    """Bytes of what Mamba layers remember of `deployment.batch_size` sequences, however long: the state, and the last
+    inputs of the convolution."""
+    memory: Bytes | None = None
+    """Bytes of weights, keys, values and Mamba states together, as `20GiB`."""
     flops_per_token: Amount | None = None
     """Operations of one generated token that attends to `deployment.sequence_length` tokens, itself among them."""
     prefill_ms: Positive | None = None

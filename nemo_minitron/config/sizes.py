@@ -65,6 +65,17 @@ class TargetConfig(BudgetConfig):
     """Layers to keep; those that are worth least by `depth_metric` go."""
     drop_layers: tuple[int, ...] | None = None
     """Exactly these layers go, counted from 0, instead of a choice by scores."""
+    num_mamba_layers: Count | None = None
+    """Of a model whose layers are of several kinds: so many Mamba layers stay, those that are worth most among them.
+    Layers of kinds that are not named all stay. This and the next four in place of `num_layers`."""
+    num_attention_layers: Count | None = None
+    """Layers of attention alone."""
+    num_mlp_layers: Count | None = None
+    """Layers of an MLP alone."""
+    num_dense_layers: Count | None = None
+    """Layers of attention and an MLP, beside others."""
+    num_expert_layers: Count | None = None
+    """Layers of attention and experts, beside others."""
     depth_metric: str = BLOCK_INFLUENCE
     """What layers are chosen by: `block_influence`, or one that `score.depth.metrics` measures."""
     depth_contiguous: bool = False
@@ -176,6 +187,12 @@ class SpaceConfig(Section):
     """What the search may choose from. A size that `target` names is fixed; an axis that neither names has defaults."""
 
     num_layers: AxisSpace | None = None
+    """Of a model whose layers are all of one kind; of another one, those of each kind, in the next five."""
+    num_mamba_layers: AxisSpace | None = None
+    num_attention_layers: AxisSpace | None = None
+    num_mlp_layers: AxisSpace | None = None
+    num_dense_layers: AxisSpace | None = None
+    num_expert_layers: AxisSpace | None = None
     hidden_size: AxisSpace | None = None
     ffn_hidden_size: AxisSpace | None = None
     num_attention_heads: AxisSpace | None = None
@@ -185,6 +202,12 @@ class SpaceConfig(Section):
     num_experts: AxisSpace | None = None
     expert_ffn_hidden_size: AxisSpace | None = None
     shared_ffn_hidden_size: AxisSpace | None = None
+    """None keeps the teacher's."""
+    mamba_num_heads: AxisSpace | None = None
+    """Mamba heads of a layer; a multiple of its groups."""
+    mamba_head_dim: AxisSpace | None = None
+    """None keeps the teacher's."""
+    mamba_num_groups: AxisSpace | None = None
     """None keeps the teacher's."""
 
 

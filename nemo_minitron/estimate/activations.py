@@ -1,13 +1,14 @@
 """What a forward pass keeps for the backward pass, counted tensor by tensor, in bytes.
 
-For the local layers of `megatron.layers` (checked against what a real step saves) and for Transformer Engine's (after
-Korthikanti et al., arXiv:2205.05198, sec. 4, with the fused attention kernel, which keeps no scores).
+For our own layers, on a CPU (checked against what a real step saves) and on a GPU, where their norms, attention and
+Mamba scans are fused kernels, and for Transformer Engine's (after Korthikanti et al., arXiv:2205.05198, sec. 4, with
+the fused attention kernel, which keeps no scores).
 """
 
 from dataclasses import dataclass, replace
 
 from nemo_minitron.arch.layer import LayerSpec, Mamba
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.spec import ModelSpec, Norm
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.megatron.functional import QUERY_BLOCK
 from nemo_minitron.megatron.placement import chunk_layers
@@ -28,7 +29,8 @@ class Pass:
         micro_batch_size: Samples of a forward pass.
         sequence_length: Tokens of a sample.
         micro_batches: Forward passes of a step on one rank.
-        engine: Whether layers are Transformer Engine's.
+        engine: Whether layers are Transformer Engine's; they are ours otherwise.
+        gpu: Whether it runs on GPUs, with Triton's kernels and mamba-ssm's.
     """
 
     parallel: ParallelConfig
@@ -37,6 +39,7 @@ class Pass:
     sequence_length: int
     micro_batches: int
     engine: bool = True
+    gpu: bool = True
 
     @property
     def tokens(self) -> int:
@@ -58,8 +61,9 @@ def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     outside = spec.hidden_size // (step.parallel.tensor if step.parallel.sequence_parallel else 1)
     if step.parallel.recompute is Recompute.FULL:
         return step.tokens * outside * element
-    # A norm keeps its input [H] (Transformer Engine) or what it normalised in fp32 (ours), and a number or two.
-    norm = outside * (element if step.engine else 4) + (8 if spec.norm.subtracts_mean else 4)
+    # A norm keeps its input [H], or what it normalised in fp32, and a number or two.
+    normed = element if _norms_keep_input(spec, step) else 4
+    norm = outside * normed + (8 if spec.norm.subtracts_mean else 4)
     linear_input = outside * element
     kept = 0
     if sizes.mixer is not None:
@@ -70,8 +74,16 @@ def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     elif sizes.feed_forward is not None:
         kept += norm + linear_input + _mlp(spec, sizes, step)
     if spec.post_norms:
-        kept += len(sizes.parts) * (4 * spec.hidden_size + 4)
+        kept += len(sizes.parts) * (normed * spec.hidden_size + 4)
     return step.tokens * kept
+
+
+def _norms_keep_input(spec: ModelSpec, step: Pass) -> bool:
+    """Whether norms keep what enters them: Transformer Engine's, and PyTorch's fused RMSNorm, which ours are on a GPU.
+
+    On a CPU ours keep what is normalised, and on a GPU zero-centred ones and LayerNorms their input in fp32.
+    """
+    return step.engine or (step.gpu and spec.norm is Norm.RMSNORM)
 
 
 def own_layers(spec: ModelSpec, parallel: ParallelConfig, stage: int) -> frozenset[int]:
@@ -86,7 +98,7 @@ def activations(spec: ModelSpec, step: Pass, stage: int) -> int:
     chunks = parallel.virtual_pipeline or 1
     own = [spec.layers[layer] for layer in sorted(own_layers(spec, parallel, stage))]
     kept = sum(layer_activations(spec, sizes, step) for sizes in own)
-    if stage > 0 and not step.engine and parallel.recompute is not Recompute.FULL:
+    if stage > 0 and not _norms_keep_input(spec, step) and parallel.recompute is not Recompute.FULL:
         kept += step.tokens * spec.hidden_size * element  # what the stage before has sent
     kept = kept * _alive(step, stage) // chunks
     working = max((_working(spec, sizes, step) for sizes in own), default=0)
@@ -108,7 +120,7 @@ def _working(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     # Gradients of [gate; up] and of what they are made of; those of the residual stream, into the MLP and past it.
     heads, groups, neurons = sizes.on_rank(step.parallel.tensor)
     in_mlp = again + step.tokens * (3 * neurons + 2 * spec.hidden_size) * element
-    if step.engine:
+    if step.gpu:
         return in_mlp
     # Attention's weights and their gradients, a block of queries at a time; the MLP's part is free again by then.
     scores = 3 * step.micro_batch_size * heads * min(QUERY_BLOCK, step.sequence_length) * step.sequence_length * element
@@ -134,7 +146,7 @@ def _mamba(mamba: Mamba, step: Pass) -> int:
     # p as it comes, c convolved, steps before and after softplus and clamp, d of the scan; in the gated norm in fp32
     # its input, the gate's SiLU, their product and what is normalised; the next linear's input [d].
     kept = (projected + convolved + inner + inner) * element + 12 * heads + 4 * 4 * inner
-    if step.engine:  # mamba-ssm's kernels, which compute a chunk's decay again
+    if step.gpu:  # mamba-ssm's kernels, which compute a chunk's decay again
         return kept + 4 * heads
     chunk = min(mamba.chunk_size, step.sequence_length)
     # Of each head: the decay between all positions of a chunk in float64 and fp32, and times the scores.
@@ -157,7 +169,12 @@ def _attention(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     else:
         # q + 2k as they come, q + k rotated, attention's output [q].
         kept = (queries + 2 * keys + queries + keys + queries) * element
-        normed_heads = (queries + keys) * 4 + 4 * (heads + groups)
+        if step.gpu:
+            # PyTorch's fused kernel: the rotated q in one piece, a number per head, and, where samples have to be put
+            # side by side for the next linear, its output once more.
+            kept += (queries + (queries if step.micro_batch_size > 1 else 0)) * element + 4 * heads
+        normed = element if _norms_keep_input(spec, step) else 4
+        normed_heads = (queries + keys) * normed + 4 * (heads + groups)
     return kept + (normed_heads if spec.qk_norm else 0)
 
 
@@ -172,13 +189,13 @@ def _mlp(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
 def _routing(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     """Bytes a token that experts keep beside their neurons, if all are chosen equally often.
 
-    For each expert that a token is routed to, what enters it [H], what leaves it [H], and its index; for all experts
-    the router's scores and weights in fp32.
+    For each expert that a token is routed to, what enters it [H], what leaves it [H], that times its weight [H], and
+    its index; for all experts the router's scores and weights in fp32.
     """
     if not sizes.has_experts:
         return 0
     experts = sizes.moe
-    return experts.top_k * (2 * spec.hidden_size * bytes_of(step.precision) + 8) + 3 * 4 * experts.num_experts
+    return experts.top_k * (3 * spec.hidden_size * bytes_of(step.precision) + 8) + 3 * 4 * experts.num_experts
 
 
 def micro_batches_alive(step: Pass, stage: int) -> int:

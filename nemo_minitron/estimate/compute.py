@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import feed_forward_count, is_active, weights
+from nemo_minitron.arch.weights import feed_forward_count, matrix_count
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 
 PEAK_FLOPS = {"h100": 989e12, "a100": 312e12, "h200": 989e12, "b200": 2250e12}
@@ -39,12 +38,7 @@ def forward_flops(spec: ModelSpec, sequence_length: int) -> float:
     same for the weighted sum, a channel (Narayanan et al., arXiv:2104.04473, appendix). An embedding is looked up, not
     multiplied; an output layer is multiplied, tied or not.
     """
-    matrices = sum(
-        weight.numel
-        for weight in weights(spec)
-        if len(weight.shape) == 2 and Axis.VOCAB not in weight.row.axes and is_active(weight, spec)
-    )
-    return 2.0 * (matrices + spec.vocab_size * spec.hidden_size) + mixing_flops(spec, sequence_length)
+    return 2.0 * matrix_count(spec) + mixing_flops(spec, sequence_length)
 
 
 def mixing_flops(spec: ModelSpec, sequence_length: int, layers: Iterable[int] | None = None) -> float:

@@ -136,9 +136,9 @@ def _loss(student: ModelSpec, training: Training, stage: int, *, models: int) ->
         return 0
     element = bytes_of(step.precision)
     columns = padded_vocab(student, step.parallel.tensor) // step.parallel.tensor
-    device = torch.device("cuda" if step.engine else "cpu")
+    device = torch.device("cuda" if step.gpu else "cpu")
     rows = chunk_rows(step.tokens, columns, models * element, training.chunk_tokens, device)
-    if step.engine:  # Triton's kernels need no scratch
+    if step.gpu:  # Triton's kernels need no scratch
         return rows * columns * models * element
     block = block_rows(rows, columns, device, None)
     # Probabilities of a block in fp32, and its logits where they are not; the output weight's gradient goes straight

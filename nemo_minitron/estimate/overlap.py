@@ -5,7 +5,7 @@ but the last one, which is complete when that pass ends. Those of weights arrive
 pass, all but the first one, without which it cannot begin; a teacher's pass, which comes before, hides that one too.
 A later pipeline stage has a bucket a model chunk, and waits for earlier stages before its first micro-batch and after
 its last one: what it sends then costs nothing either. Under the interleaved schedule stages exchange activations while
-they compute, but for those that fill the pipeline. Tensor parallelism is never hidden.
+they compute, but for those that fill the pipeline. Tensor and expert parallelism are never hidden.
 
 Speeds of wires are data sheets' and assumptions; latency is left out.
 """
@@ -13,12 +13,18 @@ Speeds of wires are data sheets' and assumptions; latency is left out.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.arch.weights import is_active, weights
+from nemo_minitron.arch.weights import matrix_count
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.estimate.activations import own_layers
-from nemo_minitron.estimate.communication import Collective, Split, Traffic, step_traffic
+from nemo_minitron.estimate.communication import (
+    Collective,
+    Split,
+    Traffic,
+    gathers_overlap,
+    gradients_overlap,
+    step_traffic,
+)
 from nemo_minitron.estimate.compute import PEAK_FLOPS, forward_flops, mixing_flops, training_flops
 from nemo_minitron.estimate.memory import Training, rank_parameters
 
@@ -48,8 +54,12 @@ class Machine:
     mfu: float
 
     def seconds(self, traffic: Traffic, parallel: ParallelConfig) -> float:
-        """Time of an exchange at the speed of its slowest wire. Tensor-parallel ranks are neighbours."""
-        span = parallel.tensor if traffic.split is Split.TENSOR else self.gpus
+        """Time of an exchange at the speed of its slowest wire.
+
+        Tensor-parallel ranks are neighbours, and their groups of an expert-parallel group are, too.
+        """
+        spans = {Split.TENSOR: parallel.tensor, Split.EXPERT: parallel.tensor * parallel.expert}
+        span = spans.get(traffic.split, self.gpus)
         wire = (NVLINK if span <= self.gpus_per_node else NETWORK)[self.gpu]
         return traffic.sent / (wire * REACHED)
 
@@ -81,22 +91,6 @@ class Passes:
     forward: float
     backward: float
     teacher: float
-
-
-def gradients_overlap(training: Training) -> bool:
-    """Whether gradients are sent during the backward pass (`megatron.overlap.is_wanted`, before there are ranks)."""
-    parallel = training.step.parallel
-    if parallel.overlap_grad_reduce is not None:
-        return parallel.overlap_grad_reduce
-    return bool(parallel.overlap_param_gather) or _has_gpu_replicas(training)
-
-
-def gathers_overlap(training: Training) -> bool:
-    """Whether weights arrive during the forward pass (`megatron.overlap.gather_is_wanted`)."""
-    wanted = training.step.parallel.overlap_param_gather
-    if wanted is not None:
-        return wanted
-    return training.distributed_optimizer and _has_gpu_replicas(training) and gradients_overlap(training)
 
 
 def communication(
@@ -174,23 +168,11 @@ def _overlaps(traffic: Traffic, training: Training) -> bool:
 
 def _sends_overlap(training: Training) -> bool:
     parallel = training.step.parallel
-    return training.step.engine and parallel.virtual_pipeline is not None and parallel.overlap_p2p_comm is not False
-
-
-def _has_gpu_replicas(training: Training) -> bool:
-    return training.step.engine and training.data_parallel * training.step.parallel.context > 1
+    return training.step.gpu and parallel.virtual_pipeline is not None and parallel.overlap_p2p_comm is not False
 
 
 def _stage_flops(spec: ModelSpec, parallel: ParallelConfig, stage: int, length: int) -> float:
     """A token's forward pass through the layers of a pipeline stage, and on the last one through the output layer."""
     layers = own_layers(spec, parallel, stage)
-    matrices = sum(
-        weight.numel
-        for weight in weights(spec)
-        if weight.layer in layers
-        and len(weight.shape) == 2
-        and Axis.VOCAB not in weight.row.axes
-        and is_active(weight, spec)
-    )
-    head = spec.vocab_size * spec.hidden_size if stage == parallel.pipeline - 1 else 0
-    return 2.0 * (matrices + head) + mixing_flops(spec, length, layers)
+    matrices = matrix_count(spec, layers, output_layer=stage == parallel.pipeline - 1)
+    return 2.0 * matrices + mixing_flops(spec, length, layers)

@@ -25,7 +25,13 @@ from nemo_minitron.megatron.functional import squared_relu
 from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
 from nemo_minitron.megatron.marks import mark
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
-from nemo_minitron.megatron.placement import check_layout, chunk_layers, local_shard, padded_vocab
+from nemo_minitron.megatron.placement import (
+    check_layout,
+    chunk_layers,
+    local_shard,
+    needs_local_layers,
+    padded_vocab,
+)
 from nemo_minitron.megatron.runtime import Runtime
 
 _FP8_MULTIPLE = 16
@@ -96,17 +102,6 @@ def use_transformer_engine() -> bool:
 def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
     """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
     return device.type == "cuda" and not needs_local_layers(spec) and use_transformer_engine()
-
-
-def needs_local_layers(spec: ModelSpec) -> bool:
-    """Whether a model has something that only our own layers have."""
-    without_positions = not spec.rotary_percent
-    return (
-        spec.post_norms
-        or spec.has_experts
-        or without_positions
-        or any(layer.local or isinstance(layer.mixer, Mamba) for layer in spec.layers)
-    )
 
 
 def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:

@@ -47,6 +47,17 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         )
 
 
+def needs_local_layers(spec: ModelSpec) -> bool:
+    """Whether a model has something that only our own layers have, and Transformer Engine's do not."""
+    without_positions = not spec.rotary_percent
+    return (
+        spec.post_norms
+        or spec.has_experts
+        or without_positions
+        or any(layer.local or isinstance(layer.mixer, Mamba) for layer in spec.layers)
+    )
+
+
 def padded_vocab(spec: ModelSpec, tensor: int) -> int:
     """Vocabulary rows that a model has in memory: every tensor-parallel rank holds equally many.
 

@@ -14,15 +14,16 @@ from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.ops.ranking import ranked, top_heads, top_indices
 from nemo_minitron.pruning.chance import RandomImportance
-from nemo_minitron.pruning.depth import kept_layers
+from nemo_minitron.pruning.depth import kept_layers, layer_values
 from nemo_minitron.pruning.mixes import Mixes, residual_mixes
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan, axes_of
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.sizes import (
+    chosen_layers,
     dropped_parts,
     hidden_size,
+    kind_counts,
     named_layers,
-    num_layers,
     student_layer,
     student_spec,
 )
@@ -31,10 +32,10 @@ from nemo_minitron.pruning.sizes import (
 def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> PruningPlan:
     """Keep what scores highest; ties go to the lower index.
 
-    Layers are chosen first, by `target.depth_metric`, unless they are named, then mixers and feed-forwards that go out
-    of layers that stay, by `target.sublayer_metric`. Hidden channels are ranked over the
-    complete model, neurons in each layer, KV groups in each layer by the sum over their heads, query heads inside each
-    kept group, experts in each layer and neurons of experts inside each kept expert.
+    Layers are chosen first, by `target.depth_metric`, over all of them or among those of each kind, unless they are
+    named, then mixers and feed-forwards that go out of layers that stay, by `target.sublayer_metric`. Hidden channels
+    are ranked over the complete model, neurons in each layer, KV groups in each layer by the sum over their heads,
+    query heads inside each kept group, experts in each layer and neurons of experts inside each kept expert.
 
     Args:
         scores: Scores of `spec`.
@@ -56,7 +57,13 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
         )
     layers = named_layers(target, spec)
     if layers is None:
-        layers = kept_layers(scores.block_influence(), scores.depth, target, num_layers(target, spec))
+        influence = scores.block_influence()
+        layers = chosen_layers(
+            target,
+            spec,
+            lambda keep: kept_layers(influence, scores.depth, target, keep),
+            _plain(ranked(layer_values(influence, scores.depth, target))) if kind_counts(target, spec) else (),
+        )
 
     def ranked_parts(part: str, able: list[int]) -> list[int]:
         worth = scores.sublayers(part, target.sublayer_metric)
@@ -107,7 +114,10 @@ def random_plan(target: TargetConfig, spec: ModelSpec, *, seed: int) -> PruningP
     """
     student_spec(target, spec)
     lots = RandomImportance(spec, seed)
-    layers = named_layers(target, spec) or _indices(lots.importance(Axis.LAYER), num_layers(target, spec))
+    drawn = lots.importance(Axis.LAYER)
+    layers = named_layers(target, spec)
+    if layers is None:
+        layers = chosen_layers(target, spec, lambda keep: _indices(drawn, keep), _plain(ranked(drawn)))
     gone = dropped_parts(target, spec, layers, lots.ranked_parts)
     return _plan(lots, layers, gone, target, {"target": target.model_dump(mode="json"), "random_seed": seed})
 

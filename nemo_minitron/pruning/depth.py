@@ -175,18 +175,33 @@ def kept_layers(block_influence: Tensor, depth: DepthScores | None, target: Targ
         ScoresError: The scores lack what the target asks for; says how to get it.
     """
     metric, total = target.depth_metric, block_influence.numel()
+    if depth is None or metric == BLOCK_INFLUENCE or not target.depth_contiguous or keep == total:
+        return _indices(layer_values(block_influence, depth, target), keep)
+    first = depth.best_block(metric, total - keep)
+    return tuple(layer for layer in range(total) if not first <= layer < first + total - keep)
+
+
+def layer_values(block_influence: Tensor, depth: DepthScores | None, target: TargetConfig) -> Tensor:
+    """What each single layer is worth by `target.depth_metric`, `[layers]`.
+
+    Args:
+        block_influence: `[layers]`.
+        depth: The score file's depth metrics, if it has any.
+        target: What is wanted.
+
+    Raises:
+        ScoresError: The scores lack what the target asks for; says how to get it.
+    """
+    metric = target.depth_metric
     if metric == BLOCK_INFLUENCE:
-        return _indices(block_influence, keep)
+        return block_influence
     if depth is None:
         raise ScoresError(
             f"target.depth_metric = {metric}, and the scores hold no depth metrics",
             rule="a layer choice by another metric than block influence needs that metric in the score file",
             remedy=f"set score.depth.metrics=[{metric}] and score again (--from score)",
         )
-    if not target.depth_contiguous or keep == total:
-        return _indices(depth.layers(metric), keep)
-    first = depth.best_block(metric, total - keep)
-    return tuple(layer for layer in range(total) if not first <= layer < first + total - keep)
+    return depth.layers(metric)
 
 
 def block_text(block: Block) -> str:

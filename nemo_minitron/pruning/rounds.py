@@ -9,6 +9,7 @@ from fractions import Fraction
 from math import ceil, gcd
 
 from nemo_minitron.arch.axes import LAYER_AXES, PRUNABLE, size_divisor
+from nemo_minitron.arch.layer import COUNT_KEYS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -36,7 +37,7 @@ def round_targets(target: TargetConfig, teacher: ModelSpec, steps: int) -> tuple
             remedy="prune in one step",
         )
     rounds = [_sizes(target, teacher, final, number, steps) for number in range(1, steps + 1)]
-    for number, (before, after) in enumerate(zip([_whole(teacher), *rounds], rounds, strict=False), start=1):
+    for number, (before, after) in enumerate(zip([_whole(target, teacher), *rounds], rounds, strict=False), start=1):
         if before == after:
             raise PlanError(
                 f"steps = {steps}: round {number} would cut nothing ({_told(after)})",
@@ -64,8 +65,10 @@ def round_specs(target: TargetConfig, teacher: ModelSpec, steps: int) -> tuple[M
 Sizes = dict[str, int]
 
 
-def _whole(spec: ModelSpec) -> Sizes:
-    return {row.size: size for row in PRUNABLE if (size := spec.common_size(row))}
+def _whole(target: TargetConfig, spec: ModelSpec) -> Sizes:
+    """All sizes of a model, and the numbers of layers of kinds that the target names."""
+    asked = {key: spec.kinds.get(kind, 0) for key, kind in COUNT_KEYS.items() if getattr(target, key) is not None}
+    return {row.size: size for row in PRUNABLE if (size := spec.common_size(row))} | asked
 
 
 def _uniform(*specs: ModelSpec) -> bool:
@@ -74,7 +77,7 @@ def _uniform(*specs: ModelSpec) -> bool:
 
 
 def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: int, steps: int) -> Sizes:
-    first, last = _whole(teacher), _whole(final)
+    first, last = _whole(target, teacher), _whole(target, final)
     if number == steps:
         return last
     sizes: Sizes = {}
@@ -87,7 +90,8 @@ def _sizes(target: TargetConfig, teacher: ModelSpec, final: ModelSpec, number: i
         else:
             many, few = (whole[row.size] // whole[outer.size] for whole in (first, last))
             sizes[row.size] = sizes[outer.size] * between(many, few, number, steps, unit=1)
-    return sizes
+    counts = (key for key in COUNT_KEYS if key in first)
+    return sizes | {key: between(first[key], last[key], number, steps) for key in counts}
 
 
 def between(first: int, last: int, number: int, steps: int, *, multiple_of: int = 1, unit: int | None = None) -> int:

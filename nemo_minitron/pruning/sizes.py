@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import lcm
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, size_divisor
-from nemo_minitron.arch.layer import PARTS, LayerSpec
+from nemo_minitron.arch.layer import COUNT_KEYS, PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -35,7 +35,9 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
             rule="a student is cut out of its teacher: no size grows, every KV group keeps as many heads as the others",
             remedy="change the sizes under target",
         )
-    kept = named_layers(target, teacher) or tuple(range(num_layers(target, teacher)))
+    kept = named_layers(target, teacher)
+    if kept is None:
+        kept = chosen_layers(target, teacher, lambda keep: tuple(range(keep)), range(teacher.num_layers))
     gone = dropped_parts(target, teacher, kept, lambda part, layers: layers)
     layers = tuple(
         student_layer(target.for_layer(index), teacher.layers[index]).without(*gone.get(index, ())) for index in kept
@@ -47,7 +49,35 @@ def student_spec(target: TargetConfig, teacher: ModelSpec) -> ModelSpec:
 
 def num_layers(target: TargetConfig, teacher: ModelSpec) -> int:
     """How many layers stay, leaving `drop_layers` aside."""
+    if counts := kind_counts(target, teacher):
+        return sum(counts.values())
     return _resolved(target, "num_layers", teacher.num_layers)
+
+
+def kind_counts(target: TargetConfig, teacher: ModelSpec) -> dict[str, int]:
+    """How many layers of each kind stay; {} if the target names no kind."""
+    asked = {kind: count for key, kind in COUNT_KEYS.items() if (count := getattr(target, key)) is not None}
+    return {**teacher.kinds, **asked} if asked else {}
+
+
+def chosen_layers(
+    target: TargetConfig, teacher: ModelSpec, best: Callable[[int], tuple[int, ...]], ranking: Sequence[int]
+) -> tuple[int, ...]:
+    """Layers that stay where none are named, ascending: over all layers, or so many of each kind.
+
+    Args:
+        target: What is wanted.
+        teacher: The teacher.
+        best: The layers that stay if so many of all do.
+        ranking: All layers, those that are worth most first; for kinds.
+    """
+    counts = kind_counts(target, teacher)
+    if not counts:
+        return best(num_layers(target, teacher))
+    kept: list[int] = []
+    for kind, count in counts.items():
+        kept += [index for index in ranking if teacher.layers[index].kind == kind][:count]
+    return tuple(sorted(kept))
 
 
 def hidden_size(target: TargetConfig, teacher: ModelSpec) -> int:
@@ -154,6 +184,7 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
     if target.drop_layers is None or not drops:
         yield from _part_problems(target, teacher)
     yield from _unnamed_problems(target, teacher)
+    yield from _kind_problems(target, teacher)
     for sizes in dict.fromkeys(layer for index, layer in enumerate(teacher.layers) if index not in target.by_layer):
         yield from _layer_problems(target, sizes)
         yield from _routing_problems(target, sizes)
@@ -161,6 +192,19 @@ def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
         yield from (f"by_layer.{index}: {problem}" for problem in _single_layer_problems(target, teacher, index))
     if target.top_k is not None and not teacher.has_experts:
         yield f"top_k = {target.top_k}: the teacher has no experts"
+
+
+def _kind_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:
+    """What is wrong with numbers of layers of single kinds."""
+    asked = {key: count for key in COUNT_KEYS if (count := getattr(target, key)) is not None}
+    for key, count in asked.items():
+        have = teacher.kinds.get(COUNT_KEYS[key], 0)
+        if count > have:
+            yield f"{key} = {count}, the teacher has {have} such layers"
+    if asked and (other := [key for key in ("num_layers", "drop_layers") if getattr(target, key) is not None]):
+        yield f"{next(iter(asked))} and {other[0]}: give one of them"
+    if asked and target.depth_contiguous:
+        yield f"{next(iter(asked))} with depth_contiguous: layers of one kind do not follow one another"
 
 
 def _unnamed_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:

@@ -14,6 +14,8 @@ _UNITS = {
     "non_embedding_params": ("parameters without embeddings (millions)", 1e6),
     "weight_memory": ("weights (MB)", 1e6),
     "kv_cache": ("KV cache (MB)", 1e6),
+    "ssm_state": ("Mamba states (MB)", 1e6),
+    "memory": ("weights, KV cache and Mamba states (MB)", 1e6),
     "flops_per_token": ("GFLOPs per generated token", 1e9),
     "prefill_ms": ("prefill (ms)", 1.0),
     "decode_ms": ("decoding a token (ms)", 1.0),

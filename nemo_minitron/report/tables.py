@@ -5,11 +5,11 @@ A table is a dict of `headings`, `rows` of texts, and, where rows differ in weig
 
 from nemo_minitron.arch.sizes import PARAMETERS, cut_sizes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.weights import matrix_count
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.report import measured
 from nemo_minitron.report.content import MODELS, ReportContent, Row
 from nemo_minitron.report.curves import lines, untrained_loss
-from nemo_minitron.search.counts import matrix_parameters
 
 BF16_BYTES = 2
 _MAX_POINTS = 12
@@ -62,7 +62,7 @@ def _speed(content: ReportContent) -> Row:
         decode, prefill = ratio["decode_tokens_per_second"], ratio["prefill_tokens_per_second"]
         label = f"tokens/s in generating ({decode['least']:.2f} to {decode['most']:.2f} by round)"
         return tile(f"{decode['median']:.2f} x", f"{label}; {prefill['median']:.2f} x in reading")
-    before, after = (matrix_parameters(spec) for spec in (content.teacher, content.student))
+    before, after = (matrix_count(spec) for spec in (content.teacher, content.student))
     return tile(f"{after / before:.2f} x", "multiplications per token; speed was not measured")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_minitron.search.axes import LAYERS, Sizes, short_name, sizes_of
+from nemo_minitron.search.axes import Sizes, layer_places, sizes_of
 from nemo_minitron.search.measures import Measure
 from nemo_minitron.search.space import Found, Space
 
@@ -21,16 +21,13 @@ class Candidate:
 
     Attributes:
         sizes: For each of the teacher's axes, as `search.axes.axes_of` has them.
+        name: Short and unambiguous.
         label: What it stands for, if it is a baseline.
     """
 
     sizes: Sizes
+    name: str
     label: str = ""
-
-    @property
-    def name(self) -> str:
-        """Short and unambiguous."""
-        return short_name(self.sizes)
 
 
 def choose_candidates(
@@ -51,17 +48,21 @@ def choose_candidates(
     rows = found.shapes
     if len(rows) > _LARGEST:
         rows = rows[np.linspace(0, len(rows) - 1, _LARGEST).astype(int)]
-    candidates = [Candidate(sizes=uniform_scaling(space, found), label=UNIFORM)]
+
+    def candidate(sizes: Sizes, label: str = "") -> Candidate:
+        return Candidate(sizes=sizes, name=space.short_name(sizes), label=label)
+
+    candidates = [candidate(uniform_scaling(space, found), UNIFORM)]
     depth = depth_alone(space, measured, limits)
     if depth is not None and count > 1 and depth != candidates[0].sizes:
-        candidates.append(Candidate(sizes=depth, label=DEPTH))
+        candidates.append(candidate(depth, DEPTH))
     points = np.log(rows)
     nearest = np.full(len(rows), np.inf)
-    for candidate in candidates:
-        nearest = np.minimum(nearest, _distance(points, np.log(candidate.sizes)))
+    for each in candidates:
+        nearest = np.minimum(nearest, _distance(points, np.log(each.sizes)))
     while len(candidates) < count and nearest.max() > 0:
         place = int(nearest.argmax())
-        candidates.append(Candidate(sizes=tuple(int(size) for size in rows[place])))
+        candidates.append(candidate(tuple(int(size) for size in rows[place])))
         nearest = np.minimum(nearest, _distance(points, points[place]))
     return candidates
 
@@ -79,10 +80,17 @@ def uniform_scaling(space: Space, found: Found) -> Sizes:
 
 
 def depth_alone(space: Space, measured: Mapping[str, Measure], limits: Mapping[str, float]) -> Sizes | None:
-    """The deepest shape within the budgets that is as wide as the teacher; None if not even one layer is."""
+    """The deepest shape within the budgets that is as wide as the teacher; None if not even one layer is.
+
+    Of layers of several kinds, as large a part of each stays, at least one.
+    """
     teacher = sizes_of(space.teacher)
-    for layers in range(teacher[LAYERS], 0, -1):
-        sizes = tuple(layers if axis == LAYERS else size for axis, size in enumerate(teacher))
+    numbers = set(layer_places(space.axes).values())
+    total = sum(teacher[place] for place in numbers)
+    for layers in range(total, 0, -1):
+        sizes = tuple(
+            max(1, round(layers * size / total)) if place in numbers else size for place, size in enumerate(teacher)
+        )
         if all(measured[name](sizes) <= limit for name, limit in limits.items()):
             return sizes
     return None

@@ -1,7 +1,7 @@
 """Latency of shapes from a small table of timed layers, interpolated between its points."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -10,17 +10,30 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.arch.axes import PrunableAxis, size_divisor
+from nemo_minitron.arch.layer import Attention, FeedForward, Mamba, Mixer, Mlp
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
 from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import FFN, GROUPS, HEADS, HIDDEN, LAYERS
+from nemo_minitron.search.axes import SearchAxis, axes_of, layer_places, layers_by_kind, place_of
 
 FORMAT = "nemo_minitron.latency"
 VERSION = 1
 PHASES = ("prefill", "decode")
-_AXES = {"attention": ("hidden", "groups", "ratio"), "mlp": ("hidden", "ffn"), "head": ("hidden",)}
-PARTS = tuple(_AXES)
+PART_AXES: dict[str, tuple[str, ...]] = {
+    "attention": ("hidden", "groups", "ratio"),
+    "mlp": ("hidden", "ffn"),
+    "mamba": ("hidden", "mamba_groups", "mamba_ratio", "mamba_channels"),
+    "head": ("hidden",),
+}
+"""Axes of the parts of a model that are timed, as rows of `arch.axes` name them; a ratio is heads for each group."""
+_PART_OF: dict[type[Mixer | FeedForward], str] = {Attention: "attention", Mamba: "mamba", Mlp: "mlp"}
+
+
+def parts_of(grid: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts that a table of these axes holds."""
+    return tuple(part for part, axes in PART_AXES.items() if set(axes) <= grid.keys())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,8 @@ class Conditions:
         head_dim: Channels of a head.
         vocab_size: Rows of the output layer.
         gated: Whether the MLP has a gate.
+        state_size: Channels of a Mamba state; 0 without Mamba.
+        conv_kernel: Positions that Mamba's convolution sees.
     """
 
     device: str
@@ -44,10 +59,13 @@ class Conditions:
     head_dim: int
     vocab_size: int
     gated: bool
+    state_size: int = 0
+    conv_kernel: int = 0
 
     @classmethod
     def of(cls, teacher: ModelSpec, deployment: DeploymentConfig, device: str) -> Self:
         """What a search needs."""
+        mamba = next((layer.mixer for layer in teacher.layers if isinstance(layer.mixer, Mamba)), None)
         return cls(
             device=device,
             dtype=deployment.dtype.value,
@@ -56,16 +74,18 @@ class Conditions:
             head_dim=teacher.head_dim,
             vocab_size=teacher.vocab_size,
             gated=teacher.activation.gated,
+            state_size=0 if mamba is None else mamba.mamba_state_dim,
+            conv_kernel=0 if mamba is None else mamba.conv_kernel,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """Timed parts of a model: attention and MLP of one layer, and the output layer.
+    """Timed parts of a model: attention, Mamba and MLP of one layer, and the output layer.
 
     Attributes:
         conditions: What it was timed for.
-        grid: Points of each axis, ascending: `hidden`, `ffn`, `groups`, and `ratio`, query heads per KV group.
+        grid: Points of each axis of its parts, ascending; see `PART_AXES`.
         milliseconds: By phase (`prefill`, `decode`) and part, nested lists over the axes of the part.
         error: Median and maximum of the relative error on shapes that are not in the table, and their number.
     """
@@ -75,27 +95,35 @@ class LatencyTable:
     milliseconds: dict[str, dict[str, Any]]
     error: dict[str, float]
 
-    def prefill_ms(self, sizes: Sequence[Any]) -> Any:
-        """Milliseconds for a batch of prompts, for one integer or integer array for each axis of the search."""
-        return self._model("prefill", sizes)
+    def model_ms(self, phase: str, teacher: ModelSpec, sizes: Sequence[Any]) -> Any:
+        """Milliseconds of shapes of a teacher, its layers one after the other.
 
-    def decode_ms(self, sizes: Sequence[Any]) -> Any:
-        """Milliseconds for one token of each sequence of a batch."""
-        return self._model("decode", sizes)
+        Args:
+            phase: `prefill`, for a batch of prompts, or `decode`, for one token of each sequence of a batch.
+            teacher: Which parts layers have.
+            sizes: One integer or integer array for each axis of the search.
+        """
+        axes = axes_of(teacher)
+        numbers = layer_places(axes)
+        total = self._part(phase, "head", axes, sizes)
+        for kind, layer in layers_by_kind(teacher).items():
+            each = sum(self._part(phase, _PART_OF[type(part)], axes, sizes) for part in layer.parts)
+            total = total + sizes[numbers[kind]] * each
+        return total
 
     def part_ms(self, phase: str, part: str, point: Sequence[Any]) -> Any:
         """Milliseconds of one part, interpolated linearly along each axis.
 
         Args:
             phase: `prefill` or `decode`.
-            part: One of `PARTS`.
+            part: One of `parts_of(grid)`.
             point: A number or array for each axis of the part; arrays broadcast against one another.
 
         Raises:
             SearchError: A size lies outside the table.
         """
-        grids = [self.grid[axis] for axis in _AXES[part]]
-        for axis, grid, values in zip(_AXES[part], grids, point, strict=True):
+        grids = [self.grid[axis] for axis in PART_AXES[part]]
+        for axis, grid, values in zip(PART_AXES[part], grids, point, strict=True):
             low, high = np.min(values), np.max(values)
             if low < grid[0] or high > grid[-1]:
                 raise SearchError(
@@ -105,12 +133,17 @@ class LatencyTable:
                 )
         return interpolate(np.array(self.milliseconds[phase][part], dtype=float), grids, point)
 
-    def _model(self, phase: str, sizes: Sequence[Any]) -> Any:
-        layers, hidden, ffn, heads, groups = (sizes[place] for place in (LAYERS, HIDDEN, FFN, HEADS, GROUPS))
+    def _part(self, phase: str, part: str, axes: Sequence[SearchAxis], sizes: Sequence[Any]) -> Any:
+        return self.part_ms(phase, part, [self._coordinate(name, axes, sizes) for name in PART_AXES[part]])
+
+    def _coordinate(self, name: str, axes: Sequence[SearchAxis], sizes: Sequence[Any]) -> Any:
+        """Where shapes lie on an axis of the table."""
+        row = next(axis.row for axis in axes if axis.row.timed == name)
+        size, outer = sizes[_place(axes, row)], size_divisor(row)
+        if outer is None:
+            return size
         # Combinations that no model can have are ruled out elsewhere; here they only must not leave the table.
-        ratio = np.clip(np.divide(heads, groups), self.grid["ratio"][0], self.grid["ratio"][-1])
-        layer = self.part_ms(phase, "attention", (hidden, groups, ratio)) + self.part_ms(phase, "mlp", (hidden, ffn))
-        return layers * layer + self.part_ms(phase, "head", (hidden,))
+        return np.clip(np.divide(size, sizes[_place(axes, outer)]), self.grid[name][0], self.grid[name][-1])
 
     def save(self, path: Path) -> None:
         """Write JSON under a temporary name, then put it in place."""
@@ -147,6 +180,12 @@ class LatencyTable:
                 "than this one, name it: target.deployment.device",
             )
         return table
+
+
+def _place(axes: Sequence[SearchAxis], row: PrunableAxis) -> int:
+    place = place_of(axes, row.axis)
+    assert place is not None, "a part is timed for models that have it"
+    return place
 
 
 def interpolate(values: NDArray[np.float64], grids: Sequence[Sequence[int]], point: Sequence[Any]) -> Any:

@@ -17,7 +17,6 @@ from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.sizes import LayerwiseConfig, TargetConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import NAMES, sizes_of
 from nemo_minitron.search.measures import Measure, describe
 from nemo_minitron.search.space import Space
 
@@ -68,7 +67,6 @@ def layer_costs(
         measured: By name of the budget; linear in the number of layers.
         limits: Which of them count.
     """
-    hidden = sizes_of(space.teacher)[NAMES.index("hidden_size")]
     costs: dict[str, NDArray[np.float64]] = {}
     fixed: dict[str, float] = {}
     for name in limits:
@@ -77,16 +75,16 @@ def layer_costs(
             if form is None:
                 rows.append(0.0)
                 continue
-            one, two = (float(measured[name](_shape(layers, hidden, form))) for layers in (1, 2))
+            one, two = (float(measured[name](_shape(space, layers, form))) for layers in (1, 2))
             rows.append(two - one)
             fixed[name] = one - (two - one)
         costs[name] = np.array(rows)
     return costs, fixed
 
 
-def _shape(layers: int, hidden: int, form: LayerSpec) -> tuple[int, ...]:
-    sizes = {**dict.fromkeys(NAMES, 0), **form.sizes, "num_layers": layers, "hidden_size": hidden}
-    return tuple(sizes[name] for name in NAMES)
+def _shape(space: Space, layers: int, form: LayerSpec) -> tuple[int, ...]:
+    sizes = {**form.sizes, "num_layers": layers, "hidden_size": space.teacher.hidden_size}
+    return tuple(sizes.get(axis.key, 0) for axis in space.axes)
 
 
 def choose_layers(

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from nemo_minitron.arch.axes import PRUNABLE
-from nemo_minitron.arch.layer import PARTS, LayerSpec
+from nemo_minitron.arch.layer import PARTS, LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.errors import SearchError
-from nemo_minitron.search.axes import Sizes, named, resized
+from nemo_minitron.search.axes import Sizes, axes_of, layer_places, resized
 from nemo_minitron.search.choose import Candidate, choose_candidates
 from nemo_minitron.search.measures import Latency, Measure, limits, measures
 from nemo_minitron.search.race import group_count, group_sizes
@@ -60,22 +60,24 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
 
     Args:
         config: The recipe.
-        teacher: The model to prune; its layers are of one size.
+        teacher: The model to prune; its layers of one kind are alike.
         latency: For budgets of latency.
 
     Raises:
         SearchError: Rules contradict each other, or no shape fits.
-        SpecError: The teacher's layers differ in size.
+        SpecError: Layers of one kind differ.
     """
     target, search = config.target, config.search
-    if teacher.has_experts and search.layerwise is not None:
+    several = len(layer_places(axes_of(teacher))) > 1
+    if search.layerwise is not None and (teacher.has_experts or several):
         raise SearchError(
-            "search.layerwise for a model with experts",
+            f"search.layerwise for a model with {'experts' if teacher.has_experts else 'layers of several kinds'}",
             rule="layers take smaller MLPs, fewer KV groups, or go",
             remedy="leave search.layerwise out",
         )
     teacher = replace(teacher, layers=tuple(layer.routed_to(target.top_k) for layer in teacher.layers))
-    always = (*ALWAYS, "active_params") if teacher.has_experts else ALWAYS
+    always = [*ALWAYS, *(["active_params"] if teacher.has_experts else [])]
+    always += ["ssm_state", "memory"] if any(isinstance(layer.mixer, Mamba) for layer in teacher.layers) else []
     space = make_space(search, target, teacher, config.parallel)
     upper = limits(target, teacher)
     found = find_shapes(
@@ -88,9 +90,9 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
     )
 
 
-def sized_target(target: TargetConfig, sizes: Sizes) -> TargetConfig:
-    """A recipe's target with its budgets replaced by sizes."""
-    return target.model_copy(update={**dict.fromkeys(target.budgets), **named(sizes)})
+def sized_target(target: TargetConfig, sizes: Mapping[str, int]) -> TargetConfig:
+    """A recipe's target with its budgets replaced by sizes, by their keys."""
+    return target.model_copy(update={**dict.fromkeys(target.budgets), **sizes})
 
 
 def target_by_layer(target: TargetConfig, teacher: ModelSpec, layers: Mapping[int, LayerSpec]) -> TargetConfig:

@@ -8,7 +8,6 @@ from typing import Any
 from nemo_minitron.arch.sizes import layer_axes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count
-from nemo_minitron.search.axes import named
 from nemo_minitron.search.measures import table_row
 from nemo_minitron.search.problem import SearchProblem
 from nemo_minitron.search.race import RaceResult, Record
@@ -26,7 +25,7 @@ def candidate_rows(problem: SearchProblem, race: RaceResult, record: Record) -> 
             {
                 "name": name,
                 "label": candidate.label,
-                **named(candidate.sizes),
+                **problem.space.named(candidate.sizes),
                 **table_row(problem.measured, candidate.sizes),
                 **losses(name, race),
                 "failed": failures.get(name, ""),

@@ -2,27 +2,28 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import pairwise, product
 from math import ceil, lcm, prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_minitron.arch.axes import PrunableAxis
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
-from nemo_minitron.config.sizes import AxisConfig, TargetConfig
+from nemo_minitron.config.sizes import AxisConfig, SpaceConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.axes import (
-    EXPERTS,
-    GROUPS,
-    HEADS,
-    LAYERS,
+    SearchAxis,
     Sizes,
     axes_of,
+    layer_places,
     named,
+    nested_places,
+    place_of,
     short_name,
     sizes_of,
     step_of,
@@ -41,6 +42,21 @@ class Space:
     teacher: ModelSpec
     values: tuple[tuple[int, ...], ...]
     """For each of the teacher's axes, as `search.axes.axes_of` has them."""
+    least_layers: int = 1
+    """Layers that a model has at least, all kinds together."""
+
+    @cached_property
+    def axes(self) -> tuple[SearchAxis, ...]:
+        """The teacher's axes."""
+        return axes_of(self.teacher)
+
+    def named(self, sizes: Sequence[int]) -> dict[str, int]:
+        """Sizes by their keys in a recipe."""
+        return named(self.axes, sizes)
+
+    def short_name(self, sizes: Sequence[int]) -> str:
+        """As `L24-H512-F1408-A9-G3`."""
+        return short_name(self.axes, sizes)
 
     @property
     def size(self) -> int:
@@ -54,19 +70,34 @@ class Space:
 
     def chunks(self) -> Iterator[list[IntArray]]:
         """The space in parts: for each axis an array that broadcasts against the others."""
-        rest = prod(map(len, self.values[1:]))
-        rows = max(1, _CHUNK // max(rest, 1))
-        first = np.array(self.values[0], dtype=np.int64)
-        for start in range(0, len(first), rows):
-            parts = [first[start : start + rows], *(np.array(values, dtype=np.int64) for values in self.values[1:])]
-            yield list(np.ix_(*parts))
+        counts = [len(values) for values in self.values]
+        # One value of each axis before `split`, some of that one, and all of those behind it.
+        split = next(place for place in range(len(counts)) if prod(counts[place + 1 :]) <= _CHUNK)
+        rows = max(1, _CHUNK // prod(counts[split + 1 :]))
+        for before in product(*self.values[:split]):
+            for start in range(0, counts[split], rows):
+                parts = [*((value,) for value in before), self.values[split][start : start + rows]]
+                parts += self.values[split + 1 :]
+                yield list(np.ix_(*(np.array(values, dtype=np.int64) for values in parts)))
 
     def allowed(self, sizes: Sequence[IntArray]) -> NDArray[np.bool_]:
-        """Which query heads can be cut out of the teacher's groups: a multiple of the groups, no more to each."""
-        heads, groups = sizes[HEADS], sizes[GROUPS]
+        """Which shapes can be cut out of the teacher: heads a multiple of their groups, and layers enough for a stage.
+
+        No group has more heads than the teacher's.
+        """
+        result: NDArray[np.bool_] = np.ones((1,) * len(self.values), dtype=np.bool_)
+        for inner, outer in nested_places(self.axes):
+            result = result & self.nests(sizes[inner], sizes[outer], inner, outer)
+        numbers = layer_places(self.axes).values()
+        if sum(self.values[place][0] for place in numbers) < self.least_layers:
+            result = result & (sum(sizes[place] for place in numbers) >= self.least_layers)
+        return result
+
+    def nests(self, sizes: Any, outer_sizes: Any, inner: int, outer: int) -> NDArray[np.bool_]:
+        """Whether sizes at place `inner` go with those at place `outer`."""
         teacher = sizes_of(self.teacher)
-        most = teacher[HEADS] // teacher[GROUPS]
-        result: NDArray[np.bool_] = (heads % groups == 0) & (heads // groups <= most)
+        most = teacher[inner] // teacher[outer]
+        result: NDArray[np.bool_] = (sizes % outer_sizes == 0) & (sizes // outer_sizes <= most)
         return result
 
 
@@ -93,37 +124,18 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
 
     Raises:
         SearchError: Rules contradict each other; names all that do.
-        SpecError: The teacher's layers differ in size.
+        SpecError: Layers of one kind differ.
     """
-    problems: list[str] = []
-    shared = lcm(parallel.tensor, target.deployment.tensor_parallel)
+    axes = axes_of(teacher)
+    problems = _unknown_keys(search, target, axes)
     values = []
-    divisors = {"tensor": shared, "expert": parallel.expert}
-    for axis, size in zip(axes_of(teacher), sizes_of(teacher), strict=True):
-        wanted: AxisConfig | None = getattr(search.space, axis.size)
-        exact: int | float | None = getattr(target, axis.size)
-        multiple = lcm(getattr(target.multiple_of, axis.size), divisors.get(axis.divided_by, 1))
-        if exact is not None and wanted is not None:
-            problems.append(f"target.{axis.size} = {exact} and search.space.{axis.size}: one of them")
-            continue
-        if exact is not None:
-            share = round(exact * size / multiple) * multiple if isinstance(exact, float) else exact
-            wanted = AxisConfig(values=(share,))
-        elif wanted is None and not axis.is_searched:
-            wanted = AxisConfig(values=(size,))
-        found, wrong = _sizes(axis, wanted or AxisConfig(), size, multiple)
+    for axis, size in zip(axes, sizes_of(teacher), strict=True):
+        found, wrong = _wanted_sizes(axis, size, search, target, parallel)
         problems += wrong
         values.append(found)
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if not problems:
-        chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-        values[LAYERS] = tuple(size for size in values[LAYERS] if size >= chunks)
-        if not values[LAYERS]:
-            problems.append(f"search.space.num_layers has fewer layers than parallel.pipeline needs ({chunks})")
-        if teacher.has_experts:
-            top_k = teacher.layer.moe.top_k
-            values[EXPERTS] = tuple(size for size in values[EXPERTS] if size >= top_k)
-            if not values[EXPERTS]:
-                problems.append(f"search.space.num_experts has fewer experts than a token is routed to ({top_k})")
+        problems += _too_few(values, axes, teacher, chunks)
     if problems:
         raise SearchError(
             "search space: " + "; ".join(problems),
@@ -131,29 +143,82 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             "tensor-parallel sizes of the run and of the deployment",
             remedy="change search.space, target.multiple_of or parallel.tensor",
         )
-    space = Space(teacher=teacher, values=tuple(values))
-    heads, groups = (np.array(space.values[index])[shape] for index, shape in ((HEADS, np.s_[:, None]), (GROUPS, None)))
-    pair: list[Any] = [0] * len(space.values)
-    pair[HEADS], pair[GROUPS] = heads, groups
-    if not space.allowed(pair).any():
-        raise SearchError(
-            f"search space: no number of heads in {list(space.values[HEADS])} goes with KV groups in "
-            f"{list(space.values[GROUPS])}",
-            rule="heads are a multiple of KV groups, and a group has no more heads than the teacher's",
-            remedy="change search.space.{NAMES[HEADS]} or search.space.{NAMES[GROUPS]}",
-        )
+    space = Space(teacher=teacher, values=tuple(values), least_layers=chunks)
+    for inner, outer in nested_places(axes):
+        sizes, outer_sizes = (np.array(values[place]) for place in (inner, outer))
+        if not space.nests(sizes[:, None], outer_sizes, inner, outer).any():
+            rows = axes[inner].row, axes[outer].row
+            raise SearchError(
+                f"search space: no number of {rows[0].units} in {list(values[inner])} goes with {rows[1].units} in "
+                f"{list(values[outer])}",
+                rule=f"{rows[0].units} are a multiple of {rows[1].units}, and a group has no more {rows[0].units} "
+                "than the teacher's",
+                remedy=f"change search.space.{rows[0].size} or search.space.{rows[1].size}",
+            )
     return space
 
 
-def _sizes(axis: PrunableAxis, wanted: AxisConfig, size: int, multiple: int) -> tuple[tuple[int, ...], list[str]]:
+def _unknown_keys(search: SearchConfig, target: TargetConfig, axes: Sequence[SearchAxis]) -> list[str]:
+    """Sizes that the recipe names and the teacher does not have."""
+    known = {axis.key for axis in axes}
+    several = [axis.key for axis in axes if axis.is_layers and axis.kind]
+    remedy = {"num_layers": f"its layers are of several kinds: {', '.join(several)}"} if several else {}
+    return [
+        f"{where}.{key}: {remedy.get(key, 'the teacher has no such size')}"
+        for where, section in (("target", target), ("search.space", search.space))
+        for key in SpaceConfig.model_fields
+        if key not in known and getattr(section, key) is not None
+    ]
+
+
+def _wanted_sizes(
+    axis: SearchAxis, size: int, search: SearchConfig, target: TargetConfig, parallel: ParallelConfig
+) -> tuple[tuple[int, ...], list[str]]:
+    """The sizes that a recipe allows on an axis of which the teacher has `size`, and what is wrong with them."""
+    row = axis.row
+    divisors = {"tensor": lcm(parallel.tensor, target.deployment.tensor_parallel), "expert": parallel.expert}
+    asked = 1 if axis.kind else getattr(target.multiple_of, row.size)
+    multiple = lcm(asked, divisors.get(row.divided_by, 1))
+    wanted: AxisConfig | None = getattr(search.space, axis.key)
+    exact: int | float | None = getattr(target, axis.key)
+    if exact is not None and wanted is not None:
+        return (), [f"target.{axis.key} = {exact} and search.space.{axis.key}: one of them"]
+    if exact is not None:
+        share = round(exact * size / multiple) * multiple if isinstance(exact, float) else exact
+        wanted = AxisConfig(values=(share,))
+    elif wanted is None and not row.is_searched:
+        wanted = AxisConfig(values=(size,))
+    return _sizes(axis, wanted or AxisConfig(), size, multiple)
+
+
+def _too_few(values: list[tuple[int, ...]], axes: Sequence[SearchAxis], teacher: ModelSpec, chunks: int) -> list[str]:
+    """Take out sizes that are too few whatever the others are; returns what is left without any."""
+    problems = []
+    numbers = layer_places(axes).values()
+    most = {place: sum(values[other][-1] for other in numbers if other != place) for place in numbers}
+    for place in numbers:
+        values[place] = tuple(size for size in values[place] if size + most[place] >= chunks)
+    if not all(values[place] for place in numbers):
+        names = " + ".join(f"search.space.{axes[place].key}" for place in numbers)
+        problems.append(f"{names} has fewer layers than parallel.pipeline needs ({chunks})")
+    experts = place_of(axes, Axis.EXPERT)
+    if experts is not None:
+        top_k = max(layer.moe.top_k for layer in teacher.layers if layer.has_experts)
+        values[experts] = tuple(size for size in values[experts] if size >= top_k)
+        if not values[experts]:
+            problems.append(f"search.space.num_experts has fewer experts than a token is routed to ({top_k})")
+    return problems
+
+
+def _sizes(axis: SearchAxis, wanted: AxisConfig, size: int, multiple: int) -> tuple[tuple[int, ...], list[str]]:
     """The sizes of one axis, and what is wrong with them."""
-    where = f"search.space.{axis.size}"
+    where = f"search.space.{axis.key}"
     if wanted.values is not None:
         found = tuple(sorted(set(wanted.values)))
         wrong = [f"{where}: {value} is above the teacher's {size}" for value in found if value > size]
         wrong += [f"{where}: {value} is not a multiple of {multiple}" for value in found if value % multiple]
         return found, wrong
-    step = lcm(wanted.step or lcm(step_of(axis, size), multiple), multiple)
+    step = lcm(wanted.step or lcm(step_of(axis.row, size), multiple), multiple)
     least, most = (
         ceil(value * size) if isinstance(value, float) else value
         for value in (0.5 if wanted.min is None else wanted.min, size if wanted.max is None else wanted.max)
@@ -187,7 +252,7 @@ def find_shapes(
     result = Found(shapes=np.empty((0, len(space.values)), np.int64), use=np.empty(0), total=space.size)
     result.above = dict.fromkeys(limits, 0)
     parts, uses = [], []
-    nearest = _Nearest()
+    nearest = _Nearest(space)
     for sizes in space.chunks():
         shape = np.broadcast_shapes(*(axis.shape for axis in sizes))
         allowed = space.allowed(sizes)
@@ -219,7 +284,8 @@ def _count(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> int:
 class _Nearest:
     """The largest shape within the budgets, and the one that exceeds them least."""
 
-    def __init__(self) -> None:
+    def __init__(self, space: Space) -> None:
+        self.space = space
         self.within: tuple[float, Sizes] | None = None
         self.above: tuple[float, Sizes] | None = None
 
@@ -235,6 +301,11 @@ class _Nearest:
             if before is None or abs(found[0] - 1) < abs(before[0] - 1):
                 setattr(self, attribute, found)
 
+    def told(self, sizes: Sizes) -> str:
+        """A shape for people."""
+        sizes_named = ", ".join(f"{name} {size}" for name, size in self.space.named(sizes).items())
+        return f"{self.space.short_name(sizes)} ({sizes_named})"
+
 
 def _nothing_fits(
     result: Found, nearest: _Nearest, measured: Mapping[str, Measure], limits: Mapping[str, float], tolerance: float
@@ -248,13 +319,14 @@ def _nothing_fits(
         _, sizes = nearest.above
         needs = {name: measured[name](sizes) for name in limits}
         asked = ", ".join(f"{name} {describe(name, need)}" for name, need in needs.items() if need > limits[name])
-        remedy = f"the nearest is {_told(sizes)}; it needs {asked}; or allow smaller sizes in search.space"
+        remedy = f"the nearest is {nearest.told(sizes)}; it needs {asked}; or allow smaller sizes in search.space"
     else:
         use, sizes = nearest.within
         why = f"no shape uses a budget to {1 - tolerance:.0%} without exceeding one"
         remedy = (
-            f"the nearest within the budgets is {_told(sizes)}, at {use:.1%}: search.tolerance={1 - use + 5e-4:.3f} "
-            "lets it pass; or allow smaller steps or larger sizes in search.space"
+            f"the nearest within the budgets is {nearest.told(sizes)}, at {use:.1%}: "
+            f"search.tolerance={1 - use + 5e-4:.3f} lets it pass; or allow smaller steps or larger sizes in "
+            "search.space"
         )
     return SearchError(
         f"none of {candidates:,} shapes fits: {why}",
@@ -263,14 +335,9 @@ def _nothing_fits(
     )
 
 
-def _told(sizes: Sizes) -> str:
-    return f"{short_name(sizes)} ({', '.join(f'{name} {size}' for name, size in named(sizes).items())})"
-
-
 def ranges(space: Space) -> dict[str, str]:
     """The sizes of each axis for people."""
-    names = (row.size for row in axes_of(space.teacher))
-    return {name: _range(values) for name, values in zip(names, space.values, strict=True)}
+    return {axis.key: _range(values) for axis, values in zip(space.axes, space.values, strict=True)}
 
 
 def _range(values: tuple[int, ...]) -> str:

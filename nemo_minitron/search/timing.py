@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from nemo_minitron.arch.axes import size_divisor
+from nemo_minitron.kernels import state_space as kernels
+from nemo_minitron.ops.state_space import causal_convolution, gated_group_norm, state_space_scan
 from nemo_minitron.processor import processor_name
-from nemo_minitron.search.axes import FFN, GROUPS, HEADS, HIDDEN, sizes_of
-from nemo_minitron.search.latency import PARTS, PHASES, Conditions, LatencyTable
+from nemo_minitron.search.axes import place_of, sizes_of
+from nemo_minitron.search.latency import (
+    PART_AXES,
+    PHASES,
+    Conditions,
+    LatencyTable,
+    parts_of,
+)
 from nemo_minitron.search.space import Space
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,6 +30,8 @@ TIMED = tuple(_DTYPES)
 _SECONDS = 0.25
 """Of repetitions of one point, after the first; the shortest counts, which other work disturbs least."""
 _LEAST, _MOST = 3, 200
+_SCAN_CHUNK = 128
+_MULTIPLES = {"hidden": 16, "ffn": 16}
 
 
 def device_name() -> str:
@@ -34,12 +45,14 @@ def grid_of(space: Space, points: int = 4) -> dict[str, list[int]]:
     """Points that a space is timed at: evenly many from the smallest to the teacher's size."""
     ends = sizes_of(space.teacher)
     low, high = ([values[end] for values in space.values] for end in (0, -1))
-    places = {"hidden": HIDDEN, "ffn": FFN, "groups": GROUPS}
-    largest = {axis: ends[place] for axis, place in places.items()}
-    least = {axis: low[place] for axis, place in places.items()}
-    largest["ratio"] = ends[HEADS] // ends[GROUPS]
-    least["ratio"] = max(1, min(low[HEADS] // high[GROUPS], largest["ratio"]))
-    return {name: _between(least[name], largest[name], points) for name in largest}
+    found = {}
+    for place, axis in enumerate(space.axes):
+        if axis.row.timed and (outer := size_divisor(axis.row)) is None:
+            found[axis.row.timed] = _between(low[place], ends[place], points)
+        elif axis.row.timed and outer is not None and (other := place_of(space.axes, outer.axis)) is not None:
+            most = ends[place] // ends[other]
+            found[axis.row.timed] = _between(max(1, min(low[place] // high[other], most)), most, points)
+    return found
 
 
 def _between(low: int, high: int, points: int) -> list[int]:
@@ -67,7 +80,7 @@ def time_table(
     for phase, part, point in points_of(grid):
         found[phase].setdefault(part, []).append(bench.milliseconds(phase, part, point))
         timed()
-    for phase, part in product(PHASES, PARTS):
+    for phase, part in product(PHASES, parts_of(grid)):
         shape = [len(points) for points in _axes(part, grid).values()]
         found[phase][part] = torch.tensor(found[phase][part], dtype=torch.float64).view(shape).tolist()
     table = LatencyTable(conditions=conditions, grid=grid, milliseconds=found, error={})
@@ -79,7 +92,10 @@ def time_table(
 def points_of(grid: dict[str, list[int]]) -> list[tuple[str, str, tuple[int, ...]]]:
     """Everything that a table times: phase, part, and sizes."""
     return [
-        (phase, part, point) for phase in PHASES for part in PARTS for point in product(*_axes(part, grid).values())
+        (phase, part, point)
+        for phase in PHASES
+        for part in parts_of(grid)
+        for point in product(*_axes(part, grid).values())
     ]
 
 
@@ -91,17 +107,15 @@ def heldout_error(
     Args:
         table: What is checked.
         milliseconds: Times one part; see `time_table`.
-        count: Shapes of each phase; each is an attention and an MLP.
+        count: Shapes of each phase; each is one of every part but the output layer.
     """
     rng = random.Random(0)
     errors = []
     for phase in PHASES:
         for _ in range(count):
-            hidden, ffn, groups, ratio = (
-                _inside(rng, table.grid[name], multiple)
-                for name, multiple in (("hidden", 16), ("ffn", 16), ("groups", 1), ("ratio", 1))
-            )
-            parts = {"attention": (hidden, groups, ratio), "mlp": (hidden, ffn)}
+            shape = {name: _inside(rng, table.grid[name], _MULTIPLES.get(name, 1)) for name in table.grid}
+            names = {part: PART_AXES[part] for part in parts_of(table.grid) if part != "head"}
+            parts = {part: [shape[name] for name in axes] for part, axes in names.items()}
             timed = sum(milliseconds(phase, part, point) for part, point in parts.items())
             expected = sum(float(table.part_ms(phase, part, point)) for part, point in parts.items())
             errors.append(abs(expected - timed) / timed)
@@ -117,8 +131,7 @@ def _inside(rng: random.Random, points: list[int], multiple: int) -> int:
 
 
 def _axes(part: str, grid: dict[str, list[int]]) -> dict[str, list[int]]:
-    names = {"attention": ("hidden", "groups", "ratio"), "mlp": ("hidden", "ffn"), "head": ("hidden",)}[part]
-    return {name: grid[name] for name in names}
+    return {name: grid[name] for name in PART_AXES[part]}
 
 
 class _Bench:
@@ -136,6 +149,7 @@ class _Bench:
         builders: dict[str, Callable[..., Callable[[], Tensor]]] = {
             "attention": self._attention,
             "mlp": self._mlp,
+            "mamba": self._mamba,
             "head": self._head,
         }
         work = builders[part](tokens, *point)
@@ -188,6 +202,37 @@ class _Bench:
             key, value = cache
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, enable_gqa=ratio > 1)
             return x + F.linear(mixed.transpose(1, 2).reshape(batch, tokens, heads * width), out)
+
+        return work
+
+    def _mamba(self, tokens: int, hidden: int, groups: int, ratio: int, channels: int) -> Callable[[], Tensor]:
+        """A mixer in the form of `ops.state_space`, or of mamba-ssm's kernels; one token goes on from a state."""
+        batch, width, taps = self._told.batch_size, self._told.state_size, self._told.conv_kernel
+        heads = groups * ratio
+        inner, maps = heads * channels, groups * width
+        x, norm, inner_norm = self._tensor(batch, tokens, hidden), self._tensor(hidden), self._tensor(inner)
+        first, second = self._tensor(2 * inner + 2 * maps + heads, hidden), self._tensor(hidden, inner)
+        convolution, bias = self._tensor(inner + 2 * maps, taps), self._tensor(inner + 2 * maps)
+        window, decay = self._tensor(batch, taps - 1, inner + 2 * maps), -self._tensor(heads).abs().float()
+        before = self._tensor(batch, heads, channels, width).float()
+        fast = tokens > 1 and kernels.run(self._device, taps=taps)
+        convolve = kernels.causal_convolution if fast else causal_convolution
+
+        def work() -> Tensor:
+            projected = F.linear(F.rms_norm(x, (hidden,), norm), first)
+            gate, seen, steps = torch.split(projected, [inner, inner + 2 * maps, heads], dim=-1)
+            seen = seen if tokens > 1 else torch.cat([window, seen], dim=1)
+            convolved = convolve(seen, convolution, bias)[:, -tokens:]
+            values, b, c = torch.split(convolved, [inner, maps, maps], dim=-1)
+            values, steps = values.reshape(batch, tokens, heads, channels), F.softplus(steps.float())
+            b, c = (each.reshape(batch, tokens, groups, width) for each in (b, c))
+            if fast:
+                scanned = kernels.scan(values, steps, decay, b, c, chunk=_SCAN_CHUNK).output
+            else:
+                state = None if tokens > 1 else before
+                scanned = state_space_scan(values, steps, decay, b, c, chunk=_SCAN_CHUNK, state_BHPN=state).output
+            mixed = gated_group_norm(scanned.flatten(2), gate, inner_norm, groups=groups, eps=1e-5)
+            return x + F.linear(mixed.to(x.dtype), second)
 
         return work
 

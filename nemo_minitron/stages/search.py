@@ -104,7 +104,7 @@ class _Search:
             plan = self.plan(name)
             layers = {layer.source: sizes for layer, sizes in zip(plan.layers, plan.student.layers, strict=True)}
             return target_by_layer(target, plan.spec, layers)
-        return sized_target(target, self._candidates[name].sizes)
+        return sized_target(target, self.problem.space.named(self._candidates[name].sizes))
 
     def measure(self, name: str, rung: int, seed: int) -> float:
         """See `search.race.Measurement`.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.arch.layer import Mamba
+from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from tests.support import runs
 from tests.support.runs import command, environment
@@ -46,6 +47,32 @@ def test_a_hybrid_from_text_to_an_exported_student(hybrid: list[str], tmp_path: 
     report = (run / "report.html").read_text()
     for words in ("Mamba heads", "Mamba head size", "FFN size"):
         assert words in report
+
+
+def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp_path: Path) -> None:
+    """Every candidate is cut and measured, and what the search counted is what is pruned."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim")
+    asked = [
+        *(f"target.{name}=null" for name in names),
+        *("target.params=50K", "target.ssm_state=8KB", "search.candidates=3", "search.samples=2"),
+        *("search.space.hidden_size=[48]", "search.rungs=[{candidates: 1, tokens: 512}]"),
+    ]
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*command(run, [*hybrid, *asked], RECIPE), "--to", "prune"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "stages/search/candidates.json").read_text())
+    assert all(row["failed"] == "" and row["loss_pruned"] > 0 for row in found["candidates"])
+    assert all(row["params"] <= 50_000 and row["ssm_state"] <= 8_000 for row in found["candidates"])
+    (winner,) = (row for row in found["candidates"] if row["name"] == found["winner"])
+    student = open_checkpoint(run / "stages/prune/student").spec
+    assert student.kinds == {kind: winner[f"num_{kind}_layers"] for kind in ("mamba", "attention", "mlp")}
+    assert parameter_count(student) == winner["params"]
 
 
 def test_attention_alone_goes_out_of_the_layer_that_needs_it_least(llama: list[str], tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Case(NamedTuple):
             sequence_length=TOKENS,
             micro_batches=self.micro_batches,
             engine=False,
+            gpu=False,
         )
         training = Training(step=step, data_parallel=1, teacher_precision=self.precision)
         if self.hidden is not None:
@@ -245,6 +246,7 @@ def test_recomputation_saves_activations(engine):
         sequence_length=4096,
         micro_batches=1,
         engine=engine,
+        gpu=engine,
     )
     deep = replace(SPEC, layers=SPEC.layers * 4)
     none, selective, full = (

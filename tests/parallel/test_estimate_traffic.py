@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.layer import Moe, transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.estimate.activations import Pass
 from nemo_minitron.estimate.communication import Collective, Split, Traffic, checkpoint_bytes, step_traffic
 from nemo_minitron.estimate.compute import training_flops
@@ -23,10 +23,17 @@ STUDENT = ModelSpec(
     max_position_embeddings=256,
 )
 TEACHER = replace(STUDENT, hidden_size=128).with_sizes(ffn_hidden_size=256)
+MIXED = replace(STUDENT.layer, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=32, top_k=2))
+WITH_SHARED = replace(MIXED.moe, top_k=3, shared_ffn_hidden_size=48, shared_gate=True)
+SHARED = replace(MIXED, feed_forward=WITH_SHARED)
+EXPERTS = replace(STUDENT, layers=(STUDENT.layer, MIXED, SHARED, SHARED))
+EXPERT_TEACHER = replace(EXPERTS, hidden_size=128)
 TIED = replace(STUDENT, tied_embeddings=True)
 FP32, BF16 = Precision.FP32, Precision.BF16
 TP2, PP2, DP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig()
 SP2 = ParallelConfig(tensor=2, sequence_parallel=True)
+AGAIN = ParallelConfig(tensor=2, recompute=Recompute.SELECTIVE)
+EP2, EP2_AGAIN = ParallelConfig(expert=2), ParallelConfig(expert=2, recompute=Recompute.FULL)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,10 @@ SP2 = ParallelConfig(tensor=2, sequence_parallel=True)
         pytest.param(PP2, TIED, FP32, False, id="PP2, tied"),
         pytest.param(DP2, STUDENT, FP32, False, id="DP2"),
         pytest.param(DP2, STUDENT, BF16, True, id="DP2, distributed optimizer, bf16"),
+        pytest.param(AGAIN, STUDENT, FP32, False, id="TP2, MLPs computed again"),
+        pytest.param(TP2, EXPERTS, FP32, False, id="TP2, experts"),
+        pytest.param(EP2, EXPERTS, FP32, False, id="EP2"),
+        pytest.param(EP2_AGAIN, EXPERTS, BF16, True, id="EP2, computed again, distributed optimizer, bf16"),
     ],
 )
 def test_a_step_of_distillation_moves_what_is_estimated(parallel, spec, precision, distributed):
@@ -50,17 +61,17 @@ def test_a_step_of_distillation_moves_what_is_estimated(parallel, spec, precisio
         sequence_length=LENGTH,
         micro_batches=MICRO_BATCHES,
         engine=False,
+        gpu=False,
     )
     training = Training(step=step, data_parallel=copies, distributed_optimizer=distributed)
-    for stage, counted in run_on_ranks(2, distill_once, spec, TEACHER, parallel, precision, distributed):
+    teacher = EXPERT_TEACHER if spec.has_experts else TEACHER
+    for stage, counted in run_on_ranks(2, distill_once, spec, teacher, parallel, precision, distributed):
         expected = Counter()
-        for traffic in step_traffic(spec, training, stage, teacher=TEACHER):
+        for traffic in step_traffic(spec, training, stage, teacher=teacher):
             kind = f"gradient {traffic.collective}" if traffic.split is Split.DATA else str(traffic.collective)
             expected[kind] += traffic.bytes
-        # Without copies of the model, its buffers of gradients go to nobody.
-        moved = {kind: size for kind, size in counted.items() if copies > 1 or not kind.startswith("gradient")}
-        assert moved.keys() == expected.keys()
-        for kind, size in moved.items():
+        assert counted.keys() == expected.keys()
+        for kind, size in counted.items():
             if kind.startswith("gradient"):
                 assert size == pytest.approx(expected[kind], rel=0.01), "buffers are padded"
             else:
@@ -83,3 +94,35 @@ def test_operations_and_checkpoint(precision):
     blocks = (5 + 2 * (precision is BF16)) * 0.75 * pairs
     assert operations == pytest.approx(512 * training_flops(spec, 256) - 6 * 0.5 * pairs + blocks, rel=0.02)
     assert size == pytest.approx(checkpoint_bytes(spec, precision), rel=0.05)
+
+
+def test_expert_parallel_traffic_by_hand():
+    """Two layers of 4 experts on 2 ranks: forward, backward, and the teacher's forward pass, from the formulas.
+
+    A gather holds the tokens of both ranks, `2 t h` numbers, and their weights, `2 t e` in fp32; what comes back is
+    scattered. Of either a rank sends half.
+    """
+    tokens, element = SAMPLES * LENGTH, 2
+    step = Pass(
+        parallel=EP2,
+        precision=BF16,
+        micro_batch_size=SAMPLES,
+        sequence_length=LENGTH,
+        micro_batches=MICRO_BATCHES,
+        engine=False,
+    )
+    spec, teacher = (replace(each, layers=each.layers[1:3]) for each in (EXPERTS, EXPERT_TEACHER))
+    found = [
+        each
+        for each in step_traffic(spec, Training(step=step, data_parallel=2), 0, teacher=teacher)
+        if each.split is Split.EXPERT
+    ]
+    states, wide, weights = 2 * tokens * 96 * element, 2 * tokens * 128 * element, 2 * tokens * 4 * 4
+    layer = {"all-gather": 2 * states + weights, "reduce-scatter": 2 * states + weights}
+    of_teacher = {"all-gather": wide + weights, "reduce-scatter": wide}
+    moved: Counter[str] = Counter()
+    for each in found:
+        assert each.ranks == 2
+        moved[each.collective] += each.bytes
+    assert moved == {kind: MICRO_BATCHES * 2 * (layer[kind] + of_teacher[kind]) for kind in of_teacher}
+    assert sum(each.sent for each in found) == sum(moved.values()) / 2

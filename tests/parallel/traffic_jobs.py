@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,12 +45,19 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._overloadpacket.__name__
-        if func.namespace == "c10d" and name not in ("recv_", "broadcast_"):
+        if func.namespace == "c10d" and name not in ("recv_", "broadcast_") and _ranks(args) > 1:
             kind, whole = _KINDS[name]
             size = sum(tensor.nbytes for tensor in _tensors(args[whole]))
             if size > _SCALARS:
                 self.bytes[kind] += size
         return func(*args, **(kwargs or {}))
+
+
+def _ranks(arguments: Any) -> int:
+    """Ranks of the group among the arguments of a collective."""
+    objects = (each for each in arguments if isinstance(each, torch.ScriptObject))
+    (group,) = (each for each in objects if "ProcessGroup" in str(each._type()))
+    return dist.ProcessGroup.unbox(group).size()
 
 
 def _tensors(argument: Any) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.layer import transformer_layer
+from nemo_minitron.arch.layer import Moe, transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import dry_run_tables, recipes
@@ -35,14 +35,15 @@ LAYER_FLOPS = 2 * LAYER + 4 * 1024 * 2048
 PASS = LENGTH * (2 * LAYER_FLOPS + 2 * VOCABULARY) / RATE
 
 
-def training(parallel: ParallelConfig, copies: int, *, distributed: bool = True, engine: bool = True) -> Training:
+def training(parallel: ParallelConfig, copies: int, *, distributed: bool = True, gpu: bool = True) -> Training:
     step = Pass(
         parallel=parallel,
         precision=Precision.BF16,
         micro_batch_size=1,
         sequence_length=LENGTH,
         micro_batches=MICRO_BATCHES,
-        engine=engine,
+        engine=gpu,
+        gpu=gpu,
     )
     return Training(step=step, data_parallel=copies, distributed_optimizer=distributed)
 
@@ -106,16 +107,39 @@ def test_tensor_parallel_ranks_of_one_node_use_nvlink_and_nothing_is_hidden():
     assert found == (0, pytest.approx((9 * 2 + 4) * states / (450e9 * 0.7), rel=1e-6))
 
 
+@pytest.mark.parametrize(("ranks", "wire"), [(8, 450e9), (16, 50e9)])
+def test_experts_exchange_tokens_over_nvlink_inside_a_node_and_nothing_is_hidden(ranks, wire):
+    """Of two layers: tokens of all ranks and their 16 weights gathered, sums scattered, and the other way back."""
+    experts = replace(SPEC.layer, feed_forward=Moe(num_experts=16, expert_ffn_hidden_size=512, top_k=2))
+    spec = replace(SPEC, layers=(experts,) * 2)
+    found = communication(spec, training(ParallelConfig(expert=ranks), 16), 0, MACHINE)[Split.EXPERT]
+    states, weights = 2 * LENGTH * 1024, 4 * LENGTH * 16
+    sent = (ranks - 1) * 2 * MICRO_BATCHES * (4 * states + 2 * weights)
+    assert found == (0, pytest.approx(sent / (wire * 0.7), rel=1e-6))
+
+
+def test_the_dry_run_shows_expert_parallelism_where_there_is_some():
+    path = recipes.find("qwen3_30b_a3b_to_22b_width_64gpu_h100")
+    for expert, named in ((8, True), (1, False)):
+        config = load_recipe(path, [f"parallel.expert={expert}"])
+        teacher = read_architecture(path.parent / config.model.architecture)
+        work = work_of("distill", 1, config, teacher, round_specs(config.target, teacher, config.rounds), ranks=64)
+        table = dry_run_tables.communication({"distill": work}, config)
+        cells = {column.header: next(iter(column.cells)) for column in table.columns}
+        assert ("EP" in cells) == named
+        assert not named or float(cells["EP"]) > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "copies", "how", "expected"),
     [
         ({}, 4, {}, (True, True)),
         ({}, 1, {}, (False, False)),
         ({}, 4, {"distributed": False}, (True, False)),
-        ({}, 4, {"engine": False}, (False, False)),
+        ({}, 4, {"gpu": False}, (False, False)),
         ({"overlap_grad_reduce": False}, 4, {}, (False, False)),
         ({"overlap_param_gather": False}, 4, {}, (True, False)),
-        ({"overlap_param_gather": True}, 4, {"engine": False}, (True, True)),
+        ({"overlap_param_gather": True}, 4, {"gpu": False}, (True, True)),
     ],
 )
 def test_what_is_reckoned_with_is_what_runs(settings, copies, how, expected):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp
+from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import TargetConfig
@@ -56,14 +58,14 @@ def test_interpolation_is_exact_for_what_is_linear_in_each_size():
 
 
 def test_a_model_is_its_layers_and_its_output_layer():
-    found = table().decode_ms((np.array([10, 20]), 500, 700, 4, 2))
+    found = table().model_ms("decode", smollm2(), (np.array([10, 20]), 500, 700, 4, 2))
     layer = attention(500, 2, 2) + mlp(500, 700)
     np.testing.assert_allclose(found, [10 * layer + 1000, 20 * layer + 1000])
 
 
 def test_a_size_outside_the_table_is_an_error():
     with pytest.raises(SearchError, match="hidden from 600 to 600, timed from 256 to 576"):
-        table().prefill_ms((10, 600, 700, 4, 2))
+        table().model_ms("prefill", smollm2(), (10, 600, 700, 4, 2))
 
 
 def test_a_table_of_another_device_is_refused(tmp_path):
@@ -115,5 +117,41 @@ def test_this_machine_can_be_timed():
     assert [len(parts["attention"]), len(parts["mlp"]), len(parts["mlp"][0]), len(parts["head"])] == [2, 2, 2, 2]
     layer = parts["attention"][1][0][0] + parts["mlp"][1][1]
     assert layer > 0
-    assert found.decode_ms((30, 576, 1536, 9, 3)) == pytest.approx(30 * layer + parts["head"][1])
+    assert found.model_ms("decode", smollm2(), (30, 576, 1536, 9, 3)) == pytest.approx(30 * layer + parts["head"][1])
     assert 0 <= found.error["median"] <= found.error["max"]
+
+
+def hybrid() -> ModelSpec:
+    mixer = Mamba(mamba_num_heads=8, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=4)
+    attention = LayerSpec(mixer=Attention(num_attention_heads=4, num_query_groups=2), feed_forward=None)
+    mamba, mlp = LayerSpec(mixer=mixer, feed_forward=None), LayerSpec(mixer=None, feed_forward=Mlp(ffn_hidden_size=96))
+    return ModelSpec(
+        vocab_size=64,
+        hidden_size=32,
+        head_dim=8,
+        layers=(mamba, mlp, attention, mamba, mlp),
+        max_position_embeddings=64,
+        activation=Activation.SQUARED_RELU,
+    )
+
+
+def test_a_hybrid_is_timed_and_its_layers_add_up_by_kind():
+    teacher = hybrid()
+    target = TargetConfig(decode_ms=5.0, deployment={"sequence_length": 16, "dtype": "fp32", "latency_table": "t"})
+    space = {"hidden_size": [16, 32], "ffn_hidden_size": [96], "mamba_num_heads": [8]}
+    made = make_space(SearchConfig(space=space), target, teacher, ParallelConfig())
+    grid = {name: sorted({points[0], points[-1]}) for name, points in grid_of(made).items()}
+    assert grid == {
+        **{"hidden": [16, 32], "ffn": [96], "groups": [2], "ratio": [2]},
+        **{"mamba_groups": [4], "mamba_ratio": [2], "mamba_channels": [8]},
+    }
+    conditions = Conditions.of(teacher, target.deployment, device_name())
+    assert (conditions.state_size, conditions.conv_kernel) == (16, 4)
+    with torch.random.fork_rng():
+        found = time_table(conditions, grid, heldout=1)
+    for phase in ("prefill", "decode"):
+        parts = {part: np.array(values)[-1].item() for part, values in found.milliseconds[phase].items()}
+        assert set(parts) == {"attention", "mamba", "mlp", "head"}
+        assert min(parts.values()) > 0
+        expected = 3 * parts["mamba"] + 1 * parts["attention"] + 2 * parts["mlp"] + parts["head"]
+        assert found.model_ms(phase, teacher, (3, 1, 2, 32, 96, 4, 2, 8, 8, 4)) == pytest.approx(expected)

@@ -4,13 +4,15 @@ from itertools import product
 
 import pytest
 
+from nemo_minitron.arch.axes import PRUNABLE, SEARCH_ORDER
+from nemo_minitron.arch.layer import COUNT_KEYS
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import SpaceConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search import space as module
-from nemo_minitron.search.axes import AXES, EXPERT_AXES, NAMES, resized, sizes_of
+from nemo_minitron.search.axes import axes_of, resized, sizes_of
 from nemo_minitron.search.choose import DEPTH, UNIFORM, choose_candidates
 from nemo_minitron.search.measures import limits, measures
 from nemo_minitron.search.space import find_shapes, make_space
@@ -65,8 +67,9 @@ def test_filtering_is_what_trying_every_shape_gives(monkeypatch, chunk):
 
 
 def test_every_axis_has_a_key_in_the_recipe():
-    names = {row.size for row in (*AXES, *EXPERT_AXES)}
+    names = {row.size for row in PRUNABLE} | set(COUNT_KEYS)
     assert set(SpaceConfig.model_fields) == names
+    assert {axis for axis in SEARCH_ORDER} == {row.axis for row in PRUNABLE}
     assert names <= set(TargetConfig.model_fields)
     assert sizes_of(smollm2()) == (30, 576, 1536, 9, 3)
     assert sizes_of(resized(smollm2(), (20, 512, 1024, 6, 2))) == (20, 512, 1024, 6, 2)
@@ -74,7 +77,7 @@ def test_every_axis_has_a_key_in_the_recipe():
 
 def test_without_a_word_heads_stay_and_other_axes_go_down_to_half():
     made, *_ = problem(space={})
-    by_name = dict(zip(NAMES, made.values, strict=True))
+    by_name = {axis.key: values for axis, values in zip(made.axes, made.values, strict=True)}
     assert by_name["num_attention_heads"] == (9,)
     assert by_name["num_query_groups"] == (3,)
     assert by_name["num_layers"] == tuple(range(15, 31))
@@ -84,7 +87,7 @@ def test_without_a_word_heads_stay_and_other_axes_go_down_to_half():
 
 def test_the_teachers_size_belongs_to_the_space_though_it_is_no_multiple():
     made, *_ = problem(space={"hidden_size": {"step": 128}})
-    assert made.values[NAMES.index("hidden_size")] == (384, 512, 576)
+    assert made.values[1] == (384, 512, 576)
 
 
 def test_sizes_that_the_target_names_are_fixed():
@@ -170,4 +173,5 @@ def test_all_that_fit_are_candidates_if_there_are_few():
 
 
 def test_axes_have_a_letter_each():
-    assert len({axis.symbol for axis in AXES}) == len(AXES)
+    assert len({row.symbol for row in PRUNABLE}) == len(PRUNABLE)
+    assert "".join(axis.symbol for axis in axes_of(smollm2())) == "LHFAG"

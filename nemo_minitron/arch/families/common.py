@@ -1,11 +1,10 @@
 """Reading and writing the keys of `config.json` that every family shares."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from nemo_minitron.arch.families.rope import BASE, read_rope, scaling_data
-from nemo_minitron.arch.layer import Attention, FeedForward, LayerSpec, Mlp, Moe, transformer_layer
+from nemo_minitron.arch.layer import Attention, FeedForward, Mlp, Moe, layers_of, transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
 
@@ -50,15 +49,11 @@ def read_common(
             num_query_groups=heads if groups is None else groups,
             ffn_hidden_size=1 if feed_forward else config["intermediate_size"],
         )
-        count = config["num_hidden_layers"]
-        layers = (layer,) * count
-        if feed_forward is not None:
-            layers = tuple(replace(layer, feed_forward=feed_forward(index)) for index in range(count))
         known: dict[str, Any] = {
             "vocab_size": config["vocab_size"],
             "hidden_size": config["hidden_size"],
             "head_dim": config["hidden_size"] // heads if head_dim is None else head_dim,
-            "layers": layers,
+            "layers": layers_of(layer, config["num_hidden_layers"], feed_forward),
             "max_position_embeddings": config["max_position_embeddings"],
             "norm_eps": config[eps_key],
             "tied_embeddings": config["tie_word_embeddings"],
@@ -122,13 +117,10 @@ def shared_part(spec: ModelSpec, kind: type[_Part]) -> _Part:
         SpecError: They differ, no layer has one, or a layer lacks a mixer or a feed-forward.
     """
     if not spec.has_experts:
-        found = _of_kind(spec.layer, kind)
-        if found is None:
-            raise SpecError(f"a layer has no {kind.__name__.lower()}", rule="this step needs one in every layer")
-        return found
+        return spec.layer.part(kind)
     if any(len(layer.parts) < 2 for layer in spec.layers):
         raise SpecError("a layer lacks a mixer or a feed-forward", rule="this step needs both in every layer")
-    parts = {part for layer in spec.layers if (part := _of_kind(layer, kind)) is not None}
+    parts = {part for layer in spec.layers if (part := layer.find(kind)) is not None}
     if len(parts) != 1:
         raise SpecError(
             f"the model's layers differ in {kind.__name__.lower()}",
@@ -139,10 +131,6 @@ def shared_part(spec: ModelSpec, kind: type[_Part]) -> _Part:
 
 def _all_have_experts(spec: ModelSpec) -> bool:
     return all(layer.has_experts for layer in spec.layers)
-
-
-def _of_kind(layer: LayerSpec, kind: type[_Part]) -> _Part | None:
-    return next((part for part in layer.parts if isinstance(part, kind)), None)
 
 
 def window_of(config: Mapping[str, Any]) -> int | None:
