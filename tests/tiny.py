@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
@@ -166,6 +167,23 @@ def write_nemotron_h(
     }
     config = NemotronHConfig(**settings | changes)
     return _write(path, config, AutoModelForCausalLM.from_config, seed, trained_steps)
+
+
+def write_bamba(path: Path, *, seed: int = 0, trained_steps: int = 0, **changes: object) -> PreTrainedModel:
+    """A hybrid with an MLP in every layer: Mamba with 8 heads of 16 channels in 4 groups, attention in layers 1 and 3.
+
+    Random, or trained for some steps as in `write_llama`.
+    """
+    settings: dict[str, object] = {
+        **_sizes({"head_dim": 16, "num_hidden_layers": 5}),
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 4,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    }
+    return _write(path, BambaConfig(**settings | changes), AutoModelForCausalLM.from_config, seed, trained_steps)
 
 
 def _sizes(sizes: dict[str, int]) -> dict[str, object]:

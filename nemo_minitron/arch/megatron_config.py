@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_minitron.arch.expert_fields import expert_fields, feed_forwards
+from nemo_minitron.arch.hybrid_fields import hybrid_spec, is_hybrid, rope_of_hybrid
 from nemo_minitron.arch.settings import (
     has_plain_layers,
     settings_in,
@@ -77,10 +78,10 @@ _FUNCTIONS_READ = {
 }
 # Settings that change what a model computes and have no counterpart in NeMo-1's keys, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("multi_latent_attention", "parallel_attention", "no_rope_freq", "softcap", "is_hybrid_model"), ()),
+    **dict.fromkeys(("multi_latent_attention", "parallel_attention", "no_rope_freq", "softcap"), ()),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"), ()),
     **dict.fromkeys(("heterogeneous_layers_config_path", "window_attn_skip_freq", "interleaved_attn_pattern"), ()),
-    **dict.fromkeys(("hybrid_override_pattern", "hybrid_layer_pattern"), ()),
+    **dict.fromkeys(("hybrid_layer_pattern",), ()),
     **dict.fromkeys(("softmax_type",), ("vanilla",)),
     **dict.fromkeys(("attention_output_gate", "linear_attention_freq", "mtp_num_layers", "glu_linear_offset"), ()),
 }
@@ -218,16 +219,28 @@ def spec_from_transformer_fields(fields: Mapping[str, Any], *, vocab_rows: int, 
         raise SpecError(f"{where}: activation_func = {kind}{name[:60]!r} is not supported")
     found = settings_in(_stated(fields), _FIELDS)
     found["scaled_embeddings"] = "Gemma" in str(fields.get("_target_", ""))
-    return spec_from_settings(
+    return _spec_of(
         found,
+        fields,
         _FIELDS,
         where=where,
         vocab_size=vocabulary(fields.get("vocab_size"), "vocab_size", vocab_rows, where=where),
         activation=_FUNCTIONS_READ[name, gated],
         norm=_norm(fields, where),
         rope_scaling=_scaling(fields),
-        feed_forward=feed_forwards(_stated(fields), where=where),
     )
+
+
+def _spec_of(
+    found: dict[str, Any], fields: Mapping[str, Any], keys: Mapping[str, str], *, where: str, **traits: Any
+) -> ModelSpec:
+    """The architecture of settings and, of a model with experts or a hybrid, of the fields that they stand in."""
+    if not is_hybrid(fields):
+        experts = feed_forwards(_stated(fields), where=where)
+        return spec_from_settings(found, keys, where=where, feed_forward=experts, **traits)
+    spec = spec_from_settings(rope_of_hybrid(found), keys, where=where, **traits)
+    without_positions = found.get("position_embedding") == "none"
+    return hybrid_spec(spec, fields, without_positions=without_positions, where=where)
 
 
 def megatron_args(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
@@ -282,15 +295,15 @@ def spec_from_args(args: Mapping[str, Any], *, vocab_rows: int, where: str) -> M
     if args.get("use_rotary_position_embeddings"):
         found["position_embedding"] = "rope"
     factor = float(args.get("rope_scaling_factor") or 8.0)
-    return spec_from_settings(
+    return _spec_of(
         found,
+        args,
         keys,
         where=where,
         vocab_size=vocabulary(args.get("vocab_size"), "vocab_size", vocab_rows, where=where),
         activation=activation,
         norm=_norm({**args, "layernorm_zero_centered_gamma": args.get("apply_layernorm_1p")}, where),
         rope_scaling=RopeScaling(factor=factor) if args.get("use_rope_scaling") else None,
-        feed_forward=feed_forwards(_stated(args), where=where),
     )
 
 

@@ -36,10 +36,11 @@ def convert(
         CheckpointError: The source cannot be read; or `target` is there already and is not to be replaced, is no
             checkpoint, or lies inside the source or around it.
         SpecError: The format cannot say this architecture.
+        MinitronError: The name of `target` asks for a format that is not written.
     """
     check_target(source, target, replace=replace)
-    opened = open_checkpoint(source)
     kind = to or format_for(target)
+    opened = open_checkpoint(source)
     extra = card(opened, kind) if card is not None else {}
     FORMATS[kind].write(opened, target, dtype=dtype, extra_files=extra)
     return open_checkpoint(target)

@@ -14,6 +14,7 @@ from nemo_minitron.checkpoints.megatron_dist import write_megatron
 from nemo_minitron.checkpoints.nemo1 import write_nemo
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
 from nemo_minitron.checkpoints.source import TensorSource
+from nemo_minitron.errors import MinitronError
 
 
 class Write(Protocol):
@@ -63,5 +64,15 @@ Hugging Face folder; a NeMo-2 folder; a folder for Megatron-LM and Megatron-Brid
 
 
 def format_for(target: Path) -> str:
-    """What a name asks for: `.nemo` at its end, else a Hugging Face folder."""
+    """What a name asks for: `.nemo` at its end, else a Hugging Face folder.
+
+    Raises:
+        MinitronError: It asks for a format that is not written.
+    """
+    if target.suffix == ".gguf":
+        raise MinitronError(
+            f"{target}: GGUF files are read, not written",
+            rule=f"one of {', '.join(FORMATS)}",
+            remedy="write a Hugging Face folder, from which llama.cpp makes one",
+        )
     return "nemo" if target.suffix == ".nemo" else "hf"

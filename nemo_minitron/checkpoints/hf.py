@@ -134,7 +134,7 @@ class _Reader:
             found.append(f"weights of several types ({kinds}): all are read as {str(self.dtype)[6:]}, losing nothing")
         if left := left_files(self.folder, (*self.files, *self._weights.files, *self._weights.unread)):
             found.append(f"files that are not carried on: {', '.join(left)}")
-        known = {*self.family.defaults, *_CARRIED_KEYS}
+        known = {*self.family.defaults, *self.family.settings, *_CARRIED_KEYS}
         if keys := sorted(set(config) - known):
             found.append(f"keys of config.json that are not carried on: {', '.join(keys)}")
         return tuple(found)
@@ -199,6 +199,7 @@ class _Reader:
         words = [
             f"{key} = {self._config.get(key, self.family.defaults.get(key))}{', a default' if key in assumed else ''}"
             for key in keys
+            if key in self._config or key in self.family.defaults
         ]
         return ", ".join(words)
 

@@ -25,6 +25,8 @@ PREFIXES = ("model.", "module.", "")
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
+_FINAL_NORM, _OF_HYBRIDS = "decoder.final_layernorm.", "decoder.final_norm."
+"""The last norm in GPT models, and what Megatron's MambaModel calls it."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
 
@@ -87,6 +89,7 @@ class DistributedWeights:
         self.layout = str(getattr(store, "kind", "torch_dist"))
         self.prefix = self._find_prefix()
         self._keys = frozenset(store.tensors)
+        self._final = _OF_HYBRIDS if f"{self.prefix}{_OF_HYBRIDS}weight" in self._keys else _FINAL_NORM
         self.stacked = not any(_LAYER.match(key.removeprefix(self.prefix)) for key in self._keys)
 
     def vocab_rows(self) -> int:
@@ -106,7 +109,7 @@ class DistributedWeights:
         for weight in weights(spec):
             place = place_of(weight, spec, stacked=self.stacked)
             for suffix, shape in stored_parts(weight, spec).items():
-                expected[self.prefix + place.key + suffix] = (weight, place.leading + shape)
+                expected[self._stored(place.key) + suffix] = (weight, place.leading + shape)
         check_names(expected.keys(), self._keys, label=label)
         for key, (weight, shape) in expected.items():
             check_shape(weight, self.store.tensors[key].shape, shape, where=f"{label}: {key}")
@@ -114,7 +117,7 @@ class DistributedWeights:
     def dtype(self, spec: ModelSpec) -> torch.dtype:
         """Type that holds every weight of the model exactly."""
         keys = {
-            self.prefix + _key_of(weight, stacked=self.stacked)[0] + suffix
+            self._stored(_key_of(weight, stacked=self.stacked)[0]) + suffix
             for weight in weights(spec)
             if not weight.row.fp32
             for suffix in stored_parts(weight, spec)
@@ -125,8 +128,12 @@ class DistributedWeights:
         """One canonical tensor in its stored type; of a stacked key only its layer is read."""
         key, offsets = _key_of(weight, stacked=self.stacked)
         found = stored_parts(weight, spec).items()
-        parts = [self._read(self.prefix + key + suffix, offsets, shape) for suffix, shape in found]
+        parts = [self._read(self._stored(key) + suffix, offsets, shape) for suffix, shape in found]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stored(self, key: str) -> str:
+        """A key as it is in the store."""
+        return self.prefix + key.replace(_FINAL_NORM, self._final)
 
     def _read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
         if not offsets:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -286,8 +286,8 @@ def initialise(chunks: Sequence[nn.Module], runtime: Runtime, seed: int) -> None
 def _random_weight(weight: Weight, spec: ModelSpec, seed: int) -> Tensor:
     name_hash = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(name_hash[:7], "little"))
-    if weight.row.part is Mamba and (found := _random_mamba(weight, generator)) is not None:
-        return found
+    if (name := weight.row.name.rpartition("mixer.")[2]) in _MAMBA_STARTS and weight.row.part is Mamba:
+        return _MAMBA_STARTS[name](torch.rand(weight.shape, generator=generator))
     if weight.name.endswith("bias"):
         return torch.zeros(weight.shape)
     if len(weight.shape) == 1:
@@ -297,23 +297,21 @@ def _random_weight(weight: Weight, spec: ModelSpec, seed: int) -> Tensor:
     return torch.randn(weight.shape, generator=generator).mul_(deviation)
 
 
-def _random_mamba(weight: Weight, generator: torch.Generator) -> Tensor | None:
-    """What Mamba-2 begins with: decay rates of 1 to 16, steps of 0.001 to 0.1; None for what begins as elsewhere.
+def _steps(drawn: Tensor) -> Tensor:
+    """What softplus turns into steps of 0.001 to 0.1, evenly spread in their logarithms."""
+    steps = (math.log(1e-3) + drawn * math.log(100)).exp_()
+    return steps + (-torch.expm1(-steps)).log_()
 
-    Source: the authors' code (state-spaces/mamba), whose values Megatron takes.
-    """
-    drawn = torch.rand(weight.shape, generator=generator)
-    match weight.row.name.rpartition("mixer.")[2]:
-        case "A_log":
-            return (1 + 15 * drawn).log_()
-        case "dt_bias":
-            steps = (math.log(1e-3) + drawn * math.log(100)).exp_()
-            return steps + (-torch.expm1(-steps)).log_()  # what softplus turns into the step
-        case "conv1d.weight":
-            return (2 * drawn - 1) / math.sqrt(weight.shape[-1])
-        case "D" | "norm.weight":
-            return torch.ones(weight.shape)
-    return None
+
+# What Mamba-2 begins with where it is not what others begin with, out of numbers from 0 to 1: decay rates of 1 to 16.
+# Source: the authors' code (state-spaces/mamba), whose values Megatron takes.
+_MAMBA_STARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "A_log": lambda drawn: (1 + 15 * drawn).log_(),
+    "dt_bias": _steps,
+    "conv1d.weight": lambda drawn: (2 * drawn - 1) / math.sqrt(drawn.shape[-1]),
+    "D": torch.ones_like,
+    "norm.weight": torch.ones_like,
+}
 
 
 def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, virtual: int) -> MinitronGPT:

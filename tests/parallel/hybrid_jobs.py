@@ -1,4 +1,4 @@
-"""What ranks do in the tests of hybrids: score, measure depth and train a small Nemotron-H at some layout."""
+"""What ranks do in the tests of hybrids: score, measure depth and train small ones at some layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,9 @@ def measure(folder: Path, parallel: ParallelConfig) -> Measured:
         runtime.stop()
 
 
-def measure_all(folder: Path, layouts: list[ParallelConfig]) -> list[Measured]:
-    return [measure(folder, parallel) for parallel in layouts]
+def measure_all(folders: list[Path], layouts: list[ParallelConfig]) -> list[list[Measured]]:
+    """What each layout measures of each folder."""
+    return [[measure(folder, parallel) for folder in folders] for parallel in layouts]
 
 
 def train_all(cases: list[Case]) -> list[dict[str, Any]]:

@@ -83,6 +83,13 @@ FAMILY_SPECS = {
         activation=Activation.SQUARED_RELU,
         rotary_percent=0.0,
     ),
+    # Two pipeline stages: attention alone on the first, Mamba alone on the second.
+    "bamba": replace(
+        EVEN,
+        layers=(EVEN.layer,) * 2 + (replace(MAMBA, feed_forward=EVEN.layer.mlp),) * 2,
+        tied_embeddings=False,
+        rotary_percent=0.5,
+    ),
 }
 """Families whose layers differ from Llama's, or from Qwen2's, in more than a name; and layers that lack a part."""
 ALL_SPECS = SPECS | FAMILY_SPECS
@@ -114,8 +121,14 @@ EXPERT_SPECS = {
         layers=(LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),) * 2,
         qk_norm=True,
     ),
+    "late": replace(
+        EVEN,
+        layers=(EVEN.layer,) * 2
+        + (LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),) * 2,
+        tied_embeddings=False,
+    ),
 }
-"""Layers with experts: of several kinds with one without among them, and all alike."""
+"""Layers with experts: of several kinds with one without among them, all alike, and in the second half alone."""
 
 
 @dataclass(frozen=True)

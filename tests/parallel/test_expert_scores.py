@@ -79,6 +79,21 @@ def test_scores_and_plans_are_the_same_at_every_layout(layout: str, folders: Pat
         assert build_plan(Scores(spec, rank), TARGET, spec).digest() == plan.digest()
 
 
+def test_a_stage_without_experts_measures_what_one_rank_does(tmp_path: Path) -> None:
+    """Of two pipeline stages the first holds the two layers that have an MLP."""
+    write_experts(tmp_path, "qwen3_moe, some dense", mlp_only_layers=[0, 1])
+    ((alone,),) = run_on_ranks(1, score_experts, [ExpertScoreCase(tmp_path, ONE)])
+    cases = [ExpertScoreCase(tmp_path, PP2, fold=fold) for fold in (False, True)]
+    assert {name.split(".")[1] for name in alone if ".expert" in name} == {"2"}
+    for rank in run_on_ranks(2, score_experts, cases):
+        for found in rank:
+            assert list(found) == list(alone)
+            for name, expected in alone.items():
+                torch.testing.assert_close(
+                    found[name], expected, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+                )
+
+
 @torch.no_grad()
 def reference(folder: Path) -> tuple[dict[int, ExpertStatistics], dict[int, Tensor]]:
     """By layer: what its experts do in transformers, and what enters the second matrix of its shared expert."""

@@ -14,6 +14,7 @@ from tests.parallel.megatron_jobs import EXPERT_SPECS, STEPS, Case, train_all
 from tests.ranks import RankError, run_on_ranks
 
 EP2, TP2, PP2 = ParallelConfig(expert=2), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
+PP2_VPP2 = ParallelConfig(pipeline=2, virtual_pipeline=2)
 TP2_EP2, PP2_EP2 = ParallelConfig(tensor=2, expert=2), ParallelConfig(pipeline=2, expert=2)
 LAYOUTS = {
     "EP2": (2, Case("experts", EP2)),
@@ -22,9 +23,12 @@ LAYOUTS = {
     "EP2 recomputed": (2, Case("experts", ParallelConfig(expert=2, recompute=Recompute.SELECTIVE))),
     "TP2": (2, Case("experts", TP2, micro_batch_size=2)),
     "PP2": (2, Case("experts", PP2)),
+    "PP2, experts on the second stage alone": (2, Case("late", PP2)),
+    "PP2 VPP2, experts in the second chunks alone": (2, Case("late", PP2_VPP2)),
     "DP2": (2, Case("experts", micro_batch_size=2)),
     "TP2 EP2": (4, Case("experts", TP2_EP2, micro_batch_size=2)),
     "PP2 EP2": (4, Case("experts", PP2_EP2)),
+    "PP2 EP2, experts on the second stage alone": (4, Case("late", PP2_EP2, distributed=True)),
     "EP2 in DP4": (4, Case("experts", EP2, distributed=True)),
 }
 

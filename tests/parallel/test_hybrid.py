@@ -1,4 +1,4 @@
-"""Nemotron-H at every layout: scores and depth as transformers has them, the same training, states that move."""
+"""Hybrids at every layout: scores and depth as transformers has them, the same training, states that move."""
 
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.oracles import importance as oracle
 from tests.parallel.hybrid_jobs import Measured, measure_all, text, train_all
 from tests.parallel.megatron_jobs import STEPS, Case
 from tests.ranks import run_on_ranks
-from tests.tiny import NEMOTRON_H_PATTERN, write_corpus, write_nemotron_h
+from tests.tiny import NEMOTRON_H_PATTERN, write_bamba, write_corpus, write_nemotron_h
 from tests.tolerances import TOL
 
 ONE, TP2, PP2 = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
@@ -32,14 +32,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Measured:
-    ((found,),) = run_on_ranks(1, measure_all, folder, [ONE])
+def bamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two pipeline stages the first has attention alone, and the second Mamba."""
+    path = tmp_path_factory.mktemp("bamba")
+    write_bamba(path / "hf", attn_layer_indices=[0, 1, 2])
+    return path / "hf"
+
+
+@pytest.fixture(scope="module")
+def each_alone(folder: Path, bamba: Path) -> list[Measured]:
+    ((found,),) = run_on_ranks(1, measure_all, [folder, bamba], [ONE])
     return found
 
 
 @pytest.fixture(scope="module")
-def together(folder: Path) -> dict[str, list[Measured]]:
-    ranks = run_on_ranks(2, measure_all, folder, list(LAYOUTS.values()))
+def alone(each_alone: list[Measured]) -> Measured:
+    return each_alone[0]
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, bamba: Path) -> dict[str, list[list[Measured]]]:
+    """What each rank of a layout measures of each folder."""
+    ranks = run_on_ranks(2, measure_all, [folder, bamba], list(LAYOUTS.values()))
     return {name: [rank[index] for rank in ranks] for index, name in enumerate(LAYOUTS)}
 
 
@@ -51,18 +65,25 @@ def read_spec(folder: Path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_and_depth_are_the_same_at_every_layout(
-    layout: str, alone: Measured, together: dict[str, list[Measured]], folder: Path
+    layout: str,
+    each_alone: list[Measured],
+    together: dict[str, list[list[Measured]]],
+    folder: Path,
+    bamba: Path,
 ) -> None:
-    spec = read_spec(folder)
-    target = jobs.config_for(folder, folder, target={"mamba_num_heads": 4, "mamba_head_dim": 5}).target
-    plans = set()
-    for rank in (alone, *together[layout]):
-        for found, expected in ((rank.scores, alone.scores), (rank.depth, alone.depth)):
-            assert set(found) == set(expected)
-            for name, value in expected.items():
-                torch.testing.assert_close(found[name], value, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}")
-        plans.add(build_plan(Scores(spec, rank.scores), target, spec).digest())
-    assert len(plans) == 1
+    for which, path in enumerate((folder, bamba)):
+        spec, alone = read_spec(path), each_alone[which]
+        target = jobs.config_for(path, path, target={"mamba_num_heads": 4, "mamba_head_dim": 5}).target
+        plans = set()
+        for rank in (alone, *(ranks[which] for ranks in together[layout])):
+            for found, expected in ((rank.scores, alone.scores), (rank.depth, alone.depth)):
+                assert set(found) == set(expected)
+                for name, value in expected.items():
+                    torch.testing.assert_close(
+                        found[name], value, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}"
+                    )
+            plans.add(build_plan(Scores(spec, rank.scores), target, spec).digest())
+        assert len(plans) == 1
 
 
 def transformers_model(folder: Path):

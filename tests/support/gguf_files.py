@@ -48,6 +48,7 @@ def make_gguf(
     architecture: str = "llama",
     add_bos: bool = False,
     pre: str = "gpt-2",
+    experts: int = 0,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     change: Callable[[str, np.ndarray], np.ndarray | None] = lambda name, data: data,
 ) -> Path:
@@ -65,6 +66,8 @@ def make_gguf(
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if experts:
+        writer.add_expert_count(experts)
     _add_tokenizer(writer, folder, add_bos=add_bos, pre=pre)
     for name, parameter in model.named_parameters():
         data: np.ndarray | None = parameter.detach().numpy()

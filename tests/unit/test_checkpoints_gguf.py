@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from nemo_minitron.checkpoints.convert import convert
 from nemo_minitron.checkpoints.gguf import open_gguf
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
@@ -118,7 +119,12 @@ def test_bad_files_are_refused(hf: Path, tmp_path: Path) -> None:
     for keep in (3, 500, 20_000, -1000):
         (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:keep])
         assert "cut.gguf" in refusal(tmp_path / "cut.gguf")
-    assert "architecture = 'gemma'" in refusal(make_gguf(hf / "llama", tmp_path / "a.gguf", architecture="gemma"))
+    for kind in ("gemma", "qwen3moe", "nemotron_h", "granitehybrid"):
+        said = refusal(make_gguf(hf / "llama", tmp_path / "a.gguf", architecture=kind))
+        assert f"architecture = '{kind}' is not supported" in said
+        assert "one of llama, qwen2, qwen3" in said
+    experts = make_gguf(hf / "llama", tmp_path / "experts.gguf", experts=8)
+    assert "llama.expert_count = 8 is not supported" in refusal(experts)
     name = "blk.2.ffn_up.weight"
     assert name in refusal(make_gguf(hf / "llama", tmp_path / "b.gguf", change=without(name)))
     assert f"{name} is shaped (95, 64)" in refusal(make_gguf(hf / "llama", tmp_path / "c.gguf", change=cut(name)))
@@ -126,6 +132,12 @@ def test_bad_files_are_refused(hf: Path, tmp_path: Path) -> None:
     assert "unknown" in refusal(
         make_gguf(hf / "qwen2", tmp_path / "d.gguf", architecture="llama", change=without("blk.0.attn_q.bias"))
     )
+
+
+def test_none_is_written_under_the_name_of_one(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(MinitronError, match="GGUF files are read, not written"):
+        convert(hf / "llama", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.slow

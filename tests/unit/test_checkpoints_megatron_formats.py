@@ -191,6 +191,9 @@ LM_ARGS: dict[str, Any] = {
 }
 
 
+MAMBA = {"mamba_head_dim": 8, "mamba_state_dim": 4, "mamba_num_groups": 2}
+
+
 def lm_state(spec: ModelSpec) -> dict[str, Any]:
     state = _foreign_state(RandomSource(spec), prefix="")
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -220,6 +223,15 @@ def test_a_training_of_megatron_lm_is_read(tmp_path: Path) -> None:
         ({"num_layers": 10**9}, "num_layers"),
         ({"hidden_size": None}, "hidden_size"),
         ({"ffn_hidden_size": "20"}, r"common\.pt"),
+        ({"is_hybrid_model": True}, "a hybrid without hybrid_override_pattern"),
+        ({"hybrid_mlp_ratio": 0.5}, "a hybrid without hybrid_override_pattern"),
+        ({"hybrid_override_pattern": "M-E"}, "hybrid_override_pattern = 'M-E' is not supported"),
+        ({"hybrid_override_pattern": "M-*/M"}, "hybrid_override_pattern = 'M-\\*/M' is not supported"),
+        ({"hybrid_override_pattern": "M-*-"}, "names 4 layers, num_layers = 3"),
+        ({"hybrid_override_pattern": "M-*"}, "mamba_head_dim = None"),
+        ({"hybrid_override_pattern": "M-*", **MAMBA, "mamba_num_groups": 0}, "mamba_num_groups = 0"),
+        ({"hybrid_override_pattern": "M-*", **MAMBA, "norm_epsilon": 1e-6}, "epsilon is 1e-06, and that of Megatron"),
+        ({"hybrid_layer_pattern": "M-*"}, "hybrid_layer_pattern"),
     ],
 )
 def test_what_cannot_be_read_from_arguments_is_told(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

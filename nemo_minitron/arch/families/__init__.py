@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.arch.families.bamba import BAMBA
 from nemo_minitron.arch.families.base import Family
 from nemo_minitron.arch.families.dots1 import DOTS1
 from nemo_minitron.arch.families.gemma import GEMMA, GEMMA3
@@ -23,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3),
-        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1, NEMOTRON_H),
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1, NEMOTRON_H, BAMBA),
     )
 }
 

@@ -56,7 +56,7 @@ class Family:
             name for a packed weight: its parts lie one below the other in one tensor.
         read: `config.json` data to a spec.
         write: A spec to `config.json` data (architecture keys only).
-        settings: Keys of `NEUTRAL` that `read` looks after.
+        settings: Further keys that `read` looks after, those of `NEUTRAL` among them.
         fixed: Traits of the spec that the class always has, where they differ from `ModelSpec`'s defaults.
         free: Traits that its config decides.
         experts: Traits of `Moe` that its experts always have, where they differ from its defaults; None for a class

@@ -31,6 +31,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 """What other formats and classes call a key. transformers reads none of them for our families, so each of them is
 refused where the key itself is missing and its default is another value."""
 
+_GROUP_KEYS = ("n_groups", "mamba_n_groups", "ssm_state_size", "mamba_d_state")
 _HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
     Axis.VOCAB: ("vocab_size",),
@@ -43,10 +44,10 @@ AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
     Axis.EXPERT: ("num_experts", "num_local_experts", "n_routed_experts"),
     Axis.EXPERT_FFN: ("moe_intermediate_size", "intermediate_size"),
     Axis.SHARED_FFN: ("shared_expert_intermediate_size", "n_shared_experts", "moe_intermediate_size"),
-    Axis.MAMBA_GROUP: ("n_groups", "ssm_state_size"),
-    Axis.MAMBA_HEAD: ("mamba_num_heads",),
-    Axis.MAMBA_CHANNEL: ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"),
-    Axis.MAMBA_TAP: ("conv_kernel",),
+    Axis.MAMBA_GROUP: _GROUP_KEYS,
+    Axis.MAMBA_HEAD: ("mamba_num_heads", "mamba_n_heads"),
+    Axis.MAMBA_CHANNEL: ("mamba_num_heads", "mamba_n_heads", "mamba_head_dim", "mamba_d_head", *_GROUP_KEYS),
+    Axis.MAMBA_TAP: ("conv_kernel", "mamba_d_conv"),
     Axis.SINGLE: (),
 }
 """Keys of `config.json` that decide the size of an axis."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.arch.families.base import Family
+from nemo_minitron.arch.families.hybrid import first_mamba, shared_sizes
 from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
@@ -161,8 +162,8 @@ def _kinds(config: Mapping[str, Any]) -> list[type[Attention | Mamba | Mlp]]:
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
-    sizes = _shared_sizes(spec)
-    mamba = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, Mamba)), None)
+    sizes = shared_sizes(spec, "NemotronHConfig")
+    mamba = first_mamba(spec)
     names = [_NAME_OF[type(layer.parts[0])] for layer in spec.layers]
     letters = {name: letter for letter, name in _LETTERS.items()}
     config = {
@@ -205,26 +206,6 @@ _SIZE_KEYS = {
 }
 
 
-def _shared_sizes(spec: ModelSpec) -> dict[str, int]:
-    """Sizes by name that all layers of a kind share.
-
-    Raises:
-        SpecError: Layers of one kind differ.
-    """
-    found: dict[str, set[int]] = {}
-    for layer in spec.layers:
-        for name, size in layer.sizes.items():
-            found.setdefault(name, set()).add(size)
-    kinds = {mixer for layer in spec.layers if isinstance(mixer := layer.mixer, Mamba)}
-    if differing := sorted(name for name, sizes in found.items() if len(sizes) > 1):
-        raise SpecError(
-            f"the model's layers differ in {', '.join(differing)}", rule="NemotronHConfig has one size for each kind"
-        )
-    if len(kinds) > 1:
-        raise SpecError("the model's Mamba layers differ", rule="NemotronHConfig has one kind of Mamba layer")
-    return {name: sizes.pop() for name, sizes in found.items()}
-
-
 NEMOTRON_H = Family(
     name="nemotron_h",
     hf_model_type="nemotron_h",
@@ -233,7 +214,10 @@ NEMOTRON_H = Family(
     read=_read,
     defaults=_DEFAULTS,
     write=_write,
-    settings=("layer_types", "n_routed_experts"),
+    settings=(
+        *("layer_types", "layers_block_type", "hybrid_override_pattern", "n_routed_experts"),
+        *("mamba_proj_bias", "residual_in_fp32", "num_nextn_predict_layers"),
+    ),
     fixed={"activation": Activation.SQUARED_RELU, "rotary_percent": 0.0},
     free=(),  # the class ties no weights, whatever tie_word_embeddings says
     layer=lambda layer: len(layer.parts) == 1,
