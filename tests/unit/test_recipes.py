@@ -242,7 +242,9 @@ def test_every_recipe_dry_runs(recipe, own_models, tmp_path, monkeypatch):
     assert time.process_time() - before < 10
     assert done.exit_code == 0, done.output
     assert re.search(r"^fits +yes: ", done.stdout, re.MULTILINE)
-    assert re.search(r"^run +nemo-minitron ", done.stdout, re.MULTILINE)
+    torchrun = "torchrun --standalone --nproc-per-node 8 -m nemo_minitron"
+    command = torchrun if "_8gpu_" in recipe.name else "nemo-minitron"
+    assert re.search(rf"^run +{command} ", done.stdout, re.MULTILINE)
     assert re.search(r"parameters, built on meta", done.stdout)
     if recipe in PAPERS:
         takes = re.search(r"^takes +[\d.,]+ hours.*, ([\d,]+) GPU hours on \d+ (\w+)", done.stdout, re.MULTILINE)
