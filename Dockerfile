@@ -3,6 +3,8 @@
 #
 #   docker build -t nemo-minitron .
 #   docker run --rm --gpus all --ipc host -v "$PWD:/workspace" nemo-minitron nemo-minitron run RECIPE --nproc 8
+#
+# The mounted folder must be writable for user 10001; otherwise add --user "$(id -u):$(id -g)".
 ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11
 FROM ${BASE_IMAGE}
 

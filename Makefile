@@ -87,7 +87,7 @@ gpu:  ## everything that only a card can show, in 8 minutes at most (GPU_PYTHON;
 	$(GPU_PYTHON) -m benchmarks.gpu
 
 .PHONY: gpu-bundle
-gpu-bundle:  ## collect into DIR what `make gpu` needs on a machine without an index (SETS="base nemo model engine")
+gpu-bundle:  ## collect into DIR what `make gpu` needs on a machine without an index (SETS="base nemo model engine peers")
 	$(GPU_PYTHON) -m benchmarks.gpu.bundle $(DIR) --sets $(SETS)
 
 .PHONY: clean

@@ -10,7 +10,7 @@ configuration files. It needs a teacher, a student and token files, for example 
 
 `model.minitron.distillation` takes every setting that a recipe has for the objective, with the same defaults:
 `+model.minitron.distillation.top_k=128`. Keys are checked like a recipe's: an unknown one, or one of NeMo-1 that asks
-for what nothing here does, ends the script at once with status 2 and the key to use instead.
+for something unsupported, ends the script at once with status 2 and the key to use instead.
 
 `exp_manager` writes TensorBoard logs and checkpoints (folders that any parallel layout can read) below
 `exp_manager.exp_dir`, resumes from them with `exp_manager.resume_if_exists=true`, and leaves `<name>.nemo` at the end.

@@ -1,5 +1,6 @@
 """Opening a checkpoint of whatever format, found out by looking at it."""
 
+import re
 from pathlib import Path
 
 from nemo_minitron.checkpoints.gguf import open_gguf
@@ -9,6 +10,9 @@ from nemo_minitron.checkpoints.nemo1 import open_nemo
 from nemo_minitron.checkpoints.nemo2 import is_nemo2_folder, open_nemo2
 from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.errors import CheckpointError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""`organisation/name`, and not the name of a file in a folder."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -37,7 +41,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             remedy="name the folder that holds the weights themselves",
         )
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file or folder", remedy="check model.source")
+        raise CheckpointError(f"{path}: no such file or folder", remedy=hub_remedy(str(path)) or "check the path")
     if _starts_with(path, b"GGUF"):
         return open_gguf(path)
     if path.suffix == ".nemo" or _starts_with(path, b"ustar", offset=257):
@@ -45,6 +49,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(
         f"{path}: not a checkpoint file", rule="a .gguf or .nemo file; for Hugging Face models name the folder"
     )
+
+
+def hub_remedy(path: str) -> str:
+    """What to do about a path that is not there but reads like a name on the Hugging Face hub; else empty."""
+    if _HUB_NAME.fullmatch(path) is None:
+        return ""
+    return f"a model of the Hugging Face hub is downloaded first: hf download {path} --local-dir DIR; then name DIR"
 
 
 def _starts_with(path: Path, magic: bytes, *, offset: int = 0) -> bool:

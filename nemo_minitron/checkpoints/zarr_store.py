@@ -4,7 +4,7 @@
     <key>/0.3.0          one chunk, row-major; those at the edges are padded to the full size
 
 Megatron wrote chunks as they are, and those need no further package. Compressed ones may need `numcodecs` (it comes
-with the extra `nemo_minitron[zarr]`).
+with the extra `zarr`).
 """
 
 import io
@@ -152,7 +152,7 @@ def _decode(data: bytes, codec: dict[str, Any], size: int, where: str) -> bytes:
     except ImportError as error:
         raise CheckpointError(
             f"{where}: compressed with {codec['id']}, which needs the package numcodecs",
-            remedy="pip install 'nemo_minitron[zarr]'",
+            remedy="pip install -e '.[zarr]' in the source tree",
         ) from error
     try:
         out = bytearray(size)

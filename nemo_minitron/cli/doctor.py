@@ -53,22 +53,22 @@ class Part:
 
 PARTS: tuple[Part, ...] = (
     Part("torch", "torch", True, "no stage can run: make install, or an NGC NeMo container"),
-    Part("megatron-core", "megatron.core", True, "no model can be built: pip install 'nemo_minitron[train]'"),
-    Part("nemo-toolkit", "nemo.core", True, "no model class can be loaded: pip install 'nemo_minitron[train]'"),
-    Part("lightning", "lightning.pytorch", True, "no training: pip install 'nemo_minitron[train]'"),
+    Part("megatron-core", "megatron.core", True, "no model can be built: pip install -e '.[train]'"),
+    Part("nemo-toolkit", "nemo.core", True, "no model class can be loaded: pip install -e '.[train]'"),
+    Part("lightning", "lightning.pytorch", True, "no training: pip install -e '.[train]'"),
     Part(
         "transformers",
         "transformers",
         True,
-        "no tokenizer, no Hugging Face checkpoints: pip install 'nemo_minitron[train]'",
+        "no tokenizer, no Hugging Face checkpoints: pip install -e '.[train]'",
     ),
     Part("psutil", "psutil", True, "Megatron's checkpoint writer hangs without it: pip install psutil"),
     Part("gguf", "gguf", False, "no GGUF import: pip install gguf"),
     Part("pyarrow", "pyarrow", False, "no parquet texts: pip install pyarrow"),
     Part("tensorboard", "tensorboard", False, "metrics.jsonl only: pip install tensorboard"),
-    Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install 'nemo_minitron[eval]'", extra=True),
-    Part("nemo-run", "nemo_run", False, "no NeMo-Run experiments: pip install 'nemo_minitron[nemo-run]'", extra=True),
-    Part("wandb", "wandb", False, "no exp_manager.create_wandb_logger: pip install 'nemo_minitron[wandb]'", extra=True),
+    Part("lm_eval", "lm_eval", False, "no downstream tasks: pip install -e '.[eval]'", extra=True),
+    Part("nemo-run", "nemo_run", False, "no NeMo-Run experiments: pip install -e '.[nemo-run]'", extra=True),
+    Part("wandb", "wandb", False, "no exp_manager.create_wandb_logger: pip install -e '.[wandb]'", extra=True),
 )
 GPU_PARTS: tuple[Part, ...] = (
     Part(

@@ -50,6 +50,8 @@ def run(job: Job) -> int:
     ranks = _ranks(job, config, place)
     if not place.by:
         _say_if_allocated(ranks)
+        if job.ranks is None:
+            _say_if_gpus_idle(ranks)
     if ranks > size:
         return launch.start(sys.argv[1:], ranks=ranks, run=job.folder(config))
     if not job.debug:
@@ -110,6 +112,18 @@ def _say_if_allocated(ranks: int) -> None:
         print(
             f"this shell is in Slurm's job {number} of {tasks} tasks, but is none of them: {ranks} process(es) run "
             f"here; for {tasks} ranks put `srun` before the command, without --nproc",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _say_if_gpus_idle(ranks: int) -> None:
+    """Where there are GPUs for more copies of the model, say how to use them."""
+    gpus = launched.visible_gpus()
+    usable = gpus // ranks * ranks
+    if usable > ranks:
+        print(
+            f"{ranks} process(es) for {gpus} visible GPUs; --nproc {usable} uses {usable} of them",
             file=sys.stderr,
             flush=True,
         )

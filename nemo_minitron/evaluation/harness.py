@@ -143,7 +143,7 @@ def _need_harness() -> None:
         raise MinitronError(
             "evaluate.tasks: the LM-Evaluation-Harness is not installed",
             rule="tasks are its tasks",
-            remedy="pip install 'nemo_minitron[eval]', or evaluate.tasks=[]",
+            remedy="pip install -e '.[eval]' in the source tree, or evaluate.tasks=[]",
         )
 
 

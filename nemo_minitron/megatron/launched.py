@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from nemo_minitron.errors import LaunchError
 
@@ -82,6 +83,14 @@ def allocated() -> tuple[str, int]:
     if "SLURM_JOB_ID" in os.environ and tasks.isdecimal() and not is_slurm_task():
         return os.environ["SLURM_JOB_ID"], int(tasks)
     return "", 1
+
+
+def visible_gpus() -> int:
+    """GPUs that this machine shows to a process, by CUDA_VISIBLE_DEVICES or the device files; no driver is asked."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return len([name for name in shown.split(",") if name.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()])
 
 
 def local_rank() -> int:

@@ -165,5 +165,6 @@ def _address(rank: int, world_size: int) -> tuple[str, int]:
     raise LaunchError(
         f"MASTER_ADDR={host!r} MASTER_PORT={port!r} for rank {rank} of {world_size} ({launched.find().told})",
         rule="the host and the port (1 to 65535) of rank 0, the same on all ranks",
-        remedy="start the ranks with torchrun, srun or --nproc, or unset the rank's variables to run alone",
+        remedy="start the ranks with torchrun or --nproc; before srun set both, as the file that `nemo-minitron submit "
+        "--print` shows; or unset the rank's variables to run alone",
     )

@@ -151,7 +151,8 @@ def _importance(content: ReportContent) -> list[Row]:
     return [
         figure(
             "Layers",
-            "How much a layer turns the residual stream: a low bar is a layer that changes little." + basis,
+            "How much a layer changes the direction of the residual stream: a low bar is a layer that changes little."
+            + basis,
             figures.layer_importance(found),
         ),
         *_depth(found),

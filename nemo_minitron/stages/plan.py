@@ -115,10 +115,11 @@ def decide(
         first = next(
             step.stage.name for step in steps if any(f"stage {step.stage.name} was" in line for line in conflicts)
         )
+        again = f"`run --from {first}`" + ("" if "." in first else f", or `{first} --redo`")
         raise RunFolderError(
             f"{run.path}: holds a run of another recipe\n" + "\n".join(f"  - {line}" for line in conflicts),
             rule="a run folder belongs to one recipe",
-            remedy=f"name another folder with --run-dir, or redo from there with --from {first}",
+            remedy=f"repeat its settings, name another folder with --run-dir, or redo from there: {again}",
         )
     return tuple(steps)
 

@@ -238,7 +238,7 @@ def _check_sources(recipe: str, ahead: Sequence[Stage], config: RunConfig) -> No
         "tokenize_chat": ("tune.sources", () if config.tune is None else config.tune.sources),
     }
     missing = [
-        f"{key}: {path}: no such file or folder; give its place on this machine, as {key}=..."
+        f"{key}: {path}: no such file or folder; {_remedy(key, path)}"
         for stage in ahead
         if stage.name in named
         for key, paths in (named[stage.name],)
@@ -249,6 +249,13 @@ def _check_sources(recipe: str, ahead: Sequence[Stage], config: RunConfig) -> No
         missing += _missing_prefixes(config)
     if missing:
         raise ConfigError(recipe, missing)
+
+
+def _remedy(key: str, path: str) -> str:
+    from nemo_minitron.checkpoints.open import hub_remedy  # loads torch
+
+    by_hub = hub_remedy(path) if key == "model.source" else ""
+    return by_hub or f"give its place on this machine, as {key}=..."
 
 
 def _missing_prefixes(config: RunConfig) -> list[str]:

@@ -45,6 +45,13 @@ def test_a_truncated_weight_file(inputs, tmp_path):
     assert not (tmp_path / "run/stages/import").exists()
 
 
+def test_a_model_named_as_on_the_hub(inputs, tmp_path):
+    said = run(tmp_path, Path("meta-llama/Llama-3.1-8B"), inputs[1])
+    assert "model.source: meta-llama/Llama-3.1-8B: no such file or folder" in said
+    assert "hf download meta-llama/Llama-3.1-8B --local-dir DIR" in said
+    assert "give its place on this machine" in run(tmp_path, tmp_path / "none", inputs[1])
+
+
 def test_a_checkpoint_of_another_architecture(inputs, tmp_path):
     config = inputs[0] / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "bert"}))

