@@ -17,13 +17,37 @@ from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.report import markdown
 from nemo_minitron.report.content import ReportContent
 from nemo_minitron.report.measured import speed_note, speed_table, task_table
+from nemo_minitron.report.serving import LLAMA_CPP, VLLM, objections
 from nemo_minitron.version import __version__
 
 CARD = "README.md"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_UNTESTED = (
+    "Only what this card shows was measured after the cut: how well the model still follows instructions, converses "
+    "and refuses was not."
+)
+_PLAIN_TYPES = ("F32", "F16", "BF16")
+"""Types of a GGUF file that are no quantisation."""
 _ROLES = {"teacher": "base model", "pruned": "pruned, before training", "distilled": "distilled", "tuned": "fine-tuned"}
+_PROMPT = "The history of the city begins"
+_INSTEAD = {
+    VLLM: " `vllm serve . --model-impl transformers` runs the class of `transformers` in place of its own; not tried.",
+    LLAMA_CPP: "",
+}
+_SERVING = {
+    VLLM: (
+        " or newer, on a GPU. Its class takes the sizes in `config.json`; that was read in its source, and not run:\n\n"
+        "```console\npip install vllm\nvllm serve .\n```"
+    ),
+    LLAMA_CPP: (
+        ", LLAMA_CPP being its source folder:\n\n"
+        "```console\npython LLAMA_CPP/convert_hf_to_gguf.py . --outfile model.gguf --outtype bf16\n```\n\n"
+        "```python\nfrom llama_cpp import Llama  # pip install llama-cpp-python\n\n"
+        f'print(Llama("model.gguf")("{_PROMPT}", max_tokens=40)["choices"][0]["text"])\n```'
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +132,9 @@ def _introduction(source: TensorSource, plan: PruningPlan | None) -> str:
     kind = f"A pruned version{origin}" if pruned else f"The weights{origin}" if origin else "A language model"
     sizes = f"{parameter_count(spec):,} parameters, {spec.num_layers} layers, hidden size {spec.hidden_size}"
     dtype = str(source.dtype).removeprefix("torch.")
-    return f"{kind}: {sizes}, {dtype}. Written by nemo_minitron {__version__}."
+    coded = [str(name) for name in lineage.get("quantisation") or () if name not in _PLAIN_TYPES]
+    coded_as = f" The base model was read from a file quantised as {_line(', '.join(coded))}." if coded else ""
+    return f"{kind}: {sizes}, {dtype}. Written by nemo_minitron {__version__}.{coded_as}"
 
 
 def _sections(
@@ -120,10 +146,8 @@ def _sections(
             yield title, twin[title]
     if plan is not None and not plan.is_identity:
         digest = plan.digest()
-        yield (
-            "What was cut",
-            f"```\n{plan.table()}\n```\n\nThe kept units are listed in `{PLAN_FILE}` (plan {digest[:16]}).",
-        )
+        kept = f"The kept units are listed in `{PLAN_FILE}` (plan {digest[:16]})."
+        yield "What was cut", f"```\n{plan.table()}\n```\n\n{kept} {_UNTESTED}"
     if rows := _evaluation_rows(making.evaluation):
         yield "Evaluation", rows
     if speed := making.evaluation.get("speed"):
@@ -133,7 +157,7 @@ def _sections(
     for title in ("Distillation", "Pipeline", "The same beginning"):
         if title in twin:
             yield title, twin[title]
-    yield "Use", _use(library)
+    yield "Use", _use(source, library)
     if licence := source.lineage.get("license"):
         files = [name for name in source.tokenizer_files() if name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
         kept = f" Its terms are in {', '.join(f'`{name}`' for name in files)}." if files else ""
@@ -181,25 +205,28 @@ def _training(making: Making) -> str:
     return "\n".join(found)
 
 
-def _use(library: str) -> str:
-    if library == "transformers":
-        code = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'folder = "."  # where this file lies\n'
-            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
-            "tokenizer = AutoTokenizer.from_pretrained(folder)"
-        )
-        serve = (
-            "vllm serve .                                                        # vLLM\n"
-            "python convert_hf_to_gguf.py . --outfile model.gguf --outtype bf16   # llama.cpp: in its source folder\n"
-            "llama-cli -m model.gguf -p 'The history of the city begins'"
-        )
-        return f"```python\n{code}\n```\n\n```console\n{serve}\n```"
-    elif library == "nemo":
+def _use(source: TensorSource, library: str) -> str:
+    if library == "nemo":
         code = 'from nemo_minitron import MegatronGPTModel\n\nmodel = MegatronGPTModel.restore_from("model.nemo")'
-    else:
+        return f"```python\n{code}\n```"
+    if library != "transformers":
         return "`nemo-minitron convert . OTHER_FOLDER --to hf` writes it for `transformers`."
-    return f"```python\n{code}\n```"
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer  # 4.56 or newer\n\n"
+        'folder = "."  # where this file lies\n'
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f'ids = tokenizer("{_PROMPT}", return_tensors="pt").input_ids\n'
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))"
+    )
+    return f"```python\n{code}\n```\n\n" + "\n\n".join(_serve(source, engine) for engine in (VLLM, LLAMA_CPP))
+
+
+def _serve(source: TensorSource, engine: str) -> str:
+    """How to serve the model with an engine, or why that does not work."""
+    if why := objections(engine, source):
+        return f"Not with {engine}: {'; '.join(why)}.{_INSTEAD[engine]}"
+    return f"With {engine}{_SERVING[engine]}"
 
 
 def _line(text: Any) -> str:

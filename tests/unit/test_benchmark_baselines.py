@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.special import log_softmax
+from transformers import Trainer, TrainingArguments
 
 from benchmarks.baselines import compare, plain_kd
-from benchmarks.baselines.lessons import SAMPLES, STUDENT, TEACHER, Lesson, divergence
+from benchmarks.baselines.lessons import SAMPLES, STUDENT, TEACHER, Lesson, Record, divergence
 from tests.tiny import write_llama
 
 
@@ -78,3 +79,46 @@ def test_the_plain_loop_learns_and_writes_its_curve(folder, tmp_path, monkeypatc
     assert [point["tokens"] for point in curve] == [0, 3 * 32, 6 * 32]
     assert curve[0]["seconds"] == 0 < curve[1]["seconds"] < curve[2]["seconds"]
     assert curve[-1]["kl"] < curve[0]["kl"]
+
+
+def by_trainer(lesson, student, record):
+    """The loop's loss in transformers' own Trainer, told what the others' are told."""
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            return plain_kd.loss(lesson, model, record.teacher, inputs["input_ids"])
+
+    trainer = OwnLoss(
+        model=student,
+        args=plain_kd.arguments(lesson, TrainingArguments),
+        data_collator=plain_kd.stacked,
+        train_dataset=plain_kd.Rows(lesson.samples("train")),
+        callbacks=[plain_kd.Watch(lesson, record)],
+    )
+    plain_kd.as_told(trainer, lesson)
+    trainer.train()
+
+
+def by_package(name):
+    def train(*given):
+        pytest.importorskip(name, reason=f"{name} is not installed; benchmarks/baselines/compare.py says how")
+        plain_kd.TRAINERS[name](*given)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "train", [by_trainer, by_package("trl"), by_package("modelopt")], ids=["own", "trl", "modelopt"]
+)
+def test_the_trainers_of_others_take_the_same_steps_as_the_plain_loop(folder, train):
+    """Same samples, rates, weight decay and clipping: what differs between them in the comparison is time."""
+    curves = []
+    for teach in (plain_kd.plain, train):
+        torch.manual_seed(0)
+        lesson = Lesson(folder=folder, steps=6, batch=2, lr=1e-2, validations=6)
+        record = Record(teacher=lesson.model(TEACHER), heldout=lesson.samples("heldout"), tokens_per_step=32)
+        teach(lesson, lesson.model(STUDENT), record)
+        curves.append([point["kl"] for point in record.curve])
+    assert len(curves[0]) == 6
+    assert max(curves[0]) > 1.1 * min(curves[0])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)

@@ -221,7 +221,7 @@ def front_matter(card: str) -> dict[str, Any]:
 def test_the_card_says_what_is_known(hf: Path) -> None:
     source = open_hf(hf)
     pruned = PrunedSource(source, plan_for(source))
-    pruned._lineage.update(base_model="org/base", license="apache-2.0")
+    pruned._lineage.update(base_model="org/base", license="apache-2.0", quantisation=["F32", "Q4_1", "Q8_0"])
     making = Making(
         recipe="seed: 7\n",
         objective="forward KL over the full vocabulary",
@@ -255,7 +255,15 @@ def test_the_card_says_what_is_known(hf: Path) -> None:
         assert words in card
     for words in ("| parameters, 72% of the teacher's | 134.5M → 97.4M |", "`The history of the city", "- seed: 1234"):
         assert words in card
-    for words in ("hidden size", "layers dropped: 1", "seed: 7", "apache-2.0", "forward KL", "3.0e-06"):
+    for words in (
+        "quantised as Q4_1, Q8_0.",
+        "hidden size",
+        "layers dropped: 1",
+        "seed: 7",
+        "apache-2.0",
+        "forward KL",
+        "3.0e-06",
+    ):
         assert words in card
 
 

@@ -113,6 +113,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": first,
+        "scoring_func": "sigmoid",  # the class knows no other; llama.cpp asks
         "norm_topk_prob": experts.normalize_top_k,
         "routed_scaling_factor": experts.scaling_factor,
         "sliding_window": None,
