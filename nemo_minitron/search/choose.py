@@ -79,10 +79,17 @@ def uniform_scaling(space: Space, found: Found) -> Sizes:
 
 
 def depth_alone(space: Space, measured: Mapping[str, Measure], limits: Mapping[str, float]) -> Sizes | None:
-    """The deepest shape within the budgets that is as wide as the teacher; None if not even one layer is."""
-    teacher = sizes_of(space.teacher)
-    for layers in range(teacher[LAYERS], 0, -1):
-        sizes = tuple(layers if axis == LAYERS else size for axis, size in enumerate(teacher))
+    """The deepest shape within the budgets that has the space's largest size on every other axis.
+
+    Returns:
+        None if no shape of the space is that, or if the number of layers is fixed.
+    """
+    if LAYERS not in space.free:
+        return None
+    for layers in reversed(space.values[LAYERS]):
+        sizes = tuple(layers if axis == LAYERS else values[-1] for axis, values in enumerate(space.values))
+        if not space.allowed([np.array(size) for size in sizes]):
+            return None  # the largest number of heads and that of KV groups do not go together
         if all(measured[name](sizes) <= limit for name, limit in limits.items()):
             return sizes
     return None

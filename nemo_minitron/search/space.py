@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import PrunableAxis
+from nemo_minitron.arch.sizes import fraction_of
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import AxisConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.axes import (
+    AXES,
     EXPERTS,
     GROUPS,
     HEADS,
@@ -107,7 +109,7 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             problems.append(f"target.{axis.size} = {exact} and search.space.{axis.size}: one of them")
             continue
         if exact is not None:
-            share = round(exact * size / multiple) * multiple if isinstance(exact, float) else exact
+            share = fraction_of(size, exact, step=multiple) if isinstance(exact, float) else exact
             wanted = AxisConfig(values=(share,))
         elif wanted is None and not axis.is_searched:
             wanted = AxisConfig(values=(size,))
@@ -140,7 +142,7 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             f"search space: no number of heads in {list(space.values[HEADS])} goes with KV groups in "
             f"{list(space.values[GROUPS])}",
             rule="heads are a multiple of KV groups, and a group has no more heads than the teacher's",
-            remedy="change search.space.{NAMES[HEADS]} or search.space.{NAMES[GROUPS]}",
+            remedy=f"change search.space.{AXES[HEADS].size} or search.space.{AXES[GROUPS].size}",
         )
     return space
 
