@@ -1,7 +1,6 @@
 """Mixtures of experts: counts of published models, every family against transformers, bytes there and back."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.errors import CheckpointError, LayoutError, SpecError
-from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.megatron.runtime import Runtime
@@ -37,12 +35,6 @@ from tests.support.loaded import megatron_model
 
 CASES = pytest.mark.parametrize("case", CONFIGS)
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 def mixture(experts: Moe, *, heads: int, groups: int, layers: int, **traits: object) -> ModelSpec:

@@ -1,6 +1,5 @@
 """Cutting experts, their neurons and those of shared experts: what is exact, what is refused, what follows."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.source import TensorSource, stream
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError, SpecError
-from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.from_source import fill_from
@@ -43,12 +41,6 @@ TARGETS = {
     },
 }
 SHARED = {"shared FFN": {"shared_ffn_hidden_size": 24}}
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 @torch.no_grad()

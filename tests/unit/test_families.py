@@ -15,9 +15,9 @@ from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.source import TensorSource
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
-from nemo_minitron.megatron import optim, runtime
+from nemo_minitron.megatron import optim
 from nemo_minitron.megatron.forward import MicroBatch, collect_hidden, reduce_report, run
 from nemo_minitron.megatron.hooks import ImportanceCollector
 from nemo_minitron.megatron.runtime import Runtime
@@ -42,12 +42,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _written(root: Path, case: str) -> tuple[Path, PreTrainedModel]:
     folder = root / case.replace(", ", "_").replace(" ", "_")
     return folder, tiny.write_family(folder, case)
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 @torch.no_grad()

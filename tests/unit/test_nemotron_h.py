@@ -1,7 +1,6 @@
 """Hybrids of Mamba, attention and MLPs: published sizes, transformers' logits, bytes, cuts, what is refused."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import LayoutError, MinitronError, PlanError, SpecError
 from nemo_minitron.evaluation.generate import generate
-from nemo_minitron.megatron import runtime, sharded_io
+from nemo_minitron.megatron import sharded_io
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import check_layout
@@ -142,12 +141,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nemotron_h") / "hf"
     tiny.write_nemotron_h(path)
     return path
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 @torch.no_grad()
