@@ -33,14 +33,14 @@ def layer_axes(spec: ModelSpec) -> tuple[PrunableAxis, ...]:
     return tuple(row for row in LAYER_AXES if any(layer.size(row) for layer in spec.layers))
 
 
-def fraction_of(size: int, fraction: float, *, step: int, most: int | None = None) -> int:
+def fraction_of(size: int, fraction: float, *, step: int, maximum: int | None = None) -> int:
     """A fraction of a size as a multiple of `step`: the nearest one, halves up, and at least one step.
 
     Args:
         size: The teacher's.
         fraction: Between 0 and 1, taken by its decimal digits: 0.3 is three tenths, not the nearest binary fraction.
         step: What the result is a multiple of.
-        most: Upper limit, unless it is below one step; None for `size`.
+        maximum: Upper limit, unless it is below one step; None for `size`.
     """
     steps = int(Fraction(str(fraction)) * size / step + Fraction(1, 2))
-    return max(1, min(steps, (size if most is None else most) // step)) * step
+    return max(1, min(steps, (size if maximum is None else maximum) // step)) * step

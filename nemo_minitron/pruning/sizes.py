@@ -137,7 +137,7 @@ def _resolved(target: TargetConfig, name: str, size: int, *, unit: int = 1, most
         return size
     if isinstance(wanted, int):
         return wanted
-    return fraction_of(size, wanted, step=lcm(getattr(target.multiple_of, name), unit), most=most)
+    return fraction_of(size, wanted, step=lcm(getattr(target.multiple_of, name), unit), maximum=most)
 
 
 def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:

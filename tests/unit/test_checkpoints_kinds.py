@@ -261,6 +261,8 @@ def test_added_tokens_without_a_row_get_their_own_remedy(folder: Path) -> None:
 def test_special_tokens_without_a_row_are_told_and_refused_in_texts(folder: Path, tmp_path: Path) -> None:
     """As in Gemma 3's text models, whose tokenizer has the token of images one behind the last row."""
     data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]  # complete: `tokenizers` numbers an added token by the size of the vocabulary
+    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary), 256)}
     data["added_tokens"].append({**data["added_tokens"][0], "id": 256, "content": "<image_soft_token>"})
     (folder / "tokenizer.json").write_text(json.dumps(data))
     source = open_checkpoint(folder)
