@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +104,7 @@ def _one_rank(options: argparse.Namespace) -> None:
     from nemo_minitron.config.parallel import ParallelConfig
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.evaluation.answers import AnswerFile
+    from nemo_minitron.evaluation.generate import end_tokens
     from nemo_minitron.evaluation.harness import run_tasks
     from nemo_minitron.evaluation.leading import Leader, led
     from nemo_minitron.evaluation.lm_eval_model import MinitronLM
@@ -120,8 +120,8 @@ def _one_rank(options: argparse.Namespace) -> None:
         model.chunks,
         model.runtime,
         batch_size=options.batch_size,
-        decode=partial(tokenizer.decode, skip_special_tokens=True),
-        end=tokenizer.eos_token_id,
+        decode=tokenizer.decode,
+        ends=end_tokens(tokenizer, model.tokenizer_files),
     )
 
     def work(leader: Leader) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The sizes of a model by the names that tables give them."""
 
+from fractions import Fraction
+
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, PrunableAxis
 from nemo_minitron.arch.layer import count_label
 from nemo_minitron.arch.spec import ModelSpec
@@ -32,3 +34,16 @@ def cut_sizes(spec: ModelSpec) -> dict[str, int]:
 def layer_axes(spec: ModelSpec) -> tuple[PrunableAxis, ...]:
     """The axes of layers that some layer of a model has."""
     return tuple(row for row in LAYER_AXES if any(layer.size(row) for layer in spec.layers))
+
+
+def fraction_of(size: int, fraction: float, *, step: int, maximum: int | None = None) -> int:
+    """A fraction of a size as a multiple of `step`: the nearest one, halves up, and at least one step.
+
+    Args:
+        size: The teacher's.
+        fraction: Between 0 and 1, taken by its decimal digits: 0.3 is three tenths, not the nearest binary fraction.
+        step: What the result is a multiple of.
+        maximum: Upper limit, unless it is below one step; None for `size`.
+    """
+    steps = int(Fraction(str(fraction)) * size / step + Fraction(1, 2))
+    return max(1, min(steps, (size if maximum is None else maximum) // step)) * step

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from nemo_minitron.checkpoints.large_files import open_binary
+from nemo_minitron.checkpoints.temporary_names import replace_folder, temporary_names
 from nemo_minitron.errors import CheckpointError
 
 
@@ -193,30 +194,21 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     What `target` held before stays complete until the new folder is, and the new one is on the disk before it takes the
     name. A kill between the two renames leaves the old folder as `.NAME.old`; the next write puts it back first.
+    Several processes may write one target: each has temporary names of its own, and what the last one wrote stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
-    if old.exists():
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        yield partial
-        sync_folder(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    sync(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    with temporary_names(target, folder=True) as names:
+        names.partial.mkdir()
+        try:
+            yield names.partial
+            sync_folder(names.partial)
+        except BaseException:
+            shutil.rmtree(names.partial, ignore_errors=True)
+            raise
+        replace_folder(target, names)
+        sync(target.parent)
+        if names.old.exists():
+            shutil.rmtree(names.old)
 
 
 @contextmanager
@@ -224,17 +216,18 @@ def staged_file(target: Path) -> Iterator[Path]:
     """A temporary file name beside `target` that is renamed onto it when the block ends well, and removed when not.
 
     The new content is on the disk before it takes the name, so a power failure leaves the old or the new, never half.
+    Several processes may write one target, as with `staged_folder`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(target)
-        sync(target.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with temporary_names(target, folder=False) as names:
+        try:
+            yield names.partial
+            sync(names.partial)
+            names.partial.replace(target)
+            sync(target.parent)
+        except BaseException:
+            names.partial.unlink(missing_ok=True)
+            raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -96,7 +96,7 @@ class _Reader:
         self._flexible = sorted(name for w in weights(self.spec) if not w.row.fp32 for name in hf_names(self.family, w))
         self.dtype = widest([self._weights.places[name].entry.dtype for name in self._flexible])
         self.files = self._read_tokenizer_files()
-        check_tokenizer_fits(self.files, self.spec, where=str(folder))
+        self._tokenizer_notes = check_tokenizer_fits(self.files, self.spec, where=str(folder))
 
     def lineage(self) -> dict[str, Any]:
         """What `write_hf` recorded; for a foreign folder its name and the licence of its model card."""
@@ -125,6 +125,7 @@ class _Reader:
             f"config.json has no {key}: {value!r} is the default of {cls}"
             for key, value in self.family.assumed(config).items()
         ]
+        found += self._tokenizer_notes
         if self._weights.unread:
             found.append(f"not read, beside the {self._weights.kind}: {', '.join(self._weights.unread)}")
         dtypes = [self._weights.places[name].entry.dtype for name in self._flexible]

@@ -53,7 +53,7 @@ def checkpoint_of(
     weights.check(spec)
     dtype = weights.dtype(spec)
     files = with_tokenizer_json(read_files(), where=where)
-    check_tokenizer_fits(files, spec, where=where)
+    notes = check_tokenizer_fits(files, spec, where=where)
 
     def get(name: str) -> Tensor:
         weight = weight_named(spec, name)
@@ -68,4 +68,5 @@ def checkpoint_of(
         layout=weights.layout,
         files=lambda: files,
         get=get,
+        notes=lambda: notes,
     )

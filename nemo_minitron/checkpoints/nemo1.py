@@ -84,7 +84,7 @@ def open_nemo(path: Path) -> Checkpoint:
         where=str(path),
     )
     native = path if path.is_dir() and _is_native(weights) else None
-    return replace(found, config=config, native=native, notes=lambda: _notes(config, found.files()))
+    return replace(found, config=config, native=native, notes=lambda: (*found.notes(), *_notes(config, found.files())))
 
 
 def _is_native(weights: Weights) -> bool:

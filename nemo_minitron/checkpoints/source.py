@@ -34,6 +34,9 @@ TOKENIZER_FILES: tuple[str, ...] = (
 LICENCE_FILES: tuple[str, ...] = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 """Terms of the base model; they travel too."""
 
+_SHOWN = 3
+"""Tokens that a message names."""
+
 PLAN_FILE = "minitron_plan.json"
 """What is left of the first teacher, as a pruning plan; it travels with every student."""
 
@@ -154,33 +157,44 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
     return digest.hexdigest() if found else ""
 
 
-def check_tokenizer_fits(files: Mapping[str, bytes], spec: ModelSpec, *, where: str) -> None:
+def check_tokenizer_fits(files: Mapping[str, bytes], spec: ModelSpec, *, where: str) -> tuple[str, ...]:
     """Compare the tokenizer's largest token id with the vocabulary.
 
+    A special token may lie beyond: text models that were taken out of larger ones (Gemma 3) keep the tokenizer, with
+    the special tokens of images. No text becomes such a token unless it is asked to, and then encoders refuse it.
+
+    Returns:
+        Notes: which special tokens have no embedding row.
+
     Raises:
-        CheckpointError: `tokenizer.json` is damaged, or knows an id that has no embedding row.
+        CheckpointError: `tokenizer.json` is damaged, or knows an id of another token that has no embedding row.
     """
     if "tokenizer.json" not in files:
-        return
+        return ()
     try:
         data = json.loads(files["tokenizer.json"])
         vocabulary = data["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = (token["id"] for token in data.get("added_tokens") or ())
+        added = {token["id"]: token for token in data.get("added_tokens") or ()}
+        special = {number: str(token.get("content")) for number, token in added.items() if token.get("special") is True}
         largest = max([*ids, *added], default=-1)
         if type(largest) is not int:
             raise TypeError(f"a token id is {str(largest)[:40]}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: tokenizer.json cannot be read ({error})") from error
-    if largest >= spec.vocab_size:
-        beyond = [
-            str(token.get("content")) for token in data.get("added_tokens") or () if token["id"] >= spec.vocab_size
-        ]
-        only_added = len(beyond) > 0 and max(ids, default=-1) < spec.vocab_size
+    if largest < spec.vocab_size:
+        return ()
+    beyond = {number for number in (*ids, *added) if number >= spec.vocab_size}
+    if ordinary := sorted(beyond - special.keys()):
+        named = [str(added[number].get("content")) for number in ordinary if number in added]
+        only_added = len(named) == len(ordinary)
         raise CheckpointError(
             f"{where}: the tokenizer's largest token id is {largest}, but vocab_size is {spec.vocab_size}",
-            rule="every token id has an embedding row",
-            remedy=f"take the added tokens without a row ({', '.join(beyond[:3])}) out of added_tokens, or add the rows"
+            rule="every token id has an embedding row, but for those of special tokens",
+            remedy=f"take the added tokens without a row ({', '.join(named[:3])}) out of added_tokens, or add the rows"
             if only_added
             else "use the tokenizer that the model was trained with",
         )
+    shown = ", ".join(f"{special[number]} ({number})" for number in sorted(beyond)[:_SHOWN])
+    more = f" and {len(beyond) - _SHOWN} more" if len(beyond) > _SHOWN else ""
+    return (f"special tokens without an embedding row, refused where a text has them: {shown}{more}",)

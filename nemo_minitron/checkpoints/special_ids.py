@@ -42,6 +42,13 @@ def with_ids(files: Mapping[str, bytes], ids: Mapping[str, Any]) -> dict[str, by
     return found
 
 
+def generation_ends(files: Mapping[str, bytes]) -> tuple[int, ...]:
+    """Tokens that end a generated text, as transformers takes them: of the generation defaults, else of the others."""
+    found = _read(files.get(GENERATION_FILE, b"")).get("eos_token_id")
+    found = ids_of(files)["eos_token_id"] if found is None else found
+    return tuple(token for token in (found if isinstance(found, list) else [found]) if type(token) is int)
+
+
 def json_bytes(data: Any) -> bytes:
     """JSON as files of ours have it."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -120,6 +120,7 @@ def _precision(config: RunConfig, folder: RunFolder) -> tuple[Precision, str]:
 def _built(job: _Job) -> tuple[dict[str, list[int]], MinitronError | None]:
     """Parameters of each pipeline stage's rank by model, or why there cannot be such a run."""
     try:
+        preflight.check_lengths(job.stages, job.config, job.teacher)
         preflight.check_models(job.models.values(), job.config, job.family)
         preflight.check_batches(job.stages, job.config, job.ranks)
         preflight.check_tasks(job.stages, job.config)

@@ -2,6 +2,8 @@
 
 import re
 from enum import StrEnum
+from fractions import Fraction
+from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -17,12 +19,15 @@ _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 def _amount(value: Any, units: dict[str, int], example: str) -> Any:
     found = _NUMBER.fullmatch(value) if isinstance(value, str) else None
     if found is not None and found[2].upper() in units:
-        number = float(found[1]) * units[found[2].upper()]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        # Decimal digits are taken as they stand: the nearest binary fraction of 4.1, times 10^9, is no integer.
+        number = Fraction(found[1]) * units[found[2].upper()]
+        if found[2].upper().endswith("IB"):
+            number = Fraction(int(number))  # 0.3GiB is no whole number of bytes; the limit is what lies within it
+    elif isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+        number = Fraction(value)
     else:
         raise ValueError(f"a number, or one with a unit ({', '.join(filter(None, units))}), as {example}")
-    if number < 1 or number != int(number):
+    if number < 1 or number.denominator > 1:
         raise ValueError(f"a whole number of at least 1, as {example}")
     return int(number)
 
@@ -30,7 +35,7 @@ def _amount(value: Any, units: dict[str, int], example: str) -> Any:
 Amount = Annotated[int, BeforeValidator(lambda value: _amount(value, _COUNTS, "100M"))]
 """A number of things, with `K`, `M`, `B` or `T` behind it if wanted: `4.5B`."""
 Bytes = Annotated[int, BeforeValidator(lambda value: _amount(value, {"": 1, **_BYTES}, "8GB"))]
-"""A number of bytes: `8GB` is 8 x 10^9, `8GiB` is 8 x 2^30."""
+"""A number of bytes: `8GB` is 8 x 10^9, `8GiB` is 8 x 2^30; parts of a byte are left out."""
 
 
 class StorageType(StrEnum):

@@ -1,10 +1,11 @@
 """Where a recipe is meant to run: what a scheduler is asked for, and what a dry run reckons with."""
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
-from nemo_minitron.config.base import Count, Fraction, Section
+from nemo_minitron.config.base import Count, Section
 
 
 class Gpu(StrEnum):
@@ -23,7 +24,7 @@ class ClusterConfig(Section):
     gpus_per_node: Count = 8
     """One rank runs on each."""
     gpu: Gpu = Gpu.H100
-    mfu: Fraction = 0.4
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the GPU's dense bf16 peak that a stage is taken to reach while it computes."""
     time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")
     """Time limit of one job, [days-]hours:minutes:seconds. Training saves before it ends, and is queued again."""

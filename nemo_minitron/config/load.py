@@ -1,10 +1,11 @@
 """YAML and `key=value` overrides to a checked recipe; every problem is reported at once, with a suggestion."""
 
 import difflib
+import io
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
@@ -28,13 +29,33 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(str(path), ["no such recipe file; `nemo-minitron ls` lists those that come with the package"])
     try:
         given = OmegaConf.from_dotlist(_checked(overrides or []))
-        merged = OmegaConf.merge(_without_alternatives(OmegaConf.load(path), given), given)
+        merged = OmegaConf.merge(_without_alternatives(_read(path), given), given)
         data = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(str(path), [" ".join(str(error).split())]) from error
-    if not isinstance(data, dict):
-        raise ConfigError(str(path), ["a recipe is a mapping of sections"])
+    assert isinstance(data, dict), "what a mapping was merged into"
     return check(RunConfig, _with_files_beside(path, _without_missing(data)), source=str(path))
+
+
+def _read(path: Path) -> DictConfig:
+    """A YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: It is none, or not UTF-8.
+        YAMLError: It is no YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8; a recipe is a YAML text in that encoding"
+        raise ConfigError(str(path), [problem]) from error
+    try:
+        recipe = OmegaConf.load(io.StringIO(text))
+    except OSError:  # what OmegaConf raises for a number or a truth value
+        recipe = None
+    if not isinstance(recipe, DictConfig):
+        raise ConfigError(str(path), ["a recipe is a mapping of sections, as `model: {source: ...}`"])
+    return recipe
 
 
 def load_target(overrides: list[str]) -> TargetConfig:

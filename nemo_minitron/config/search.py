@@ -41,7 +41,7 @@ class SearchConfig(Section):
     """Orders of the training samples that the last rung is repeated with; the mean counts."""
     baselines: bool = False
     """Let the last rung also train the median candidate of the first rung, uniform scaling of all axes, and the shape
-    that only drops layers."""
+    that only drops layers (as wide as `space` and `target` allow)."""
     layerwise: LayerwiseConfig | None = None
     """Also try layers of different sizes in the last rung; `{}` for the defaults, nothing for layers of one size."""
     ranks_per_candidate: Count | None = None
@@ -103,15 +103,28 @@ def search_problems(search: SearchConfig, target: BudgetConfig, distill: Distill
         )
     if search.cache.folder is not None:
         problems.append("search.cache.folder: the search keeps its cache in the run folder")
-    for name in ("prefill_ms", "decode_ms"):
-        if name in target.budgets and target.deployment.latency_table is None:
-            problems.append(f"target.{name} needs target.deployment.latency_table (`nemo-minitron latency` makes one)")
-        if name in target.budgets and search.layerwise is not None and search.layerwise.drop_parts:
-            problems.append(f"target.{name} with search.layerwise.drop_parts: a table has no layers without a part")
+    problems += _latency_problems(search, target)
     if distill.tokens is None and any(rung.tokens < 1 for rung in search.rungs):
         problems.append("search.rungs: tokens as fractions need distill.tokens; with distill.minutes give numbers")
     elif search.rungs:
         training = search.race_training(distill, 0)
         found = cache_problems(search.cache, training, 1)
         problems += [re.sub(r"(?<![.\w])cache\.", "search.cache.", problem) for problem in found]
+    return problems
+
+
+def _latency_problems(search: SearchConfig, target: BudgetConfig) -> list[str]:
+    """What a latency table cannot give."""
+    problems = []
+    ranks = target.deployment.tensor_parallel
+    for name in (name for name in ("prefill_ms", "decode_ms") if name in target.budgets):
+        if target.deployment.latency_table is None:
+            problems.append(f"target.{name} needs target.deployment.latency_table (`nemo-minitron latency` makes one)")
+        if ranks > 1:
+            problems.append(
+                f"target.{name} with target.deployment.tensor_parallel = {ranks}: latency is measured on one device; "
+                "limit flops_per_token or weight_memory, or set tensor_parallel=1"
+            )
+        if search.layerwise is not None and search.layerwise.drop_parts:
+            problems.append(f"target.{name} with search.layerwise.drop_parts: a table has no layers without a part")
     return problems

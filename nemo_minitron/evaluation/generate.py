@@ -1,11 +1,13 @@
 """Greedy text at every layout, with a cache of keys and values where the layers are our own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from nemo_minitron.checkpoints.special_ids import generation_ends
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.logits import length_step, returning
 from nemo_minitron.megatron import forward
@@ -15,14 +17,17 @@ from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.parallel.collectives import gather, sum_over
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 Finished = Callable[[int, list[int]], bool]
 """`finished(sample, its new tokens)`: whether a sample needs no more; equal on every rank."""
 
 
 def greedy(
-    chunks: Sequence[nn.Module], runtime: Runtime, prompt: Sequence[int], count: int, *, end: int | None = None
+    chunks: Sequence[nn.Module], runtime: Runtime, prompt: Sequence[int], count: int, *, ends: Collection[int] = ()
 ) -> list[int]:
-    """The likeliest next token, `count` times or until `end`; the same list on every rank.
+    """The likeliest next token, `count` times or until one of `ends`; the same list on every rank.
 
     Every rank calls it with the same arguments. It stops early where the model's context is full.
 
@@ -31,7 +36,7 @@ def greedy(
         runtime: The running layout.
         prompt: Token ids to go on from.
         count: Most tokens to add.
-        end: Token that ends the text, left out of the result; None goes on in any case.
+        ends: Tokens that end the text, left out of the result.
 
     Returns:
         The new tokens, without the prompt. Of equally likely tokens the lower id is taken.
@@ -39,8 +44,20 @@ def greedy(
     Raises:
         DataError: The prompt is empty, holds a token outside the vocabulary, or does not fit into the model's context.
     """
-    [tokens] = generate(chunks, runtime, [prompt], count, finished=lambda _, new: new[-1] == end)
-    return tokens[:-1] if tokens and tokens[-1] == end else tokens
+    [tokens] = generate(chunks, runtime, [prompt], count, finished=lambda _, new: new[-1] in ends)
+    return tokens[:-1] if tokens and tokens[-1] in ends else tokens
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerFast", files: Mapping[str, bytes]) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's end of sequence, and those that the model's generation defaults name.
+
+    Chat models have several: the end of a turn, and the end of a document.
+
+    Args:
+        tokenizer: The model's.
+        files: What travels with the model, `generation_config.json` among it.
+    """
+    return frozenset((int(tokenizer.eos_token_id), *generation_ends(files)))
 
 
 def generate(
@@ -73,7 +90,7 @@ def generate(
     """
     spec = unwrap(chunks[0]).spec
     for prompt in prompts:
-        _check_prompt(prompt, limit=spec.max_position_embeddings, vocab_size=spec.vocab_size)
+        check_prompt(prompt, limit=spec.max_position_embeddings, vocab_size=spec.vocab_size)
     lengths = [len(prompt) for prompt in prompts]
     room = min(max(lengths) + count, spec.max_position_embeddings)
     texts: list[list[int]] = [list(prompt) for prompt in prompts]
@@ -96,7 +113,12 @@ def generate(
     return [text[length:] for text, length in zip(texts, lengths, strict=True)]
 
 
-def _check_prompt(tokens: Sequence[int], *, limit: int, vocab_size: int) -> None:
+def check_prompt(tokens: Sequence[int], *, limit: int, vocab_size: int) -> None:
+    """Refuse a prompt that a model cannot go on from.
+
+    Raises:
+        DataError: It is empty, longer than the model's context `limit`, or has tokens outside the vocabulary.
+    """
     if not tokens or len(tokens) > limit:
         raise DataError(f"prompt of {len(tokens)} tokens", rule=f"between 1 and {limit}")
     if not all(0 <= token < vocab_size for token in tokens):

@@ -34,6 +34,7 @@ class Leader:
         on_results: Callable[[Mapping[int, str]], None] = lambda results: None,
     ) -> list[str]:
         """See `TokenScorer.generate`."""
+        self._scorer.check_prompts(requests)
         self._tell("generate", requests)
         return self._scorer.generate(requests, on_results)
 

@@ -18,6 +18,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.callbacks.reporter import Reporter
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.answers import AnswerFile
+from nemo_minitron.evaluation.generate import end_tokens
 from nemo_minitron.evaluation.scoring import Continuation, Prompt, Score, TokenScorer
 
 if TYPE_CHECKING:
@@ -242,8 +243,6 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
 
 
 def _from_checkpoint(arguments: dict[str, Any], batch_size: Any) -> MinitronLM:
-    from functools import partial
-
     from nemo_minitron.config.model_settings import ModelSettings
     from nemo_minitron.config.parallel import ParallelConfig, Precision
     from nemo_minitron.data.tokenizer import load_tokenizer
@@ -267,7 +266,7 @@ def _from_checkpoint(arguments: dict[str, Any], batch_size: Any) -> MinitronLM:
         model.chunks,
         model.runtime,
         batch_size=8 if batch_size in (None, "auto") else int(batch_size),
-        decode=partial(tokenizer.decode, skip_special_tokens=True),
-        end=tokenizer.eos_token_id,
+        decode=tokenizer.decode,
+        ends=end_tokens(tokenizer, model.tokenizer_files),
     )
     return MinitronLM(scorer, tokenizer, **own)

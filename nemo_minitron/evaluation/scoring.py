@@ -4,15 +4,15 @@ Requests are sorted by length and cut into batches; data-parallel copies of the 
 work on as many batches at one time as there are stages. All ranks hold all results.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nemo_minitron.errors import DataError
-from nemo_minitron.evaluation.generate import generate
+from nemo_minitron.evaluation.generate import check_prompt, generate
 from nemo_minitron.evaluation.logits import length_step, returning
 from nemo_minitron.megatron import forward
 from nemo_minitron.megatron.forward import LossResult, MicroBatch
@@ -58,6 +58,14 @@ class Prompt:
     """Most tokens to add."""
 
 
+class Decode(Protocol):
+    """A tokenizer's `decode`."""
+
+    def __call__(self, tokens: list[int], /, *, skip_special_tokens: bool) -> Any:
+        """Text of tokens, with or without the special ones."""
+        ...
+
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Rows = Sequence[tuple[tuple[int, ...], list[int]]]
@@ -71,8 +79,8 @@ class TokenScorer:
         chunks: This rank's model chunks.
         runtime: The running layout.
         batch_size: Sequences of a batch.
-        decode: Text of tokens, for the ends of generated texts.
-        end: Token that ends a text; None: none does.
+        decode: Text of tokens, as a tokenizer's `decode`.
+        ends: Tokens that end a text.
     """
 
     def __init__(
@@ -81,12 +89,12 @@ class TokenScorer:
         runtime: Runtime,
         *,
         batch_size: int,
-        decode: Callable[[list[int]], Any],
-        end: int | None,
+        decode: Decode,
+        ends: Collection[int],
     ) -> None:
         self.chunks, self.runtime, self.batch_size = chunks, runtime, batch_size
         self.spec = unwrap(chunks[0]).spec
-        self._decode, self._end = decode, end
+        self._decode, self._ends = decode, frozenset(ends)
 
     def score(
         self,
@@ -133,6 +141,7 @@ class TokenScorer:
             DataError: A prompt is empty, does not fit into the model's context, or has tokens outside of the
                 vocabulary.
         """
+        self.check_prompts(requests)
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
         found: dict[int, str] = {}
         for share in self._rounds(order, 1):
@@ -155,6 +164,11 @@ class TokenScorer:
                     rule=f"below {vocab_size}",
                     remedy="use the model's own tokenizer",
                 )
+
+    def check_prompts(self, requests: Sequence[Prompt]) -> None:
+        """Raises DataError for a request that `generate` would refuse."""
+        for request in requests:
+            check_prompt(request.tokens, limit=self.spec.max_position_embeddings, vocab_size=self.spec.vocab_size)
 
     def _rounds(self, items: Sequence[Item], batches: int) -> Iterator[Sequence[Item]]:
         """This copy's share of each round, in which every copy takes up to `batches` batches; empty at the end.
@@ -227,15 +241,18 @@ class TokenScorer:
 
     def _generate_batch(self, prompts: Sequence[Prompt]) -> list[str]:
         def text_of(index: int, tokens: list[int]) -> str:
-            text = str(self._decode(tokens))
+            if tokens and tokens[-1] in self._ends:
+                tokens = tokens[:-1]
+            text = str(self._decode(tokens, skip_special_tokens=True))
             for stop in prompts[index].until:
                 text = text.split(stop, 1)[0] if stop else text
             return text
 
         def finished(index: int, tokens: list[int]) -> bool:
-            if tokens[-1] == self._end or len(tokens) >= prompts[index].count:
+            if tokens[-1] in self._ends or len(tokens) >= prompts[index].count:
                 return True
-            text = self._decode(tokens)
+            # With special tokens in it: many a stop sequence is one, as `<|im_end|>`.
+            text = str(self._decode(tokens, skip_special_tokens=False))
             return any(stop in text for stop in prompts[index].until if stop)
 
         most = max(prompt.count for prompt in prompts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.depth import LM_LOSS
+from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.megatron.depth import LayerSkipper, Part
 from nemo_minitron.megatron.depth_metrics import DepthCollector
 from nemo_minitron.megatron.runtime import Runtime
@@ -100,6 +101,13 @@ class BlockLossCollector(DepthCollector):
     ) -> None:
         super().__init__(chunks, runtime, spec, blocks=blocks_of(replacements), metrics=(LM_LOSS,))
         self._skipper = BlockReplacer(chunks, runtime, spec, replacements)
+
+    def add_all(self, windows: WindowDataset, *, micro_batch_size: int) -> None:
+        """Add every window; each data-parallel rank passes over its share of them."""
+        runtime = self._runtime
+        size = micro_batch_size * runtime.dp_size
+        for batch in loader(windows, global_batch_size=size, dp_rank=runtime.dp_rank, dp_size=runtime.dp_size):
+            self.add(batch)
 
     def losses(self) -> list[float]:
         """Nats per token of the unchanged model, and of every replacement, on every rank. Collective.

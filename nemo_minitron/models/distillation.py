@@ -25,7 +25,8 @@ from nemo_minitron.megatron.forward import Loss, MicroBatch
 from nemo_minitron.megatron.model import MinitronGPT, freeze_vocabulary
 from nemo_minitron.megatron.optim import StepInfo
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
-from nemo_minitron.models.hidden import OnePass, StateMatching
+from nemo_minitron.models.hidden import StateMatching
+from nemo_minitron.models.matching import OnePass
 from nemo_minitron.models.routers import RouterMatching
 from nemo_minitron.models.targets import CachedTargets, OffloadedTeacher, ResidentTeacher, TargetProvider
 from nemo_minitron.pruning.plan import PruningPlan

@@ -18,7 +18,7 @@ from nemo_minitron.arch.families import recorded_family
 from nemo_minitron.arch.nemo_config import spec_from_nemo_config
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.model_settings import ModelSettings
-from nemo_minitron.errors import CheckpointError, ConfigError, MinitronError, TrainingError
+from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError, TrainingError
 from nemo_minitron.megatron import build, forward, optim, overlap, param_gather
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.documents import attention_documents
@@ -199,8 +199,15 @@ class MegatronGPTModel(ModelPT):
         """This rank's share of a global batch in the pieces that it is computed in.
 
         Raises:
+            DataError: Its sequences are longer than the model's context.
             LayoutError: It is no multiple of `micro_batch_size`.
         """
+        if (length := batch.tokens.shape[-1]) > (limit := self.spec.max_position_embeddings):
+            raise DataError(
+                f"sequences of {length} tokens",
+                rule=f"at most {limit}, the model's context (max_position_embeddings)",
+                remedy="give shorter ones: encoder_seq_length in a script, sequence_length of the section in a recipe",
+            )
         return forward.cut(batch, self.settings.batch.micro_batch_size, self.chunks)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:

@@ -1,9 +1,9 @@
 """Losses between intermediate states of student and teacher, wherever in the pipeline the two live."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,22 +18,13 @@ from nemo_minitron.megatron import states
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import state_holder
 from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.megatron.states import Take
+from nemo_minitron.models.matching import Matching, OnePass
 from nemo_minitron.ops.hidden_loss import dynamic_weight, hidden_loss
 
 
-class OnePass(Protocol):
-    """A pass of the student over the micro-batches of a step."""
-
-    def __call__(self, *, training: bool) -> dict[str, float]:
-        """Sums over all tokens of all ranks."""
-
-
-class StateMatching:
-    """Compares states of a student with those its teacher left for the same micro-batches. Every rank makes one.
-
-    The teacher's states travel once, after its pass, to the pipeline rank that holds the student's. There the loss is
-    taken while the student runs, and its gradient joins the student's backward pass at that place; so the schedules and
-    the messages between stages stay as they are, and any layers can be compared at any layout.
+class StateMatching(Matching):
+    """Compares states of a student with those its teacher left for the same micro-batches, any layers at any layout.
 
     The projection is the same on every rank and no part of the model: it has its own gradient sum and optimizer step,
     is kept in training checkpoints, and is gone when training ends.
@@ -66,19 +57,16 @@ class StateMatching:
             problems.append(f"distill.hidden.projection = false: hidden sizes differ ({sizes[0]} and {sizes[1]})")
         if problems:
             raise ConfigError("recipe", problems)
-        states.connect(runtime)
+        partners = {state: [other for other, own in pairs if own == state] for _, state in pairs}
+        over = [runtime.groups.pp, runtime.groups.dp_cp, *([runtime.groups.tp] * runtime.parallel.sequence_parallel)]
+        super().__init__(runtime, theirs=[other for other, _ in pairs], own=partners, groups=over)
         self.config = config
         self.pairs = pairs
         self.factor: float | None = None if config.balance is not HiddenBalance.NONE else 1.0
         self.projection: nn.Parameter | None = None
-        self._runtime = runtime
         self._hidden_size = teacher.hidden_size
         self._routes = _routes(pairs, teacher, student, runtime)
-        self._partners = {state: [other for other, own in pairs if own == state] for _, state in pairs}
-        self._seen: dict[int, list[Tensor]] = {}
-        self._targets: Mapping[int, Sequence[Tensor]] = {}
-        self._keeps: list[Tensor] = []
-        self._sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        self._partners = partners
         if config.projection or sizes[0] != sizes[1]:
             matrix = _first_projection(*sizes, kept, runtime.seed)
             self.projection = nn.Parameter(matrix.to(runtime.device))
@@ -95,16 +83,10 @@ class StateMatching:
         """Whether the balance of the coming step has to be measured before it."""
         return self.config.balance is HiddenBalance.SAME_STEP or self.factor is None
 
-    @contextmanager
-    def capture_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
-        """Keep what the teacher's chunks compute inside the block, instead of what was kept before."""
-        self._seen = {teacher: [] for teacher, _ in self.pairs}
-
-        def take(state: int, value: Tensor) -> None:
-            self._seen[state].append(value)
-
-        with states.watched(chunks, self._seen, take):
-            yield
+    def _watched(
+        self, chunks: Sequence[nn.Module], places: Collection[int], take: Take
+    ) -> AbstractContextManager[None]:
+        return states.watched(chunks, places, take)
 
     def send_targets(self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype) -> None:
         """Bring the teacher's states to where they are compared. Every rank calls it."""
@@ -145,35 +127,6 @@ class StateMatching:
             report = one_pass(training=False)
         return {**report, "hidden": self.total()}
 
-    @contextmanager
-    def match(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
-        """Compare the states of one pass over the micro-batches; `total` then has the sum.
-
-        Micro-batches come in order to every place, in the forward pass as in the backward pass that computes it again.
-
-        `weight` is the losses' factor in the gradient; None takes none, for passes without a graph.
-        """
-        self._sum.zero_()
-        done = dict.fromkeys(self._partners, 0)
-
-        def take(state: int, value: Tensor) -> Tensor | None:
-            if weight is not None and not torch.is_grad_enabled():
-                return None  # comes again in the backward pass, with a graph
-            loss = self._loss(state, value, done[state])
-            done[state] += 1
-            self._sum += loss.detach()
-            return None if weight is None else loss * weight
-
-        with states.watched(chunks, self._partners, take):
-            yield
-
-    def total(self) -> float:
-        """Sum of the latest pass over pairs and kept tokens of the global batch. Every rank calls it."""
-        value = self._sum.clone()
-        for group in self._groups():
-            dist.all_reduce(value, group=group)
-        return float(value)
-
     def balance(self, divergence: float, hidden: float) -> None:
         """Note what the same tokens gave: the sums of the divergence and of `total`.
 
@@ -193,7 +146,7 @@ class StateMatching:
         self.projection.grad = None
         if skipped:
             return
-        for group in self._groups():
+        for group in self._groups:
             dist.all_reduce(gradient, group=group)
         self.projection.grad = gradient.div_(max(tokens, 1.0))
         if self._clip > 0:
@@ -223,20 +176,14 @@ class StateMatching:
             self._optimizer.load_state_dict(state["optimizer"])
             self._optimizer.param_groups[0].update(told)  # torch brings back what was stored
 
-    def _loss(self, state: int, value_SBh: Tensor, micro_batch: int) -> Tensor:
+    def _loss(self, place: int, value: Tensor, micro_batch: int) -> Tensor:
         keep = self._keeps[micro_batch]
-        matrix = None if self.projection is None else self.projection.to(value_SBh.dtype)
+        matrix = None if self.projection is None else self.projection.to(value.dtype)
         losses = [
-            hidden_loss(value_SBh, self._targets[other][micro_batch], keep, matrix, kind=self.config.kind)
-            for other in self._partners[state]
+            hidden_loss(value, self._targets[other][micro_batch], keep, matrix, kind=self.config.kind)
+            for other in self._partners[place]
         ]
         return torch.stack(losses).sum()
-
-    def _groups(self) -> list[dist.ProcessGroup]:
-        """The groups over which partial sums add up to the total; each rank's part counts once."""
-        parallel, groups = self._runtime.parallel, self._runtime.groups
-        over = [groups.pp, groups.dp_cp]
-        return [*over, groups.tp] if parallel.sequence_parallel else over
 
 
 def _divergence(report: Mapping[str, float]) -> float:

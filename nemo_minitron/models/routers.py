@@ -4,12 +4,11 @@ For each token and layer with experts: the KL divergence of the teacher's distri
 has left, from the student's. A distribution is the router's scores divided by their sum.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import Axis
@@ -22,11 +21,10 @@ from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.placement import state_holder
 from nemo_minitron.megatron.runtime import Runtime
-from nemo_minitron.models.hidden import OnePass
+from nemo_minitron.megatron.states import Take
+from nemo_minitron.models.matching import Matching, OnePass
 from nemo_minitron.ops.routing import router_divergence
 from nemo_minitron.pruning.plan import PruningPlan
-
-Take = Callable[[int, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +35,8 @@ class _Pair:
     kept: Tensor
 
 
-class RouterMatching:
+class RouterMatching(Matching):
     """Compares the routers of a student with those of its teacher on the same micro-batches.
-
-    Every rank makes one.
 
     Args:
         student: Architecture of the student.
@@ -53,9 +49,8 @@ class RouterMatching:
     """
 
     def __init__(self, *, student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None, runtime: Runtime) -> None:
-        self._student, self._teacher, self._runtime = student, teacher, runtime
+        self._student, self._teacher = student, teacher
         self._pairs = _pairs(student, teacher, plan)
-        states.connect(runtime)
         parallel = runtime.parallel
         self._routes = {
             pair.teacher: (
@@ -64,71 +59,47 @@ class RouterMatching:
             )
             for own, pair in self._pairs.items()
         }
-        self._seen: dict[int, list[Tensor]] = {}
-        self._targets: dict[int, Sequence[Tensor]] = {}
-        self._keeps: list[Tensor] = []
-        self._sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        over = [runtime.groups.pp, runtime.groups.dp_cp]
+        super().__init__(runtime, theirs=self._routes, own=self._pairs, groups=over)
 
-    @contextmanager
-    def capture_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
-        """Keep what the teacher's routers say inside the block."""
-        self._seen = {layer: [] for layer in self._routes}
+    def _watched(
+        self, chunks: Sequence[nn.Module], places: Collection[int], take: Take
+    ) -> AbstractContextManager[None]:
+        return _watched(chunks, places, take)
 
-        def take(layer: int, logits: Tensor) -> None:
-            self._seen[layer].append(logits.detach().float())
-
-        with _watched(chunks, self._seen, take):
-            yield
+    def _as_target(self, value: Tensor) -> Tensor:
+        return value.detach().float()
 
     def send_targets(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Bring the teacher's logits to where they are compared. Every rank calls it."""
         self._keeps = [states.local_keep(batch, self._runtime).flatten() for batch in micro_batches]
-        self._targets = {}
+        targets: dict[int, Sequence[Tensor]] = {}
         for layer, (source, target) in sorted(self._routes.items()):
             shape = (len(self._keeps[0]), self._teacher.layers[layer].moe.num_experts)
             like = torch.empty(shape, dtype=torch.float32, device=self._runtime.device)
             route, count = [(layer, source, target)], len(micro_batches)
-            self._targets |= states.send(self._seen, route, like=like, count=count, runtime=self._runtime)
-        self._seen = {}
+            targets |= states.send(self._seen, route, like=like, count=count, runtime=self._runtime)
+        self._seen, self._targets = {}, targets
 
     def around(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float) -> OnePass:
         """A pass that also compares routers: `router` in its sums, and, in training, its part in `loss`."""
 
         def both(*, training: bool) -> dict[str, float]:
-            with self._match(chunks, weight=weight if training else None):
+            with self.match(chunks, weight=weight if training else None):
                 report = one_pass(training=training)
-            found = self._total()
+            found = self.total()
             added = {"loss": report["loss"] + weight * found} if training and "loss" in report else {}
             return {**report, **added, "router": found}
 
         return both
 
-    @contextmanager
-    def _match(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
-        self._sum.zero_()
-        done = dict.fromkeys(self._pairs, 0)
-
-        def take(layer: int, logits_TE: Tensor) -> Tensor | None:
-            if weight is not None and not torch.is_grad_enabled():
-                return None  # comes again in the backward pass, with a graph
-            pair, index = self._pairs[layer], done[layer]
-            done[layer] += 1
-            theirs_TE = self._targets[pair.teacher][index].index_select(1, pair.kept.to(logits_TE.device))
-            sigmoid = self._student.layers[layer].moe.score_function is RouterScore.SIGMOID
-            keep = self._keeps[index].to(logits_TE.device)
-            loss = router_divergence(theirs_TE, logits_TE, keep, sigmoid=sigmoid) / len(self._pairs)
-            self._sum += loss.detach()
-            return None if weight is None else loss * weight
-
-        with _watched(chunks, self._pairs, take):
-            yield
-
-    def _total(self) -> float:
-        """Sum of the latest pass over kept tokens of the global batch, of the mean over layers. Collective."""
-        value = self._sum.clone()
-        for group in (self._runtime.groups.pp, self._runtime.groups.dp_cp):
-            dist.all_reduce(value, group=group)
-        return float(value)
+    def _loss(self, place: int, value: Tensor, micro_batch: int) -> Tensor:
+        """Of the logits `[T, E]` of a layer's router, divided by the number of layers: the total is their mean."""
+        pair = self._pairs[place]
+        theirs_TE = self._targets[pair.teacher][micro_batch].index_select(1, pair.kept.to(value.device))
+        sigmoid = self._student.layers[place].moe.score_function is RouterScore.SIGMOID
+        keep = self._keeps[micro_batch].to(value.device)
+        return router_divergence(theirs_TE, value, keep, sigmoid=sigmoid) / len(self._pairs)
 
 
 def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None) -> dict[int, _Pair]:
@@ -153,7 +124,7 @@ def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None) -> 
 
 
 @contextmanager
-def _watched(chunks: Sequence[nn.Module], layers: Mapping[int, object], take: Take) -> Iterator[None]:
+def _watched(chunks: Sequence[nn.Module], layers: Collection[int], take: Take) -> Iterator[None]:
     """Inside the block, `take` sees the logits `[T, E]` of those of the layers that this rank's chunks have.
 
     A loss that it returns joins the model's.

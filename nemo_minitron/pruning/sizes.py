@@ -6,6 +6,7 @@ from math import lcm
 
 from nemo_minitron.arch.axes import LAYER_AXES, MODEL_AXES, Axis, PrunableAxis, size_divisor
 from nemo_minitron.arch.layer import COUNT_KEYS, PARTS, LayerSpec
+from nemo_minitron.arch.sizes import fraction_of
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError
@@ -166,10 +167,7 @@ def _resolved(target: TargetConfig, name: str, size: int, *, unit: int = 1, most
         return size
     if isinstance(wanted, int):
         return wanted
-    step = lcm(getattr(target.multiple_of, name), unit)
-    # Through its decimal digits: 0.3 is three tenths, not the nearest binary fraction.
-    steps = int(Fraction(str(wanted)) * size / step + Fraction(1, 2))
-    return max(1, min(steps, (most or size) // step)) * step
+    return fraction_of(size, wanted, step=lcm(getattr(target.multiple_of, name), unit), maximum=most)
 
 
 def _problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]:

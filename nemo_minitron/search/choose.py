@@ -1,6 +1,6 @@
 """Which of the shapes that fit become candidates: those that differ most, and the baselines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,20 +80,32 @@ def uniform_scaling(space: Space, found: Found) -> Sizes:
 
 
 def depth_alone(space: Space, measured: Mapping[str, Measure], limits: Mapping[str, float]) -> Sizes | None:
-    """The deepest shape within the budgets that is as wide as the teacher; None if not even one layer is.
+    """The deepest shape within the budgets that has the space's largest size on every other axis.
 
-    Of layers of several kinds, as large a part of each stays, at least one.
+    Of layers of several kinds, as large a part of each stays, as far as the space has such numbers.
+
+    Returns:
+        None if no shape of the space is that, or if the numbers of layers are fixed.
     """
-    teacher = sizes_of(space.teacher)
     numbers = set(layer_places(space.axes).values())
-    total = sum(teacher[place] for place in numbers)
+    if not numbers & set(space.free):
+        return None
+    total = sum(space.values[place][-1] for place in numbers)
     for layers in range(total, 0, -1):
         sizes = tuple(
-            max(1, round(layers * size / total)) if place in numbers else size for place, size in enumerate(teacher)
+            _nearest(values, layers * values[-1] / total) if place in numbers else values[-1]
+            for place, values in enumerate(space.values)
         )
+        if not space.allowed([np.array(size) for size in sizes]).all():
+            continue
         if all(measured[name](sizes) <= limit for name, limit in limits.items()):
             return sizes
     return None
+
+
+def _nearest(values: Sequence[int], wanted: float) -> int:
+    """The value that is nearest to what is wanted; of equals the larger one."""
+    return min(values, key=lambda value: (abs(value - wanted), -value))
 
 
 def _distance(points: NDArray[np.float64], place: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -57,28 +57,34 @@ def _sizes(wanted: Sequence[int | float], size: int, multiple: int) -> list[int]
 def layer_costs(
     space: Space, variants: Sequence[Variant], measured: Mapping[str, Measure], limits: Mapping[str, float]
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
-    """What one layer of each form adds to every budget's measure, and what a model has besides its layers.
+    """What each layer adds to every budget's measure in each form `[layers, forms]`, and what a model has besides.
 
-    A part that a form lacks counts as one of size 0, which still has its norm.
+    A part that a form lacks counts as one of size 0, which still has its norm. Measures count the teacher's global
+    layers first and then the local ones, which hold fewer positions in the KV cache: a layer costs what one of its kind
+    adds.
 
     Args:
         space: The teacher's; its hidden size stays.
         variants: Forms of a layer.
-        measured: By name of the budget; linear in the number of layers.
+        measured: By name of the budget; linear in the numbers of global and of local layers.
         limits: Which of them count.
     """
+    is_local = [layer.local for layer in space.teacher.layers]
+    before = {local: is_local.count(False) if local else 0 for local in set(is_local)}
+    unchanged = next(form for form in variants if form is not None)
     costs: dict[str, NDArray[np.float64]] = {}
     fixed: dict[str, float] = {}
     for name in limits:
-        rows = []
-        for form in variants:
+
+        def cost(form: Variant, layers: int, name: str = name) -> float:
             if form is None:
-                rows.append(0.0)
-                continue
-            one, two = (float(measured[name](_shape(space, layers, form))) for layers in (1, 2))
-            rows.append(two - one)
-            fixed[name] = one - (two - one)
-        costs[name] = np.array(rows)
+                return 0.0
+            less, more = (float(measured[name](_shape(space, layers + count, form))) for count in (0, 1))
+            return more - less
+
+        by_kind = {local: [cost(form, layers) for form in variants] for local, layers in before.items()}
+        costs[name] = np.array([by_kind[local] for local in is_local])
+        fixed[name] = float(measured[name](_shape(space, 0, unchanged)))
     return costs, fixed
 
 
@@ -99,7 +105,7 @@ def choose_layers(
 
     Args:
         losses: Block losses `[layers, forms]`, nats per token.
-        costs: For each budget, what a layer of each form costs `[forms]`.
+        costs: For each budget, what each layer costs in each form `[layers, forms]`; `[forms]` if layers are alike.
         limits: For each budget, what all layers together may cost.
         dropped: The form that stands for a layer that goes; None if there is none.
         least_layers: Layers that must stay.
@@ -113,10 +119,11 @@ def choose_layers(
     layers, forms = losses.shape
     one_each = kron(eye_array(layers), np.ones((1, forms)))
     constraints: list[Any] = [LinearConstraint(csr_array(one_each), 1, 1)]
-    for name, cost in costs.items():
+    by_layer = {name: np.broadcast_to(cost, losses.shape) for name, cost in costs.items()}
+    for name, cost in by_layer.items():
         # Scaled to the limit, so that bytes and parameters are numbers of one size.
         scale = max(limits[name], 1.0)
-        constraints.append(LinearConstraint(np.tile(cost, layers)[None] / scale, -np.inf, limits[name] / scale))
+        constraints.append(LinearConstraint(cost.ravel()[None] / scale, -np.inf, limits[name] / scale))
     if dropped is not None:
         is_dropped = np.tile(np.arange(forms) == dropped, layers).astype(float)
         constraints.append(LinearConstraint(is_dropped[None], 0, layers - least_layers))
@@ -128,7 +135,7 @@ def choose_layers(
         options={"mip_rel_gap": 1e-6},
     )
     if found.x is None:
-        smallest = {name: layers * float(cost.min()) for name, cost in costs.items()}
+        smallest = {name: float(cost.min(axis=1).sum()) for name, cost in by_layer.items()}
         told = "; ".join(
             f"{name}: at least {describe(name, smallest[name])} of {describe(name, limits[name])}" for name in costs
         )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.sizes import fraction_of
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
@@ -184,7 +185,7 @@ def _wanted_sizes(
     if exact is not None and wanted is not None:
         return (), [f"target.{axis.key} = {exact} and search.space.{axis.key}: one of them"]
     if exact is not None:
-        share = round(exact * size / multiple) * multiple if isinstance(exact, float) else exact
+        share = fraction_of(size, exact, step=multiple) if isinstance(exact, float) else exact
         wanted = AxisConfig(values=(share,))
     elif wanted is None and not row.is_searched:
         wanted = AxisConfig(values=(size,))

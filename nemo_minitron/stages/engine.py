@@ -85,16 +85,15 @@ def run_chain(
             )
         stack.enter_context(temporary_files_in(request.run, processes.rank))
         by_name = {stage.name: stage for stage in chain}
-        outcome = "stopped"
+        outcome = "finished"
         try:
             with _report_lost_rank(request.run, processes.rank):
                 outlook = _outlook(steps, by_name, request, processes)
                 for position, (name, data) in enumerate(steps, start=1):
                     step = Step(stage=by_name[name], **data)
                     _run_step(step, request, processes, reporter, outlook, position=position, count=len(steps))
-            outcome = "finished"
-        except MinitronError as error:
-            outcome = f"failed: {error.what.splitlines()[0]}"
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            outcome = _outcome_of(error)
             raise
         finally:
             reporter.rest()
@@ -355,6 +354,15 @@ def _redo_begun(request: Request) -> bool:
     """Whether the same redo was begun and cut off: then the stages it has made since stay."""
     path = request.run.stages / _REDO
     return request.redo_from is not None and path.is_file() and read_json(path) == _redo_mark(request)
+
+
+def _outcome_of(error: BaseException) -> str:
+    """How the manifest names the end of a command that raised this."""
+    if isinstance(error, (signals.Stopped, KeyboardInterrupt)):
+        return "stopped"
+    if isinstance(error, MinitronError):
+        return f"failed: {error.what.splitlines()[0]}"
+    return f"failed: {type(error).__name__}"
 
 
 def _record_outcome(request: Request, outcome: str) -> None:

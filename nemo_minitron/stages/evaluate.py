@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from nemo_minitron.callbacks.reporter import compact
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.evaluation import held_out, speed
-from nemo_minitron.evaluation.generate import greedy
+from nemo_minitron.evaluation.generate import end_tokens, greedy
 from nemo_minitron.evaluation.perplexity import bits_per_byte, perplexity
 from nemo_minitron.evaluation.scoring import TokenScorer
 from nemo_minitron.megatron.data import WindowDataset
@@ -78,7 +77,8 @@ def _one(context: StageContext, name: str, folder: Path, result: dict[str, Any])
     result |= asdict(counts)
     context.reporter.line(f"          {name:<9} perplexity {measured.value:.2f} · {rate.value:.4f} bits per byte")
     prompt = tokenizer.encode(settings.prompt)
-    new = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens, end=tokenizer.eos_token_id)
+    ends = end_tokens(tokenizer, model.tokenizer_files)
+    new = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens, ends=ends)
     result["samples"][name] = tokenizer.decode(new, skip_special_tokens=True)
     if settings.tasks:
         result["tasks"][name] = _tasks(context, name, model, tokenizer)
@@ -107,10 +107,9 @@ def _in_documents(
     settings = context.config.evaluate
     stride = settings.sequence_length if settings.stride is None else settings.stride
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    length = min(settings.sequence_length, model.spec.max_position_embeddings)
     texts = held_out.documents(context.input("data"), settings.max_tokens, begin=begin)
     windows = [
-        list(held_out.overlapping(text.tolist(), begin=begin, length=length, stride=min(stride, length)))
+        list(held_out.overlapping(text.tolist(), begin=begin, length=settings.sequence_length, stride=stride))
         for text in texts
     ]
     scorer = _scorer(model, tokenizer, settings.micro_batch_size)
@@ -122,8 +121,8 @@ def _in_documents(
 
 
 def _scorer(model: MegatronGPTModel, tokenizer: "PreTrainedTokenizerFast", batch_size: int) -> TokenScorer:
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    return TokenScorer(model.chunks, model.runtime, batch_size=batch_size, decode=decode, end=tokenizer.eos_token_id)
+    ends = end_tokens(tokenizer, model.tokenizer_files)
+    return TokenScorer(model.chunks, model.runtime, batch_size=batch_size, decode=tokenizer.decode, ends=ends)
 
 
 def _tasks(

@@ -62,23 +62,20 @@ def _write(context: StageContext, student: Path) -> None:
 
 
 def _making(context: StageContext) -> Making:
-    """What the stages before know about how the model came to be."""
-
-    def result(name: str) -> dict[str, Any]:
-        try:
-            return context.run.result(name)
-        except (RunFolderError, OSError):
-            return {}
-
-    distilled = result("distill")
-    is_known = all(map(context.run.is_complete, ("import", "prune")))
+    """What the stages before know of how the model came to be; what was measured on an earlier model is left out."""
+    try:
+        content = gather(context.run, context.config, scores=False)
+    except (RunFolderError, OSError):
+        content = None
+    results = {} if content is None else content.results
+    distilled = results.get("distill", {})
     return Making(
         recipe=to_yaml(context.config),
         objective=distilled.get("objective", ""),
         tokens=distilled.get("tokens"),
         sources=tuple(str(source) for source in context.config.data.named),
-        evaluation=result("evaluate"),
-        content=gather(context.run, context.config, scores=False) if is_known else None,
+        evaluation=results.get("evaluate", {}),
+        content=content,
     )
 
 

@@ -8,7 +8,7 @@ from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import LayerwiseConfig
 from nemo_minitron.megatron import runtime as megatron_runtime
-from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.megatron.replace import BlockLossCollector, Replacement
 from nemo_minitron.models.gpt import MegatronGPTModel
 from nemo_minitron.pruning.build import build_plan_by_layer
@@ -99,17 +99,9 @@ def _measure(
         trainer=trainer,
     )
     model.requires_grad_(False).eval()
-    runtime = model.runtime
-    collector = BlockLossCollector(model.chunks, runtime, teacher, replacements)
+    collector = BlockLossCollector(model.chunks, model.runtime, teacher, replacements)
     windows = WindowDataset(context.input("data"), "calibration", batch.sequence_length, settings.samples, spread=True)
-    batches = loader(
-        windows,
-        global_batch_size=batch.micro_batch_size * runtime.dp_size,
-        dp_rank=runtime.dp_rank,
-        dp_size=runtime.dp_size,
-    )
-    for micro_batch in batches:
-        collector.add(micro_batch)
+    collector.add_all(windows, micro_batch_size=batch.micro_batch_size)
     return collector.losses()
 
 

@@ -46,13 +46,16 @@ def check(
         )
     check_tasks(stages if redo else ahead, config)
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
-    if all(stage.kind != "prune" for stage in ahead):
-        return  # nothing is pruned any more, or nothing at all
+    prunes = any(stage.kind == "prune" for stage in ahead)
+    if not prunes and not _lengths(ahead, config):
+        return  # nothing that depends on the model is left to do
     teacher = teacher_model(config, folder)
-    if teacher is not None:
-        spec, family = teacher
+    if teacher is None:
+        return
+    spec, family = teacher
+    check_lengths(ahead, config, spec)
+    if prunes:
         check_models((spec, *students(config, spec, folder)), config, family)
-        _check_speed(ahead, config, spec)
 
 
 def teacher_model(config: RunConfig, folder: RunFolder) -> tuple[ModelSpec, str] | None:
@@ -159,15 +162,34 @@ def check_tasks(stages: Iterable[Stage], config: RunConfig) -> None:
         harness.check_tasks(config.evaluate.tasks, config.evaluate.include_path)
 
 
-def _check_speed(stages: Iterable[Stage], config: RunConfig, teacher: ModelSpec) -> None:
-    """Raises ConfigError if what is to be timed does not fit into the model's context."""
-    speed = config.evaluate.speed
-    if speed is None or all(stage.kind != "evaluate" for stage in stages):
-        return
-    length, limit = speed.prompt_tokens + speed.new_tokens, teacher.max_position_embeddings
-    if length > limit:
-        problem = f"evaluate.speed: prompt_tokens + new_tokens = {length} is above the model's context of {limit}"
-        raise ConfigError("recipe", [problem])
+def check_lengths(stages: Iterable[Stage], config: RunConfig, teacher: ModelSpec) -> None:
+    """Whether what the stages read fits into the model's context; it was never trained on the positions beyond.
+
+    Raises:
+        ConfigError: With every key that asks for more tokens.
+    """
+    limit = teacher.max_position_embeddings
+    problems = [
+        f"{key} = {length} is above the model's context of {limit} tokens (max_position_embeddings)"
+        for key, length in _lengths(stages, config).items()
+        if length > limit
+    ]
+    if problems:
+        raise ConfigError("recipe", problems)
+
+
+def _lengths(stages: Iterable[Stage], config: RunConfig) -> dict[str, int]:
+    """Tokens of the sequences that the stages read, by key."""
+    found: dict[str, int] = {}
+    for kind in dict.fromkeys(stage.kind for stage in stages):
+        section = getattr(config, kind, None)
+        if isinstance(section, TrainingConfig):
+            found[f"{kind}.batch.sequence_length"] = section.batch.sequence_length
+        elif isinstance(section, ScoreConfig | EvaluateConfig):
+            found[f"{kind}.sequence_length"] = section.sequence_length
+            if isinstance(section, EvaluateConfig) and (speed := section.speed) is not None:
+                found["evaluate.speed: prompt_tokens + new_tokens"] = speed.prompt_tokens + speed.new_tokens
+    return found
 
 
 def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> None:

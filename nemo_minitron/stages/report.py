@@ -145,8 +145,8 @@ def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> Repo
         manifest=manifest.read(folder.path),
         recipe=to_yaml(config),
         importance=_importance(folder, config) if scores else None,
-        rounds=[_round(folder, number, rounds) for number in range(1, rounds + 1)],
-        metrics=read_rows(folder.stages / "distill" / "metrics.jsonl"),
+        rounds=[_round(results, number, rounds) for number in range(1, rounds + 1)],
+        metrics=read_rows(folder.stages / "distill" / "metrics.jsonl") if "distill" in results else [],
         records=records,
     )
 
@@ -170,11 +170,10 @@ def _importance(folder: RunFolder, config: RunConfig) -> Importance:
     )
 
 
-def _round(folder: RunFolder, number: int, rounds: int) -> Row:
+def _round(results: Mapping[str, dict[str, Any]], number: int, rounds: int) -> Row:
     """What one round cut, and how close to the teacher its distillation came."""
-    pruned = folder.result(round_name("prune", number, rounds))
-    name = round_name("distill", number, rounds)
-    distilled = folder.result(name) if folder.is_complete(name) else {}
+    pruned = results[round_name("prune", number, rounds)]
+    distilled = results.get(round_name("distill", number, rounds), {})
     history = distilled.get("history") or [{}]
     return {
         "spec": pruned["spec"],

@@ -9,7 +9,7 @@ from nemo_minitron.arch.layer import PARTS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.depth import LM_LOSS
 from nemo_minitron.config.run import ScoreConfig
-from nemo_minitron.megatron.data import WindowDataset, loader
+from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.megatron.replace import BlockLossCollector, Replacement
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.scores import LOSSES, two_part_layers
@@ -34,14 +34,7 @@ def sublayer_losses(
     collector = BlockLossCollector(chunks, runtime, spec, replacements)
     samples = min(settings.depth.samples, settings.samples)
     windows = WindowDataset(data, "calibration", settings.sequence_length, samples, first_window=settings.first_sample)
-    batches = loader(
-        windows,
-        global_batch_size=settings.micro_batch_size * runtime.dp_size,
-        dp_rank=runtime.dp_rank,
-        dp_size=runtime.dp_size,
-    )
-    for micro_batch in batches:
-        collector.add(micro_batch)
+    collector.add_all(windows, micro_batch_size=settings.micro_batch_size)
     count, (base, *values) = collector.sums()
     found = {f"layers.{layer}.{LM_LOSS}.{part}.sum": value for (layer, part), value in zip(places, values, strict=True)}
     found |= {f"{LOSSES}.base": base, f"{LOSSES}.count": count}

@@ -1,7 +1,6 @@
 """What ranks do in the tests of the LM-Evaluation-Harness: answer a task's items, one rank leading."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ def run_tasks_at(folder: Path, parallel: ParallelConfig, tasks: list[str], inclu
     from nemo_minitron.config.model_settings import ModelSettings
     from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.evaluation.answers import AnswerFile
+    from nemo_minitron.evaluation.generate import end_tokens
     from nemo_minitron.evaluation.leading import led
     from nemo_minitron.evaluation.scoring import TokenScorer
     from nemo_minitron.models.gpt import MegatronGPTModel
@@ -23,8 +23,8 @@ def run_tasks_at(folder: Path, parallel: ParallelConfig, tasks: list[str], inclu
         model.chunks,
         model.runtime,
         batch_size=8,
-        decode=partial(tokenizer.decode, skip_special_tokens=True),
-        end=tokenizer.eos_token_id,
+        decode=tokenizer.decode,
+        ends=end_tokens(tokenizer, model.tokenizer_files),
     )
     passes = {"count": 0}
 

@@ -61,7 +61,7 @@ def evaluate(folder: Path, parallel: ParallelConfig, end: int) -> dict[str, Any]
         "logits": gather_logits(chunks, tokens, here, spec.vocab_size),
         "some": gather_logits(chunks, tokens, here, spec.vocab_size, positions=[3, 1]),
         "text": greedy(chunks, here, PROMPT, COUNT),
-        "ended": greedy(chunks, here, PROMPT, COUNT, end=end),
+        "ended": greedy(chunks, here, PROMPT, COUNT, ends={end}),
         "full": len(greedy(chunks, here, PROMPT * 6, COUNT)),
         "output": {chunk.output for chunk in chunks},
         "errors": [],

@@ -24,20 +24,30 @@ def documents() -> list[list[int]]:
     return [torch.randint(1, VOCABULARY, (count,), generator=draw).tolist() for count in (1, 11, 12, 13, 40, 7, 31)]
 
 
+def spelled(tokens: list[int], *, skip_special_tokens: bool) -> str:
+    return str(tokens)
+
+
 def nats_at(folder: Path, parallel: ParallelConfig) -> tuple[list[float], list[str]]:
     from nemo_minitron.config.model_settings import ModelSettings
     from nemo_minitron.evaluation.held_out import overlapping
-    from nemo_minitron.evaluation.scoring import Continuation, TokenScorer
+    from nemo_minitron.evaluation.leading import led
+    from nemo_minitron.evaluation.scoring import Continuation, Prompt, TokenScorer
     from nemo_minitron.models.gpt import MegatronGPTModel
 
     model = MegatronGPTModel.restore_from(folder, settings=ModelSettings(parallel=parallel, seed=0))
-    scorer = TokenScorer(model.chunks, model.runtime, batch_size=3, decode=str, end=None)
+    scorer = TokenScorer(model.chunks, model.runtime, batch_size=3, decode=spelled, ends=())
     windows = [list(overlapping(text, begin=BEGIN, length=LENGTH, stride=STRIDE)) for text in documents()]
     scores = iter(scorer.score([window for own in windows for window in own]))
     refused = []
     for context, tokens in (((), (1,)), ((1,), tuple(range(1, 40))), ((1,), (VOCABULARY,))):
         try:
             scorer.score([Continuation(context, tokens)])
+        except DataError as error:
+            refused.append(error.what)
+    for prompt in ((VOCABULARY,), ()):
+        try:
+            led(scorer, lambda leader, prompt=prompt: leader.generate([Prompt(prompt, (), 1)]))
         except DataError as error:
             refused.append(error.what)
     return [-sum(next(scores).logprob for _ in own) for own in windows], refused
@@ -69,9 +79,10 @@ def test_every_layout_measures_what_transformers_measures(layout, expected):
     world_size, parallel = LAYOUTS[layout]
     for found, refused in run_on_ranks(world_size, nats_at, folder, parallel):
         assert found == pytest.approx(sums, rel=1e-5)
-        assert len(refused) == 3
+        assert len(refused) == 5
         assert "0 tokens and 1 to be scored" in refused[0]
         assert "39 to be scored" in refused[1]
+        assert refused[3:] == ["prompt: holds tokens outside the model's vocabulary", "prompt of 0 tokens"]
 
 
 PROMPTS, ADDED = ([3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]), 4
@@ -85,7 +96,7 @@ def with_experts(folder: Path) -> tuple[list[float], list[str]]:
 
     settings = ModelSettings(parallel=ParallelConfig(expert=2), seed=0)
     model = MegatronGPTModel.restore_from(folder, settings=settings)
-    scorer = TokenScorer(model.chunks, model.runtime, batch_size=2, decode=str, end=None)
+    scorer = TokenScorer(model.chunks, model.runtime, batch_size=2, decode=spelled, ends=())
     texts = [tuple(text) for text in documents() if len(text) > 1]
     scores = scorer.score([Continuation(text[:1], text[1:]) for text in texts])
     return [score.logprob for score in scores], scorer.generate([Prompt(tuple(p), (), ADDED) for p in PROMPTS])

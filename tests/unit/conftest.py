@@ -3,8 +3,12 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from nemo_minitron.megatron.runtime import Runtime
 
 
 @pytest.fixture
@@ -13,3 +17,13 @@ def public() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+@pytest.fixture
+def here() -> Iterator["Runtime"]:
+    """Megatron on one rank."""
+    from nemo_minitron.config.parallel import ParallelConfig
+    from nemo_minitron.megatron import runtime
+
+    yield runtime.start(ParallelConfig(), seed=0)
+    runtime.stop()

@@ -199,7 +199,7 @@ def test_a_missing_file_is_named(broken: Path, name: str) -> None:
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(broken: Path) -> None:
     data = json.loads((broken / "tokenizer.json").read_text())
-    data["added_tokens"].append({**data["added_tokens"][0], "id": 256, "content": "<extra>"})
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 256, "content": "<extra>", "special": False})
     (broken / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"largest token id is 256, but vocab_size is 256"):
         open_checkpoint(broken)

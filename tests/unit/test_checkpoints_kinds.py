@@ -16,7 +16,8 @@ from nemo_minitron.checkpoints.hf import open_hf
 from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.summary import lines, summary
-from nemo_minitron.errors import CheckpointError, MinitronError
+from nemo_minitron.data.tokenizer import encode_documents, load_tokenizer
+from nemo_minitron.errors import CheckpointError, DataError, MinitronError
 from tests import tiny
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -252,9 +253,28 @@ def test_inspect_tells_ids_context_assumptions_and_the_tokenizer(folder: Path) -
 
 def test_added_tokens_without_a_row_get_their_own_remedy(folder: Path) -> None:
     data = json.loads((folder / "tokenizer.json").read_text())
-    data["added_tokens"].append({**data["added_tokens"][0], "id": 256, "content": "<extra>"})
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 256, "content": "<extra>", "special": False})
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert "take the added tokens without a row (<extra>)" in refusal(folder)
+
+
+def test_special_tokens_without_a_row_are_told_and_refused_in_texts(folder: Path, tmp_path: Path) -> None:
+    """As in Gemma 3's text models, whose tokenizer has the token of images one behind the last row."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]  # complete: `tokenizers` numbers an added token by the size of the vocabulary
+    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary), 256)}
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 256, "content": "<image_soft_token>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    source = open_checkpoint(folder)
+    assert any("<image_soft_token> (256)" in note for note in source.notes())
+    write_folder(source, tmp_path / "nemo")
+    assert any("<image_soft_token> (256)" in note for note in open_checkpoint(tmp_path / "nemo").notes())
+    tokenizer = load_tokenizer(source.tokenizer_files())
+    text = "the <image_soft_token> of the river"
+    with pytest.raises(DataError, match="gives token 256"):
+        list(encode_documents([text], tokenizer, 256, parse_special_tokens=True))
+    [plain] = encode_documents([text], tokenizer, 256)
+    assert plain.max() < 256
 
 
 # -- NeMo ------------------------------------------------------------------------------------------------------------

@@ -158,6 +158,58 @@ def test_an_error_comes_in_its_turn_and_stops_the_rest() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
+def test_two_processes_that_write_one_target_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """A lock belongs to whoever opened it, so that two writers in one process stand for two processes."""
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    with staged_folder(folder) as first, staged_file(file) as first_file:
+        (first / "first").write_bytes(b"1")
+        first_file.write_bytes(b"1")
+        with staged_folder(folder) as second, staged_file(file) as second_file:
+            (second / "second").write_bytes(b"2")
+            second_file.write_bytes(b"2")
+        assert [path.name for path in folder.iterdir()] == ["second"]
+        assert file.read_bytes() == b"2"
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    assert file.read_bytes() == b"1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_what_killed_processes_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    for name in (".target.partial", ".target.2.partial", ".target.2.old"):
+        (tmp_path / name / "below").mkdir(parents=True)
+        (tmp_path / name / "below" / "file").write_bytes(b"x")
+    for name in (".target.lock", ".target.2.lock", ".other.partial", ".other.2.partial"):
+        (tmp_path / name).write_bytes(b"")
+    with staged_folder(tmp_path / "target") as partial:
+        assert list(partial.iterdir()) == []
+        assert [path.name for path in (tmp_path / "target").iterdir()] == ["below"], "the old one is back meanwhile"
+    with staged_file(tmp_path / "other") as partial:
+        partial.write_bytes(b"y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+def test_a_folder_that_another_process_has_put_there_meanwhile_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real, meddled = tmp_path / "target", Path.rename, []
+
+    def rename(path: Path, to: Path) -> Path:
+        found = real(path, to)
+        if path == target and not meddled:
+            meddled.append(path)
+            (target / "theirs").mkdir(parents=True)
+        return found
+
+    (target / "old").mkdir(parents=True)
+    monkeypatch.setattr(Path, "rename", rename)
+    with staged_folder(target) as partial:
+        (partial / "ours").mkdir()
+    assert meddled
+    assert [path.name for path in target.iterdir()] == ["ours"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
 def test_content_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[str] = set()
     real = os.fsync

@@ -160,6 +160,48 @@ def test_dry_run_names_the_key_of_a_batch_or_layout_that_cannot_be(given, overri
     assert expected in err
 
 
+def test_sequences_beyond_the_model_s_context_are_refused_by_key(given, tmp_path):
+    chat = given[2].removeprefix("data.sources=[").removesuffix("]")
+    longer = (
+        *("score.sequence_length=512", "distill.batch.sequence_length=264", "evaluate.sequence_length=257"),
+        *("correct={tokens: 4096}", "correct.batch.sequence_length=512", f"tune={{sources: [{chat}]}}"),
+    )
+    said = [
+        f"{key} = {length} is above the model's context of 256 tokens"
+        for key, length in {
+            "correct.batch.sequence_length": 512,
+            "score.sequence_length": 512,
+            "distill.batch.sequence_length": 264,
+            "tune.batch.sequence_length": 512,
+            "evaluate.sequence_length": 257,
+        }.items()
+    ]
+    for how in ((), ("--dry-run",)):
+        _, err = invoke("run", *given, *longer, *how, status=2)
+        assert [problem for problem in said if problem not in err] == []
+    _, err = invoke("score", *given, *longer, status=2)
+    assert said[1] in err
+    assert "evaluate.sequence_length" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"name: caf\xe9\n", "byte 9 is not UTF-8"),
+        (b"- name: a\n- model: b\n", "a recipe is a mapping of sections"),
+        (b"5\n", "a recipe is a mapping of sections"),
+        (b"name: [\n", "expected the node content"),
+        (b"", "model: is missing"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(content, told, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    _, err = invoke("config", str(tmp_path / "mine.yaml"), status=2)
+    assert err.startswith(f"error: {tmp_path / 'mine.yaml'}")
+    assert told in err
+
+
 def test_too_little_memory_is_a_warning():
     name = "qwen3_8b_to_6b_depth_64gpu_h100"
     large = ("parallel.tensor=1", "parallel.sequence_parallel=false", "distill.batch.micro_batch_size=4")
@@ -252,7 +294,14 @@ def test_a_run_refuses_what_a_dry_run_refuses_before_it_begins(given, tmp_path):
 
 def test_dry_run_shows_every_round_and_every_training(given):
     chat = given[2].removeprefix("data.sources=[").removesuffix("]")
-    out, _ = invoke("run", *given, "--dry-run", "rounds=2", "correct={tokens: 1024}", f"tune={{sources: [{chat}]}}")
+    out, _ = invoke(
+        "run",
+        *given,
+        "--dry-run",
+        "rounds=2",
+        "correct={tokens: 1024}",
+        f"tune={{sources: [{chat}], batch: {{sequence_length: 64}}}}",
+    )
     assert re.search(r"round 1 +student", out)
     assert re.search(r"FFN size +96 +80 +64", out)
     assert re.search(r"correct +2 +512 +1,024", out)

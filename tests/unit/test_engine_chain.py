@@ -262,6 +262,22 @@ def test_a_defect_of_ours_is_not_dressed_up(recorder, run):
         go(recorder, run)
 
 
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (ZeroDivisionError("by zero"), "failed: ZeroDivisionError"),
+        (ConfigError("recipe", ["a: b"]), "failed: recipe: 1 problem"),
+        (KeyboardInterrupt(), "stopped"),
+        (signals.Stopped(signal.SIGTERM), "stopped"),
+    ],
+)
+def test_the_manifest_tells_a_crash_from_a_stop(recorder, run, error, outcome):
+    recorder.fail_in, recorder.error = "score", error
+    with pytest.raises(type(error)):
+        go(recorder, run)
+    assert json.loads((run.path / "manifest.json").read_text())["commands"][-1]["outcome"].startswith(outcome)
+
+
 def test_a_signal_ends_an_ordinary_stage_at_once(recorder, run):
     def wait(context: StageContext) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,5 @@
 """What the estimate says of layers that lack a part or have Mamba, against what their forward pass keeps."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.estimate.activations import Pass, layer_activations
 from nemo_minitron.estimate.compute import forward_flops
 from nemo_minitron.estimate.work import Work, work_of
-from nemo_minitron.megatron import functional, runtime
+from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.rounds import round_specs
@@ -32,12 +31,6 @@ LAYERS = {
     ),
 }
 TOKENS = 256
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 def kept(layer: LayerSpec, here: Runtime) -> tuple[int, ModelSpec]:

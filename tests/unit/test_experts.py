@@ -1,14 +1,12 @@
 """Mixtures of experts: counts of published models, every family against transformers, bytes there and back."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from nemo_minitron.arch.expert_fields import feed_forwards
 from nemo_minitron.arch.families import family_of_hf_config, nearest_family
@@ -20,29 +18,19 @@ from nemo_minitron.checkpoints.megatron_dist import write_megatron
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.cache import CacheConfig, cache_problems
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.errors import CheckpointError, LayoutError, SpecError
-from nemo_minitron.megatron import runtime
-from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.routing import route, router_divergence
 from nemo_minitron.pruning.diff import diff_plans
 from nemo_minitron.pruning.plan import PruningPlan
 from tests.support.expert_models import CONFIGS, loaded, write_experts
-from tests.support.loaded import megatron_model
+from tests.support.loaded import hf_logits, megatron_logits
 
 CASES = pytest.mark.parametrize("case", CONFIGS)
-TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 def mixture(experts: Moe, *, heads: int, groups: int, layers: int, **traits: object) -> ModelSpec:
@@ -155,21 +143,10 @@ def test_routers_differ_by_the_kl_of_their_scores(sigmoid: bool) -> None:
     assert float(same) == pytest.approx(0.0, abs=1e-12)
 
 
-@torch.no_grad()
-def megatron_logits(source: TensorSource, here: Runtime) -> Tensor:
-    micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    return megatron_model(source, here)(micro.tokens, micro.position_ids, None)
-
-
-@torch.no_grad()
-def hf_logits(folder: Path) -> Tensor:
-    return loaded(folder)(TOKENS, use_cache=False).logits
-
-
 @CASES
 def test_logits_are_those_of_transformers(case: str, tmp_path: Path, here: Runtime) -> None:
     write_experts(tmp_path / "hf", case)
-    expected = hf_logits(tmp_path / "hf")
+    expected = hf_logits(loaded(tmp_path / "hf"))
     torch.testing.assert_close(megatron_logits(open_hf(tmp_path / "hf"), here), expected, rtol=1e-4, atol=1e-4)
 
 

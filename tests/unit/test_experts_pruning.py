@@ -1,6 +1,5 @@
 """Cutting experts, their neurons and those of shared experts: what is exact, what is refused, what follows."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +12,16 @@ from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.source import TensorSource, stream
-from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError, SpecError
-from nemo_minitron.megatron import runtime
-from nemo_minitron.megatron.build import build_chunks
-from nemo_minitron.megatron.forward import MicroBatch
-from nemo_minitron.megatron.from_source import fill_from
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from nemo_minitron.pruning.rounds import round_specs
 from tests.support.expert_models import EXPERTS, FFN, LAYERS, loaded, write_experts
+from tests.support.loaded import hf_logits, megatron_logits
 
-TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 DEAD_EXPERT, DEAD_NEURONS = 2, (0, 3, 23)
 TARGETS = {
     "experts": {"num_experts": 4},
@@ -43,25 +37,6 @@ TARGETS = {
     },
 }
 SHARED = {"shared FFN": {"shared_ffn_hidden_size": 24}}
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
-
-
-@torch.no_grad()
-def megatron_logits(source: TensorSource, here: Runtime) -> Tensor:
-    chunks = build_chunks(source.spec, here, Precision.FP32, trainable=False)
-    fill_from(chunks, source, here)
-    micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    return chunks[0](micro.tokens, micro.position_ids, None)
-
-
-@torch.no_grad()
-def hf_logits(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe, some dense", "qwen2_moe", "dots1"])

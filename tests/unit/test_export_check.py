@@ -1,7 +1,7 @@
 """The check of exports: states layer by layer, where two checkpoints begin to differ, and the model card."""
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +19,15 @@ from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.cli.main import app
-from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.evaluation import states
 from nemo_minitron.evaluation.difference import first_state_difference, first_weight_difference, largest_difference
 from nemo_minitron.evaluation.states import megatron_states, transformers_states
-from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.report.model_card import CARD, Making, model_card
 from nemo_minitron.stages import export
+from nemo_minitron.stages.run_folder import RunFolder
 from tests import tiny
 from tests.jobs import config_for
 from tests.support.checkpoints import UNIFORM, RandomSource
@@ -36,12 +35,6 @@ from tests.support.family_plans import plan_for
 from tests.unit import report_sample
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +122,7 @@ class Export:
     def __init__(self, hf: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_folder(open_hf(hf), folder / "student")
         config = config_for(hf, hf, export={"formats": ["hf"]})
-        run = SimpleNamespace(result=lambda name: {}, is_complete=lambda name: False)
-        student = folder / "student"
+        run, student = RunFolder(folder / "run"), folder / "student"
         self.context: Any = SimpleNamespace(config=config, run=run, out=folder, rank=0, input=lambda role: student)
         monkeypatch.setattr(export, "_check_tokens", lambda context: TOKENS[:1])
 

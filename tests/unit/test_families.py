@@ -14,10 +14,9 @@ from nemo_minitron.arch.axes import Axis
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.checkpoints.source import TensorSource
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
-from nemo_minitron.megatron import optim, runtime
+from nemo_minitron.megatron import optim
 from nemo_minitron.megatron.forward import MicroBatch, collect_hidden, reduce_report, run
 from nemo_minitron.megatron.hooks import ImportanceCollector
 from nemo_minitron.megatron.runtime import Runtime
@@ -26,10 +25,9 @@ from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.plan import PruningPlan
 from tests import tiny
 from tests.support.family_plans import FFN, HEADS, HIDDEN, SIZE, plan_for
-from tests.support.loaded import megatron_model
+from tests.support.loaded import TOKENS, hf_logits, loaded, megatron_logits, megatron_model
 
 CASES = pytest.mark.parametrize("case", tiny.FAMILY_CONFIGS)
-TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +40,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _written(root: Path, case: str) -> tuple[Path, PreTrainedModel]:
     folder = root / case.replace(", ", "_").replace(" ", "_")
     return folder, tiny.write_family(folder, case)
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
-
-
-@torch.no_grad()
-def megatron_logits(source: TensorSource, here: Runtime) -> Tensor:
-    micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    return megatron_model(source, here)(micro.tokens, micro.position_ids, None)
-
-
-@torch.no_grad()
-def hf_logits(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS, use_cache=False).logits
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    # The eager implementation of attention, since it is the definition of the others.
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @CASES

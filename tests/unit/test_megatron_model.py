@@ -1,7 +1,6 @@
 """One rank: logits are transformers', models of any layer sizes build, and bf16 trains."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,12 +92,6 @@ SPEC = ModelSpec(
     layers=(transformer_layer(num_attention_heads=6, num_query_groups=2, ffn_hidden_size=36),) * 2,
     max_position_embeddings=128,
 )
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 def random_model(name: str) -> tuple[PreTrainedModel, ModelSpec]:

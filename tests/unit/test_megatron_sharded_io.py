@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.parallel import ParallelConfig, Precision
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.megatron import runtime, sharded_io
+from nemo_minitron.megatron import sharded_io
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.cpu import local_objects
 from nemo_minitron.megatron.runtime import Runtime
@@ -29,12 +28,6 @@ SPEC = ModelSpec(
     layers=(transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=20),) * 3,
     max_position_embeddings=64,
 )
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 @pytest.fixture

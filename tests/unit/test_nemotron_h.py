@@ -1,7 +1,6 @@
 """Hybrids of Mamba, attention and MLPs: published sizes, transformers' logits, bytes, cuts, what is refused."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.families import NEMOTRON_H, family_of_hf_config
@@ -20,14 +18,12 @@ from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder, write_nemo
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import LayoutError, MinitronError, PlanError, SpecError
 from nemo_minitron.evaluation.generate import generate
-from nemo_minitron.megatron import runtime, sharded_io
+from nemo_minitron.megatron import sharded_io
 from nemo_minitron.megatron.build import build_chunks
-from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.placement import check_layout
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.apply import PrunedSource
@@ -35,7 +31,7 @@ from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
 from tests import tiny
 from tests.support.hybrid_sizes import PUBLISHED, by_hand, published
-from tests.support.loaded import megatron_model
+from tests.support.loaded import hf_logits, loaded, megatron_logits, megatron_model
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -74,27 +70,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nemotron_h") / "hf"
     tiny.write_nemotron_h(path)
     return path
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
-
-
-@torch.no_grad()
-def megatron_logits(source: TensorSource, here: Runtime, dtype: torch.dtype = torch.float32) -> Tensor:
-    micro = MicroBatch.of(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    return megatron_model(source, here).to(dtype)(micro.tokens, micro.position_ids, None)
-
-
-@torch.no_grad()
-def hf_logits(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS, use_cache=False).logits
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 CUTS: dict[str, dict[str, Any]] = {

@@ -135,6 +135,26 @@ def test_amounts_have_units(written, amount):
     assert TargetConfig(params=written).params == amount
 
 
-@pytest.mark.parametrize(("written", "amount"), [("8GB", 8 * 10**9), ("8GiB", 2**33), (512, 512)])
+@pytest.mark.parametrize(
+    ("written", "amount"), [("8GB", 8 * 10**9), ("8GiB", 2**33), (512, 512), ("0.3GiB", 322_122_547), ("1.5KiB", 1536)]
+)
 def test_memory_has_units(written, amount):
     assert TargetConfig(weight_memory=written).weight_memory == amount
+
+
+def test_every_number_with_one_or_two_decimals_is_taken_by_its_digits():
+    """Most of them, times a power of ten in binary floating point, are no integers."""
+    for hundredths in range(1, 3000):
+        written = f"{hundredths // 100}.{hundredths % 100:02d}"
+        assert TargetConfig(params=f"{written}B").params == hundredths * 10**7
+        assert TargetConfig(params=f"{written}M").params == hundredths * 10**4
+        assert TargetConfig(weight_memory=f"{written}GB").weight_memory == hundredths * 10**7
+        assert TargetConfig(weight_memory=f"{written}GiB").weight_memory == hundredths * 2**30 // 100
+        if hundredths % 10 == 0:
+            assert TargetConfig(params=f"{written[:-1]}B").params == hundredths * 10**7
+
+
+@pytest.mark.parametrize("written", ["0.0005K", "1.0001K", "0.3B", 0.5, float("inf"), float("nan"), True])
+def test_amounts_are_integers(written):
+    with pytest.raises(ValueError, match=r"whole number of at least 1|a number, or one with a unit"):
+        TargetConfig(weight_memory=written)

@@ -71,8 +71,8 @@ def test_a_layer_may_lose_one_part_and_what_that_saves_is_not_overrated():
     costs, fixed = layer_costs(space, forms, measured, {"params": 1, "kv_cache": 1})
     for place, form in enumerate(forms):
         real = parameter_count(replace(teacher, layers=(form,)))
-        assert 0 <= fixed["params"] + costs["params"][place] - real <= teacher.hidden_size
-        assert (costs["kv_cache"][place] == 0) == (form.mixer is None)
+        assert 0 <= fixed["params"] + costs["params"][0, place] - real <= teacher.hidden_size
+        assert (costs["kv_cache"][0, place] == 0) == (form.mixer is None)
 
 
 def test_costs_of_layers_add_up_to_those_of_the_model():
@@ -88,8 +88,32 @@ def test_costs_of_layers_add_up_to_those_of_the_model():
             "layers": (teacher.layer, small, small, teacher.layer),
         }
     )
-    total = fixed["params"] + 2 * costs["params"][0] + 2 * costs["params"][1]
+    assert costs["params"].shape == (30, 3)
+    total = fixed["params"] + 2 * costs["params"][0, 0] + 2 * costs["params"][1, 1]
     assert total == parameter_count(mixed)
-    assert costs["params"][2] == 0
-    assert list(costs["kv_cache"]) == [2 * 3 * 64 * 100 * 2, 2 * 2 * 64 * 100 * 2, 0]
+    assert (costs["params"][:, 2] == 0).all()
+    assert costs["kv_cache"].tolist() == [[2 * 3 * 64 * 100 * 2, 2 * 2 * 64 * 100 * 2, 0]] * 30
     assert fixed["kv_cache"] == 0
+
+
+def test_a_local_layer_costs_the_cache_of_its_window():
+    full, local = (
+        transformer_layer(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64, local=local)
+        for local in (False, True)
+    )
+    teacher = replace(smollm2(), hidden_size=32, head_dim=8, layers=(local, local, full) * 2, sliding_window=10)
+    space = make_space(SearchConfig(), TargetConfig(kv_cache="1MB"), teacher, ParallelConfig())
+    measured = measures(teacher, DeploymentConfig(sequence_length=100), ["params", "kv_cache"])
+    small = transformer_layer(num_attention_heads=2, num_query_groups=1, ffn_hidden_size=64)
+    costs, fixed = layer_costs(space, [full, small, None], measured, {"params": 1, "kv_cache": 1})
+    position = 2 * 8 * 2  # keys and values, channels of a group, bytes
+    windowed, complete = ([2 * length * position, length * position, 0] for length in (10, 100))
+    assert costs["kv_cache"].tolist() == [windowed, windowed, complete] * 2
+    assert fixed["kv_cache"] == 0
+    assert len(set(costs["params"][:, 0])) == 1, "weights are the same"
+    # Of equal losses: enough room for one complete layer, not for two.
+    losses = np.tile([0.0, 1.0, 2.0], (6, 1))
+    limit = (4 * 2 * 10 + 2 * 100 + 100) * position
+    chosen = choose_layers(losses, {"kv_cache": costs["kv_cache"]}, {"kv_cache": limit}, dropped=2)
+    assert sorted(chosen[index] for index in (2, 5)) == [0, 1]
+    assert [chosen[index] for index in (0, 1, 3, 4)] == [0, 0, 0, 0]

@@ -36,6 +36,12 @@ def recipe(**sections) -> RunConfig:
         ({"search": {"ranks_per_candidate": 0}}, "search.ranks_per_candidate"),
         ({"target": {"ratio": 0.75, "merge_layers": True}}, "target.merge_layers with a budget"),
         ({"target": {"decode_ms": 5}}, "target.decode_ms needs target.deployment.latency_table"),
+        (
+            {"target": {"prefill_ms": 5, "deployment": {"latency_table": "t.json", "tensor_parallel": 2}}},
+            "target.prefill_ms with target.deployment.tensor_parallel = 2: latency is measured on one device",
+        ),
+        ({"cluster": {"mfu": 0}}, "cluster.mfu"),
+        ({"cluster": {"mfu": 1.5}}, "cluster.mfu"),
         ({"target": {"ratio": 1.5}}, "target.ratio"),
         ({"target": {"params": "100X"}}, "a number, or one with a unit"),
         ({"target": {"params": 0.5}}, "a whole number of at least 1"),

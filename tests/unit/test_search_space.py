@@ -11,9 +11,10 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import SpaceConfig, TargetConfig
 from nemo_minitron.errors import SearchError
+from nemo_minitron.pruning.sizes import student_spec
 from nemo_minitron.search import space as module
 from nemo_minitron.search.axes import axes_of, resized, sizes_of
-from nemo_minitron.search.choose import DEPTH, UNIFORM, choose_candidates
+from nemo_minitron.search.choose import DEPTH, UNIFORM, choose_candidates, depth_alone
 from nemo_minitron.search.measures import limits, measures
 from nemo_minitron.search.space import find_shapes, make_space
 from tests.unit.search_specs import smollm2
@@ -95,6 +96,36 @@ def test_sizes_that_the_target_names_are_fixed():
     assert made.values[1:3] == ((512,), (768,))
 
 
+def test_a_fraction_of_an_axis_is_the_size_that_a_target_without_a_budget_gets():
+    def size(multiple: int, fraction: float, **more) -> int:
+        sizes = {"num_layers": fraction, "multiple_of": {"num_layers": multiple}}
+        made, *_ = problem(target={"ratio": 0.75, **sizes}, space={}, **more)
+        assert made.values[0] == (student_spec(TargetConfig(**sizes), smollm2()).num_layers,)
+        return made.values[0][0]
+
+    assert size(4, 0.6) == 20, "18 lies between 16 and 20: halves go up"
+    assert size(4, 0.05) == 4, "at least one step"
+    assert size(4, 0.99) == 28, "no more than the teacher has"
+
+
+def test_the_depth_baseline_is_a_shape_of_the_space():
+    def depth(**settings):
+        made, measured, upper = problem(**settings)
+        return depth_alone(made, measured, upper)
+
+    space = {"num_layers": {"min": 16}}
+    assert depth(space=space) == (20, 576, 1536, 9, 3)
+    # 28,312,128 of embedding and norm, 1,769,472 + 884,736 + 1,152 of a layer: 27 of them stay within 100,886,256.
+    narrow = depth(space=space, target={"ratio": 0.75, "ffn_hidden_size": 1024})
+    assert narrow == (27, 576, 1024, 9, 3)
+    assert depth(space={"num_layers": {"min": 16, "step": 3}}) == (18, 576, 1536, 9, 3)
+    assert depth(space={"num_layers": {"min": 24}}) is None, "as deep as that it is too large"
+    assert depth(space={}, target={"ratio": 0.75, "num_layers": 18}) is None, "no layers go but those that must"
+    heads = {"num_attention_heads": [6, 8], "num_query_groups": [2, 3]}
+    assert depth(space={**space, **heads}) is None, "8 heads cannot be of 3 groups"
+    assert depth(space={**space, "hidden_size": {"max": 512}})[1] == 512
+
+
 def test_sizes_divide_by_tensor_parallel_sizes_of_run_and_deployment():
     target = {"ratio": 0.75, "deployment": {"tensor_parallel": 3}, "num_query_groups": 3}
     space = {"ffn_hidden_size": {"step": 64}, "num_attention_heads": [3, 6, 9]}
@@ -114,6 +145,11 @@ def test_sizes_divide_by_tensor_parallel_sizes_of_run_and_deployment():
         ({"hidden_size": [512]}, {"hidden_size": 512}, "target.hidden_size = 512 and search.space.hidden_size"),
         ({"num_attention_heads": [4], "num_query_groups": [3]}, {}, "no number of heads in .4. goes with KV groups"),
         ({"num_attention_heads": [9], "num_query_groups": [1]}, {}, "a group has no more heads than the teacher's"),
+        (
+            {"num_attention_heads": [9], "num_query_groups": [1]},
+            {},
+            "change search.space.num_attention_heads or search.space.num_query_groups",
+        ),
     ],
 )
 def test_rules_that_contradict_each_other(space, target, told):

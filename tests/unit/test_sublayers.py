@@ -1,6 +1,5 @@
 """Layers without a mixer or a feed-forward: scored, planned, pruned, run, saved, refused where nothing can say them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sublayers") / "hf"
     tiny.write_llama(path)
     return path
-
-
-@pytest.fixture
-def here() -> Iterator[Runtime]:
-    yield runtime.start(ParallelConfig(), seed=0)
-    runtime.stop()
 
 
 def batch() -> MicroBatch:
