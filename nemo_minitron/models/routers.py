@@ -17,7 +17,7 @@ from nemo_minitron.arch.layer import RouterScore
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import TrainingError
 from nemo_minitron.megatron import states
-from nemo_minitron.megatron.experts import experts_of
+from nemo_minitron.megatron.experts import Routing, experts_of
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.placement import state_holder
@@ -123,7 +123,10 @@ class RouterMatching:
     def _total(self) -> float:
         """Sum of the latest pass over kept tokens of the global batch, of the mean over layers. Collective."""
         value = self._sum.clone()
-        for group in (self._runtime.groups.pp, self._runtime.groups.dp_cp):
+        groups = self._runtime.groups
+        # Under sequence parallelism each tensor-parallel rank routes tokens of its own.
+        over = [groups.tp] if self._runtime.parallel.sequence_parallel else []
+        for group in (groups.pp, groups.dp_cp, *over):
             dist.all_reduce(value, group=group)
         return float(value)
 
@@ -156,10 +159,9 @@ def _watched(chunks: Sequence[nn.Module], layers: Mapping[int, object], take: Ta
     A loss that it returns joins the model's.
     """
 
-    def hook(layer: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        def look(router: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            logits, weights = output
-            return logits, states.with_loss(weights, take(layer, logits))
+    def hook(layer: int) -> Callable[..., Routing]:
+        def look(router: nn.Module, args: object, output: Routing) -> Routing:
+            return output._replace(weights=states.with_loss(output.weights, take(layer, output.logits)))
 
         return look
 

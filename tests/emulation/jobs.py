@@ -3,6 +3,8 @@
 import gc
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,20 @@ from tests.parallel.overlap_jobs import train as train_overlapping
 
 def train_on_both(cases: list[Case]) -> list[dict[str, Any]]:
     """Runs of the engine's layers, and at the end one of the project's own, all from the same weights."""
+    results = [train(case) for case in cases]
+    with own_layers():
+        return [*results, train(Case("tied"))]
+
+
+@contextmanager
+def own_layers() -> Iterator[None]:
+    """A block in which models are built of the project's own layers."""
     from nemo_minitron.megatron import build
 
-    results = [train(case) for case in cases]
     engine = build.engine_carries
     build.engine_carries = lambda spec, device: False
     try:
-        return [*results, train(Case("tied"))]
+        yield
     finally:
         build.engine_carries = engine
 
@@ -132,6 +141,13 @@ def top_k_loss_in_inference_mode() -> list[float]:
     return found
 
 
+def run_recipe_on_both(recipe: Path, overrides: list[str], run: Path) -> list[dict[str, Any]]:
+    """As below: on the engine's layers, and on the project's own."""
+    engine = run_recipe(recipe, overrides, run / "engine")
+    with own_layers():
+        return [engine, run_recipe(recipe, overrides, run / "own")]
+
+
 def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
     """All stages of a recipe in this process; what they left, and what of each stage's models outlived it."""
     from nemo_minitron.callbacks.reporter import Reporter
@@ -158,6 +174,7 @@ def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
     return {
         "perplexity": results["evaluate"]["perplexity"],
         "kl": [row["kl"] for row in results["distill"]["history"]],
+        "router": [row["router"] for row in results["distill"]["history"] if "router" in row],
         "built": watched.built,
         "alive": watched.alive,
         "most_at_once": watched.most_at_once,
@@ -184,7 +201,7 @@ class Watched:
             chunks = build_chunks(*args, **kwargs)
             self.built += 1
             self._models += map(weakref.ref, chunks)
-            self.layers |= {type(chunk.decoder.layers[0].mlp.linear_fc1).__name__ for chunk in chunks}
+            self.layers |= {_kind(chunk.decoder.layers[0]) for chunk in chunks}
             return chunks
 
         def watched_wrap(*args: Any, **kwargs: Any) -> Any:
@@ -206,6 +223,13 @@ class Watched:
 
         reporter.stage_finished = stage_finished
         return reporter
+
+
+def _kind(layer: Any) -> str:
+    """Class of a layer's first linear behind its middle, of its mixture, or of Mamba's first."""
+    part = next(part for part in (layer.mlp, layer.self_attention) if type(part).__name__ != "IdentityOp")
+    found = getattr(part, "linear_fc1", None) or getattr(part, "in_proj", None) or part
+    return type(found).__name__
 
 
 def _alive(references: list[weakref.ref[Any]]) -> int:
