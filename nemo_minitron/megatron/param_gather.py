@@ -5,7 +5,8 @@ With the distributed optimizer each data-parallel rank updates a shard of the we
 that holds the module's weights and sends the next bucket off. The first one is on its way as soon as the step is done,
 so that a teacher's pass hides it.
 
-Whoever reads weights otherwise has to wait by itself. The fused losses do so for the output weight (`finish_for`).
+Whoever reads weights otherwise has to wait by itself. Layers that read those of the modules inside them, which nobody
+calls, wait for all of theirs (`_READERS`). The fused losses do so for the output weight (`finish_for`).
 Validations, scores and checkpoints read a model as a whole and wait for all of it (`finish`), as Megatron-LM's training
 loop does. Both are collective: every data-parallel rank gets there at the same point.
 """
@@ -16,13 +17,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.megatron.experts import LocalMoe
+from nemo_minitron.megatron.mamba import LocalMamba
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
+_READERS = (LocalMoe, LocalMamba)
 _GROUP = "minitron_bucket_group"
 _PENDING = "minitron_param_gather"
 
@@ -33,12 +38,14 @@ class _Gathering:
 
     Attributes:
         groups: Megatron's bucket groups, in the order in which a forward pass reads them.
-        remove_hooks: Takes the hooks off the chunk's modules.
+        remove_hooks: Takes Megatron's hooks off the chunk's modules.
+        readers: Further hooks.
         config: The wrapper's settings, which the optimizer reads too.
     """
 
     groups: "Sequence[_ParamAndGradBucketGroup]"
     remove_hooks: Callable[[], None]
+    readers: Sequence[RemovableHandle]
     config: "DistributedDataParallelConfig"
 
 
@@ -54,7 +61,12 @@ def connect(wrapped: "Sequence[DistributedDataParallel]") -> None:
             group.param_gather_dispatched = True
 
         remove_hooks = partial(chunk.disable_forward_pre_hook, param_sync=False)
-        setattr(model, _PENDING, _Gathering(groups, remove_hooks, chunk.ddp_config))
+        readers = [
+            module.register_forward_pre_hook(partial(_wait_for_all, chunk))
+            for module in model.modules()
+            if isinstance(module, _READERS)
+        ]
+        setattr(model, _PENDING, _Gathering(groups, remove_hooks, readers, chunk.ddp_config))
         if model.post_process and (weight := model.output_weight()).requires_grad:
             setattr(weight, _GROUP, chunk.param_to_bucket_group[weight])
 
@@ -81,6 +93,12 @@ def finish(chunks: Sequence[nn.Module]) -> None:
         group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
+def _wait_for_all(chunk: "DistributedDataParallel", reader: nn.Module, args: object) -> None:
+    for parameter in reader.parameters():
+        if (group := chunk.param_to_bucket_group.get(parameter)) is not None:
+            group.finish_param_sync()
+
+
 def finish_for(weight: Tensor) -> None:
     """Wait for an output weight that is read outside of its module."""
     if (group := getattr(weight, _GROUP, None)) is not None:
@@ -98,6 +116,8 @@ def disconnect(chunks: Sequence[nn.Module]) -> None:
         if gathering is None:
             continue
         gathering.remove_hooks()
+        for handle in gathering.readers:
+            handle.remove()
         gathering.config.overlap_param_gather = False
         delattr(model, _PENDING)
         _forget_weight(model)

@@ -141,15 +141,11 @@ def top_k_loss_in_inference_mode() -> list[float]:
     return found
 
 
-def run_recipe_on_both(recipe: Path, overrides: list[str], run: Path) -> list[dict[str, Any]]:
-    """As below: on the engine's layers, and on the project's own."""
-    engine = run_recipe(recipe, overrides, run / "engine")
-    with own_layers():
-        return [engine, run_recipe(recipe, overrides, run / "own")]
+def run_recipe(recipe: Path, overrides: list[str], run: Path, last: str | None = None) -> dict[str, Any]:
+    """All stages of a recipe in this process; what they left, and what of each stage's models outlived it.
 
-
-def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
-    """All stages of a recipe in this process; what they left, and what of each stage's models outlived it."""
+    With `last`, the stages up to that one.
+    """
     from nemo_minitron.callbacks.reporter import Reporter
     from nemo_minitron.cli import quiet
     from nemo_minitron.config.load import load_recipe
@@ -166,13 +162,14 @@ def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
     gc.disable()  # what a stage leaves is to be freed when it ends, not when the collector happens to run
     try:
         chain = chain_for(config)
-        run_chain(chain, Request(config=config, run=folder), processes=processes, reporter=watched.reporter(Reporter))
-        results = {stage.name: folder.result(stage.name) for stage in chain}
+        request = Request(config=config, run=folder, last=last)
+        run_chain(chain, request, processes=processes, reporter=watched.reporter(Reporter))
+        results = {stage.name: folder.result(stage.name) for stage in chain if folder.is_complete(stage.name)}
     finally:
         gc.enable()
         runtime.stop()
     return {
-        "perplexity": results["evaluate"]["perplexity"],
+        "perplexity": results["evaluate"]["perplexity"] if last is None else {},
         "kl": [row["kl"] for row in results["distill"]["history"]],
         "router": [row["router"] for row in results["distill"]["history"] if "router" in row],
         "built": watched.built,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.emulation.jobs import own_layers
+from tests.emulation.jobs import own_layers, run_recipe
 from tests.parallel import expert_jobs, hybrid_jobs
 from tests.parallel.expert_jobs import ExpertScoreCase
 from tests.parallel.hybrid_jobs import Measured
@@ -32,6 +32,11 @@ def measure_on_both(folder: Path) -> list[Measured]:
     found = hybrid_jobs.measure(folder, ParallelConfig())
     with own_layers():
         return [found, hybrid_jobs.measure(folder, ParallelConfig())]
+
+
+def distil_on_own_layers(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
+    with own_layers():
+        return run_recipe(recipe, overrides, run, "distill")
 
 
 def modules_of(cases: list[Case]) -> list[list[str]]:

@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.config.distillation import Objective
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from tests.parallel.megatron_jobs import SPECS, Case, global_batch, optimizer_config
+from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS, Case, global_batch, optimizer_config
 
 STEPS = 3
 
@@ -44,7 +44,7 @@ def train(run: Run) -> dict[str, Any]:
     from nemo_minitron.models.losses import DistillationLoss, LanguageModelLoss, tensor_group
 
     here = runtime.start(run.parallel, seed=0)
-    spec = SPECS[run.spec]
+    spec = (ALL_SPECS | EXPERT_SPECS)[run.spec]
     teacher = build_chunks(spec, here, Precision.FP32, trainable=False, seed=3)
     chunks = build_chunks(spec, here, Precision.FP32, seed=7)
     for chunk in chunks:

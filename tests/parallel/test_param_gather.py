@@ -49,6 +49,18 @@ def test_twenty_steps_with_validations_between_are_bit_identical(runs):
             assert set(late["waiting"]) == {0}, "a validation begins with all weights"
 
 
+MIXTURES = [Run(spec, ONE, distributed=True, steps=3, validations=(3,)) for spec in ("experts", "nemotron_h")]
+
+
+@pytest.mark.slow
+def test_weights_that_layers_read_past_their_modules_are_waited_for():
+    """Of experts, and of Mamba's convolution and norm: those that a step has changed on the other rank."""
+    for results in run_on_ranks(2, train_gathering, MIXTURES, timeout=PATIENCE):
+        for plain, late in results:
+            assert_same(plain, late)
+            assert late["gathering"][-1] == (1, late["buckets"] - 1)
+
+
 SMALL = {"overlap_grad_reduce": True, "grad_bucket_size": 2000}
 LATE = {**SMALL, "overlap_param_gather": True}
 RESUMED = {

@@ -10,7 +10,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.registry import Outcome, UnavailableError, check
 from benchmarks.gpu.runner import ROOT
 
-NEEDS = ("megatron.core", "pydantic", "nemo.core", "lightning", "transformers", "tokenizers")
+NEEDS = ("megatron.core", "pydantic", "nemo.core", "lightning", "transformers", "tokenizers", "tests.tiny")
 
 
 def _chain(bench: Bench, recipe: str) -> Outcome:
