@@ -1,15 +1,15 @@
 """The models of the checks."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.gpu.bench import Bench
-from nemo_minitron.arch.layer import transformer_layer
-from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.arch.layer import LayerSpec, Mamba, Moe, transformer_layer
+from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import optim, runtime
@@ -28,6 +28,29 @@ SMALL = ModelSpec(
     tied_embeddings=True,
 )
 TINY = SMALL.with_sizes(num_layers=2, ffn_hidden_size=128)
+
+
+def _experts(plain: ModelSpec) -> ModelSpec:
+    """Attention with experts and a shared one, in all layers but the first."""
+    mixture = Moe(num_experts=8, expert_ffn_hidden_size=64, top_k=2, shared_ffn_hidden_size=64, shared_gate=True)
+    layer = LayerSpec(mixer=plain.layer.mixer, feed_forward=mixture)
+    return replace(plain, layers=(plain.layer, *[layer] * (plain.num_layers - 1)))
+
+
+def _hybrid(plain: ModelSpec) -> ModelSpec:
+    """One part a layer: Mamba, an MLP, attention and Mamba again, without positions."""
+    mixer = Mamba(mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=64, mamba_num_groups=2, chunk_size=64)
+    mamba = LayerSpec(mixer=mixer, feed_forward=None)
+    layers = (mamba, plain.layer.without("mixer"), plain.layer.without("feed_forward"), mamba)
+    return replace(plain, layers=layers, rotary_percent=0.0, activation=Activation.SQUARED_RELU, tied_embeddings=False)
+
+
+KINDS: dict[str, tuple[ModelSpec, ModelSpec]] = {
+    "dense": (SMALL, TINY),
+    "experts": (_experts(SMALL), _experts(TINY)),
+    "hybrid": (_hybrid(SMALL), _hybrid(TINY)),
+}
+"""Small models by kind: on a card, and on a CPU."""
 
 
 def llama(*, layers: int, hidden: int, ffn: int, heads: int, vocabulary: int = 128256) -> ModelSpec:
@@ -85,18 +108,18 @@ def start() -> Runtime:
     return runtime.start(ParallelConfig(), seed=0)
 
 
-def small(bench: Bench) -> ModelSpec:
+def small(bench: Bench, kind: str = "dense") -> ModelSpec:
     """A model that trains in milliseconds."""
-    return TINY if bench.tiny else SMALL
+    return KINDS[kind][bench.tiny]
 
 
-def training(bench: Bench, *, distributed: bool = False) -> Training:
-    """The small model with plain cross-entropy on eight sequences in two micro-batches."""
+def training(bench: Bench, *, distributed: bool = False, kind: str = "dense") -> Training:
+    """A small model with plain cross-entropy on eight sequences in two micro-batches."""
     from nemo_minitron.models.losses import LanguageModelLoss
 
     here = start()
     config = OptimizerConfig(lr=1e-3, warmup_steps=0, distributed=distributed)
-    chunks = build_chunks(small(bench), here, precision(bench), seed=1)
+    chunks = build_chunks(small(bench, kind), here, precision(bench), seed=1)
     chunks[0].output = "hidden"
     wrapped = optim.wrap(chunks, config)
     optimizer = optim.build_optimizer(wrapped, config, precision(bench), 20)

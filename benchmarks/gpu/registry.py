@@ -18,8 +18,11 @@ MODULES = (
     "benchmarks.gpu.checks.scoring",
     "benchmarks.gpu.checks.memory",
     "benchmarks.gpu.checks.engine",
+    "benchmarks.gpu.checks.mamba",
+    "benchmarks.gpu.checks.generation",
     "benchmarks.gpu.checks.loss_speed",
     "benchmarks.gpu.checks.step_speed",
+    "benchmarks.gpu.checks.chains",
     "benchmarks.gpu.checks.demo",
 )
 

@@ -1,6 +1,6 @@
-"""The scores of the small model over a fixed text; as a program, those of the CPU, written to a file.
+"""The scores of a small model over a fixed text; as a program, those of the CPU, written to a file.
 
-`python -m benchmarks.gpu.scores FILE` with CUDA_VISIBLE_DEVICES empty: Megatron uses a GPU wherever it sees one.
+`python -m benchmarks.gpu.scores FILE KIND` with CUDA_VISIBLE_DEVICES empty: Megatron uses a GPU wherever it sees one.
 """
 
 import sys
@@ -35,4 +35,5 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    save_file({name: value.contiguous() for name, value in collect(models.SMALL).items()}, sys.argv[1])
+    found = collect(models.KINDS[sys.argv[2]][0])
+    save_file({name: value.contiguous() for name, value in found.items()}, sys.argv[1])

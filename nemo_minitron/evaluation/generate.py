@@ -79,8 +79,8 @@ def generate(
         prompts: Token ids of each sample; lengths may differ.
         count: Most tokens to add to each.
         finished: Asked after every token.
-        use_cache: Whether to remember keys and values. Without, or where the layers are Transformer Engine's, each
-            token costs a pass over the complete text so far.
+        use_cache: Whether to remember keys and values. Without, or where positions are split over ranks, each token
+            costs a pass over the complete text so far.
 
     Returns:
         New tokens of each sample, with the one that finished it. Of equally likely tokens the lower id is taken.

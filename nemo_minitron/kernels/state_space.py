@@ -1,5 +1,6 @@
 """The convolution and the scan of `ops.state_space` by causal-conv1d's and mamba-ssm's kernels, where they are."""
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
@@ -11,12 +12,18 @@ from torch import Tensor
 from nemo_minitron.kernels.available import SWITCH
 from nemo_minitron.ops.state_space import Scan
 
+_log = logging.getLogger(__name__)
+_LIBRARIES = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+
 TAPS = range(2, 5)
 """Taps of a convolution that causal-conv1d has a kernel for."""
 
 
 def run(device: torch.device, *, taps: int) -> bool:
-    """Whether a mixer on a device takes these forms: it is a GPU, and both libraries are there and have kernels."""
+    """Whether a mixer on a device takes these forms: it is a GPU, and both libraries are there and have kernels.
+
+    Where a library is missing, a process says so once, and plain torch computes the same.
+    """
     return device.type == "cuda" and os.environ.get(SWITCH) != "0" and taps in TAPS and _are_installed()
 
 
@@ -36,4 +43,7 @@ def scan(x_BSHP: Tensor, dt_BSH: Tensor, a_H: Tensor, b_BSGN: Tensor, c_BSGN: Te
 
 @cache
 def _are_installed() -> bool:
-    return find_spec("mamba_ssm") is not None and find_spec("causal_conv1d") is not None
+    missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]
+    if missing:
+        _log.warning("Mamba's scan and convolution run in plain torch: %s not installed", " and ".join(missing))
+    return not missing

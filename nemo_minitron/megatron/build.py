@@ -3,12 +3,10 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,9 +18,10 @@ from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import Weight
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.errors import LayoutError
+from nemo_minitron.megatron.engine import engine_layer, engine_norm
 from nemo_minitron.megatron.experts import with_experts
 from nemo_minitron.megatron.functional import squared_relu
-from nemo_minitron.megatron.layers import LocalNorm, SizedLayer, local_layer
+from nemo_minitron.megatron.layers import LocalNorm, local_layer
 from nemo_minitron.megatron.marks import mark
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.placement import (
@@ -68,7 +67,7 @@ def build_chunks(
     if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
-            rule="and layers that it carries: no Mamba, experts, sliding windows, or norms behind attention and MLP",
+            rule="and layers that it carries: no sliding windows, and no norms behind attention and MLP",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     if fp8:
@@ -110,6 +109,12 @@ def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
         raise LayoutError(
             "distill.teacher_fp8 = true",
             rule="fp8 needs Transformer Engine's layers, a GPU that multiplies it (H100 or later), and precision bf16",
+            remedy="set distill.teacher_fp8=false",
+        )
+    if spec.has_experts or any(isinstance(layer.mixer, Mamba) for layer in spec.layers):
+        raise LayoutError(
+            "distill.teacher_fp8 = true with experts or Mamba",
+            rule="products of attention and of MLPs can be fp8",
             remedy="set distill.teacher_fp8=false",
         )
     size = _FP8_MULTIPLE * runtime.parallel.tensor
@@ -319,10 +324,11 @@ def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, v
     ranges = chunk_layers(spec.num_layers, parallel)
     index = virtual * parallel.pipeline + runtime.pp_rank
     engine = engine_carries(spec, runtime.device)
-    layers = [_layer(spec, spec.layers[number], engine=engine) for number in ranges[index]]
+    layers = [_layer(spec, spec.layers[number], parallel, engine=engine) for number in ranges[index]]
+    final_norm = engine_norm() if engine else LocalNorm
     return MinitronGPT(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(engine=engine)),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm),
         vocab_size=padded_vocab(spec, parallel.tensor),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=index == 0,
@@ -354,29 +360,11 @@ def _mark_shards(chunk: MinitronGPT) -> None:
         )
 
 
-def _layer(spec: ModelSpec, sizes: LayerSpec, *, engine: bool) -> ModuleSpec:
-    if not engine:
-        layer = local_layer(spec, sizes)
-        return with_experts(layer, sizes.moe, spec.activation) if sizes.has_experts else layer
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
-    absent: dict[str, Any] = {}
-    if sizes.mixer is None:
-        absent |= {"input_layernorm": IdentityOp, "self_attention": IdentityOp, "self_attn_bda": IdentityFuncOp}
-    if sizes.feed_forward is None:
-        absent |= {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
-    submodules: Any = layer.submodules
-    submodules = replace(submodules, **absent)
-    return replace(layer, module=SizedLayer, submodules=submodules, params={**layer.params, "sizes": sizes})
-
-
-def _final_norm(*, engine: bool) -> Any:
-    if not engine:
-        return LocalNorm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
+def _layer(spec: ModelSpec, sizes: LayerSpec, parallel: ParallelConfig, *, engine: bool) -> ModuleSpec:
+    if engine:
+        return engine_layer(spec, sizes, parallel)
+    layer = local_layer(spec, sizes)
+    return with_experts(layer, sizes.moe, spec.activation) if sizes.has_experts else layer
 
 
 def _uneven_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.errors import LayoutError
 from nemo_minitron.megatron.functional import Starts
-from nemo_minitron.megatron.layers import LocalDocuments
+from nemo_minitron.megatron.layers import EngineDocuments, LocalDocuments
 from nemo_minitron.megatron.model import unwrap
 
 
@@ -67,8 +67,13 @@ def attention_documents(
             remedy="split(1) the micro-batch; a larger sequence_length puts more tokens into one",
         )
     ends = torch.tensor([*starts[0], length], dtype=torch.int32).to(device, non_blocking=True)
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    return EngineDocuments(
+        starts=starts,
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_minitron.arch.axes import TOKEN_SUMS
+from nemo_minitron.megatron.forward import context_places
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.importance import SequenceMoments, SiteSums
+from nemo_minitron.parallel.collectives import gather, split_group
 
 OUTPUT, ROUTED = TOKEN_SUMS
 EXPERT_FFN = "expert_ffn"
@@ -19,7 +21,11 @@ EXPERT_FFN = "expert_ffn"
 
 @dataclass(frozen=True, slots=True)
 class RoutedTokens:
-    """The tokens that a rank's experts may see in a micro-batch, in the order in which they lie there."""
+    """The tokens that a rank's experts may see in a micro-batch, in the order in which they lie there.
+
+    Rank after rank of the expert-parallel group, and of each the positions that its context-parallel rank has. Under
+    sequence parallelism these are those of its tensor-parallel ranks, one after the other.
+    """
 
     keep: Tensor
     """Which of them count."""
@@ -29,16 +35,15 @@ class RoutedTokens:
 
     @classmethod
     def of(cls, keep_BS: Tensor, runtime: Runtime) -> "RoutedTokens":
-        """From this rank's mask; the others' come from them. Collective over expert-parallel ranks."""
-        group, size = runtime.groups.ep, runtime.parallel.expert
-        keep_SB = keep_BS.t().contiguous()
-        keeps = [keep_SB]
-        if size > 1:
-            keeps = [torch.empty_like(keep_SB, dtype=torch.uint8) for _ in range(size)]
-            dist.all_gather(keeps, keep_SB.to(torch.uint8), group=group)
+        """From this rank's mask of complete sequences; the others' come from them. Collective over the EP group."""
+        size, context = runtime.parallel.expert, runtime.parallel.context
+        places = context_places(keep_BS.shape[1], runtime.cp_rank, context)
+        keep_SB = keep_BS.t()[places.to(keep_BS.device)].to(torch.uint8)
+        keeps = gather(keep_SB, split_group(runtime.groups.ep))
         length, mine = keep_SB.shape
-        samples_A = torch.cat([torch.arange(mine).repeat(length) + rank * mine for rank in range(size)])
-        return cls(torch.cat(keeps).flatten().bool(), samples_A.to(keep_BS.device), mine * size)
+        # Neighbours in the group are context-parallel ranks first, which see the same samples.
+        samples_A = torch.cat([torch.arange(mine).repeat(length) + rank // context * mine for rank in range(size)])
+        return cls(keeps.flatten().bool(), samples_A.to(keep_BS.device), mine * max(size // context, 1))
 
 
 class LayerExpertSums:
@@ -84,4 +89,14 @@ class LayerExpertSums:
         count = torch.zeros(batch.samples, dtype=torch.float64, device=neurons.device)
         count.index_add_(0, sample_N, torch.ones_like(sample_N, dtype=torch.float64))
         part = slice(place * self.width, (place + 1) * self.width)
-        SiteSums(self.neurons.values[:, part]).add_(SequenceMoments(sums, count))
+        SiteSums(self.neurons.values[:, part]).add_(self._of_samples(SequenceMoments(sums, count)))
+
+    def _of_samples(self, moments: SequenceMoments) -> SequenceMoments:
+        """The same, of complete samples: their other positions may be with another rank that has the same experts."""
+        context, size = self.runtime.parallel.context, self.runtime.parallel.expert
+        if context <= size:
+            return moments
+        mine = torch.cat([moments.sums.flatten(), moments.count])
+        every = gather(mine, self.runtime.groups.cp)
+        flat = every[self.runtime.cp_rank % size :: size].sum(0)
+        return SequenceMoments(flat[: moments.sums.numel()].view_as(moments.sums), flat[moments.sums.numel() :])

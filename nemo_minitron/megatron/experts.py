@@ -1,9 +1,9 @@
 """A mixture of experts of Megatron's modules, with our own routing and our own way of tokens to experts.
 
-It is used where layers are our own (`megatron.layers`). Weights are Megatron's in name, shape and split. Experts are
-spread over the expert-parallel group, whose ranks are data-parallel ranks: every rank gathers the tokens of all of
-them, applies its experts to those that are routed there, and gets the sums for its own tokens back. Each expert is
-split over the tensor-parallel group like an MLP. No token is dropped, and there is no auxiliary loss.
+It is used where Transformer Engine's (`megatron.engine_experts`) is not. Weights are Megatron's in name, shape and
+split. Experts are spread over the expert-parallel group, whose ranks are data-parallel ranks: every rank gathers the
+tokens of all of them, applies its experts to those that are routed there, and gets the sums for its own tokens back.
+Each expert is split over the tensor-parallel group like an MLP. No token is dropped, and there is no auxiliary loss.
 
 Shapes: T tokens of this rank, A tokens of all expert-parallel ranks, E experts, H hidden, F neurons of this rank.
 """
@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -46,12 +46,22 @@ class ExpertObserver(Protocol):
 
         Args:
             expert: Its number in the layer.
-            rows: Which of the A tokens, ascending.
+            rows: Which of the A tokens.
             neurons: `[rows, F]`, what enters the second matrix.
-            output: `[rows, H]`, this tensor-parallel rank's addend of what leaves it, before the router's weight.
-            weights: `[rows]`, the router's.
+            output: `[rows, H]`, this tensor-parallel rank's addend of what leaves it.
+            weights: `[rows]`, what the output is still to be multiplied with.
         """
         ...
+
+
+class Routing(NamedTuple):
+    """What a router says of T tokens, each `[T, E]`."""
+
+    logits: Tensor
+    weights: Tensor
+    """Zero for experts that a token is not routed to."""
+    chosen: Tensor
+    """Which experts a token is routed to, bool."""
 
 
 class LocalRouter(MegatronModule):
@@ -63,16 +73,18 @@ class LocalRouter(MegatronModule):
         device = device_of(config)
         shape = (experts.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        if config.sequence_parallel:  # each tensor-parallel rank routes tokens of its own
+            mark(self.weight, sequence_parallel=True)
         self.expert_bias: Tensor | None
         bias = torch.zeros(experts.num_experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", bias if experts.correction_bias else None)
 
-    def forward(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and weights of every token, `[T, E]`."""
+    def forward(self, tokens_TH: Tensor) -> Routing:
+        """Route every token."""
         wide = self.experts.router_fp32
         tokens, weight = (tokens_TH.float(), self.weight.float()) if wide else (tokens_TH, self.weight)
         logits_TE = nn.functional.linear(tokens, weight)
-        weights_TE = route(
+        weights_TE, chosen_TE = route(
             logits_TE,
             top_k=self.experts.top_k,
             sigmoid=self.experts.score_function is RouterScore.SIGMOID,
@@ -80,7 +92,7 @@ class LocalRouter(MegatronModule):
             bias_E=self.expert_bias,
             scaling=self.experts.scaling_factor,
         )
-        return logits_TE, weights_TE
+        return Routing(logits_TE, weights_TE, chosen_TE)
 
 
 class SharedExpert(LocalMLP):
@@ -119,40 +131,51 @@ class SharedExpert(LocalMLP):
         return state
 
 
-class LocalMoe(MegatronModule):
+class Mixture(MegatronModule):
     """Router, this rank's experts, and the shared expert of a layer.
 
     Attributes:
-        first: Number of the first of this rank's experts in the layer.
+        sizes: Of the complete mixture, and its traits.
+        kind: What experts apply between their two matrices.
+        count: Experts of this rank.
+        first: Number of the first of them in the layer.
+        router: Equal on all ranks.
+        shared_experts: The MLP that sees every token; None where there is none.
         observer: Who looks on; None for nobody.
     """
 
     sizes: Moe
     kind: Activation
+    shared_experts: Any
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config)
-        groups = get_default_pg_collection()
-        self.ep_group, self.tp_group = groups.ep, groups.tp
-        count = self.sizes.num_experts // self.ep_group.size()
-        self.first = self.ep_group.rank() * count
+        self.groups = get_default_pg_collection()
+        self.count = self.sizes.num_experts // self.groups.ep.size()
+        self.first = self.groups.ep.rank() * self.count
         self.router = LocalRouter(config, self.sizes)
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[self.kind]
+        self.observer: ExpertObserver | None = None
+
+
+class LocalMoe(Mixture):
+    """A mixture whose ranks gather all tokens, and whose experts work one after the other."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config)
+        self.ep_group, self.tp_group = self.groups.ep, self.groups.tp
         own = _with_neurons(config, self.sizes.expert_ffn_hidden_size)
         linears = MLPSubmodules(linear_fc1=LocalColumnLinear, linear_fc2=LocalRowLinear)
-        self.experts = SequentialMLP(count, own, linears, pg_collection=groups)
-        for parameter in self.experts.parameters():
-            # An optimizer of their own, also where every rank has all experts, so that its state has one form.
-            mark(parameter, allreduce=False)
+        self.experts = SequentialMLP(self.count, own, linears, pg_collection=self.groups)
+        trained_apart(self.experts)
         self.shared_experts: SharedExpert | None = None
         if neurons := self.sizes.shared_ffn_hidden_size:
             self.shared_experts = _shared_expert(self.kind, self.sizes.shared_gate)(_with_neurons(config, neurons))
-        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[self.kind]
-        self.observer: ExpertObserver | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Transform `[s, b, h]`; returns the output, and no bias."""
         tokens_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TE = self.router(tokens_TH)
+        weights_TE = self.router(tokens_TH).weights
         # Each tensor-parallel rank has a part of every expert, so what it knows of the gradients of both is a part.
         tokens_TH = copy_to_tensor_model_parallel_region(tokens_TH, group=self.tp_group)
         weights_TE = copy_to_tensor_model_parallel_region(weights_TE, group=self.tp_group)
@@ -186,10 +209,16 @@ class LocalMoe(MegatronModule):
         return output_AH
 
 
-def experts_of(layer: TransformerLayer) -> LocalMoe | None:
+def trained_apart(experts: nn.Module) -> None:
+    """Give experts an optimizer of their own, also where every rank has all of them, so that its state has one form."""
+    for parameter in experts.parameters():
+        mark(parameter, allreduce=False)
+
+
+def experts_of(layer: TransformerLayer) -> Mixture | None:
     """The mixture of a layer; None for a layer without."""
     feed_forward: Any = layer.mlp
-    return feed_forward if isinstance(feed_forward, LocalMoe) else None
+    return feed_forward if isinstance(feed_forward, Mixture) else None
 
 
 def with_experts(layer: ModuleSpec, experts: Moe, kind: Activation) -> ModuleSpec:
@@ -201,12 +230,12 @@ def with_experts(layer: ModuleSpec, experts: Moe, kind: Activation) -> ModuleSpe
     keys = {
         key: name for key, name in parts.sharded_state_dict_keys_map.items() if not key.startswith("pre_mlp_layernorm")
     }
-    submodules = replace(parts, mlp=_local_moe(experts, kind), sharded_state_dict_keys_map=keys)
+    submodules = replace(parts, mlp=local_moe(experts, kind), sharded_state_dict_keys_map=keys)
     return replace(layer, submodules=submodules)
 
 
 @lru_cache
-def _local_moe(experts: Moe, kind: Activation) -> type[LocalMoe]:
+def local_moe(experts: Moe, kind: Activation) -> type[LocalMoe]:
     """A class for a mixture; Megatron warns of every other one given as a `ModuleSpec`."""
     return type("LocalMoe", (LocalMoe,), {"sizes": experts, "kind": kind})
 

@@ -34,7 +34,7 @@ from nemo_minitron.config.sites import FfnSite
 from nemo_minitron.errors import ScoresError
 from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron.expert_sums import EXPERT_FFN, LayerExpertSums, RoutedTokens
-from nemo_minitron.megatron.experts import LocalMoe, experts_of
+from nemo_minitron.megatron.experts import Mixture, experts_of
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.functional import layer_norm, rms_norm
 from nemo_minitron.megatron.model import MinitronGPT, outside_inference_mode, unwrap
@@ -241,9 +241,9 @@ class ImportanceCollector:
         apart = {(number, part): torch.zeros_like(influence[0]) for number in both for part in PARTS}
         return _Chunk(layers, groups, influence, experts, parts=apart)
 
-    def _expert_sums(self, moe: LocalMoe) -> LayerExpertSums:
+    def _expert_sums(self, moe: Mixture) -> LayerExpertSums:
         neurons = moe.sizes.expert_ffn_hidden_size // self._runtime.parallel.tensor
-        return LayerExpertSums(moe.first, len(moe.experts.local_experts), neurons, self._runtime)
+        return LayerExpertSums(moe.first, moe.count, neurons, self._runtime)
 
     def _split(self, keep_BS: Tensor) -> _Masks:
         """This rank's positions of a mask."""

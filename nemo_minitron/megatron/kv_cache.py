@@ -1,6 +1,7 @@
 """Keys, values and states of the tokens that a model has read, so that each further token costs one position.
 
-For our own layers (`layers.LocalSelfAttention`, `mamba.LocalMamba`). Samples of a batch may have prompts of different
+For attention of either kind (`layers.CachingAttention`) and Mamba's mixers (`mamba.LocalMamba`). Transformer Engine's
+layers attend by our own function then, between their own linears. Samples of a batch may have prompts of different
 lengths: they are padded on the right, each sample counts its own positions, and what a padded position has left in the
 cache is written over before any query looks at it.
 
@@ -16,9 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from nemo_minitron.megatron.documents import uses_engine
 from nemo_minitron.megatron.functional import causal_attention, rotary_tables
-from nemo_minitron.megatron.layers import LocalSelfAttention, layer_angles
+from nemo_minitron.megatron.layers import CachingAttention, layer_angles
 from nemo_minitron.megatron.mamba import LocalMamba, MambaState
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
 
@@ -61,7 +61,7 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, attention: LocalSelfAttention, angles: Tensor, *, samples: int, dtype: torch.dtype, progress: Progress
+        self, attention: CachingAttention, angles: Tensor, *, samples: int, dtype: torch.dtype, progress: Progress
     ) -> None:
         groups, head_dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         shape = (samples, groups, angles.shape[0], head_dim)
@@ -176,8 +176,9 @@ def _convolved(mixer: LocalMamba, projected_BSC: Tensor) -> Tensor:
 
 
 def can_cache(chunks: Sequence[nn.Module]) -> bool:
-    """Whether all layers are our own; those of Transformer Engine have no such cache."""
-    return not uses_engine(chunks)
+    """Whether each rank sees all positions; one token cannot be split over ranks."""
+    config = unwrap(chunks[0]).config
+    return not config.sequence_parallel and config.context_parallel_size == 1
 
 
 @contextmanager
@@ -213,11 +214,11 @@ def cached(chunks: Sequence[nn.Module], *, samples: int, length: int) -> Iterato
             mixer.cache = None
 
 
-def _mixers(chunks: Sequence[nn.Module]) -> Iterator[LocalSelfAttention | LocalMamba]:
+def _mixers(chunks: Sequence[nn.Module]) -> Iterator[CachingAttention | LocalMamba]:
     for chunk in chunks:
         for layer in unwrap(chunk).decoder.layers:
             mixer: nn.Module = layer.self_attention
-            if isinstance(mixer, LocalSelfAttention | LocalMamba):
+            if isinstance(mixer, CachingAttention | LocalMamba):
                 yield mixer
 
 

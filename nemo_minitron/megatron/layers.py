@@ -96,8 +96,15 @@ class LocalDocuments(PackedSeqParams):
         return tables[0][self.positions], tables[1][self.positions]
 
 
-class LocalSelfAttention(SelfAttention):
-    """Megatron's self-attention, with everything between its two linears in one function.
+@dataclass
+class EngineDocuments(PackedSeqParams):
+    """Megatron's packed sequences, and where documents begin, which Mamba's mixers want to know on the host."""
+
+    starts: Starts = ()
+
+
+class CachingAttention(SelfAttention):
+    """Megatron's self-attention, which may be given a cache to attend to while text is generated.
 
     Args:
         window: Positions that a query sees; None: all.
@@ -117,34 +124,20 @@ class LocalSelfAttention(SelfAttention):
         self.window, self.scale, self.rotary_base = window, scale, rotary_base
         self.cache: AttentionCache | None = None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Any = None,
-        packed_seq_params: LocalDocuments | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend causally over `[s, b, h]`; returns the output and the bias that is still to be added."""
-        qkv, _ = self.linear_qkv(hidden_states)
-        if not isinstance(self.q_layernorm, IdentityOp | None):
-            qkv = self._with_normed_heads(qkv)
-        how: dict[str, Any] = {
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What our own attention has to know beside `projected`."""
+        return {
             "groups": self.num_query_groups_per_partition,
             "head_dim": self.hidden_size_per_attention_head,
             "scale": self.scale,
             "window": self.window,
         }
-        if self.cache is not None:
-            return self.linear_proj(self.cache.attend(qkv, **how))
-        tables = rotary_tables(layer_angles(self, rotary_pos_emb), qkv.dtype)
-        context = causal_attention(
-            qkv,
-            tables if packed_seq_params is None else packed_seq_params.turned(tables),
-            starts=None if packed_seq_params is None else packed_seq_params.starts,
-            **how,
-        )
-        return self.linear_proj(context)
+
+    def projected(self, hidden_states: Tensor) -> Tensor:
+        """Queries, keys and values of `[s, b, h]`, normed and not turned: `[s, b, G * (R + 2) * D]`."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        return qkv if isinstance(self.q_layernorm, IdentityOp | None) else self._with_normed_heads(qkv)
 
     def _with_normed_heads(self, qkv: Tensor) -> Tensor:
         """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels."""
@@ -156,7 +149,32 @@ class LocalSelfAttention(SelfAttention):
         return torch.cat([query, key, heads[..., -1:, :]], dim=-2).flatten(2)
 
 
-def layer_angles(attention: LocalSelfAttention, angles: Tensor) -> Tensor:
+class LocalSelfAttention(CachingAttention):
+    """Megatron's self-attention, with everything between its two linears in one function."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: LocalDocuments | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend causally over `[s, b, h]`; returns the output and the bias that is still to be added."""
+        qkv = self.projected(hidden_states)
+        if self.cache is not None:
+            return self.linear_proj(self.cache.attend(qkv, **self.shape))
+        tables = rotary_tables(layer_angles(self, rotary_pos_emb), qkv.dtype)
+        context = causal_attention(
+            qkv,
+            tables if packed_seq_params is None else packed_seq_params.turned(tables),
+            starts=None if packed_seq_params is None else packed_seq_params.starts,
+            **self.shape,
+        )
+        return self.linear_proj(context)
+
+
+def layer_angles(attention: CachingAttention, angles: Tensor) -> Tensor:
     """A layer's own rotary angles `[s, 1, 1, rotated]` in place of the model's, if it has a base of its own."""
     if attention.rotary_base is None:
         return angles

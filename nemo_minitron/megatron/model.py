@@ -17,8 +17,9 @@ from nemo_minitron.arch.weights import LAYER_PREFIX, Weight, weight_named
 from nemo_minitron.megatron.experts import experts_of
 from nemo_minitron.megatron.layers import canonical_names
 
-_LOCAL_EXPERT = re.compile(r"(local_experts\.)(\d+)\.")
-"""Experts are numbered by rank in Megatron's modules, over the layer in canonical names."""
+_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.(.*)")
+_GROUPED_EXPERT = re.compile(r"(?<=mlp\.experts\.)(linear_fc[12]\.weight)(\d+)")
+"""Weights of experts that are multiplied together."""
 _BUFFER = "router.expert_bias"
 
 
@@ -27,7 +28,7 @@ class MinitronGPT(GPTModel):
 
     Attributes:
         spec: Architecture of the complete model.
-        from_engine: Whether its layers are Transformer Engine's.
+        from_engine: Whether its attention and MLPs are Transformer Engine's.
         output: What the last stage returns: "logits" `[b, s, V/tp]`, or "hidden" states `[s, b, h]` after the final
             norm, which losses fused with the output layer take. Other stages return their hidden states.
     """
@@ -106,7 +107,9 @@ class MinitronGPT(GPTModel):
         layer: Any = self.decoder.layers[int(index)]
         if (experts := experts_of(layer)) is not None:
             first = experts.first
-            rest = _LOCAL_EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + first}.", rest)
+            # Numbered by rank in Megatron's modules, over the layer in canonical names.
+            rest = _GROUPED_EXPERT.sub(r"local_experts.\2.\1", rest)
+            rest = _LOCAL_EXPERT.sub(lambda found: f"local_experts.{int(found[1]) + first}.{found[2]}", rest)
         for local, canonical in canonical_names(layer.sizes).items():
             if rest.startswith(local):
                 rest = canonical + rest.removeprefix(local)

@@ -35,9 +35,12 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages (parallel.pipeline)")
     if padded_vocab(spec, parallel.tensor) * (parallel.tensor - 1) // parallel.tensor >= spec.vocab_size:
         problems.append(f"vocab_size = {spec.vocab_size} is too small for parallel.tensor = {parallel.tensor}")
-    if any(isinstance(layer.mixer, Mamba) for layer in spec.layers):
-        asked = {"parallel.context": parallel.context > 1, "parallel.sequence_parallel": parallel.sequence_parallel}
-        problems += [f"{key} splits positions, which a Mamba mixer's scan runs along" for key in asked if asked[key]]
+    if parallel.context > 1 and any(isinstance(layer.mixer, Mamba) for layer in spec.layers):
+        problems.append("parallel.context splits positions, which a Mamba mixer's scan runs along")
+    if parallel.expert % parallel.context and parallel.context % parallel.expert:
+        problems.append(
+            f"parallel.expert = {parallel.expert} and parallel.context = {parallel.context}: one divides the other"
+        )
     if problems:
         raise LayoutError(
             "the model cannot be split so: " + "; ".join(problems),
@@ -49,13 +52,7 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
 
 def needs_local_layers(spec: ModelSpec) -> bool:
     """Whether a model has something that only our own layers have, and Transformer Engine's do not."""
-    without_positions = not spec.rotary_percent
-    return (
-        spec.post_norms
-        or spec.has_experts
-        or without_positions
-        or any(layer.local or isinstance(layer.mixer, Mamba) for layer in spec.layers)
-    )
+    return spec.post_norms or any(layer.local for layer in spec.layers)
 
 
 def padded_vocab(spec: ModelSpec, tensor: int) -> int:

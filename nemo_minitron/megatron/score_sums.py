@@ -2,8 +2,8 @@
 
 A rank holds the sums of its own layers. Those of `ffn`, `head`, `mamba`, `shared_ffn` and `expert_ffn` are split over
 tensor-parallel ranks by channel, and the last over expert-parallel ranks too; all ranks of a tensor-parallel group hold
-equal sums of the hidden sites, and all context-parallel ranks equal sums of every site, so only one of them is counted.
-Data-parallel ranks hold sums of different samples, which add up.
+equal sums of the hidden sites, and all context-parallel ranks equal sums of every site, so only one of them is counted
+(of `expert_ffn`, those that have the same experts). Data-parallel ranks hold sums of different samples, which add up.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -126,8 +126,8 @@ def deal_out(whole: Mapping[str, Tensor], layers: Iterable[int], spec: ModelSpec
         runtime: The running layout; need not be the one the sums were gathered at.
     """
     device, first = runtime.device, runtime.dp_rank == 0
-    # Of experts, the first data-parallel rank that has them.
-    first_of_experts = runtime.dp_rank < runtime.parallel.expert
+    # Of experts, the first data- and context-parallel rank that has them.
+    first_of_experts = runtime.dp_rank * runtime.parallel.context + runtime.cp_rank < runtime.parallel.expert
     sites, influence, experts = {}, {}, {}
     numbers = list(layers)
     for number, site, _ in site_names(spec):
@@ -188,12 +188,13 @@ def _reduced(mine: RankSums, spec: ModelSpec, runtime: Runtime) -> Tensor:
     once_a_copy = runtime.cp_rank == 0  # sums over a sequence are complete on every context-parallel rank
     for site, channels, place in places:
         values = mine.sites.get(site)
-        if values is None or not once_a_copy or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
+        counted = runtime.cp_rank < runtime.parallel.expert if site[1] == EXPERT_FFN else once_a_copy
+        if values is None or not counted or (site[1] in HIDDEN_SITES and runtime.tp_rank != 0):
             continue
         part = _of_rank(flat[place].view(-1, channels), site, spec, runtime)
         part.copy_(values.view(part.shape))
     for site, _, place in tokens_of:
-        if site in mine.experts and once_a_copy and runtime.tp_rank == 0:
+        if site in mine.experts and runtime.tp_rank == 0:  # of the tokens that its expert-parallel group has
             flat[place][_experts_of(site[0], spec, runtime)] = mine.experts[site]
     if runtime.parallel.sequence_parallel or runtime.tp_rank == 0:
         for number, total in mine.influence.items():

@@ -15,6 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.hooks import fused_norm
 from nemo_minitron.megatron.model import unwrap
@@ -51,7 +52,11 @@ def _watch_first_norm(layer: Any, state: int, take: Take) -> RemovableHandle:
     norm = layer.input_layernorm if has_mixer else layer.pre_mlp_layernorm
     if not isinstance(norm, IdentityOp):
         return _watch_output(norm, state, take)
-    linear: nn.Module = layer.self_attention.linear_qkv if has_mixer else layer.mlp.linear_fc1
+    linear: nn.Module
+    if isinstance(layer.sizes.mixer, Mamba):
+        linear = layer.self_attention.in_proj
+    else:
+        linear = layer.self_attention.linear_qkv if has_mixer else layer.mlp.linear_fc1
 
     def look(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args

@@ -16,7 +16,7 @@ from nemo_minitron.arch.layer import RouterScore
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import TrainingError
 from nemo_minitron.megatron import states
-from nemo_minitron.megatron.experts import experts_of
+from nemo_minitron.megatron.experts import Routing, experts_of
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.placement import state_holder
@@ -59,7 +59,8 @@ class RouterMatching(Matching):
             )
             for own, pair in self._pairs.items()
         }
-        over = [runtime.groups.pp, runtime.groups.dp_cp]
+        # Under sequence parallelism each tensor-parallel rank routes tokens of its own.
+        over = [runtime.groups.pp, runtime.groups.dp_cp, *([runtime.groups.tp] * parallel.sequence_parallel)]
         super().__init__(runtime, theirs=self._routes, own=self._pairs, groups=over)
 
     def _watched(
@@ -130,10 +131,9 @@ def _watched(chunks: Sequence[nn.Module], layers: Collection[int], take: Take) -
     A loss that it returns joins the model's.
     """
 
-    def hook(layer: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        def look(router: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            logits, weights = output
-            return logits, states.with_loss(weights, take(layer, logits))
+    def hook(layer: int) -> Callable[..., Routing]:
+        def look(router: nn.Module, args: object, output: Routing) -> Routing:
+            return output._replace(weights=states.with_loss(output.weights, take(layer, output.logits)))
 
         return look
 

@@ -3,6 +3,8 @@
 Shapes: T tokens, E experts.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,15 @@ from nemo_minitron.ops.widening import at_least_fp32
 
 _TINY = 1e-20
 """Added to the sum of sigmoid scores before it divides them, as in DeepSeek-V3's code."""
+
+
+class Routes(NamedTuple):
+    """Where a router sends each token."""
+
+    weights: Tensor
+    """Of every expert, `[T, E]`, at least fp32; zero for those that the token is not routed to."""
+    chosen: Tensor
+    """Which experts the token is routed to, `[T, E]` bool: `top_k` of them, also where a weight is rounded to zero."""
 
 
 def route(
@@ -20,8 +31,8 @@ def route(
     normalize: bool = True,
     bias_E: Tensor | None = None,
     scaling: float = 1.0,
-) -> Tensor:
-    """The weight of every expert for every token, `[T, E]`, zero for those it is not routed to; at least fp32.
+) -> Routes:
+    """Which experts see a token, and with what weight.
 
     Scores are softmax or sigmoid of the logits. The `top_k` experts of the highest scores are chosen; with a bias, of
     the highest scores plus bias, and their weights are scores without it (arXiv:2412.19437, eq. 16). No token is
@@ -42,7 +53,10 @@ def route(
     weights_TK = scores_TE.gather(1, chosen_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + (_TINY if sigmoid else 0.0))
-    return torch.zeros_like(scores_TE).scatter(1, chosen_TK, weights_TK * scaling)
+    return Routes(
+        weights=torch.zeros_like(scores_TE).scatter(1, chosen_TK, weights_TK * scaling),
+        chosen=torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, chosen_TK, value=True),
+    )
 
 
 def router_divergence(teacher_TE: Tensor, student_TE: Tensor, keep_T: Tensor, *, sigmoid: bool = False) -> Tensor:

@@ -3,6 +3,8 @@
 import gc
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,20 @@ from tests.parallel.overlap_jobs import train as train_overlapping
 
 def train_on_both(cases: list[Case]) -> list[dict[str, Any]]:
     """Runs of the engine's layers, and at the end one of the project's own, all from the same weights."""
+    results = [train(case) for case in cases]
+    with own_layers():
+        return [*results, train(Case("tied"))]
+
+
+@contextmanager
+def own_layers() -> Iterator[None]:
+    """A block in which models are built of the project's own layers."""
     from nemo_minitron.megatron import build
 
-    results = [train(case) for case in cases]
     engine = build.engine_carries
     build.engine_carries = lambda spec, device: False
     try:
-        return [*results, train(Case("tied"))]
+        yield
     finally:
         build.engine_carries = engine
 
@@ -132,8 +141,11 @@ def top_k_loss_in_inference_mode() -> list[float]:
     return found
 
 
-def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
-    """All stages of a recipe in this process; what they left, and what of each stage's models outlived it."""
+def run_recipe(recipe: Path, overrides: list[str], run: Path, last: str | None = None) -> dict[str, Any]:
+    """All stages of a recipe in this process; what they left, and what of each stage's models outlived it.
+
+    With `last`, the stages up to that one.
+    """
     from nemo_minitron.callbacks.reporter import Reporter
     from nemo_minitron.cli import quiet
     from nemo_minitron.config.load import load_recipe
@@ -150,14 +162,16 @@ def run_recipe(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
     gc.disable()  # what a stage leaves is to be freed when it ends, not when the collector happens to run
     try:
         chain = chain_for(config)
-        run_chain(chain, Request(config=config, run=folder), processes=processes, reporter=watched.reporter(Reporter))
-        results = {stage.name: folder.result(stage.name) for stage in chain}
+        request = Request(config=config, run=folder, last=last)
+        run_chain(chain, request, processes=processes, reporter=watched.reporter(Reporter))
+        results = {stage.name: folder.result(stage.name) for stage in chain if folder.is_complete(stage.name)}
     finally:
         gc.enable()
         runtime.stop()
     return {
-        "perplexity": results["evaluate"]["perplexity"],
+        "perplexity": results["evaluate"]["perplexity"] if last is None else {},
         "kl": [row["kl"] for row in results["distill"]["history"]],
+        "router": [row["router"] for row in results["distill"]["history"] if "router" in row],
         "built": watched.built,
         "alive": watched.alive,
         "most_at_once": watched.most_at_once,
@@ -184,7 +198,7 @@ class Watched:
             chunks = build_chunks(*args, **kwargs)
             self.built += 1
             self._models += map(weakref.ref, chunks)
-            self.layers |= {type(chunk.decoder.layers[0].mlp.linear_fc1).__name__ for chunk in chunks}
+            self.layers |= {_kind(chunk.decoder.layers[0]) for chunk in chunks}
             return chunks
 
         def watched_wrap(*args: Any, **kwargs: Any) -> Any:
@@ -206,6 +220,13 @@ class Watched:
 
         reporter.stage_finished = stage_finished
         return reporter
+
+
+def _kind(layer: Any) -> str:
+    """Class of a layer's first linear behind its middle, of its mixture, or of Mamba's first."""
+    part = next(part for part in (layer.mlp, layer.self_attention) if type(part).__name__ != "IdentityOp")
+    found = getattr(part, "linear_fc1", None) or getattr(part, "in_proj", None) or part
+    return type(found).__name__
 
 
 def _alive(references: list[weakref.ref[Any]]) -> int:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PARALLEL = "tests/parallel"
 GROUPS = {
     "tests.emulation.engine_checks": ["tests/emulation/engine_checks.py"],
+    "tests.emulation.mixture_checks": ["tests/emulation/mixture_checks.py"],
     "tests.parallel.test_megatron_layouts": [
         f"{PARALLEL}/test_megatron_layouts.py::test_training_is_the_same_at_every_layout[{layout}]"
         for layout in (

@@ -18,6 +18,8 @@ CASES = {
     "bf16": Case("nemotron", precision=Precision.BF16),
     "distributed optimizer": Case("untied", distributed=True),
     "windows and zero-centred norms": Case("gemma3", micro_batch_size=2),
+    "experts": Case("experts", micro_batch_size=4),
+    "Mamba": Case("nemotron_h", micro_batch_size=4),
 }
 
 

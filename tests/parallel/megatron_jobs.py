@@ -127,8 +127,25 @@ EXPERT_SPECS = {
         + (LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),) * 2,
         tied_embeddings=False,
     ),
+    "one each": replace(
+        EVEN,
+        layers=(
+            LayerSpec(
+                mixer=_MIXER,
+                feed_forward=Moe(
+                    num_experts=4,
+                    expert_ffn_hidden_size=20,
+                    top_k=1,
+                    normalize_top_k=False,
+                    shared_ffn_hidden_size=16,
+                ),
+            ),
+        )
+        * 2,
+    ),
 }
-"""Layers with experts: of several kinds with one without among them, all alike, and in the second half alone."""
+"""Layers with experts: of several kinds with one without among them, all alike, in the second half alone, and with one
+expert for each token."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # where Megatron's wrappers make their weights
     _build_of_engine()
     _context_parallel()
+    _dispatch_experts()
     nccl = lightning_sees_nccl()
     nccl.__enter__()
     _kept.append(nccl)
@@ -96,3 +97,40 @@ def _context_parallel() -> None:
 
     TEDotProductAttention.cp_stream = object()
     rotary_pos_embedding.get_pos_emb_on_this_cp_rank = on_this_rank
+
+
+def _dispatch_experts() -> None:
+    """Without the CUDA stream that brings counts to the host, and over Gloo, which takes no parts of unequal sizes."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def to_host(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                if torch.is_tensor(counts := getattr(self, name)):
+                    setattr(self, name, counts.numpy())
+        return tokens_per_expert
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_unequal(x: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(x, group, output_split_sizes, use_global_buffer)
+        padded = x.new_zeros(max(output_split_sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_unequal(x: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(x, group, input_split_sizes, use_global_buffer)
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].contiguous()
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = to_host
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_unequal, scatter_unequal

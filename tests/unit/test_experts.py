@@ -123,7 +123,15 @@ def test_routing_is_the_sentence_that_defines_it(sigmoid: bool, normalize: bool)
         chosen = sorted(range(7), key=lambda expert: -float(scores[expert] + bias[expert]))[:3]
         whole = sum(float(scores[expert]) for expert in chosen) if normalize else 1.0
         expected = [2.5 * float(scores[expert]) / whole if expert in chosen else 0.0 for expert in range(7)]
-        assert found[token].tolist() == pytest.approx(expected, rel=1e-12)
+        assert found.weights[token].tolist() == pytest.approx(expected, rel=1e-12)
+        assert found.chosen[token].nonzero().flatten().tolist() == sorted(chosen)
+
+
+def test_an_expert_is_chosen_though_its_weight_is_rounded_to_zero() -> None:
+    """Dispatchers count on `top_k` experts a token."""
+    found = route(torch.tensor([[1000.0, 0.0, -1000.0]]), top_k=2)
+    assert found.weights.tolist() == [[1, 0, 0]]
+    assert found.chosen.tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -83,7 +83,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels._are_installed.cache_clear()
 
 
-def test_kernels_run_on_a_gpu_that_has_both_libraries(libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run_on_a_gpu_that_has_both_libraries(
+    libraries: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert kernels.run(torch.device("cuda"), taps=4)
     assert not kernels.run(torch.device("cuda"), taps=5)
     assert not kernels.run(torch.device("cpu"), taps=4)
@@ -92,7 +94,11 @@ def test_kernels_run_on_a_gpu_that_has_both_libraries(libraries: None, monkeypat
     monkeypatch.delenv("NEMO_MINITRON_TRITON")
     monkeypatch.delitem(sys.modules, "causal_conv1d")
     kernels._are_installed.cache_clear()
-    assert not kernels.run(torch.device("cuda"), taps=4)
+    caplog.clear()
+    for _ in range(2):
+        assert not kernels.run(torch.device("cuda"), taps=4)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["Mamba's scan and convolution run in plain torch: causal-conv1d not installed"]
 
 
 def test_a_mixer_is_the_same_with_them(libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:

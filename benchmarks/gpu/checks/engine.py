@@ -21,7 +21,23 @@ FP8_APART = 0.25
 @check(order=13, seconds=15, limit=60, needs=NEEDS)
 def engine_layers(bench: Bench) -> Outcome:
     """Transformer Engine's layers give our layers' logits, and take up a native checkpoint of theirs."""
-    here, spec = models.start(), models.small(bench)
+    return _against_ours(bench, "dense")
+
+
+@check(order=17, seconds=15, limit=60, needs=NEEDS)
+def engine_experts(bench: Bench) -> Outcome:
+    """Grouped products of experts give the logits of one expert after the other; a native checkpoint comes back."""
+    return _against_ours(bench, "experts")
+
+
+@check(order=18, seconds=15, limit=60, needs=NEEDS)
+def engine_hybrid(bench: Bench) -> Outcome:
+    """Mamba between Transformer Engine's linears gives our layers' logits; a native checkpoint comes back."""
+    return _against_ours(bench, "hybrid")
+
+
+def _against_ours(bench: Bench, kind: str) -> Outcome:
+    here, spec = models.start(), models.small(bench, kind)
     if not engine_carries(spec, here.device):
         raise UnavailableError("Transformer Engine is installed, but its layers are not used here")
     text = models.batches(spec.vocab_size, samples=4, length=128)
@@ -33,7 +49,8 @@ def engine_layers(bench: Bench) -> Outcome:
     sharded_io.load_weights(restored, folder)
     same = all(torch.equal(a, b) for a, b in zip(collect_logits(restored, text, here), expected, strict=True))
     with patch("nemo_minitron.megatron.build.engine_carries", return_value=False):
-        ours = build_chunks(spec, here, models.precision(bench), trainable=False, seed=1)
+        ours = build_chunks(spec, here, models.precision(bench), trainable=False)
+    sharded_io.load_weights(ours, folder)
     error = max(dense.relative_error(a, b) for a, b in zip(collect_logits(ours, text, here), expected, strict=True))
     figure = f"ours apart by {error:.1e}; restored equal: {same}"
     return Outcome(figure=figure, ok=same and error < 3e-2, figures={"apart": error})

@@ -21,16 +21,32 @@ NEEDS = ("megatron.core", "pydantic")
 @check(order=43, seconds=25, limit=90, needs=NEEDS)
 def scores_right(bench: Bench) -> Outcome:
     """All width and depth scores in fp32, against those of the CPU."""
+    return _against_cpu(bench, "dense")
+
+
+@check(order=44, seconds=25, limit=90, needs=NEEDS)
+def scores_right_experts(bench: Bench) -> Outcome:
+    """Scores of experts, of their neurons and of the rest, in fp32, against those of the CPU."""
+    return _against_cpu(bench, "experts")
+
+
+@check(order=46, seconds=25, limit=90, needs=NEEDS)
+def scores_right_hybrid(bench: Bench) -> Outcome:
+    """Scores of Mamba's heads and channels and of the rest, in fp32, against those of the CPU."""
+    return _against_cpu(bench, "hybrid")
+
+
+def _against_cpu(bench: Bench, kind: str) -> Outcome:
     from benchmarks.gpu import scores
 
-    spec = models.TINY if bench.tiny else models.SMALL
+    spec = models.small(bench, kind)
     found = scores.collect(spec)
     if bench.tiny:
         expected = scores.collect(spec)
     else:
         path = bench.folder() / "cpu.safetensors"
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.gpu.scores", str(path)],
+            [sys.executable, "-m", "benchmarks.gpu.scores", str(path), kind],
             cwd=ROOT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             check=True,

@@ -18,8 +18,8 @@ RESUMED = 1e-5
 """Relative difference of a resumed run's losses: on a GPU, sums may be taken in another order."""
 
 
-def _train_and_resume(bench: Bench, *, distributed: bool) -> Outcome:
-    first = models.training(bench, distributed=distributed)
+def _train_and_resume(bench: Bench, *, distributed: bool, kind: str = "dense") -> Outcome:
+    first = models.training(bench, distributed=distributed, kind=kind)
     with torch.inference_mode():  # as Lightning validates over NCCL
         try:
             before = first.validate()
@@ -31,7 +31,7 @@ def _train_and_resume(bench: Bench, *, distributed: bool) -> Outcome:
     folder = bench.folder() / "training.ckpt"
     sharded_io.save_training(first.chunks, first.optimizer, folder, common={"step": 3})
     rest = [first.step() for _ in range(3)]
-    second = models.training(bench, distributed=distributed)
+    second = models.training(bench, distributed=distributed, kind=kind)
     common = sharded_io.load_training(second.chunks, second.optimizer, folder)
     again = [second.step() for _ in range(3)]
     apart = max(abs(a / b - 1) for a, b in zip(again, rest, strict=True))
@@ -54,6 +54,18 @@ def resume_ordinary(bench: Bench) -> Outcome:
 def resume_distributed(bench: Bench) -> Outcome:
     """Validate, train, save, resume, with Megatron's distributed optimizer."""
     return _train_and_resume(bench, distributed=True)
+
+
+@check(order=15, seconds=10, limit=90, needs=NEEDS)
+def resume_experts(bench: Bench) -> Outcome:
+    """Validate, train, save, resume, of a mixture of experts."""
+    return _train_and_resume(bench, distributed=True, kind="experts")
+
+
+@check(order=16, seconds=10, limit=90, needs=NEEDS)
+def resume_hybrid(bench: Bench) -> Outcome:
+    """Validate, train, save, resume, of a hybrid of Mamba and attention."""
+    return _train_and_resume(bench, distributed=True, kind="hybrid")
 
 
 @check(order=12, seconds=5, needs=NEEDS)

@@ -8,6 +8,10 @@ class TransformerConfig:
     hidden_size: int
     ffn_hidden_size: int
     moe_ffn_hidden_size: int | None
+    num_moe_experts: int | None
+    moe_router_topk: int
+    moe_shared_expert_intermediate_size: int | None
+    moe_grouped_gemm: bool
     num_attention_heads: int
     num_query_groups: int
     layernorm_epsilon: float

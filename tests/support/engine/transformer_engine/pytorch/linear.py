@@ -169,12 +169,16 @@ class GroupedLinear(_Weighted):
         init_method: Callable[[Tensor], Any],
         get_rng_state_tracker: object = None,
         rng_tracker_name: str | None = None,
+        ub_name: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(in_features, out_features, **settings)
         self.num_gemms = num_gemms
         for index in range(num_gemms):
             self._make("weight", init_method, suffix=str(index))
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """Called before a state is loaded; there is nothing of fp8."""
 
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Any:
         parts = x.split(m_splits)
