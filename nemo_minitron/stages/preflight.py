@@ -129,7 +129,8 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         family: Theirs.
 
     Raises:
-        ConfigError: A pair of layers in `distill.hidden` does not exist.
+        ConfigError: A pair of layers in `distill.hidden` does not exist, or a loss of routers is asked for where there
+            are none.
         LayoutError: A size does not divide.
         SpecError: The student cannot be exported as the recipe asks.
     """
@@ -143,6 +144,13 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         problems = [hidden.states(specs[0].num_layers, spec.num_layers)[1] for spec in specs[1:]]
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
+    problems = [
+        f"distill.{key} = {weight:g}: the model has no experts, whose routers it is a loss of"
+        for key in ("router_weight", "balance_weight")
+        if (weight := getattr(config.distill, key)) and not specs[-1].has_experts
+    ]
+    if problems:
+        raise ConfigError("recipe", problems)
     check_export(config, specs[-1], family)
 
 
