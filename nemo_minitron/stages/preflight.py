@@ -144,13 +144,13 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         problems = [hidden.states(specs[0].num_layers, spec.num_layers)[1] for spec in specs[1:]]
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
-    problems = [
+    without_experts = [
         f"distill.{key} = {weight:g}: the model has no experts, whose routers it is a loss of"
         for key in ("router_weight", "balance_weight")
         if (weight := getattr(config.distill, key)) and not specs[-1].has_experts
     ]
-    if problems:
-        raise ConfigError("recipe", problems)
+    if without_experts:
+        raise ConfigError("recipe", without_experts)
     check_export(config, specs[-1], family)
 
 

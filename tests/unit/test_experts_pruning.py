@@ -169,8 +169,9 @@ def test_equal_copies_of_all_experts_can_go_with_their_part_of_top_k(
     layers = [replace(plan, kept={**plan.kept, **cut}, top_k=top_k // 2) for plan in layers]
     pruned = PrunedSource(source, replace(PruningPlan.keep_all(source.spec), layers=tuple(layers)))
     torch.testing.assert_close(megatron_logits(pruned, here), hf_logits(model), rtol=1e-5, atol=1e-5)
-    changed = PrunedSource(source, replace(pruned.plan, layers=tuple(replace(plan, top_k=None) for plan in layers)))
-    if top_k <= half:
+    if top_k <= half:  # as many experts a token as before are others
+        as_before = tuple(replace(plan, top_k=None) for plan in layers)
+        changed = PrunedSource(source, replace(pruned.plan, layers=as_before))
         assert (megatron_logits(changed, here) - hf_logits(model)).abs().max() > 0.01
 
 
