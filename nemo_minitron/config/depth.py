@@ -37,8 +37,11 @@ class DepthConfig(Section):
     longest_block: Count | None = None
     """Layers of the longest block; None for every length."""
     shortest_block: Count = 1
-    """Layers of the shortest block. Single layers are always measured. With `longest_block` the same, only blocks of
-    the length that will go are, which costs about half as many passes as there are such blocks."""
+    """Layers of the shortest block. With `longest_block` the same, only blocks of the length that will go are measured,
+    which costs about half as many passes as there are such blocks."""
+    single_layers: bool = True
+    """Measure every single layer too, whatever `shortest_block` is. Without them a choice of blocks costs about half,
+    and the report draws no bars of layers left out one by one."""
     samples: Count = 8
     """Calibration samples they are measured on, of `score.sequence_length` tokens."""
 
@@ -47,12 +50,13 @@ class DepthConfig(Section):
         """The metrics' names in the score file."""
         return tuple(metric.rpartition(":")[2] for metric in self.metrics)
 
-    def lengths(self, num_layers: int) -> range:
-        """Numbers of layers of the blocks that are measured in a model of `num_layers`; single layers come on top."""
+    def lengths(self, num_layers: int) -> tuple[int, ...]:
+        """Numbers of layers of the candidates in a model of `num_layers`, ascending."""
         if not self.blocks:
-            return range(1, 2)
+            return (1,)
         longest = min(self.longest_block or num_layers, num_layers - 1)
-        return range(self.shortest_block, longest + 1)
+        lengths = set(range(self.shortest_block, longest + 1))
+        return tuple(sorted(lengths | {1} if self.single_layers else lengths))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -67,6 +71,8 @@ class DepthConfig(Section):
             problems.append("longest_block needs blocks = true")
         if self.shortest_block > 1 and not self.blocks:
             problems.append("shortest_block needs blocks = true")
+        if not self.single_layers and not self.blocks:
+            problems.append("single_layers = false leaves nothing to measure without blocks = true")
         if self.longest_block is not None and self.shortest_block > self.longest_block:
             problems.append(f"shortest_block = {self.shortest_block} is above longest_block = {self.longest_block}")
         if problems:
@@ -89,4 +95,9 @@ def target_problems(score: DepthConfig, metric: str, *, contiguous: bool) -> lis
         )
     elif contiguous and not score.blocks:
         problems.append("target.depth_contiguous = true needs blocks: set score.depth.blocks=true")
+    if not contiguous and metric != BLOCK_INFLUENCE and not score.single_layers:
+        problems.append(
+            f"target.depth_metric = {metric!r} chooses layers one by one, and score.depth.single_layers = false does "
+            f"not measure them so: set it to true, or target.depth_contiguous=true"
+        )
     return problems

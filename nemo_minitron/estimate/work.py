@@ -135,9 +135,12 @@ def _scoring(config: RunConfig, model: ModelSpec) -> Work:
     depth, layers = score.depth, model.num_layers
     passes = float(score.samples)
     if depth.metrics:
-        # A candidate costs the layers behind its block: (L - n)(L - n + 1) / 2 layers for all blocks of n.
-        lengths = {1, *depth.lengths(layers)}
-        passes += depth.samples * sum((layers - n) * (layers - n + 1) / (2 * layers) for n in lengths)
+        # A candidate costs the layers behind its block, (L - n)(L - n + 1) / 2 layers for all blocks of n, and an
+        # output layer, as does the complete model.
+        head = 2 * model.vocab_size * model.hidden_size / forward_flops(model, score.sequence_length)
+        behind = sum((layers - n) * (layers - n + 1) / (2 * layers) for n in depth.lengths(layers))
+        candidates = sum(layers - n + 1 for n in depth.lengths(layers))
+        passes += min(depth.samples, score.samples) * (1 + behind * (1 - head) + candidates * head)
     if config.target.merge_layers:
         passes += min(score.merge_samples, score.samples)
     tokens = score.samples * score.sequence_length

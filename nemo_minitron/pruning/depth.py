@@ -34,20 +34,15 @@ Block = tuple[int, int]
 """First layer, counted from 0, and number of layers."""
 
 
-def candidate_blocks(num_layers: int, *, longest: int = 1, shortest: int = 1) -> tuple[Block, ...]:
-    """Every block that leaves a layer over, in order of first layer and length.
+def candidate_blocks(num_layers: int, lengths: Iterable[int] = (1,)) -> tuple[Block, ...]:
+    """Every block of some lengths, in order of first layer and length.
 
     Args:
         num_layers: Of the model.
-        longest: Layers of the longest block.
-        shortest: Layers of the shortest block; single layers are candidates whatever it is.
+        lengths: Layers of a block; those that would leave no layer over have no candidates.
     """
-    return tuple(
-        (first, length)
-        for first in range(num_layers)
-        for length in range(1, min(longest, num_layers - first, max(num_layers - 1, 1)) + 1)
-        if length == 1 or length >= shortest
-    )
+    possible = [length for length in sorted(lengths) if length <= max(num_layers - 1, 1)]
+    return tuple((first, n) for first in range(num_layers) for n in possible if first + n <= num_layers)
 
 
 class DepthScores:
@@ -123,8 +118,8 @@ class DepthScores:
             raise ScoresError(
                 f"depth metric {metric} was not measured for blocks of {length} layers",
                 rule=f"the scores have blocks of {to_ranges(self.lengths)} layers",
-                remedy="set score.depth.blocks=true (and score.depth.shortest_block and longest_block) and score again "
-                "(--from score)",
+                remedy="set score.depth.blocks=true (with shortest_block, longest_block and single_layers as needed) "
+                "and score again (--from score)",
             )
         return self.values(metric)[[places[block] for block in wanted]]
 
@@ -245,9 +240,15 @@ def _checked_blocks(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> tuple[Blo
             f"depth scores: candidates {outside or 'named twice'}",
             rule=f"blocks of the model's {spec.num_layers} layers, each once",
         )
-    missing = sorted(set(range(spec.num_layers)) - {first for first, length in blocks if length == 1})
-    if missing:
-        raise ScoresError(f"depth scores: layers {missing} were not measured alone", rule="every layer is a candidate")
+    if not blocks:
+        raise ScoresError("depth scores without a candidate", rule="at least one")
+    for length in sorted({length for _, length in blocks}):
+        firsts = {first for first, n in blocks if n == length}
+        if missing := sorted(set(range(spec.num_layers - length + 1)) - firsts):
+            raise ScoresError(
+                f"depth scores: {' and '.join(block_text((first, length)) for first in missing)} not measured",
+                rule="every block of a length is a candidate, or none is",
+            )
     return blocks
 
 

@@ -179,7 +179,9 @@ def _depth(found: Importance) -> list[Row]:
         return []
     samples = f" From {found.depth.samples:,} calibration samples." if found.depth.samples else ""
     caption = "What the model loses without each layer, the others left as they are: a low bar is a layer it can spare."
-    rows = [figure("Layers left out one by one", caption + samples, figures.leave_one_out(found))]
+    rows = []
+    if found.depth.layers:
+        rows.append(figure("Layers left out one by one", caption + samples, figures.leave_one_out(found)))
     for metric, blocks in found.depth.blocks.items():
         if blocks:
             caption = (

@@ -23,7 +23,7 @@ class Depth:
     """What the teacher loses without some of its layers, by metric."""
 
     layers: dict[str, Vector]
-    """Each single layer `[layers]`."""
+    """Each single layer `[layers]`; empty if only longer blocks were measured."""
     blocks: dict[str, dict[int, Vector]]
     """By length of the block, every block of 2 or more layers by its first one `[layers - length + 1]`."""
     samples: int

@@ -108,7 +108,7 @@ def block_curve(importance: Importance, metric: str) -> Picture:
     """What the model loses without blocks of consecutive layers, a curve a length; a ring is the block to drop."""
     depth = importance.depth
     assert depth is not None
-    curves = {1: depth.layers[metric], **depth.blocks[metric]}
+    curves = ({1: depth.layers[metric]} if metric in depth.layers else {}) | depth.blocks[metric]
     wanted = len(importance.dropped_layers)
     lengths = _some_lengths(list(curves), wanted)
 

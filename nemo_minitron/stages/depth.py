@@ -63,8 +63,7 @@ def measure_depth(
     tokenizer = load_tokenizer(dict(tokenizer_files)) if metrics else None
     texts = {name: metric.batches(tokenizer) for name, metric in metrics.items()}
     on_calibration = [name for name, batches in texts.items() if batches is None]
-    shortest = settings.depth.shortest_block
-    blocks = candidate_blocks(spec.num_layers, longest=_longest(settings.depth, spec), shortest=shortest)
+    blocks = candidate_blocks(spec.num_layers, settings.depth.lengths(spec.num_layers))
 
     def collector(names: Sequence[str]) -> DepthCollector:
         chosen = {name: metrics[name] for name in names if name in metrics}
@@ -105,12 +104,6 @@ def load_metrics(settings: DepthConfig) -> dict[str, DepthMetric]:
     if problems:
         raise ConfigError("score.depth.metrics", problems)
     return found
-
-
-def _longest(settings: DepthConfig, spec: ModelSpec) -> int:
-    if not settings.blocks:
-        return 1
-    return min(settings.longest_block or spec.num_layers, spec.num_layers)
 
 
 class _Calibration:

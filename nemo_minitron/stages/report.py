@@ -225,9 +225,10 @@ def _units(scores: "Scores", row: PrunableAxis, layer: int, how: Mapping[str, An
 
 def depth_curves(scores: "DepthScores") -> Depth:
     """Depth metrics as the report draws them."""
-    lengths = sorted({length for _, length in scores.blocks if length > 1})
+    lengths = [length for length in scores.lengths if length > 1]
+    alone = scores.metrics if 1 in scores.lengths else ()
     return Depth(
-        layers={metric: scores.layers(metric).numpy() for metric in scores.metrics},
+        layers={metric: scores.layers(metric).numpy() for metric in alone},
         blocks={m: {length: scores.curve(m, length).numpy() for length in lengths} for m in scores.metrics},
         samples=scores.samples,
     )

@@ -70,7 +70,7 @@ def measure(case: DepthCase) -> dict[str, torch.Tensor]:
             chunks,
             here,
             spec,
-            blocks=candidate_blocks(spec.num_layers, longest=spec.num_layers),
+            blocks=candidate_blocks(spec.num_layers, range(1, spec.num_layers)),
             metrics=("lm_loss", "logit_mse", "misses", "last_token"),
             own=own,
         )
@@ -118,7 +118,7 @@ def naive(spec_name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
         micro_batches = MicroBatch.of(*global_batch()).split(4)
         layers = chunk.decoder.layers
         totals = {}
-        for first, length in [(0, 0), *candidate_blocks(spec.num_layers, longest=spec.num_layers)]:
+        for first, length in [(0, 0), *candidate_blocks(spec.num_layers, range(1, spec.num_layers))]:
             kept = [layer for number, layer in enumerate(layers) if not first <= number < first + length]
             chunk.decoder.layers = torch.nn.ModuleList(kept)
             chunk.decoder.num_layers_per_pipeline_rank = len(kept)
@@ -139,7 +139,7 @@ def measure_folder(folder: Path, samples: list[list[int]]) -> dict[str, torch.Te
 
     config = config_for(folder, folder)
     model = restore(MegatronGPTModel, folder, config=config, micro_batch_size=1, trainer=make_trainer(config))
-    blocks = candidate_blocks(model.spec.num_layers, longest=model.spec.num_layers)
+    blocks = candidate_blocks(model.spec.num_layers, range(1, model.spec.num_layers))
     collector = DepthCollector(model.chunks, model.runtime, model.spec, blocks=blocks, metrics=("lm_loss", "logit_mse"))
     whole = torch.tensor(samples)
     collector.add(MicroBatch.of(whole[:, :-1], whole[:, 1:], torch.ones_like(whole[:, 1:], dtype=torch.bool)))

@@ -53,7 +53,7 @@ def measure(folder: Path, parallel: ParallelConfig) -> Measured:
         with ImportanceCollector(chunks, here, spec) as collector:
             collector.expect([batch.keep for batch in batches])
             collect_hidden(chunks, batches, here)
-        blocks = candidate_blocks(spec.num_layers, longest=1)
+        blocks = candidate_blocks(spec.num_layers)
         depth = DepthCollector(chunks, here, spec, blocks=blocks, metrics=("lm_loss", "logit_mse"))
         for batch in batches:
             depth.add(batch)

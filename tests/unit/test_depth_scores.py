@@ -1,8 +1,11 @@
 """Depth scores as data: candidates, values by hand, merging, the choice of layers, and every way they can be wrong."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from nemo_minitron.config.depth import DepthConfig
 from nemo_minitron.config.load import check
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.sizes import TargetConfig
@@ -15,16 +18,37 @@ from tests.support.scores import sums
 
 
 def test_candidates_are_every_block_that_leaves_a_layer():
-    assert candidate_blocks(4, longest=4) == tuple(BLOCKS)
+    assert candidate_blocks(4, range(1, 4)) == tuple(BLOCKS)
     assert candidate_blocks(3) == ((0, 1), (1, 1), (2, 1))
-    assert len(candidate_blocks(30, longest=30)) == 30 * 31 // 2 - 1
+    assert len(candidate_blocks(30, range(1, 30))) == 30 * 31 // 2 - 1
 
 
-def test_short_blocks_can_be_left_out_but_single_layers_stay():
-    pairs = [(0, 3), (1, 3)]
-    assert sorted(candidate_blocks(4, longest=3, shortest=3)) == sorted([*candidate_blocks(4), *pairs])
-    assert candidate_blocks(4, longest=4, shortest=1) == candidate_blocks(4, longest=4)
-    assert candidate_blocks(4, shortest=3) == candidate_blocks(4)
+def test_blocks_of_some_lengths_are_measured_with_single_layers_or_without():
+    def candidates(layers: int, **depth: Any) -> tuple[tuple[int, int], ...]:
+        return candidate_blocks(layers, DepthConfig.model_validate({"metrics": ["lm_loss"], **depth}).lengths(layers))
+
+    triples = [(0, 3), (1, 3)]
+    some = {"blocks": True, "shortest_block": 3, "longest_block": 3}
+    assert sorted(candidates(4, **some)) == sorted([*candidate_blocks(4), *triples])
+    assert candidates(4, **some, single_layers=False) == tuple(triples)
+    assert candidates(4, blocks=True) == tuple(BLOCKS)
+    assert candidates(4) == candidate_blocks(4)
+
+
+def test_blocks_without_single_layers_choose_the_best_block_and_no_layer_one_by_one():
+    places = [BLOCKS.index((first, 2)) for first in range(3)]
+    found = {name: tensor[places] if tensor.dim() else tensor for name, tensor in tensors().items()}
+    scores = DepthScores(SPEC, found)
+    assert scores.lengths == (2,)
+    assert scores.curve("lm_loss", 2).tolist() == DepthScores(SPEC, tensors()).curve("lm_loss", 2).tolist()
+    with pytest.raises(ScoresError, match="not measured for blocks of 1 layers"):
+        scores.layers("lm_loss")
+    told = problems(
+        score={"depth": {"metrics": ["lm_loss"], "blocks": True, "single_layers": False}},
+        target={"num_layers": 2, "depth_metric": "lm_loss"},
+    )
+    assert "score.depth.single_layers = false does not measure them so" in told
+    assert "single_layers = false leaves nothing" in problems(score={"depth": {"single_layers": False}})
 
 
 def test_values_are_rises_of_the_mean_loss_and_relative_squared_changes():
@@ -97,7 +121,7 @@ def test_what_measures_other_things_cannot_be_merged():
         ({"depth__lm_loss__more": number(1)}, "lm_loss.more missing or unknown"),
         ({"depth__blocks": torch.tensor([*BLOCKS[:-1], (3, 2)]).double()}, r"candidates \[\(3, 2\)\]"),
         ({"depth__blocks": torch.tensor([*BLOCKS[:-1], (0, 1)]).double()}, "named twice"),
-        ({"depth__blocks": torch.tensor([*BLOCKS[1:], (0, 4)]).double()}, r"layers \[0\] were not measured alone"),
+        ({"depth__blocks": torch.tensor([*BLOCKS[1:], (0, 4)]).double()}, "layer 0 not measured"),
         ({"depth__blocks": torch.zeros(9).double()}, "first layer and length"),
     ],
 )
