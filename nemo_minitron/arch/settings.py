@@ -198,7 +198,8 @@ def has_plain_layers(spec: ModelSpec, *, experts: bool = False) -> bool:
         experts: Whether there are keys for experts too.
     """
     mixed = len({layer.local for layer in spec.layers}) > 1
-    plain = not (spec.post_norms or mixed or spec.query_scalar or spec.local_rotary_base) and spec.rotary_percent > 0
+    traits = spec.post_norms or spec.full_width_qk_norm or spec.query_scalar or spec.local_rotary_base
+    plain = not (traits or mixed) and spec.rotary_percent > 0
     if spec.has_experts:
         one_mixer = len({layer.mixer for layer in spec.layers}) == 1 and all(layer.mixer for layer in spec.layers)
         return experts and plain and one_mixer and are_alike(spec)

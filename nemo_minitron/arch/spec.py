@@ -112,6 +112,10 @@ class ModelSpec:
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    """A norm over the channels of each query head, and of each key head."""
+    full_width_qk_norm: bool = False
+    """With `qk_norm`: one norm over the channels of all query heads together, and one over those of all key heads, each
+    with a weight for every channel (OLMoE)."""
     linear_bias: bool = False
     """Bias on the attention output and both MLP matrices."""
     post_norms: bool = False
@@ -273,7 +277,10 @@ def _fitting(layer: LayerSpec, sizes: dict[str, int], *, mixed: bool) -> dict[st
     return {name: size for name, size in sizes.items() if not mixed or name in layer.sizes}
 
 
-_TRAITS = ("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base")
+_TRAITS = (
+    *("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base"),
+    "full_width_qk_norm",
+)
 
 
 # Llama 3.1's has no name in the data: it was the only one.
@@ -308,6 +315,8 @@ def _problems(spec: ModelSpec) -> Iterator[str]:
             yield f"{name} = {getattr(spec, name)} must be at least 1"
     if any(layer.local for layer in spec.layers) and (spec.sliding_window or 0) < 1:
         yield f"layers are local, but sliding_window = {spec.sliding_window}"
+    if spec.full_width_qk_norm and (not spec.qk_norm or spec.norm.subtracts_mean):
+        yield f"full_width_qk_norm = True with qk_norm = {spec.qk_norm} and norm = {spec.norm}: it is an RMSNorm"
     if not spec.layers:
         yield "zero layers; at least 1 must stay"
     for index, layer in enumerate(spec.layers):

@@ -22,10 +22,10 @@ LAYER_PREFIX = "decoder.layers.{i}."
 class WeightRow:
     """One kind of weight.
 
-    `axes` names the axis of each dimension. A dimension of a QKV packing is marked `HEAD` and holds query heads and KV
-    groups together; a dimension of a GATE_UP packing is marked `FFN` (of experts: `EXPERT_FFN`, `SHARED_FFN`) and holds
-    each neuron twice. A dimension marked `MAMBA_CHANNEL` holds the channels of every Mamba head, or, in a packing, all
-    of its parts.
+    `axes` names the axis of each dimension; one marked `HEAD` or `KV_GROUP` holds `head_dim` channels of each unit. A
+    dimension of a QKV packing is marked `HEAD` and holds query heads and KV groups together; a dimension of a GATE_UP
+    packing is marked `FFN` (of experts: `EXPERT_FFN`, `SHARED_FFN`) and holds each neuron twice. A dimension marked
+    `MAMBA_CHANNEL` holds the channels of every Mamba head, or, in a packing, all of its parts.
     """
 
     name: str
@@ -108,6 +108,15 @@ def _fc2(name: str, part: type[FeedForward], axis: Axis, **more: Any) -> WeightR
     return WeightRow(name=name, part=part, axes=(Axis.HIDDEN, axis), tensor_parallel_dim=1, **more)
 
 
+def _head_norm(name: str, heads: Axis) -> tuple[WeightRow, WeightRow]:
+    """The norm of queries or keys: one weight that all heads share, or one for the channels of all of them."""
+    common: dict[str, Any] = {"name": _ATTENTION + name, "part": Attention}
+    return (
+        WeightRow(axes=(Axis.HEAD_CHANNEL,), when=lambda spec: spec.qk_norm and not spec.full_width_qk_norm, **common),
+        WeightRow(axes=(heads,), tensor_parallel_dim=0, when=lambda spec: spec.full_width_qk_norm, **common),
+    )
+
+
 _EXPERT_ROWS: tuple[WeightRow, ...] = (
     WeightRow(name=LAYER_PREFIX + "pre_mlp_layernorm.weight", part=Moe, axes=(Axis.HIDDEN,)),
     WeightRow(name=LAYER_PREFIX + "pre_mlp_layernorm.bias", part=Moe, axes=(Axis.HIDDEN,), when=_biased_norm),
@@ -150,18 +159,8 @@ ROWS: tuple[WeightRow, ...] = (
         tensor_parallel_dim=0,
         when=lambda spec: spec.qkv_bias,
     ),
-    WeightRow(
-        name=_ATTENTION + "q_layernorm.weight",
-        part=Attention,
-        axes=(Axis.HEAD_CHANNEL,),
-        when=lambda spec: spec.qk_norm,
-    ),
-    WeightRow(
-        name=_ATTENTION + "k_layernorm.weight",
-        part=Attention,
-        axes=(Axis.HEAD_CHANNEL,),
-        when=lambda spec: spec.qk_norm,
-    ),
+    *_head_norm("q_layernorm.weight", Axis.HEAD),
+    *_head_norm("k_layernorm.weight", Axis.KV_GROUP),
     WeightRow(
         name=_ATTENTION + "linear_proj.weight", part=Attention, axes=(Axis.HIDDEN, Axis.HEAD), tensor_parallel_dim=1
     ),
@@ -417,6 +416,8 @@ def _size(axis: Axis, packing: Packing, spec: ModelSpec, layer: LayerSpec | None
         case Axis.HEAD if layer is not None:
             extra = 2 * layer.attention.num_query_groups if packing is Packing.QKV else 0
             return (layer.attention.num_attention_heads + extra) * spec.head_dim
+        case Axis.KV_GROUP if layer is not None:
+            return layer.attention.num_query_groups * spec.head_dim
         case _ if layer is not None and isinstance(layer.mixer, Mamba):
             return _mamba_size(axis, packing, layer.mixer)
     raise AssertionError(f"axis {axis} has no size here")

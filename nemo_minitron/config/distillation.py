@@ -27,9 +27,9 @@ class RampTo(Section):
 class Objective(Section):
     """`kd_weight` times the divergence of student and teacher, plus `lm_weight` times the student's cross-entropy.
 
-    Plus `hidden_weight` times the balanced losses of intermediate states, where `hidden` names some, and
-    `router_weight` times the divergence of routers. In nats per token. The papers take the forward KL over the full
-    vocabulary, alone (arXiv:2407.14679, table 15).
+    Plus `hidden_weight` times the balanced losses of intermediate states, where `hidden` names some, `router_weight`
+    times the divergence of routers, and `balance_weight` times the imbalance of the student's. In nats per token. The
+    papers take the forward KL over the full vocabulary, alone (arXiv:2407.14679, table 15).
     """
 
     kd_weight: NonNegativeFloat = 1.0
@@ -41,6 +41,10 @@ class Objective(Section):
     router_weight: NonNegativeFloat = 0.0
     """Factor of the KL divergence between the routers of teacher and student, over the experts that the student has:
     the mean over layers with experts. Needs a teacher in memory."""
+    balance_weight: NonNegativeFloat = 0.0
+    """Factor of the load-balancing loss of the student's routers (arXiv:2412.19437, eq. 17): over each sequence, the
+    fraction of tokens that an expert is chosen for times its mean score, relative to equal loads, where it is 1; the
+    mean over layers with experts. Models are trained with 0.0001 to 0.01."""
     hidden: HiddenConfig | None = None
     """Intermediate states to compare, as `{layers: [[-3, -3]], embedding: true}`; nothing for none."""
     temperature: Positive = 1.0

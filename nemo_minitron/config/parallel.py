@@ -100,6 +100,13 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context
 
     @property
+    def split_positions(self) -> str:
+        """The setting by which a rank has a part of each sequence between layers; "" if none does that."""
+        if self.context > 1:
+            return f"parallel.context = {self.context}"
+        return "parallel.sequence_parallel = true" if self.sequence_parallel and self.tensor > 1 else ""
+
+    @property
     def told(self) -> str:
         """The sizes that multiply, for messages."""
         told = f"parallel.tensor {self.tensor} x pipeline {self.pipeline} x context {self.context}"

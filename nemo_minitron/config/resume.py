@@ -55,7 +55,7 @@ RULES: Mapping[str, Rule] = {
     "finish_with": Rule(Change.REFUSED, "the best weights of the steps before were kept, or not"),
     "guard": _FROM_HERE,
     **dict.fromkeys(("kd_weight", "lm_weight", "hidden_weight", "hidden", "temperature", "divergence"), _OBJECTIVE),
-    "router_weight": _OBJECTIVE,
+    **dict.fromkeys(("router_weight", "balance_weight"), _OBJECTIVE),
     **dict.fromkeys(("beta", "skew", "top_k", "ramp_to"), _OBJECTIVE),
     "freeze_embeddings": Rule(
         Change.REFUSED, "the optimizer has moments of the weights that are trained, and no other"

@@ -149,7 +149,8 @@ def transformer_config(
         activation_func=_activation(spec.activation),
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
+        # Megatron adds gradients of such norms up over tensor-parallel ranks, each of which has its part of a wide one.
+        qk_layernorm=spec.qk_norm and not spec.full_width_qk_norm,
         softmax_scale=spec.attention_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,

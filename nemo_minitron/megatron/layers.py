@@ -11,8 +11,14 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
@@ -20,6 +26,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba
@@ -69,6 +76,44 @@ class LocalNorm(nn.Module):
         return layer_norm(x, weight, self.bias, self.eps)
 
 
+class FullWidthNorm(LocalNorm):
+    """RMSNorm over the channels of all heads, those of the other tensor-parallel ranks among them.
+
+    Args:
+        config: Megatron's configuration of the layer.
+        width: Channels of this rank, whose weights it has.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int) -> None:
+        super().__init__(config, width, config.layernorm_epsilon)
+        self.group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Normalise the last three dimensions of `[s, b, groups, heads of a group, channels]` together."""
+        x = heads.flatten(-3)
+        if self.group.size() == 1:
+            return super().forward(x).view_as(heads)
+        wide = at_least_fp32(x)
+        square = wide.square().sum(-1, keepdim=True)
+        # Every rank's channels depend on the sum, so its gradient is a sum over the ranks as well.
+        square = reduce_from_tensor_model_parallel_region(square, group=self.group)
+        square = copy_to_tensor_model_parallel_region(square, group=self.group)
+        scale = (square / (x.shape[-1] * self.group.size()) + self.eps).rsqrt()
+        weight = at_least_fp32(self.weight) + (1 if self.zero_centred else 0)
+        return (wide * scale * weight).to(x.dtype).view_as(heads)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Its weight, split over the ranks."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": self.group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets, **groups)
+
+
 class AttentionCache(Protocol):
     """What remembers a layer's keys and values while text is generated; see `kv_cache`."""
 
@@ -110,6 +155,7 @@ class CachingAttention(SelfAttention):
         window: Positions that a query sees; None: all.
         scale: Factor of the scores; None: `1 / sqrt(head_dim)`.
         rotary_base: Rotary base of this layer; None: it turns by the model's angles.
+        full_width_norms: Whether queries and keys have a `FullWidthNorm` each.
     """
 
     def __init__(
@@ -118,9 +164,14 @@ class CachingAttention(SelfAttention):
         window: int | None = None,
         scale: float | None = None,
         rotary_base: float | None = None,
+        full_width_norms: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if full_width_norms:
+            channels = self.hidden_size_per_attention_head
+            self.q_layernorm = FullWidthNorm(self.config, self.num_attention_heads_per_partition * channels)
+            self.k_layernorm = FullWidthNorm(self.config, self.num_query_groups_per_partition * channels)
         self.window, self.scale, self.rotary_base = window, scale, rotary_base
         self.cache: AttentionCache | None = None
 
@@ -140,7 +191,7 @@ class CachingAttention(SelfAttention):
         return qkv if isinstance(self.q_layernorm, IdentityOp | None) else self._with_normed_heads(qkv)
 
     def _with_normed_heads(self, qkv: Tensor) -> Tensor:
-        """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels."""
+        """`[s, b, G * (R + 2) * D]` with each query and key head normalised over its channels, or over those of all."""
         length, batch, _ = qkv.shape
         heads = qkv.view(length, batch, self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         assert self.q_layernorm is not None
@@ -305,7 +356,7 @@ def canonical_names(sizes: LayerSpec) -> dict[str, str]:
 
 
 def _local_attention(spec: ModelSpec, sizes: LayerSpec, writer: type) -> ModuleSpec:
-    head_norm = LocalNorm if spec.qk_norm else IdentityOp
+    head_norm = LocalNorm if spec.qk_norm and not spec.full_width_qk_norm else IdentityOp
     return ModuleSpec(
         module=LocalSelfAttention,
         params={
@@ -313,6 +364,7 @@ def _local_attention(spec: ModelSpec, sizes: LayerSpec, writer: type) -> ModuleS
             "window": spec.sliding_window if sizes.local else None,
             "scale": spec.attention_scale,
             "rotary_base": spec.local_rotary_base if sizes.local else None,
+            "full_width_norms": spec.full_width_qk_norm,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=LocalColumnLinear,

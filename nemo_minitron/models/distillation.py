@@ -27,7 +27,7 @@ from nemo_minitron.megatron.optim import StepInfo
 from nemo_minitron.models.gpt import MegatronGPTModel, Report, per_token
 from nemo_minitron.models.hidden import StateMatching
 from nemo_minitron.models.matching import OnePass
-from nemo_minitron.models.routers import RouterMatching
+from nemo_minitron.models.routers import RouterBalance, RouterMatching
 from nemo_minitron.models.targets import CachedTargets, OffloadedTeacher, ResidentTeacher, TargetProvider
 from nemo_minitron.pruning.plan import PruningPlan
 
@@ -49,6 +49,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
     steps also `ce`, `teacher_ce`, `agreement` (fraction of tokens whose most likely next token is the same in both) and
     `kl` whatever the objective is. Validation always has them. Where intermediate states are compared, `hidden` is the
     sum over pairs of their loss per token, before balance and weight; where routers are, `router` is their divergence.
+    Where their load is balanced, `balance` is that loss: 1 for equal loads.
 
     From a cache a step logs `kd` and `ce`. Of sampled targets `kd` exceeds the divergence from the teacher by what the
     draws miss of its entropy. Validation is over text that has no targets, and has the cross-entropy alone.
@@ -70,6 +71,7 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         self._provider: list[TargetProvider] = []
         self._matching: StateMatching | None = None
         self._routers: RouterMatching | None = None
+        self._balance: RouterBalance | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -79,6 +81,8 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         if self.objective.freeze_embeddings:
             for chunk in self.chunks:
                 freeze_vocabulary(chunk)
+        if self.objective.balance_weight > 0:
+            self._balance = RouterBalance(student=self.spec, runtime=self.runtime)
         if self._provider:
             return
         if self.distillation.cache is not None:
@@ -226,8 +230,11 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         return self.targets.loss(self, targets, objective, statistics=statistics)
 
     def compare(self, loss: Loss, micro_batches: list[MicroBatch], objective: Objective, *, training: bool) -> Report:
-        """One pass of the student, which also compares intermediate states if the objective names some."""
+        """One pass of the student, with the losses at its routers and intermediate states that the objective names."""
         one_pass: OnePass = partial(self.run_pass, loss, micro_batches)
+        if self._balance is not None:
+            self._balance.expect(micro_batches)
+            one_pass = self._balance.around(one_pass, self.chunks, weight=objective.balance_weight)
         if self._routers is not None:
             one_pass = self._routers.around(one_pass, self.chunks, weight=objective.router_weight)
         if self._matching is None:

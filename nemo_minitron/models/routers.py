@@ -1,9 +1,10 @@
-"""A loss between the routers of student and teacher, wherever in the pipeline the two live.
+"""Losses at the routers of a student, wherever in the pipeline they live: to be like the teacher's, and to be balanced.
 
-For each token and layer with experts: the KL divergence of the teacher's distribution over the experts that the student
-has left, from the student's. A distribution is the router's scores divided by their sum.
+Both are means over layers with experts of sums over tokens. They are taken while the student runs, and their gradient
+joins its backward pass there.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from nemo_minitron.megatron.placement import state_holder
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.states import Take
 from nemo_minitron.models.matching import Matching, OnePass
-from nemo_minitron.ops.routing import router_divergence
+from nemo_minitron.ops.routing import load_imbalance, router_divergence
 from nemo_minitron.pruning.plan import PruningPlan
 
 
@@ -35,8 +36,93 @@ class _Pair:
     kept: Tensor
 
 
-class RouterMatching(Matching):
-    """Compares the routers of a student with those of its teacher on the same micro-batches.
+class RouterLoss(Matching):
+    """A loss at the routers of some layers, a mean over them.
+
+    Args:
+        student: Architecture of the student.
+        layers: Numbers of its layers that have one.
+        runtime: The running layout.
+        theirs: Layers of the teacher whose routers are read.
+    """
+
+    name: str
+    """What reports call it."""
+
+    def __init__(
+        self, student: ModelSpec, layers: Collection[int], runtime: Runtime, *, theirs: Collection[int] = ()
+    ) -> None:
+        self._student = student
+        # Under sequence parallelism each tensor-parallel rank routes tokens of its own.
+        alone = [runtime.groups.tp] * runtime.parallel.sequence_parallel
+        super().__init__(runtime, theirs=theirs, own=layers, groups=[runtime.groups.pp, runtime.groups.dp_cp, *alone])
+
+    def expect(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Which micro-batches the next passes are over."""
+        self._keeps = [states.local_keep(batch, self._runtime) for batch in micro_batches]
+
+    def around(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float) -> OnePass:
+        """A pass that has the loss too: in its sums by its name, and, in training, times `weight`, in `loss`."""
+
+        def both(*, training: bool) -> dict[str, float]:
+            with self.match(chunks, weight=weight if training else None):
+                report = one_pass(training=training)
+            found = self.total()
+            added = {"loss": report["loss"] + weight * found} if training and "loss" in report else {}
+            return {**report, **added, self.name: found}
+
+        return both
+
+    @abstractmethod
+    def _value(self, layer: int, index: int, logits_TE: Tensor, keep_SB: Tensor) -> Tensor:
+        """The sum over kept tokens of micro-batch `index`, from a router's logits of positions by samples."""
+
+    def _watched(
+        self, chunks: Sequence[nn.Module], places: Collection[int], take: Take
+    ) -> AbstractContextManager[None]:
+        return _watched(chunks, places, take)
+
+    def _loss(self, place: int, value: Tensor, micro_batch: int) -> Tensor:
+        keep_SB = self._keeps[micro_batch].to(value.device)
+        return self._value(place, micro_batch, value, keep_SB) / len(self._own)
+
+    def _is_sigmoid(self, layer: int) -> bool:
+        return self._student.layers[layer].moe.score_function is RouterScore.SIGMOID
+
+
+class RouterBalance(RouterLoss):
+    """The load-balancing loss of a student's routers, over each sequence by itself (`ops.routing.load_imbalance`).
+
+    Args:
+        student: Its architecture.
+        runtime: The running layout.
+
+    Raises:
+        TrainingError: It has no experts, or ranks have parts of a sequence.
+    """
+
+    name = "balance"
+
+    def __init__(self, *, student: ModelSpec, runtime: Runtime) -> None:
+        layers = [number for number, layer in enumerate(student.layers) if layer.has_experts]
+        if not layers:
+            raise TrainingError("balance_weight for a model without experts", rule="routers choose experts")
+        if split := runtime.parallel.split_positions:
+            raise TrainingError(
+                f"balance_weight with {split}", rule="the load is that of a sequence, which one rank has as a whole"
+            )
+        super().__init__(student, layers, runtime)
+
+    def _value(self, layer: int, index: int, logits_TE: Tensor, keep_SB: Tensor) -> Tensor:
+        logits_SBE = logits_TE.view(*keep_SB.shape, -1)
+        top_k = self._student.layers[layer].moe.top_k
+        return load_imbalance(logits_SBE, keep_SB, top_k=top_k, sigmoid=self._is_sigmoid(layer))
+
+
+class RouterMatching(RouterLoss):
+    """The KL divergence of the teacher's routers from the student's, on the same micro-batches.
+
+    Between distributions over the experts that the student has: scores divided by their sum.
 
     Args:
         student: Architecture of the student.
@@ -48,8 +134,10 @@ class RouterMatching(Matching):
         TrainingError: There are no experts, or which of the teacher's the student has is not known.
     """
 
+    name = "router"
+
     def __init__(self, *, student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None, runtime: Runtime) -> None:
-        self._student, self._teacher = student, teacher
+        self._teacher = teacher
         self._pairs = _pairs(student, teacher, plan)
         parallel = runtime.parallel
         self._routes = {
@@ -59,48 +147,26 @@ class RouterMatching(Matching):
             )
             for own, pair in self._pairs.items()
         }
-        # Under sequence parallelism each tensor-parallel rank routes tokens of its own.
-        over = [runtime.groups.pp, runtime.groups.dp_cp, *([runtime.groups.tp] * parallel.sequence_parallel)]
-        super().__init__(runtime, theirs=self._routes, own=self._pairs, groups=over)
-
-    def _watched(
-        self, chunks: Sequence[nn.Module], places: Collection[int], take: Take
-    ) -> AbstractContextManager[None]:
-        return _watched(chunks, places, take)
+        super().__init__(student, self._pairs, runtime, theirs=self._routes)
 
     def _as_target(self, value: Tensor) -> Tensor:
         return value.detach().float()
 
     def send_targets(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Bring the teacher's logits to where they are compared. Every rank calls it."""
-        self._keeps = [states.local_keep(batch, self._runtime).flatten() for batch in micro_batches]
+        self.expect(micro_batches)
         targets: dict[int, Sequence[Tensor]] = {}
         for layer, (source, target) in sorted(self._routes.items()):
-            shape = (len(self._keeps[0]), self._teacher.layers[layer].moe.num_experts)
+            shape = (self._keeps[0].numel(), self._teacher.layers[layer].moe.num_experts)
             like = torch.empty(shape, dtype=torch.float32, device=self._runtime.device)
             route, count = [(layer, source, target)], len(micro_batches)
             targets |= states.send(self._seen, route, like=like, count=count, runtime=self._runtime)
         self._seen, self._targets = {}, targets
 
-    def around(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float) -> OnePass:
-        """A pass that also compares routers: `router` in its sums, and, in training, its part in `loss`."""
-
-        def both(*, training: bool) -> dict[str, float]:
-            with self.match(chunks, weight=weight if training else None):
-                report = one_pass(training=training)
-            found = self.total()
-            added = {"loss": report["loss"] + weight * found} if training and "loss" in report else {}
-            return {**report, **added, "router": found}
-
-        return both
-
-    def _loss(self, place: int, value: Tensor, micro_batch: int) -> Tensor:
-        """Of the logits `[T, E]` of a layer's router, divided by the number of layers: the total is their mean."""
-        pair = self._pairs[place]
-        theirs_TE = self._targets[pair.teacher][micro_batch].index_select(1, pair.kept.to(value.device))
-        sigmoid = self._student.layers[place].moe.score_function is RouterScore.SIGMOID
-        keep = self._keeps[micro_batch].to(value.device)
-        return router_divergence(theirs_TE, value, keep, sigmoid=sigmoid) / len(self._pairs)
+    def _value(self, layer: int, index: int, logits_TE: Tensor, keep_SB: Tensor) -> Tensor:
+        pair = self._pairs[layer]
+        theirs_TE = self._targets[pair.teacher][index].index_select(1, pair.kept.to(logits_TE.device))
+        return router_divergence(theirs_TE, logits_TE, keep_SB.flatten(), sigmoid=self._is_sigmoid(layer))
 
 
 def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None) -> dict[int, _Pair]:

@@ -1,6 +1,6 @@
 """What a router makes of its logits: which experts see a token, and with what weight.
 
-Shapes: T tokens, E experts.
+Shapes: T tokens, E experts; of sequences S positions, B samples.
 """
 
 from typing import NamedTuple
@@ -73,6 +73,33 @@ def router_divergence(teacher_TE: Tensor, student_TE: Tensor, keep_T: Tensor, *,
     p_TE, q_TE = (_log_distribution(each, sigmoid=sigmoid) for each in (teacher_TE, student_TE))
     per_token_T = (p_TE.exp() * (p_TE - q_TE)).sum(-1)
     return torch.where(keep_T, per_token_T, 0).sum()
+
+
+def load_imbalance(logits_SBE: Tensor, keep_SB: Tensor, *, top_k: int, sigmoid: bool = False) -> Tensor:
+    """The load-balancing loss of each sequence, times its tokens, summed over sequences.
+
+    Of a sequence: the sum over experts of `f_e p_e`, where f is the number of tokens for which an expert is among the
+    `top_k` highest scores, relative to what each would have if all had equally many, and p the mean of its scores,
+    divided for each token by their sum. 1 if all experts are alike; up to `E / top_k` if the same ones are chosen for
+    every token. The gradient goes through p alone. Sequences count by themselves, so that the sum over a batch does
+    not depend on how it is divided over ranks and micro-batches.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20; after Fedus et al., arXiv:2101.03961, eq. 4.
+
+    Args:
+        logits_SBE: Of a router.
+        keep_SB: Which tokens count.
+        top_k: Experts of a token.
+        sigmoid: Whether scores are sigmoids.
+    """
+    scores_SBE = _log_distribution(logits_SBE, sigmoid=sigmoid).exp()
+    chosen_SBK = logits_SBE.detach().topk(top_k, dim=-1).indices
+    keep_SB1 = keep_SB[..., None]
+    routed_BE = torch.zeros_like(scores_SBE).scatter(-1, chosen_SBK, 1.0).mul(keep_SB1).sum(0)
+    mass_BE = torch.where(keep_SB1, scores_SBE, 0).sum(0)
+    tokens_B = keep_SB.sum(0).clamp(min=1)  # of a sequence without any, all sums are zero
+    per_sequence_B = (routed_BE.detach() * mass_BE).sum(-1) / tokens_B
+    return per_sequence_B.sum() * (logits_SBE.shape[-1] / top_k)
 
 
 def _log_distribution(logits_TE: Tensor, *, sigmoid: bool) -> Tensor:

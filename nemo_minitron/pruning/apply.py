@@ -142,7 +142,9 @@ class PrunedSource:
             )
         if weight.row.packing is Packing.GATE_UP:
             return gate_up_rows(units, neurons=teacher.size(row))
-        return head_channels(units, head_dim=self.plan.spec.head_dim) if row.is_head else units
+        # A KV group's are the channels of its key head.
+        is_head = row_of(row.sums or axis).is_head
+        return head_channels(units, head_dim=self.plan.spec.head_dim) if is_head else units
 
 
 def _source(weight: Weight, layer: LayerPlan) -> int | None:

@@ -87,6 +87,8 @@ def _objective(settings: DistillConfig) -> str:
         parts[f"{settings.hidden.kind.value} of {count} pair(s) of hidden states"] = "hidden_weight"
     if settings.router_weight > 0:
         parts["KL of routers"] = "router_weight"
+    if settings.balance_weight > 0:
+        parts["load balance of routers"] = "balance_weight"
     named = {}
     for name, key in parts.items():
         first, last = getattr(settings, key), getattr(settings.ramp_to, key, None)

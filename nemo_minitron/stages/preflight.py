@@ -132,7 +132,8 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         family: Theirs.
 
     Raises:
-        ConfigError: A pair of layers in `distill.hidden` does not exist.
+        ConfigError: A pair of layers in `distill.hidden` does not exist, or a loss of routers is asked for where there
+            are none.
         LayoutError: A size does not divide.
         SpecError: The student cannot be exported as the recipe asks.
     """
@@ -146,6 +147,21 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         problems = [hidden.states(specs[0].num_layers, spec.num_layers)[1] for spec in specs[1:]]
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
+    without_experts = [
+        f"distill.{key} = {weight:g}: the model has no experts, whose routers it is a loss of"
+        for key in ("router_weight", "balance_weight")
+        if (weight := getattr(config.distill, key)) and not specs[-1].has_experts
+    ]
+    if without_experts:
+        raise ConfigError("recipe", without_experts)
+    if config.distill.balance_weight and (split := config.parallel.split_positions):
+        raise ConfigError(
+            "recipe",
+            [
+                f"distill.balance_weight = {config.distill.balance_weight:g}: {split} splits sequences, whose load it "
+                f"balances one by one; leave one of the two out"
+            ],
+        )
     check_export(config, specs[-1], family)
 
 

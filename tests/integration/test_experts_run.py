@@ -35,11 +35,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def _run(root: Path, name: str) -> Path:
-    """The complete chain on one rank, or up to distillation on two; routers are compared too."""
+    """The complete chain on one rank, or up to distillation on two; routers are compared and balanced too."""
     run = root / name
     inputs = [f"model.source={root / 'hf'}", f"data.sources=[{root / 'corpus'}]"]
     extra = [] if name == "one" else ["--nproc", "2", "--to", "distill"]
-    line = [*command(run, [*inputs, "distill.router_weight=0.2", *LAYOUTS.get(name, ())], RECIPE), *extra]
+    routers = ["distill.router_weight=0.2", "distill.balance_weight=0.05"]
+    line = [*command(run, [*inputs, *routers, *LAYOUTS.get(name, ())], RECIPE), *extra]
     finished = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
     assert finished.returncode == 0, finished.stderr
     return run
@@ -72,6 +73,9 @@ def test_twenty_steps_on_two_ranks_are_those_of_one(layout: str, root: Path) -> 
         assert len(losses[0]) == len(losses[1]) == 20
         assert 0 < losses[0][-1] < losses[0][0]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    balance = [[row["train/balance"] for row in training_rows(run)] for run in (alone, spread)]
+    assert min(balance[0]) > 1
+    assert balance[1] == pytest.approx(balance[0], rel=1e-5)
     expected = weights(alone)
     for name, tensor in weights(spread).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")

@@ -98,6 +98,7 @@ ROWS: dict[str, Row] = {
     "lm_weight": told(REFUSED, 0.5, f"{DISTILLATION}lm_weight"),
     "hidden_weight": told(REFUSED, 0.5, f"{DISTILLATION}hidden_weight"),
     "router_weight": told(REFUSED, 0.5, f"{DISTILLATION}router_weight"),
+    "balance_weight": told(REFUSED, 0.5, f"{DISTILLATION}balance_weight"),
     "hidden.layers": hidden(),
     "hidden.embedding": hidden(embedding=True),
     "hidden.kind": hidden(kind="mse"),

@@ -121,6 +121,18 @@ EXPERT_SPECS = {
         layers=(LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),) * 2,
         qk_norm=True,
     ),
+    "olmoe": replace(
+        EVEN,
+        layers=(
+            LayerSpec(
+                mixer=_MIXER,
+                feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2, normalize_top_k=False),
+            ),
+        )
+        * 2,
+        qk_norm=True,
+        full_width_qk_norm=True,
+    ),
     "late": replace(
         EVEN,
         layers=(EVEN.layer,) * 2

@@ -35,7 +35,7 @@ LAYOUTS = {
     "TP2 EP2 put down and taken up": (4, ParallelConfig(tensor=2, expert=2), True),
     "EP2 in DP4 put down and taken up": (4, EP2, True),
 }
-SCORED = ("qwen3_moe, some dense", "qwen2_moe", "dots1")
+SCORED = ("qwen3_moe, some dense", "qwen2_moe", "olmoe", "dots1")
 TARGET = TargetConfig(num_experts=4, expert_ffn_hidden_size=14, num_query_groups=1, hidden_size=40)
 
 

@@ -26,6 +26,9 @@ LAYOUTS = {
     "PP2, experts on the second stage alone": (2, Case("late", PP2)),
     "PP2 VPP2, experts in the second chunks alone": (2, Case("late", PP2_VPP2)),
     "DP2": (2, Case("experts", micro_batch_size=2)),
+    "TP2, norms over all heads": (2, Case("olmoe", TP2, micro_batch_size=2)),
+    "PP2, norms over all heads": (2, Case("olmoe", PP2)),
+    "TP2 EP2, norms over all heads": (4, Case("olmoe", TP2_EP2)),
     "TP2 EP2": (4, Case("experts", TP2_EP2, micro_batch_size=2)),
     "PP2 EP2": (4, Case("experts", PP2_EP2)),
     "PP2 EP2, experts on the second stage alone": (4, Case("late", PP2_EP2, distributed=True)),
@@ -66,13 +69,23 @@ def test_training_is_the_same_at_every_layout(layout: str) -> None:
 
 
 def test_a_training_state_goes_on_with_experts_elsewhere(tmp_path: Path) -> None:
-    """Written at EP2, read at one rank, at TP2 and at EP2; written at one rank, read at EP2."""
-    (written, *_), _ = run_on_ranks(2, train_all, [Case("experts", EP2, save=tmp_path / "two")])
-    ((written_alone, read_alone),) = run_on_ranks(
+    """Written at EP2, read at one rank, at TP2 and at EP2; written at one rank, read at EP2.
+
+    And with norms over all heads, whose weights are split: written at TP2, read at one rank.
+    """
+    cases = [Case("experts", EP2, save=tmp_path / "two"), Case("olmoe", TP2, save=tmp_path / "split")]
+    (written, split), _ = run_on_ranks(2, train_all, cases)
+    ((written_alone, read_alone, split_alone),) = run_on_ranks(
         1,
         train_all,
-        [Case("experts", save=tmp_path / "one"), Case("experts", load=tmp_path / "two")],
+        [
+            Case("experts", save=tmp_path / "one"),
+            Case("experts", load=tmp_path / "two"),
+            Case("olmoe", load=tmp_path / "split"),
+        ],
     )
+    for key in ("losses", "norms"):
+        torch.testing.assert_close(split_alone[key], split[key][STEPS // 2 :], rtol=1e-5, atol=1e-6)
     readers = [
         Case("experts", EP2, load=tmp_path / "one"),
         Case("experts", EP2, load=tmp_path / "two"),

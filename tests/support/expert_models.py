@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Dots1Config,
     MixtralConfig,
+    OlmoeConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -49,6 +50,11 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2_moe": (
         Qwen2MoeConfig,
         {"num_experts": EXPERTS, "moe_intermediate_size": FFN, "shared_expert_intermediate_size": 32},
+    ),
+    # Its class wants a hidden size of heads times their channels.
+    "olmoe": (
+        OlmoeConfig,
+        {"num_experts": EXPERTS, "intermediate_size": FFN, "head_dim": HIDDEN // HEADS, "num_experts_per_tok": 3},
     ),
     "dots1": (
         Dots1Config,

@@ -39,11 +39,13 @@ TARGETS = {
 SHARED = {"shared FFN": {"shared_ffn_hidden_size": 24}}
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe, some dense", "qwen2_moe", "dots1"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe, some dense", "qwen2_moe", "olmoe", "dots1"])
 def test_a_cut_model_is_what_transformers_reads(case: str, tmp_path: Path, here: Runtime) -> None:
     write_experts(tmp_path / "teacher", case)
     source = open_hf(tmp_path / "teacher")
     targets = TARGETS | (SHARED if "shared_ffn_hidden_size" in source.spec.layers[-1].sizes else {})
+    if case == "olmoe":  # two heads of 12 channels
+        targets["all"] = TARGETS["all"] | {"hidden_size": 24}
     for name, sizes in targets.items():
         plan = random_plan(TargetConfig(**sizes), source.spec, seed=4)
         pruned = PrunedSource(source, plan)
@@ -95,7 +97,7 @@ def without_the_dead(source: TensorSource) -> PruningPlan:
     return replace(PruningPlan.keep_all(source.spec), layers=tuple(layers))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe, some dense", "qwen2_moe", "dots1"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe, some dense", "qwen2_moe", "olmoe", "dots1"])
 def test_cutting_what_is_never_used_changes_no_logit(case: str, tmp_path: Path, here: Runtime) -> None:
     """Neither in transformers, which reads the export, nor in Megatron's model (dots1 cannot write such sizes)."""
     write_experts(tmp_path / "alive", case)
@@ -121,6 +123,31 @@ def test_cutting_what_is_never_used_changes_no_logit(case: str, tmp_path: Path, 
         return
     write_hf(pruned, tmp_path / "pruned")
     torch.testing.assert_close(hf_logits(loaded(tmp_path / "pruned")), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("case", "top_k"), [("mixtral", 2), ("olmoe", 4)])
+def test_equal_copies_of_all_experts_can_go_with_their_part_of_top_k(
+    case: str, top_k: int, tmp_path: Path, here: Runtime
+) -> None:
+    """Weights that are normalised over the chosen experts, and softmax scores as they are."""
+    write_experts(tmp_path / "alive", case, num_experts_per_tok=top_k)
+    model = loaded(tmp_path / "alive")
+    half = EXPERTS // 2
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weights in (layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                weights[half:] = weights[:half]
+    model.save_pretrained(tmp_path / "copies")
+    source = open_hf(tmp_path / "copies")
+    cut = {Axis.EXPERT: tuple(range(half)), Axis.EXPERT_FFN: tuple(range(half * FFN))}
+    layers = [LayerPlan.keep_all(number, layer) for number, layer in enumerate(source.spec.layers)]
+    layers = [replace(plan, kept={**plan.kept, **cut}, top_k=top_k // 2) for plan in layers]
+    pruned = PrunedSource(source, replace(PruningPlan.keep_all(source.spec), layers=tuple(layers)))
+    torch.testing.assert_close(megatron_logits(pruned, here), hf_logits(model), rtol=1e-5, atol=1e-5)
+    if top_k <= half:  # as many experts a token as before are others
+        as_before = tuple(replace(plan, top_k=None) for plan in layers)
+        changed = PrunedSource(source, replace(pruned.plan, layers=as_before))
+        assert (megatron_logits(changed, here) - hf_logits(model)).abs().max() > 0.01
 
 
 def test_pruning_twice_is_one_plan(tmp_path: Path) -> None:

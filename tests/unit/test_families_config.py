@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     NemotronConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -218,6 +219,7 @@ CLASSES = {
     "phi3": Phi3Config,
     "gemma": GemmaConfig,
     "gemma3": Gemma3TextConfig,
+    "olmoe": OlmoeConfig,
 }
 
 

@@ -29,7 +29,7 @@ GOES_ON: dict[str, Any] = {
 REFUSED: dict[str, Any] = {
     **{"minutes_of": "run", "batch.sequence_length": 64, "batch.global_batch_size": 4, "optimizer.beta1": 0.8},
     **{"optimizer.beta2": 0.99, "validation_samples": 4, "finish_with": "best", "kd_weight": 0.5, "lm_weight": 0.5},
-    "router_weight": 0.5,
+    **{"router_weight": 0.5, "balance_weight": 0.5},
     **{"hidden_weight": 0.5, "temperature": 2.0, "divergence": "reverse_kl", "beta": 0.3, "skew": 0.3, "top_k": 9},
     **{"freeze_embeddings": True, "teacher_precision": "fp32", "teacher_fp8": True},
     **{f"ramp_to.{name}": 0.5 for name in ("kd_weight", "lm_weight", "hidden_weight", "temperature")},

@@ -12,6 +12,7 @@ from nemo_minitron.arch.families.mistral import MISTRAL
 from nemo_minitron.arch.families.mixtral import MIXTRAL
 from nemo_minitron.arch.families.nemotron import NEMOTRON
 from nemo_minitron.arch.families.nemotron_h import NEMOTRON_H
+from nemo_minitron.arch.families.olmoe import OLMOE
 from nemo_minitron.arch.families.phi3 import PHI3
 from nemo_minitron.arch.families.qwen2 import QWEN2
 from nemo_minitron.arch.families.qwen2_moe import QWEN2_MOE
@@ -24,7 +25,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, PHI3, GEMMA, GEMMA3),
-        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1, NEMOTRON_H, BAMBA),
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1, OLMOE, NEMOTRON_H, BAMBA),
     )
 }
 

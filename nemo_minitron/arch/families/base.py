@@ -16,6 +16,7 @@ _HF_LAYER = "model.layers.{i}."
 _TRAITS = (
     *("activation", "norm", "rotary_percent", "rope_scaling", "tied_embeddings", "qkv_bias", "qk_norm", "linear_bias"),
     *("post_norms", "scaled_embeddings", "query_scalar", "sliding_window", "local_rotary_base"),
+    "full_width_qk_norm",
 )
 _KEYS = {
     "rotary_percent": "partial_rotary_factor",
