@@ -105,8 +105,8 @@ def planned(name: str, *changes: str) -> Work:
     ("name", "engine"),
     [
         ("llama31_8b_to_4b_width_256gpu_h100", True),
-        ("nemotron_h_8b_to_4b_width_256gpu_h100", False),
-        ("qwen3_30b_a3b_to_22b_width_64gpu_h100", False),
+        ("nemotron_h_8b_to_4b_width_256gpu_h100", True),
+        ("qwen3_30b_a3b_to_22b_width_64gpu_h100", True),
     ],
 )
 def test_layers_on_a_cluster_are_those_that_are_built_there(name: str, engine: bool) -> None:
