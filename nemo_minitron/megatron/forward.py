@@ -18,7 +18,7 @@ from nemo_minitron.errors import LayoutError, TrainingError
 from nemo_minitron.megatron import param_gather
 from nemo_minitron.megatron.documents import attention_documents, document_starts, uses_engine
 from nemo_minitron.megatron.model import outside_inference_mode, unwrap
-from nemo_minitron.megatron.runtime import Runtime
+from nemo_minitron.megatron.runtime import Runtime, current
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +103,26 @@ def context_places(length: int, rank: int, size: int) -> Tensor:
 def cut(batch: MicroBatch, size: int, chunks: Sequence[nn.Module]) -> list[MicroBatch]:
     """Consecutive micro-batches of `size` samples; of one, where Transformer Engine is to keep documents apart.
 
+    Ranks that share experts cut alike, since they pass their micro-batches together: collective over them.
+
     Raises:
         LayoutError: The number of samples is not a multiple of `size`.
     """
     parts = batch.split(size)
-    if size > 1 and uses_engine(chunks) and document_starts(batch.on_host.position_ids) is not None:
-        return batch.split(1)
-    return parts
+    if size == 1 or not uses_engine(chunks):
+        return parts
+    has_documents = document_starts(batch.on_host.position_ids) is not None
+    return batch.split(1) if _on_any_peer(has_documents, chunks) else parts
+
+
+def _on_any_peer(answer: bool, chunks: Sequence[nn.Module]) -> bool:
+    """Whether a rank that shares experts with this one, or itself, says yes."""
+    if unwrap(chunks[0]).config.expert_model_parallel_size == 1:
+        return answer
+    here = current()
+    yes = torch.tensor(int(answer), device=here.device)
+    dist.all_reduce(yes, op=dist.ReduceOp.MAX, group=here.groups.ep)
+    return bool(yes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,3 +124,22 @@ def write_targets(folder: Path, parallel: ParallelConfig) -> list[int]:
     assert target_writer.run(stopped=lambda: False, progress=lambda shards: None)
     runtime.stop()
     return written
+
+
+def cut_with_documents(parallel: ParallelConfig) -> int:
+    """Micro-batches of a batch of 4 samples by 2, which on the first rank alone holds several documents a sample.
+
+    The model says that its layers are Transformer Engine's, which take such samples one by one.
+    """
+    from nemo_minitron.megatron import runtime
+    from nemo_minitron.megatron.build import build_chunks
+    from nemo_minitron.megatron.forward import MicroBatch, cut
+    from tests.parallel.megatron_jobs import EXPERT_SPECS
+
+    here = runtime.start(parallel, seed=0)
+    chunks = build_chunks(EXPERT_SPECS["experts"], here, Precision.FP32, trainable=False, seed=3)
+    for chunk in chunks:
+        chunk.from_engine = True
+    tokens = torch.zeros(4, 6, dtype=torch.long)
+    positions = torch.arange(6).expand(4, -1) % (3 if here.rank == 0 else 6)
+    return len(cut(MicroBatch(tokens, tokens, tokens == 0, positions), 2, chunks))

@@ -10,6 +10,7 @@ import torch
 from nemo_minitron.arch.weights import weight_named, weights
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.megatron.placement import local_shard
+from tests.parallel.expert_jobs import cut_with_documents
 from tests.parallel.megatron_jobs import EXPERT_SPECS, STEPS, Case, train_all
 from tests.ranks import RankError, run_on_ranks
 
@@ -127,6 +128,11 @@ def test_a_stage_without_experts_clips_what_it_has() -> None:
         torch.testing.assert_close(result["norms"], alone["norms"], rtol=1e-5, atol=1e-6)
     (_, first), (_, middle), (_, last) = results
     assert first == last == 2 * middle > 0
+
+
+def test_ranks_that_share_experts_pass_equally_many_micro_batches() -> None:
+    assert run_on_ranks(2, cut_with_documents, EP2) == [4, 4]
+    assert run_on_ranks(2, cut_with_documents, ParallelConfig()) == [4, 2]
 
 
 def test_a_layout_that_cannot_be_is_named_before_work() -> None:
