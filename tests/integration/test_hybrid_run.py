@@ -11,7 +11,7 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from tests.support import runs
 from tests.support.runs import command, environment
-from tests.tiny import write_corpus, write_nemotron_h
+from tests.tiny import write_bamba, write_corpus, write_nemotron_h
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +25,14 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     write_nemotron_h(folder / "hf", trained_steps=100)
     write_corpus(folder / "corpus")
     return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
+
+
+@pytest.fixture(scope="module")
+def bamba(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("bamba")
+    write_bamba(folder / "hf", trained_steps=100)
+    write_corpus(folder / "corpus")
+    return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]", "target.num_layers=4"]
 
 
 def finished(run: Path, inputs: list[str], recipe: Path) -> dict:
@@ -73,6 +81,25 @@ def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp
     student = open_checkpoint(run / "stages/prune/student").spec
     assert student.kinds == {kind: winner[f"num_{kind}_layers"] for kind in ("mamba", "attention", "mlp")}
     assert parameter_count(student) == winner["params"]
+
+
+def test_a_hybrid_with_an_mlp_in_every_layer_from_text_to_an_exported_student(bamba: list[str], tmp_path: Path) -> None:
+    refused = subprocess.run(
+        command(tmp_path / "refused", [*bamba, "target.mamba_head_dim=14"], RECIPE),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "cannot have 4 Mamba heads of 14 channels with hidden_size = 48" in refused.stderr
+    assert not (tmp_path / "refused" / "stages").exists()
+    run = tmp_path / "run"
+    summary = finished(run, [*bamba, "target.mamba_head_dim=12"], RECIPE)
+    assert summary["perplexity"]["distilled"] < summary["perplexity"]["pruned"]
+    student = open_checkpoint(run / "stages/export/tiny_hybrid_hf")
+    assert (student.family, student.spec.num_layers, student.spec.hidden_size) == ("bamba", 4, 48)
+    assert student.spec == open_checkpoint(run / "stages/export/tiny_hybrid.nemo").spec
 
 
 def test_attention_alone_goes_out_of_the_layer_that_needs_it_least(llama: list[str], tmp_path: Path) -> None:
