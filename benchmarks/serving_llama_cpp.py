@@ -36,6 +36,8 @@ SQUARE = {"head_dim": 8}
 """Hidden 64 and 8 heads: heads as wide as `hidden_size / num_attention_heads`."""
 _TRIMMED = {"vocab_size": 170}
 """As many words as the toys' tokenizer has: the converter of Gemma 3 drops the embeddings of others."""
+_FREE_STEPS = {"time_step_min": 1e-30}
+"""transformers raises Mamba's steps to `time_step_min`, llama.cpp takes them as they are: here both do."""
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in tiny.FAMILY_CONFIGS},
     **{f"{name}, square": (name, SQUARE) for name in ("qwen2", "nemotron", "phi3")},
@@ -49,8 +51,8 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3",
         {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 16, **_TRIMMED},
     ),
-    "nemotron_h": ("nemotron_h", {"mamba_num_heads": 8, "mamba_head_dim": 16}),
-    "nemotron_h, 64 Mamba channels": ("nemotron_h", {}),
+    "nemotron_h": ("nemotron_h", {"mamba_head_dim": 16, **_FREE_STEPS}),
+    "nemotron_h, 64 Mamba channels": ("nemotron_h", _FREE_STEPS),
     "nemotron_h, 72 Mamba channels": ("nemotron_h", {"mamba_head_dim": 9}),
 }
 
@@ -100,12 +102,12 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="source folder of llama.cpp")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--packages", type=Path, help="folder with the transformers that the converter asks for")
-    parser.add_argument("--families", action="store_true", help="toys of every family")
+    parser.add_argument("--families", nargs="*", metavar="NAME", help="toys of every family, or of some")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for folder in args.folders:
         print(json.dumps(export(folder, args), indent=1), flush=True)
-    if args.families:
+    if args.families is not None:
         print("| toy | in its way, as the model card says | what happens |\n| --- | --- | --- |")
         wrong = []
         for name, stated, happened, agrees in families(args):
@@ -177,7 +179,9 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
 
 def families(args: argparse.Namespace) -> Iterator[tuple[str, list[str], str, bool]]:
     """Name, what the card says, what happens, and whether the two agree, of each toy."""
-    folders = {name: args.work / f"toy-{number:02}" for number, name in enumerate(TOYS)}
+    folders = {
+        name: args.work / f"toy-{number:02}" for number, name in enumerate(TOYS) if name in (args.families or TOYS)
+    }
     for name, folder in folders.items():
         make(name, folder)
     words = [sys.executable, "-c", _CONVERT_TOYS, args.source, *folders.values()]
