@@ -18,7 +18,7 @@ from nemo_minitron.megatron import build, optim, overlap
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.models import nemo_settings
 from nemo_minitron.models.nemo_settings import SettingsReader
-from tests.parallel.megatron_jobs import SPECS
+from tests.parallel.megatron_jobs import EXPERT_SPECS, FAMILY_SPECS, SPECS
 
 ROOT = Path(__file__).parents[2]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -249,6 +249,9 @@ def test_fp8_is_refused_where_it_cannot_be(monkeypatch):
         fp8_config(monkeypatch, even, engine=False)
     with pytest.raises(LayoutError, match="precision bf16"):
         fp8_config(monkeypatch, even, engine=True, precision=Precision.FP32)
+    for mixed in (EXPERT_SPECS["alike"], FAMILY_SPECS["nemotron_h"]):
+        with pytest.raises(LayoutError, match="with experts or Mamba"):
+            fp8_config(monkeypatch, mixed, engine=True)
     with pytest.raises(LayoutError, match=r"FFN \[36\]"):
         fp8_config(monkeypatch, SPECS["tied"].with_sizes(hidden_size=32), engine=True)
 
