@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.callbacks.reporter import compact, duration
 from nemo_minitron.config.run import RunConfig
@@ -22,19 +21,18 @@ def header(recipe: str, folder: Path, config: RunConfig, *, ranks: int) -> str:
 
 
 def summary(run: RunFolder, config: RunConfig) -> str:
-    """Sizes, perplexities and where to look, as far as the run has come."""
-    lines = _table(run, config)
-    if (run.path / "report.html").is_file():
+    """Sizes, perplexities and where to look, as far as the run has come; nothing of models that it no longer has."""
+    current = list(run.current([stage.name for stage in chain_for(config)]))
+    lines = _table(run, current) if "evaluate" in current else []
+    if "report" in current:
         lines.append(f"report   {shown(run.path / 'report.html')}")
-    if run.is_complete("export"):
+    if "export" in current:
         files = run.result("export").get("files", {})
         lines.append("student  " + "  ".join(shown(run.stage("export") / name) for name in files.values()))
     return "\n" + "\n".join(lines) if lines else ""
 
 
-def _table(run: RunFolder, config: RunConfig) -> list[str]:
-    if not run.is_complete("evaluate"):
-        return []
+def _table(run: RunFolder, stages: Sequence[str]) -> list[str]:
     evaluated = run.result("evaluate")
     perplexity: dict[str, float] = evaluated["perplexity"]
     sizes = run.result("prune")
@@ -44,7 +42,7 @@ def _table(run: RunFolder, config: RunConfig) -> list[str]:
         count = teacher if name == "teacher" else student
         ratio = "" if name == "teacher" else f"x {value / perplexity['teacher']:.2f}"
         rows.append((name, compact(count), f"{value:,.2f}", ratio))
-    seconds = sum(_seconds(run, config))
+    seconds = sum(float(run.result(name)["seconds"]) for name in stages)
     lines = [f"{a:<10}{b:>12}{c:>12}{d:>12}".rstrip() for a, b, c, d in rows]
     for name, table in (("tasks", task_table), ("speed", speed_table)):
         if found := evaluated.get(name):
@@ -63,12 +61,6 @@ def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
         ).rstrip()
         for line in lines
     ]
-
-
-def _seconds(run: RunFolder, config: RunConfig) -> list[float]:
-    names = [stage.name for stage in chain_for(config)]
-    results: list[dict[str, Any]] = [run.result(name) for name in names if run.is_complete(name)]
-    return [float(result["seconds"]) for result in results]
 
 
 def shown(path: Path) -> str:

@@ -5,8 +5,9 @@ With the distributed optimizer each data-parallel rank updates a shard of the we
 that holds the module's weights and sends the next bucket off. The first one is on its way as soon as the step is done,
 so that a teacher's pass hides it. Experts have buckets of their own, and with them a second first one.
 
-Whoever reads weights otherwise has to wait by itself. Layers that read those of the modules inside them, which nobody
-calls, wait for all of theirs (`_READERS`). The fused losses do so for the output weight (`finish_for`).
+Whoever reads weights otherwise has to wait by itself. The fused losses do so for the output weight (`finish_for`). A
+mixture of experts reads the weights of its experts without calling their modules, so it waits for all of them when it
+begins (`_waiting_for_experts`).
 Validations, scores and checkpoints read a model as a whole and wait for all of it (`finish`), as Megatron-LM's training
 loop does. Both are collective: every data-parallel rank gets there at the same point.
 """
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nemo_minitron.megatron.experts import LocalMoe
-from nemo_minitron.megatron.mamba import LocalMamba
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _GROUP = "minitron_bucket_group"
 _PENDING = "minitron_param_gather"
-_READERS = (LocalMoe, LocalMamba)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def connect(wrapped: "Sequence[DistributedDataParallel]") -> None:
     """
     for chunk in wrapped:
         model = unwrap(chunk)
-        waiting = [_waiting(module, chunk) for module in model.modules() if isinstance(module, _READERS)]
+        waiting = [_waiting_for_experts(module, chunk) for module in model.modules() if isinstance(module, LocalMoe)]
         gathering = _Gathering(_chains(chunk), partial(_remove_hooks, chunk, waiting), chunk.ddp_config)
         for group in gathering.groups:
             group.param_gather_dispatched = True
@@ -130,16 +129,16 @@ def _chains(chunk: "DistributedDataParallel") -> "list[list[_ParamAndGradBucketG
     return [[*reversed(chain)] for chain in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups) if chain]
 
 
-def _waiting(reader: nn.Module, chunk: "DistributedDataParallel") -> RemovableHandle:
-    """Make a layer wait for all weights inside it, in their order, before it begins."""
-    found = (chunk.param_to_bucket_group.get(weight) for weight in reader.parameters())
+def _waiting_for_experts(moe: LocalMoe, chunk: "DistributedDataParallel") -> RemovableHandle:
+    """Make a mixture wait for the weights of its experts, in their order, before it begins."""
+    found = (chunk.param_to_bucket_group.get(weight) for weight in moe.experts.parameters())
     groups = list(dict.fromkeys(group for group in found if group is not None))  # none for frozen weights
 
-    def wait(reader: nn.Module, args: object) -> None:
+    def wait(moe: nn.Module, args: object) -> None:
         for group in groups:
             group.finish_param_sync()
 
-    return reader.register_forward_pre_hook(wait)
+    return moe.register_forward_pre_hook(wait)
 
 
 def _remove_hooks(chunk: "DistributedDataParallel", waiting: Sequence[RemovableHandle]) -> None:

@@ -127,7 +127,7 @@ def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> Repo
         scores: Whether to read the scores, which are large.
     """
     rounds = config.rounds
-    records = _current(folder, [stage.name for stage in chain_for(config) if stage.name != "report"])
+    records = folder.current([stage.name for stage in chain_for(config) if stage.name != "report"])
     for name in (name for name in NEEDED if name not in records):
         raise RunFolderError(
             f"{folder.path}: stage {name} is older than a stage that it was made from",
@@ -149,16 +149,6 @@ def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> Repo
         metrics=read_rows(folder.stages / "distill" / "metrics.jsonl") if "distill" in results else [],
         records=records,
     )
-
-
-def _current(folder: RunFolder, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What finished stages were made with, without those that were made from a stage that has been redone since."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        record = folder.done(name)
-        if record and all(found.get(each, {}).get("digest") == digest for each, digest in record["upstream"].items()):
-            found[name] = record
-    return found
 
 
 def _importance(folder: RunFolder, config: RunConfig) -> Importance:

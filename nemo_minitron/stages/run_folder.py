@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -99,6 +99,17 @@ class RunFolder:
     def done(self, name: str) -> dict[str, Any] | None:
         """The record of a complete stage; None when there is none."""
         return read_json(self.stages / name / DONE) if self.is_complete(name) else None
+
+    def current(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Records of complete stages, in the order of the chain, without what was made from a stage redone since."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in names:
+            record = self.done(name)
+            if record and all(
+                found.get(each, {}).get("digest") == digest for each, digest in record["upstream"].items()
+            ):
+                found[name] = record
+        return found
 
     def partial(self, name: str) -> Path:
         """Where a stage works."""

@@ -78,18 +78,6 @@ def test_experts_on_pipeline_stages_and_half_of_the_replicas_are_waited_for():
             assert_gathered_late(run, plain, late)
 
 
-MIXTURES = [Run(spec, ONE, distributed=True, steps=3, validations=(3,)) for spec in ("experts", "nemotron_h")]
-
-
-@pytest.mark.slow
-def test_weights_that_layers_read_past_their_modules_are_waited_for():
-    """Of experts, and of Mamba's convolution and norm: those that a step has changed on the other rank."""
-    for results in run_on_ranks(2, train_gathering, MIXTURES, timeout=PATIENCE):
-        for plain, late in results:
-            assert_same(plain, late)
-            assert late["gathering"][-1] == (1, late["buckets"] - 1)
-
-
 SMALL = {"overlap_grad_reduce": True, "grad_bucket_size": 2000}
 LATE = {**SMALL, "overlap_param_gather": True}
 RESUMED = {

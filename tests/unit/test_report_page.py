@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from nemo_minitron.cli import closing
 from nemo_minitron.cli.main import app
 from nemo_minitron.cli.recipes import find
 from nemo_minitron.config.load import load_recipe, to_yaml
@@ -264,12 +265,14 @@ def test_one_run_s_page_is_made_anew(tmp_path, monkeypatch):
 def test_what_is_older_than_what_it_was_made_from_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("nemo_minitron.stages.report._importance", lambda folder, config: report_sample.importance())
     run = run_folder(tmp_path / "run")
+    assert "perplexity" in closing.summary(RunFolder(run), recipe_of(RunFolder(run)))
     done = run / "stages/evaluate/DONE"
     done.write_text(json.dumps({"digest": "ab" * 32, "upstream": {"distill": "ee" * 32}}))
     command(run)
     assert "distilled" not in json.loads((run / "summary.json").read_text())["perplexity"]
     # Nor does the card of a model that is exported beside it speak of them.
     config = recipe_of(RunFolder(run))
+    assert "perplexity" not in closing.summary(RunFolder(run), config)
     making = export._making(SimpleNamespace(run=RunFolder(run), config=config))
     assert making.evaluation == {}
     assert making.tokens == 204_800
