@@ -198,7 +198,7 @@ def test_bytes_through_every_format_and_back(folder: Path, tmp_path: Path) -> No
 
 
 def test_no_key_that_is_carried_on_is_said_to_be_lost(folder: Path) -> None:
-    notes = open_hf(folder).notes
+    notes = open_hf(folder).notes()
     assert notes == ("keys of config.json that are not carried on: num_logits_to_keep, z_loss_coefficient",)
 
 

@@ -185,7 +185,7 @@ BAMBA = Family(
     read=_read,
     defaults=_DEFAULTS,
     write=_write,
-    settings=("mamba_d_head", "mamba_proj_bias", "time_step_limit"),
+    settings=("head_dim", "mamba_d_head", "mamba_proj_bias", "time_step_limit"),
     fixed={"rotary_percent": _PERCENT},
     layer=_has_layer,
 )
