@@ -62,7 +62,7 @@ def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim")
     asked = [
         *(f"target.{name}=null" for name in names),
-        *("target.params=50K", "target.ssm_state=8KB", "search.candidates=3", "search.samples=2"),
+        *("target.params=125K", "target.ssm_state=11500", "search.candidates=3", "search.samples=2"),
         *("search.space.hidden_size=[48]", "search.rungs=[{candidates: 1, tokens: 512}]"),
     ]
     run = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp
     assert done.returncode == 0, done.stderr
     found = json.loads((run / "stages/search/candidates.json").read_text())
     assert all(row["failed"] == "" and row["loss_pruned"] > 0 for row in found["candidates"])
-    assert all(row["params"] <= 50_000 and row["ssm_state"] <= 8_000 for row in found["candidates"])
+    assert all(row["params"] <= 125_000 and row["ssm_state"] <= 11_500 for row in found["candidates"])
     (winner,) = (row for row in found["candidates"] if row["name"] == found["winner"])
     student = open_checkpoint(run / "stages/prune/student").spec
     assert student.kinds == {kind: winner[f"num_{kind}_layers"] for kind in ("mamba", "attention", "mlp")}
