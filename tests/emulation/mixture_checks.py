@@ -217,7 +217,7 @@ def test_texts_with_a_cache_are_those_without(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["experts_cpu", "hybrid_cpu"])
 def test_a_tiny_recipe_distils_as_on_the_project_s_layers(recipe, tmp_path):
-    """From import to distillation with positions split; routers are compared too."""
+    """From import to distillation with positions split; of experts, the routers' divergence is part of the loss."""
     given = [f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'corpus'}]"]
     given += ["distill.tokens=2560", "score.samples=8"]
     if recipe == "experts_cpu":
@@ -231,8 +231,6 @@ def test_a_tiny_recipe_distils_as_on_the_project_s_layers(recipe, tmp_path):
     split = run_on_ranks(2, jobs.run_recipe, path, [*given, *layout], tmp_path / "SP2", "distill")
     assert len(own["kl"]) == 2, "validated before the first step and after the last"
     assert own["kl"][1] < own["kl"][0]
-    assert bool(own["router"]) == (recipe == "experts_cpu")
     for found in split:
         assert found["layers"] != own["layers"]
         assert found["kl"] == pytest.approx(own["kl"], rel=1e-3)
-        assert found["router"] == pytest.approx(own["router"], rel=1e-3)
