@@ -171,7 +171,6 @@ def run_recipe(recipe: Path, overrides: list[str], run: Path, last: str | None =
     return {
         "perplexity": results["evaluate"]["perplexity"] if last is None else {},
         "kl": [row["kl"] for row in results["distill"]["history"]],
-        "router": [row["router"] for row in results["distill"]["history"] if "router" in row],
         "built": watched.built,
         "alive": watched.alive,
         "most_at_once": watched.most_at_once,

@@ -9,15 +9,15 @@ import torch
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.hf import open_hf
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.megatron.placement import local_shard
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.scores import Scores
 from tests.emulation import jobs, mixture_jobs
+from tests.emulation.mixture_jobs import COUNT, PROMPTS
 from tests.parallel import expert_jobs, hybrid_jobs
 from tests.parallel.expert_jobs import ExpertScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS, STEPS, Case
-from tests.parallel.test_expert_scores import TARGET
-from tests.parallel.test_generation import COUNT, PROMPTS
 from tests.ranks import RankError, run_on_ranks
 from tests.support.expert_models import write_experts
 from tests.tiny import write_corpus, write_family, write_nemotron_h
@@ -146,6 +146,7 @@ def test_context_parallelism_is_refused_where_it_cannot_be():
             run_on_ranks(case.parallel.ranks, jobs.train_all, [case])
 
 
+TARGET = TargetConfig(num_experts=4, expert_ffn_hidden_size=14, num_query_groups=1, hidden_size=40)
 SCORED = {
     "EP2": (2, EP2, True),
     "SP2": (2, SP2, False),
@@ -216,7 +217,7 @@ def test_texts_with_a_cache_are_those_without(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["experts_cpu", "hybrid_cpu"])
 def test_a_tiny_recipe_distils_as_on_the_project_s_layers(recipe, tmp_path):
-    """From import to distillation with positions split; routers are compared too."""
+    """From import to distillation with positions split; of experts, the routers' divergence is part of the loss."""
     given = [f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'corpus'}]"]
     given += ["distill.tokens=2560", "score.samples=8"]
     if recipe == "experts_cpu":
@@ -230,8 +231,6 @@ def test_a_tiny_recipe_distils_as_on_the_project_s_layers(recipe, tmp_path):
     split = run_on_ranks(2, jobs.run_recipe, path, [*given, *layout], tmp_path / "SP2", "distill")
     assert len(own["kl"]) == 2, "validated before the first step and after the last"
     assert own["kl"][1] < own["kl"][0]
-    assert bool(own["router"]) == (recipe == "experts_cpu")
     for found in split:
         assert found["layers"] != own["layers"]
-        assert found["kl"] == pytest.approx(own["kl"], rel=1e-4)
-        assert found["router"] == pytest.approx(own["router"], rel=1e-4)
+        assert found["kl"] == pytest.approx(own["kl"], rel=1e-3)

@@ -12,7 +12,10 @@ from tests.parallel import expert_jobs, hybrid_jobs
 from tests.parallel.expert_jobs import ExpertScoreCase
 from tests.parallel.hybrid_jobs import Measured
 from tests.parallel.megatron_jobs import Case, train
-from tests.parallel.test_generation import COUNT, PROMPTS
+
+PROMPTS = [[5, 17, 200, 3, 90, 7, 8, 9, 41], [12], [30, 31, 32, 33]]
+COUNT = 10
+"""Tokens to generate."""
 
 
 def train_on_both(cases: list[Case]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
