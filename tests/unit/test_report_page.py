@@ -221,7 +221,12 @@ def run_folder(path: Path, *, lr: float = 1e-4) -> Path:
     results = {
         **{name: row for name, row in sample.results.items() if name != "search"},
         "import": {"spec": sample.teacher.to_dict(), "seconds": 3.2},
-        "prune": {"spec": sample.student.to_dict(), "parameters": 97_351_488, "seconds": 2.0},
+        "prune": {
+            "spec": sample.student.to_dict(),
+            "parameters": 97_351_488,
+            "teacher_parameters": 134_515_008,
+            "seconds": 2.0,
+        },
     }
     path.mkdir()
     (path / "config.resolved.yaml").write_text(to_yaml(config))
