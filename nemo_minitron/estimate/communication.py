@@ -147,8 +147,8 @@ def _experts(spec: ModelSpec, step: Pass, stage: int, *, trained: bool) -> list[
     """Expert parallelism (`megatron.experts`): a layer gathers its group's tokens and the router's fp32 weights.
 
     What a rank's experts return for them is added up and scattered; the backward pass does both the other way round. A
-    rank sends `ranks - 1` times its tokens a direction, whatever `top_k` is; an exchange of all with all would send
-    each token to its experts alone, `top_k (ranks - 1) / ranks` times.
+    rank sends `ranks - 1` times its tokens a direction, whatever `top_k` is. The exchange of `megatron.engine_experts`
+    sends each token to its experts alone, `top_k (ranks - 1) / ranks` times: of that, this is an upper limit.
     """
     parallel = step.parallel
     own = (spec.layers[number] for number in own_layers(spec, parallel, stage))
