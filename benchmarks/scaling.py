@@ -283,7 +283,7 @@ def _distilling(*, cached: bool) -> str:
 
 
 def _totals(step: Step) -> list[float]:
-    return [each.seconds for each in step.talk.values()]
+    return [step.talk[split].seconds for split in (Split.TENSOR, Split.PIPELINE, Split.DATA)]
 
 
 def _markdown(headings: str, rows: Iterable[tuple[str, ...]]) -> str:
