@@ -133,14 +133,11 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of a model; where layers differ, its sizes are those of the first that has them."""
     dtype = torch_dtype(precision)
-    # Where no layer has attention or an MLP, sizes that Megatron takes, and that nothing is made of.
-    sizes = {"num_attention_heads": parallel.tensor, "num_query_groups": parallel.tensor, "ffn_hidden_size": 1}
-    sizes |= {row.size: size for row in LAYER_AXES if row.size in sizes and (size := spec.common_size(row))}
     engine = engine_carries(spec, device)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
-        **sizes,
+        **_layer_sizes(spec, parallel),
         kv_channels=spec.head_dim,
         normalization="LayerNorm" if spec.norm.subtracts_mean else "RMSNorm",
         layernorm_zero_centered_gamma=spec.norm.zero_centred,
@@ -178,11 +175,16 @@ def transformer_config(
         calculate_per_token_loss=True,
         **_recomputation(parallel.recompute),
         deallocate_pipeline_outputs=True,
-        # Batched messages between two stages that are each other's next and previous one are paired up wrongly by
         **_stage_exchange(parallel, device),
         # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before.
         **({"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}),
     )
+
+
+def _layer_sizes(spec: ModelSpec, parallel: ParallelConfig) -> dict[str, int]:
+    """Where no layer has attention or an MLP, sizes that Megatron takes, and that nothing is made of."""
+    sizes = {"num_attention_heads": parallel.tensor, "num_query_groups": parallel.tensor, "ffn_hidden_size": 1}
+    return sizes | {row.size: size for row in LAYER_AXES if row.size in sizes and (size := spec.common_size(row))}
 
 
 def _experts(spec: ModelSpec, parallel: ParallelConfig) -> dict[str, Any]:
