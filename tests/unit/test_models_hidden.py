@@ -18,7 +18,8 @@ GOOD, BAD = (6.0, 2.0), ((math.nan, 2.0), (6.0, math.nan), (math.inf, 2.0), (6.0
 
 def losses(balance, batches, monkeypatch):
     """The loss of one training step a batch, without a model: its sums are given."""
-    here = SimpleNamespace(parallel=ParallelConfig(), device=torch.device("cpu"), seed=0)
+    alone = SimpleNamespace(pp=None, dp_cp=None, tp=None)
+    here = SimpleNamespace(parallel=ParallelConfig(), device=torch.device("cpu"), seed=0, groups=alone)
     config = HiddenConfig(layers=((1, 1),), balance=balance)
     matching = StateMatching(
         config, student=SPECS["tied"], teacher=SPECS["tied"], runtime=here, optimizer=OptimizerConfig()
