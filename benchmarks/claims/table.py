@@ -191,7 +191,7 @@ ITERATIVE = Claim(
 
 LOSSES = Claim(
     "losses",
-    "What the student is taught with",
+    "Distillation objective",
     (
         Row("forward KL", BLOCK),
         Row("reverse KL", BLOCK, REVERSE),
@@ -256,7 +256,7 @@ LAYERS = Claim(
 
 METRICS = Claim(
     "depth-metric",
-    "By what layers go",
+    "How layers are chosen",
     (
         Row("block influence", BY_INFLUENCE),
         Row("loss, layer by layer", BY_LOSS),
