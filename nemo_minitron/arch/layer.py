@@ -19,6 +19,15 @@ class Attention:
     """Whether its queries see only the last `ModelSpec.sliding_window` positions."""
 
     @property
+    def shares_keys(self) -> bool:
+        """Whether several query heads have the same keys and values."""
+        return self.num_query_groups < self.num_attention_heads
+
+    def head_size(self, width: int) -> float:
+        """Channels of a head if all query heads together had `width`."""
+        return width / self.num_attention_heads
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Sizes by the names of their fields."""
         return {"num_attention_heads": self.num_attention_heads, "num_query_groups": self.num_query_groups}

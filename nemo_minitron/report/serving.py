@@ -63,7 +63,7 @@ def _llama_cpp_gemma3(spec: ModelSpec) -> Iterator[str]:
         yield "its class lets every sixth layer see all positions, and here other ones do (`layer_types`)"
     attention = _attention(spec)
     if spec.query_scalar is not None and attention is not None:
-        of_27b = spec.num_layers == 62 and spec.hidden_size // attention.num_attention_heads == spec.query_scalar
+        of_27b = spec.num_layers == 62 and int(attention.head_size(spec.hidden_size)) == spec.query_scalar
         if not of_27b:
             yield f"it divides attention scores by the root of `head_dim`, not by that of {spec.query_scalar:g}"
 
@@ -79,16 +79,16 @@ def _llama_cpp_experts(spec: ModelSpec, family: str) -> Iterator[str]:
             always = "always" if family == "qwen3_moe" else "never"
             yield f"it {always} divides the weights of the chosen experts by their sum (`norm_topk_prob`)"
     attention = _attention(spec)
-    if family == "dots1" and attention is not None and attention.num_query_groups != attention.num_attention_heads:
+    if family == "dots1" and attention is not None and attention.shares_keys:
         yield "its class has as many keys and values as queries (`num_key_value_heads`)"
 
 
 def _derived_head_size(spec: ModelSpec) -> Iterator[str]:
     attention = _attention(spec)
-    if attention is not None and attention.num_attention_heads * spec.head_dim != spec.hidden_size:
+    if attention is not None and (derived := attention.head_size(spec.hidden_size)) != spec.head_dim:
         yield (
-            f"its class takes hidden_size / num_attention_heads for the size of a head, here {spec.hidden_size} / "
-            f"{attention.num_attention_heads}, and not `head_dim` = {spec.head_dim}"
+            f"its class takes the hidden size divided by the number of heads for the size of a head, here {derived:g}, "
+            f"and not `head_dim` = {spec.head_dim}"
         )
 
 

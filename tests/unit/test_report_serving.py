@@ -62,7 +62,7 @@ def test_classes_that_derive_the_size_of_heads_ask_for_square_projections(engine
     for family in sorted(families):
         assert against(engine, family, replace(SQUARE, **traits)) == []
         (why,) = against(engine, family, replace(NARROW, **traits))
-        assert f"{NARROW.hidden_size} / {HEADS}, and not `head_dim` = {NARROW.head_dim}" in why
+        assert f"here {NARROW.hidden_size // HEADS}, and not `head_dim` = {NARROW.head_dim}" in why
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_card_gives_commands_or_says_why_not() -> None:
     for command in ("vllm serve .\n", "convert_hf_to_gguf.py", "from llama_cpp import Llama"):
         assert command in llama
         assert command not in qwen2
-    assert f"Not with {VLLM}: its class takes hidden_size / num_attention_heads" in qwen2
+    assert f"Not with {VLLM}: its class takes the hidden size divided by the number of heads" in qwen2
     assert f"Not with {LLAMA_CPP}: " in qwen2
     assert qwen2.count("--model-impl transformers") == 1
 
