@@ -187,8 +187,8 @@ def test_scores_and_plans_of_experts_are_those_of_the_project_s_layers(layout, e
 def test_scores_and_depth_of_a_hybrid_are_those_of_the_project_s_layers(tmp_path):
     write_nemotron_h(tmp_path)
     ((engine, local),) = run_on_ranks(1, mixture_jobs.measure_on_both, tmp_path)
-    split = run_on_ranks(2, hybrid_jobs.measure_all, tmp_path, [SP2])
-    for found in (engine, *(rank[0] for rank in split)):
+    split = run_on_ranks(2, hybrid_jobs.measure_all, [tmp_path], [SP2])
+    for found in (engine, *(rank[0][0] for rank in split)):
         for kind in ("scores", "depth"):
             mine, expected = getattr(found, kind), getattr(local, kind)
             assert set(mine) == set(expected)
