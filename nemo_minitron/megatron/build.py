@@ -67,7 +67,7 @@ def build_chunks(
     if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
-            rule="and layers that it carries: no sliding windows, and no norms behind attention and MLP",
+            rule="and layers that it carries: no sliding windows, no norms behind attention and MLP, none over all heads",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     if fp8:

@@ -14,6 +14,9 @@ from nemo_minitron.checkpoints.source import TensorSource
 VLLM = "vLLM 0.33.0"
 LLAMA_CPP = "llama.cpp 0.5.0"
 
+_UNTRIED = ("olmoe", "bamba")
+"""Families that neither was done for."""
+
 _Objections = Callable[[TensorSource], Iterator[str]]
 
 
@@ -24,6 +27,8 @@ def objections(engine: str, source: TensorSource) -> list[str]:
         engine: `VLLM` or `LLAMA_CPP`.
         source: The model as it is exported.
     """
+    if source.family in _UNTRIED:
+        return ["nobody has tried that with this family, or read what the engine asks of it"]
     return list(_ENGINES[engine](source))
 
 

@@ -54,6 +54,17 @@ def test_classes_that_read_head_dim_take_any_width(engine: str, family: str) -> 
     assert against(engine, family, replace(NARROW, tied_embeddings=True)) == []
 
 
+@pytest.mark.parametrize("engine", [VLLM, LLAMA_CPP])
+def test_every_family_is_in_the_table_and_the_card_gives_no_command_that_nobody_looked_at(engine: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| OLMoE, Bamba |"))
+    assert row.count("not looked at") == 2
+    for family in ("olmoe", "bamba"):
+        assert against(engine, family, SQUARE) == [
+            "nobody has tried that with this family, or read what the engine asks of it"
+        ]
+
+
 @pytest.mark.parametrize(
     ("engine", "families"), [(VLLM, {"qwen2", "qwen2_moe"}), (LLAMA_CPP, {"qwen2", "qwen2_moe", "phi3", "nemotron"})]
 )
