@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.report.serving import LLAMA_CPP, objections
+from nemo_minitron.report.serving import LLAMA_CPP, UNTRIED, objections
 from tests import tiny
 from tests.support import expert_models
 
@@ -41,7 +41,7 @@ _FREE_STEPS = {"time_step_min": 1e-30}
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in tiny.FAMILY_CONFIGS},
     **{f"{name}, square": (name, SQUARE) for name in ("qwen2", "nemotron", "phi3")},
-    **{name: (name, {}) for name in expert_models.CONFIGS},
+    **{name: (name, {}) for name in expert_models.CONFIGS if name not in UNTRIED},
     "qwen3_moe, weights not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen2_moe, square": ("qwen2_moe", {"head_dim": 12}),
     "qwen2_moe, square, weights normalised": ("qwen2_moe", {"head_dim": 12, "norm_topk_prob": True}),
@@ -108,7 +108,7 @@ def main() -> None:
     for folder in args.folders:
         print(json.dumps(export(folder, args), indent=1), flush=True)
     if args.families is not None:
-        print("| toy | in its way, as the model card says | what happens |\n| --- | --- | --- |")
+        print("| toy | obstacle, by the model card | what happens |\n| --- | --- | --- |")
         wrong = []
         for name, stated, happened, agrees in families(args):
             print(f"| {name} | {'; '.join(stated) or 'nothing'} | {happened} |", flush=True)

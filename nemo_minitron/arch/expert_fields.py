@@ -17,8 +17,7 @@ FIELD, ARGUMENT = "num_moe_experts", "num_experts"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices"), ()),
     **dict.fromkeys(("moe_latent_size", "moe_input_jitter_eps", "moe_apply_probs_on_input"), ()),
-    **dict.fromkeys(("moe_expert_capacity_factor",), ()),
-    **dict.fromkeys(("moe_router_force_load_balancing",), ()),
+    **dict.fromkeys(("moe_expert_capacity_factor", "moe_router_force_load_balancing"), ()),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
 }
 

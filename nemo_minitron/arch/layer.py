@@ -147,8 +147,7 @@ Part = Mixer | FeedForward
 MIXERS: tuple[type[Mixer], ...] = (Attention, Mamba)
 FEED_FORWARDS: tuple[type[FeedForward], ...] = (Mlp, Moe)
 PARTS = ("mixer", "feed_forward")
-_WORDS: dict[type[Part], str] = {Attention: "attention", Mamba: "Mamba", Mlp: "an MLP", Moe: "experts"}
-_NEEDED: dict[type[Any], str] = {Attention: "attention", Mamba: "Mamba mixer", Mlp: "MLP", Moe: "experts"}
+_WORDS: dict[type[Any], str] = {Attention: "attention", Mamba: "Mamba", Mlp: "an MLP", Moe: "experts"}
 _Part = TypeVar("_Part", bound=Part)
 
 KINDS: dict[str, tuple[type[Part], ...]] = {
@@ -215,7 +214,7 @@ class LayerSpec:
             SpecError: It has none.
         """
         if (found := self.find(kind)) is None:
-            raise SpecError(f"a layer has no {_NEEDED[kind]}", rule="this step needs one in every layer")
+            raise SpecError(f"a layer lacks {_WORDS[kind]}", rule="this step needs that in every layer")
         return found
 
     @property

@@ -180,6 +180,16 @@ class ModelSpec:
         return {kind: found.count(kind) for kind in (*KINDS, "") if kind in found}
 
     @property
+    def norms_each_head(self) -> bool:
+        """Whether each query and key head has a norm of its own."""
+        return self.qk_norm and not self.full_width_qk_norm
+
+    @property
+    def needs_own_layers(self) -> bool:
+        """Whether it has something that only our own layers have, and Transformer Engine's do not."""
+        return self.post_norms or self.full_width_qk_norm or any(layer.local for layer in self.layers)
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
         return len({tuple(layer.sizes.items()) for layer in self.layers}) == 1

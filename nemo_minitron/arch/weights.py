@@ -112,7 +112,7 @@ def _head_norm(name: str, heads: Axis) -> tuple[WeightRow, WeightRow]:
     """The norm of queries or keys: one weight that all heads share, or one for the channels of all of them."""
     common: dict[str, Any] = {"name": _ATTENTION + name, "part": Attention}
     return (
-        WeightRow(axes=(Axis.HEAD_CHANNEL,), when=lambda spec: spec.qk_norm and not spec.full_width_qk_norm, **common),
+        WeightRow(axes=(Axis.HEAD_CHANNEL,), when=lambda spec: spec.norms_each_head, **common),
         WeightRow(axes=(heads,), tensor_parallel_dim=0, when=lambda spec: spec.full_width_qk_norm, **common),
     )
 

@@ -11,8 +11,9 @@ from nemo_minitron.checkpoints.nemo2 import is_nemo2_folder, open_nemo2
 from nemo_minitron.checkpoints.source import Checkpoint
 from nemo_minitron.errors import CheckpointError
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""`organisation/name`, and not the name of a file in a folder."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""`organisation/name`; a path of two parts looks the same."""
+_FILES = (".nemo", ".gguf", ".safetensors")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -53,9 +54,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def hub_remedy(path: str) -> str:
     """What to do about a path that is not there but reads like a name on the Hugging Face hub; else empty."""
-    if _HUB_NAME.fullmatch(path) is None:
+    if HUB_NAME.fullmatch(path) is None or Path(path).suffix in _FILES or Path(path).parent.is_dir():
         return ""
-    return f"a model of the Hugging Face hub is downloaded first: hf download {path} --local-dir DIR; then name DIR"
+    return (
+        f"a model on the Hugging Face hub has to be downloaded first: hf download {path} --local-dir DIR; then name DIR"
+    )
 
 
 def _starts_with(path: Path, magic: bytes, *, offset: int = 0) -> bool:

@@ -69,8 +69,8 @@ def layer_activations(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     if sizes.mixer is not None:
         kept += norm + linear_input + _mixer(spec, sizes, step)
     if sizes.feed_forward is not None and step.parallel.recompute is Recompute.SELECTIVE:
-        # The checkpoint's input [H]; Transformer Engine's first linear has its norm inside the checkpoint.
-        kept += linear_input if step.engine else norm + linear_input
+        # The checkpoint's input [H]; Transformer Engine's first linear of an MLP has its norm inside the checkpoint.
+        kept += linear_input if step.engine and not sizes.has_experts else norm + linear_input
     elif sizes.feed_forward is not None:
         kept += norm + linear_input + _mlp(spec, sizes, step)
     if spec.post_norms:
@@ -190,7 +190,8 @@ def _routing(spec: ModelSpec, sizes: LayerSpec, step: Pass) -> int:
     """Bytes a token that experts keep beside their neurons, if all are chosen equally often.
 
     For each expert that a token is routed to, what enters it [H], what leaves it [H], that times its weight [H], and
-    its index; for all experts the router's scores and weights in fp32.
+    its index; for all experts the router's scores and weights in fp32. Of grouped products this is an upper limit: they
+    multiply the weight with the neurons.
     """
     if not sizes.has_experts:
         return 0

@@ -19,7 +19,6 @@ from nemo_minitron.estimate.compute import (
 )
 from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
 from nemo_minitron.estimate.overlap import Exchange, Machine, communication
-from nemo_minitron.megatron.placement import needs_local_layers
 
 BASELINES = 3
 """Candidates that `search.baselines` adds to the last rung."""
@@ -167,7 +166,7 @@ def _training(
         micro_batch_size=batch.micro_batch_size,
         sequence_length=batch.sequence_length,
         micro_batches=micro_batches,
-        engine=config.cluster is not None and not needs_local_layers(model),
+        engine=config.cluster is not None and not model.needs_own_layers,
         gpu=config.cluster is not None,
     )
     return Work(

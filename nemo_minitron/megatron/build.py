@@ -28,7 +28,6 @@ from nemo_minitron.megatron.placement import (
     check_layout,
     chunk_layers,
     local_shard,
-    needs_local_layers,
     padded_vocab,
 )
 from nemo_minitron.megatron.runtime import Runtime
@@ -67,7 +66,7 @@ def build_chunks(
     if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
-            rule="and layers that it carries: no sliding windows, no norms behind attention and MLP, none over all heads",
+            rule="and layers that it carries: no windows, no norms behind attention and MLP or over all heads",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     if fp8:
@@ -100,7 +99,7 @@ def use_transformer_engine() -> bool:
 
 def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
     """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
-    return device.type == "cuda" and not needs_local_layers(spec) and use_transformer_engine()
+    return device.type == "cuda" and not spec.needs_own_layers and use_transformer_engine()
 
 
 def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
@@ -147,7 +146,7 @@ def transformer_config(
         add_bias_linear=spec.linear_bias,
         add_qkv_bias=spec.qkv_bias,
         # Megatron adds gradients of such norms up over tensor-parallel ranks, each of which has its part of a wide one.
-        qk_layernorm=spec.qk_norm and not spec.full_width_qk_norm,
+        qk_layernorm=spec.norms_each_head,
         softmax_scale=spec.attention_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,

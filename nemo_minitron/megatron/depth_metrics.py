@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.depth import LM_LOSS, LOGIT_MSE, MEASURED
 from nemo_minitron.megatron.depth import LayerSkipper
-from nemo_minitron.megatron.forward import MicroBatch, cut
+from nemo_minitron.megatron.forward import MicroBatch, context_places, cut
 from nemo_minitron.megatron.model import MinitronGPT, unwrap
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.parallel.collectives import sum_over
@@ -241,8 +241,7 @@ class DepthCollector:
         if size == 1:
             return local_BS
         samples, length = local_BS.shape
-        places = torch.arange(length * size, device=local_BS.device).expand(samples, -1)
-        mine = MicroBatch(places, places, places, places).on_context_rank(self._runtime.cp_rank, size).tokens
+        mine = context_places(length * size, self._runtime.cp_rank, size).to(local_BS.device).expand(samples, -1)
         return sum_over(local_BS.new_zeros(samples, length * size).scatter(1, mine, local_BS), self._runtime.groups.cp)
 
     def _squared_logits(self, states_NH: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def engine_layer(spec: ModelSpec, sizes: LayerSpec, parallel: ParallelConfig) ->
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.norms_each_head)
     submodules: Any = layer.submodules
     parts: dict[str, Any] = {}
     if sizes.mixer is None:

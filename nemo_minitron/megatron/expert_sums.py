@@ -6,14 +6,13 @@ Shapes: A tokens of all expert-parallel ranks, B their samples, F neurons of thi
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_minitron.arch.axes import TOKEN_SUMS
 from nemo_minitron.megatron.forward import context_places
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.ops.importance import SequenceMoments, SiteSums
-from nemo_minitron.parallel.collectives import gather, split_group
+from nemo_minitron.parallel.collectives import gather, split_group, sum_over
 
 OUTPUT, ROUTED = TOKEN_SUMS
 EXPERT_FFN = "expert_ffn"
@@ -76,9 +75,7 @@ class LayerExpertSums:
         place = expert - self.first
         kept = batch.keep[rows]
         # Ranks that share an expert have addends of its output. All of them come by here, for the same tokens.
-        whole = output.double()
-        if self.runtime.parallel.tensor > 1:
-            dist.all_reduce(whole, group=self.runtime.groups.tp)
+        whole = sum_over(output.double(), split_group(self.runtime.groups.tp))
         norms = torch.where(kept, torch.linalg.vector_norm(whole, dim=-1) * weights.double(), 0)
         self.tokens[OUTPUT][place] += norms.sum()
         self.tokens[ROUTED][place] += kept.sum()

@@ -1,10 +1,10 @@
 """A mixture of experts of Megatron's modules, with our own routing and our own way of tokens to experts.
 
-It is used where Transformer Engine's (`megatron.engine_experts`) is not. Weights are Megatron's in name, shape and
-split. Experts are spread over the expert-parallel group, whose ranks are data-parallel ranks: every rank gathers the
-tokens of all of them, applies its experts to those that are routed there, and gets the sums for its own tokens back.
-Each expert is split over the tensor-parallel group like an MLP. No token is dropped; losses of routers are
-`models.routers`' matter.
+Routing and `Mixture` serve both kinds of mixtures; `LocalMoe` is used where Transformer Engine's
+(`megatron.engine_experts`) is not. Weights are Megatron's in name, shape and split. Experts are spread over the
+expert-parallel group, whose ranks are data-parallel ranks: every rank gathers the tokens of all of them, applies its
+experts to those that are routed there, and gets the sums for its own tokens back. Each expert is split over the
+tensor-parallel group like an MLP. No token is dropped; losses of routers are `models.routers`' matter.
 
 Shapes: T tokens of this rank, A tokens of all expert-parallel ranks, E experts, H hidden, F neurons of this rank.
 """

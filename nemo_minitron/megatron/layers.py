@@ -356,7 +356,7 @@ def canonical_names(sizes: LayerSpec) -> dict[str, str]:
 
 
 def _local_attention(spec: ModelSpec, sizes: LayerSpec, writer: type) -> ModuleSpec:
-    head_norm = LocalNorm if spec.qk_norm and not spec.full_width_qk_norm else IdentityOp
+    head_norm = LocalNorm if spec.norms_each_head else IdentityOp
     return ModuleSpec(
         module=LocalSelfAttention,
         params={

@@ -5,9 +5,9 @@ With the distributed optimizer each data-parallel rank updates a shard of the we
 that holds the module's weights and sends the next bucket off. The first one is on its way as soon as the step is done,
 so that a teacher's pass hides it. Experts have buckets of their own, and with them a second first one.
 
-Whoever reads weights otherwise has to wait by itself. The fused losses do so for the output weight (`finish_for`). A
-mixture of experts reads the weights of its experts without calling their modules, so it waits for all of them when it
-begins (`_waiting_for_experts`).
+Whoever reads weights otherwise has to wait by itself. The fused losses do so for the output weight (`finish_for`). Our
+own mixture of experts reads the weights of its experts without calling their modules, so it waits for all of them when
+it begins (`_waiting_for_experts`); Transformer Engine's calls its modules, which wait like any other.
 Validations, scores and checkpoints read a model as a whole and wait for all of it (`finish`), as Megatron-LM's training
 loop does. Both are collective: every data-parallel rank gets there at the same point.
 """
@@ -130,7 +130,7 @@ def _chains(chunk: "DistributedDataParallel") -> "list[list[_ParamAndGradBucketG
 
 
 def _waiting_for_experts(moe: LocalMoe, chunk: "DistributedDataParallel") -> RemovableHandle:
-    """Make a mixture wait for the weights of its experts, in their order, before it begins."""
+    """Make our own mixture wait for the weights of its experts, in their order, before it begins."""
     found = (chunk.param_to_bucket_group.get(weight) for weight in moe.experts.parameters())
     groups = list(dict.fromkeys(group for group in found if group is not None))  # none for frozen weights
 

@@ -50,11 +50,6 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         )
 
 
-def needs_local_layers(spec: ModelSpec) -> bool:
-    """Whether a model has something that only our own layers have, and Transformer Engine's do not."""
-    return spec.post_norms or spec.full_width_qk_norm or any(layer.local for layer in spec.layers)
-
-
 def padded_vocab(spec: ModelSpec, tensor: int) -> int:
     """Vocabulary rows that a model has in memory: every tensor-parallel rank holds equally many.
 

@@ -1,4 +1,4 @@
-"""Losses at places inside a student, against what its teacher has there, wherever in the pipeline the two live."""
+"""Losses at places inside a student, wherever in the pipeline they are, alone or against what its teacher has there."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,27 +21,20 @@ class OnePass(Protocol):
         """Sums over all tokens of all ranks."""
 
 
-class Matching(ABC):
+class PlacedLoss(ABC):
     """Takes a loss where the student computes something, and adds its gradient to the backward pass at that place.
 
-    What the teacher has travels once, after its pass, to the pipeline rank that has the student's (`send_targets` of a
-    subclass); so the schedules and the messages between stages stay as they are. Every rank makes one.
+    The schedules and the messages between stages stay as they are. Every rank makes one.
 
     Args:
         runtime: The running layout.
-        theirs: Places in the teacher that are read.
         own: Places in the student where a loss is taken.
         groups: Over which partial sums add up to the total; each rank's part counts once.
     """
 
-    def __init__(
-        self, runtime: Runtime, *, theirs: Collection[int], own: Collection[int], groups: Sequence[dist.ProcessGroup]
-    ) -> None:
-        states.connect(runtime)
+    def __init__(self, runtime: Runtime, *, own: Collection[int], groups: Sequence[dist.ProcessGroup]) -> None:
         self._runtime = runtime
-        self._theirs, self._own, self._groups = theirs, own, groups
-        self._seen: dict[int, list[Tensor]] = {}
-        self._targets: Mapping[int, Sequence[Tensor]] = {}
+        self._own, self._groups = own, groups
         self._keeps: list[Tensor] = []
         self._sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
 
@@ -53,26 +46,11 @@ class Matching(ABC):
 
     @abstractmethod
     def _loss(self, place: int, value: Tensor, micro_batch: int) -> Tensor:
-        """Sum over this rank's kept tokens of what a micro-batch's value at a place differs by from the teacher's."""
-
-    def _as_target(self, value: Tensor) -> Tensor:
-        """What is kept of a value of the teacher."""
-        return value
-
-    @contextmanager
-    def capture_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
-        """Keep what the teacher's chunks compute inside the block, instead of what was kept before."""
-        self._seen = {place: [] for place in self._theirs}
-
-        def take(place: int, value: Tensor) -> None:
-            self._seen[place].append(self._as_target(value))
-
-        with self._watched(chunks, self._seen, take):
-            yield
+        """Sum over this rank's kept tokens of a micro-batch, from its value at a place."""
 
     @contextmanager
     def match(self, chunks: Sequence[nn.Module], *, weight: float | None) -> Iterator[None]:
-        """Compare what one pass over the micro-batches computes; `total` then has the sum.
+        """Take the loss of what one pass over the micro-batches computes; `total` then has the sum.
 
         Micro-batches come in order to every place, in the forward pass as in the backward pass that computes it again.
 
@@ -98,3 +76,41 @@ class Matching(ABC):
         for group in self._groups:
             dist.all_reduce(value, group=group)
         return float(value)
+
+
+class Matching(PlacedLoss):
+    """A loss against what the teacher has at places of its own.
+
+    That travels once, after the teacher's pass, to the pipeline rank that has the student's place (`send_targets` of a
+    subclass).
+
+    Args:
+        runtime: The running layout.
+        theirs: Places in the teacher that are read.
+        own: Places in the student where a loss is taken.
+        groups: Over which partial sums add up to the total; each rank's part counts once.
+    """
+
+    def __init__(
+        self, runtime: Runtime, *, theirs: Collection[int], own: Collection[int], groups: Sequence[dist.ProcessGroup]
+    ) -> None:
+        states.connect(runtime)
+        super().__init__(runtime, own=own, groups=groups)
+        self._theirs = theirs
+        self._seen: dict[int, list[Tensor]] = {}
+        self._targets: Mapping[int, Sequence[Tensor]] = {}
+
+    def _as_target(self, value: Tensor) -> Tensor:
+        """What is kept of a value of the teacher."""
+        return value
+
+    @contextmanager
+    def capture_teacher(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
+        """Keep what the teacher's chunks compute inside the block, instead of what was kept before."""
+        self._seen = {place: [] for place in self._theirs}
+
+        def take(place: int, value: Tensor) -> None:
+            self._seen[place].append(self._as_target(value))
+
+        with self._watched(chunks, self._seen, take):
+            yield

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import Axis
@@ -23,7 +24,7 @@ from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.placement import state_holder
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.states import Take
-from nemo_minitron.models.matching import Matching, OnePass
+from nemo_minitron.models.matching import Matching, OnePass, PlacedLoss
 from nemo_minitron.ops.routing import load_imbalance, router_divergence
 from nemo_minitron.pruning.plan import PruningPlan
 
@@ -36,26 +37,12 @@ class _Pair:
     kept: Tensor
 
 
-class RouterLoss(Matching):
-    """A loss at the routers of some layers, a mean over them.
-
-    Args:
-        student: Architecture of the student.
-        layers: Numbers of its layers that have one.
-        runtime: The running layout.
-        theirs: Layers of the teacher whose routers are read.
-    """
+class RouterLoss(PlacedLoss):
+    """A loss at the routers of some layers of a student, a mean over them; the layers are its places."""
 
     name: str
     """What reports call it."""
-
-    def __init__(
-        self, student: ModelSpec, layers: Collection[int], runtime: Runtime, *, theirs: Collection[int] = ()
-    ) -> None:
-        self._student = student
-        # Under sequence parallelism each tensor-parallel rank routes tokens of its own.
-        alone = [runtime.groups.tp] * runtime.parallel.sequence_parallel
-        super().__init__(runtime, theirs=theirs, own=layers, groups=[runtime.groups.pp, runtime.groups.dp_cp, *alone])
+    _student: ModelSpec
 
     def expect(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Which micro-batches the next passes are over."""
@@ -111,7 +98,8 @@ class RouterBalance(RouterLoss):
             raise TrainingError(
                 f"balance_weight with {split}", rule="the load is that of a sequence, which one rank has as a whole"
             )
-        super().__init__(student, layers, runtime)
+        super().__init__(runtime, own=layers, groups=_groups(runtime))
+        self._student = student
 
     def _value(self, layer: int, index: int, logits_TE: Tensor, keep_SB: Tensor) -> Tensor:
         logits_SBE = logits_TE.view(*keep_SB.shape, -1)
@@ -119,7 +107,7 @@ class RouterBalance(RouterLoss):
         return load_imbalance(logits_SBE, keep_SB, top_k=top_k, sigmoid=self._is_sigmoid(layer))
 
 
-class RouterMatching(RouterLoss):
+class RouterMatching(RouterLoss, Matching):
     """The KL divergence of the teacher's routers from the student's, on the same micro-batches.
 
     Between distributions over the experts that the student has: scores divided by their sum.
@@ -137,7 +125,7 @@ class RouterMatching(RouterLoss):
     name = "router"
 
     def __init__(self, *, student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None, runtime: Runtime) -> None:
-        self._teacher = teacher
+        self._student, self._teacher = student, teacher
         self._pairs = _pairs(student, teacher, plan)
         parallel = runtime.parallel
         self._routes = {
@@ -147,7 +135,7 @@ class RouterMatching(RouterLoss):
             )
             for own, pair in self._pairs.items()
         }
-        super().__init__(student, self._pairs, runtime, theirs=self._routes)
+        super().__init__(runtime, theirs=self._routes, own=self._pairs, groups=_groups(runtime))
 
     def _as_target(self, value: Tensor) -> Tensor:
         return value.detach().float()
@@ -167,6 +155,11 @@ class RouterMatching(RouterLoss):
         pair = self._pairs[layer]
         theirs_TE = self._targets[pair.teacher][index].index_select(1, pair.kept.to(logits_TE.device))
         return router_divergence(theirs_TE, logits_TE, keep_SB.flatten(), sigmoid=self._is_sigmoid(layer))
+
+
+def _groups(runtime: Runtime) -> list[dist.ProcessGroup]:
+    """Over which sums of routers' losses add up; under sequence parallelism each rank routes tokens of its own."""
+    return [runtime.groups.pp, runtime.groups.dp_cp, *([runtime.groups.tp] * runtime.parallel.sequence_parallel)]
 
 
 def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None) -> dict[int, _Pair]:

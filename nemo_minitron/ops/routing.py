@@ -98,7 +98,7 @@ def load_imbalance(logits_SBE: Tensor, keep_SB: Tensor, *, top_k: int, sigmoid: 
     routed_BE = torch.zeros_like(scores_SBE).scatter(-1, chosen_SBK, 1.0).mul(keep_SB1).sum(0)
     mass_BE = torch.where(keep_SB1, scores_SBE, 0).sum(0)
     tokens_B = keep_SB.sum(0).clamp(min=1)  # of a sequence without any, all sums are zero
-    per_sequence_B = (routed_BE.detach() * mass_BE).sum(-1) / tokens_B
+    per_sequence_B = (routed_BE * mass_BE).sum(-1) / tokens_B
     return per_sequence_B.sum() * (logits_SBE.shape[-1] / top_k)
 
 

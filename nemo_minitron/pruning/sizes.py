@@ -210,8 +210,9 @@ def _unnamed_problems(target: TargetConfig, teacher: ModelSpec) -> Iterator[str]
     if target.drop_layers is not None or num_layers(target, teacher) >= teacher.num_layers:
         return
     named = {key: getattr(target, key) for key in ("by_layer", "drop_mixers", "drop_feed_forwards")}
+    by = next((key for key in COUNT_KEYS if getattr(target, key) is not None), "num_layers")
     for key in (key for key, value in named.items() if value and not isinstance(value, int)):
-        yield f"{key} names layers, but num_layers leaves it to scores which stay; name those that go in drop_layers"
+        yield f"{key} names layers, but {by} leaves it to scores which stay; name those that go in drop_layers"
 
 
 def _single_layer_problems(target: TargetConfig, teacher: ModelSpec, index: int) -> Iterator[str]:

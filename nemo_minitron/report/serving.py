@@ -14,7 +14,7 @@ from nemo_minitron.checkpoints.source import TensorSource
 VLLM = "vLLM 0.33.0"
 LLAMA_CPP = "llama.cpp 0.5.0"
 
-_UNTRIED = ("olmoe", "bamba")
+UNTRIED = ("olmoe", "bamba")
 """Families that neither was done for."""
 
 _Objections = Callable[[TensorSource], Iterator[str]]
@@ -27,7 +27,7 @@ def objections(engine: str, source: TensorSource) -> list[str]:
         engine: `VLLM` or `LLAMA_CPP`.
         source: The model as it is exported.
     """
-    if source.family in _UNTRIED:
+    if source.family in UNTRIED:
         return ["nobody has tried that with this family, or read what the engine asks of it"]
     return list(_ENGINES[engine](source))
 
@@ -49,7 +49,8 @@ def _llama_cpp(source: TensorSource) -> Iterator[str]:
     if family in ("qwen2_moe", "dots1", "nemotron") and spec.tied_embeddings:
         yield "its class has an output layer of its own, and here the embeddings serve as one"
     if spec.sliding_window is not None and family in ("mistral", "mixtral", "phi3"):
-        yield f"its attention sees all positions, not the last {spec.sliding_window:,}: longer texts come out otherwise"
+        window = f"the last {spec.sliding_window:,}"
+        yield f"its attention sees all positions, not {window}: longer texts come out differently"
     if family in ("gemma", "nemotron", "phi3") and not _has_sentencepiece(source):
         yield "its converter needs the tokenizer as a file `tokenizer.model`, which the base model came without"
     if family == "gemma" and not spec.tied_embeddings:

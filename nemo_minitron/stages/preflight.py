@@ -148,7 +148,7 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
         if any(problems):
             raise ConfigError("recipe", list(dict.fromkeys(chain.from_iterable(problems))))
     without_experts = [
-        f"distill.{key} = {weight:g}: the model has no experts, whose routers it is a loss of"
+        f"distill.{key} = {weight:g}: the model has no experts, and this is a loss on their routers"
         for key in ("router_weight", "balance_weight")
         if (weight := getattr(config.distill, key)) and not specs[-1].has_experts
     ]
@@ -293,7 +293,8 @@ def _remedy(key: str, path: str) -> str:
     from nemo_minitron.checkpoints.open import hub_remedy  # loads torch
 
     by_hub = hub_remedy(path) if key == "model.source" else ""
-    return by_hub or f"give its place on this machine, as {key}=..."
+    place = f"give its place on this machine, as {key}=..."
+    return f"{by_hub}; or {place}" if by_hub else place
 
 
 def _missing_prefixes(config: RunConfig) -> list[str]:

@@ -125,12 +125,15 @@ def test_documents_are_refused_where_they_cannot_be_kept_apart():
             run_on_ranks(case.parallel.context, jobs.train_all, [case])
 
 
-@pytest.mark.parametrize("spec", ["tied", "untied"])
-def test_weights_gathered_during_the_forward_pass_train_the_same(spec):
-    """Norms are inside the linears, whose module alone waits for them."""
-    run = Run(spec, ParallelConfig(), distributed=True, steps=6, validations=(2, 6))
+@pytest.mark.parametrize(
+    ("spec", "expert"), [("tied", 1), ("untied", 1), ("experts", 1), ("experts", 2), ("nemotron_h", 1)]
+)
+def test_weights_gathered_during_the_forward_pass_train_the_same(spec, expert):
+    """Norms are inside the linears, whose module alone waits for them, as grouped products and Mamba's linears do."""
+    run = Run(spec, ParallelConfig(expert=expert), distributed=True, steps=6, validations=(2, 6))
     for ((plain, late),) in run_on_ranks(2, train_gathering, [run]):
-        assert late["gathering"][-1] == (1, late["buckets"] - 1)
+        chains = 2 if spec == "experts" else 1
+        assert late["gathering"][-1] == (chains, late["buckets"] - chains)
         assert (late["losses"], late["validated"]) == (plain["losses"], plain["validated"])
         assert all(torch.equal(late["weights"][name], weight) for name, weight in plain["weights"].items())
 

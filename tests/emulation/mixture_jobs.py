@@ -11,7 +11,7 @@ from tests.emulation.jobs import own_layers, run_recipe
 from tests.parallel import expert_jobs, hybrid_jobs
 from tests.parallel.expert_jobs import ExpertScoreCase
 from tests.parallel.hybrid_jobs import Measured
-from tests.parallel.megatron_jobs import Case, train
+from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS, Case, train
 
 PROMPTS = [[5, 17, 200, 3, 90, 7, 8, 9, 41], [12], [30, 31, 32, 33]]
 COUNT = 10
@@ -46,7 +46,6 @@ def modules_of(cases: list[Case]) -> list[list[str]]:
     """Classes of the modules that a rank's part of a model is made of, and of what brings tokens to experts."""
     from nemo_minitron.megatron import runtime
     from nemo_minitron.megatron.build import build_chunks
-    from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS
 
     found = []
     for case in cases:

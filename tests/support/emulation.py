@@ -73,7 +73,7 @@ def _build_of_engine() -> None:
     original = build.transformer_config
 
     def carries(spec: Any, device: Any) -> bool:
-        return device.type != "meta" and not build.needs_local_layers(spec)
+        return device.type != "meta" and not spec.needs_own_layers
 
     def config(spec: Any, parallel: Any, precision: Any, *, device: Any, **options: Any) -> Any:
         made = original(spec, parallel, precision, device=device, **options)

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoints.convert import convert
 from nemo_minitron.checkpoints.files import FolderFiles
 from nemo_minitron.checkpoints.hf import open_hf
 from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
-from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.checkpoints.open import hub_remedy, open_checkpoint
 from nemo_minitron.checkpoints.summary import lines, summary
 from nemo_minitron.data.tokenizer import encode_documents, load_tokenizer
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
@@ -328,3 +328,12 @@ def test_an_edited_configuration_beside_our_record_is_refused(folder: Path, tmp_
         (out / file).write_text(text.replace(old, new, 1))
         with pytest.raises(MinitronError, match="rotary_base = 20000"):
             open_checkpoint(out)
+
+
+def test_a_path_that_is_missing_is_a_name_on_the_hub_only_if_it_can_be_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "hf download organisation/name" in hub_remedy("organisation/name")
+    assert [hub_remedy(path) for path in ("models/student.nemo", "models/a.gguf", "runs/demo", "a/b/c")] == [""] * 4

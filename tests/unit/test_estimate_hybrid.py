@@ -1,6 +1,7 @@
 """What the estimate says of layers that lack a part or have Mamba, against what their forward pass keeps."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -102,17 +103,33 @@ def planned(name: str, *changes: str) -> Work:
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"),
+    "name",
     [
-        ("llama31_8b_to_4b_width_256gpu_h100", True),
-        ("nemotron_h_8b_to_4b_width_256gpu_h100", True),
-        ("qwen3_30b_a3b_to_22b_width_64gpu_h100", True),
+        *("llama31_8b_to_4b_width_256gpu_h100", "nemotron_h_8b_to_4b_width_256gpu_h100"),
+        "qwen3_30b_a3b_to_22b_width_64gpu_h100",
     ],
 )
-def test_layers_on_a_cluster_are_those_that_are_built_there(name: str, engine: bool) -> None:
-    """Transformer Engine's where it carries all layers, else ours; on GPUs both."""
+def test_layers_on_a_cluster_are_transformer_engine_s(name: str) -> None:
     step = planned(name).training.step
-    assert (step.engine, step.gpu) == (engine, True)
+    assert (step.engine, step.gpu) == (True, True)
+
+
+@pytest.mark.parametrize("trait", ["windows", "norms behind", "norms over all heads"])
+def test_layers_that_it_does_not_carry_are_ours_on_a_cluster_too(trait: str) -> None:
+    path = recipes.find("llama31_8b_to_4b_width_256gpu_h100")
+    config = load_recipe(path)
+    teacher = read_architecture(path.parent / config.model.architecture)
+    local = tuple(layer.looking_back(local=True) for layer in teacher.layers)
+    changes: dict[str, dict[str, Any]] = {
+        "windows": {"layers": local, "sliding_window": 1024},
+        "norms behind": {"post_norms": True},
+        "norms over all heads": {"qk_norm": True, "full_width_qk_norm": True},
+    }
+    other = replace(teacher, **changes[trait])
+    work = work_of("distill", 1, config, other, (other,), ranks=config.cluster.gpus)
+    assert work is not None
+    step = work.training.step
+    assert (step.engine, step.gpu) == (False, True)
 
 
 def test_our_layers_on_a_gpu_keep_no_scores_and_what_their_fused_kernels_keep() -> None:

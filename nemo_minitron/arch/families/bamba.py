@@ -75,7 +75,9 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
         )
     spec = read_common(config, family="bamba", rotary_percent=_PERCENT)
     with_attention = config["attn_layer_indices"] or []
-    if not isinstance(with_attention, list) or _strange(with_attention, spec.num_layers):
+    if not isinstance(with_attention, list) or any(
+        type(index) is not int or not 0 <= index < spec.num_layers for index in with_attention
+    ):
         raise SpecError(
             f"config.json: attn_layer_indices = {str(with_attention)[:60]}",
             rule=f"a list of numbers of layers, 0 to {spec.num_layers - 1}",
@@ -85,11 +87,6 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     return replace(
         spec, layers=tuple(each if at in with_attention else replace(each, mixer=mixer) for at, each in layers)
     )
-
-
-def _strange(indices: list[Any], count: int) -> list[Any]:
-    """Entries that are no number of a layer."""
-    return [index for index in indices if type(index) is not int or not 0 <= index < count]
 
 
 def _mamba(config: Mapping[str, Any]) -> Mamba:
