@@ -214,7 +214,8 @@ class LayerSpec:
             SpecError: It has none.
         """
         if (found := self.find(kind)) is None:
-            raise SpecError(f"a layer lacks {_WORDS[kind]}", rule="this step needs that in every layer")
+            missing = _WORDS[kind].removeprefix("an ")
+            raise SpecError(f"a layer has no {missing}", rule="this step needs one in every layer")
         return found
 
     @property
