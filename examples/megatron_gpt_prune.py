@@ -18,6 +18,7 @@ from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
 from nemo_minitron import ImportanceCallback, MegatronGPTModel, MegatronStrategy, PruningCallback, Scores
+from nemo_minitron.callbacks.pruning import check_merging
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.scripts import PruningSection
 from nemo_minitron.models.data import CalibrationDataModule
@@ -40,6 +41,7 @@ def main(cfg: DictConfig) -> None:
 
 def prune_by_scores(script: Script[PruningSection], scores: Path) -> None:
     pruning = script.section
+    check_merging(pruning.target, where="pruning.target")
     teacher = open_checkpoint(script.checkpoint)
     plan = build_plan(Scores.load(scores), pruning.target, teacher.spec)
     folder = Path(pruning.folder)

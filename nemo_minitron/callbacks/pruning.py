@@ -82,6 +82,7 @@ class PruningCallback(Callback):
         _claim(self.folder)
         student = student_spec(self.target, model.spec)
         _check_depth(self.target)
+        check_merging(self.target, where="PruningCallback")
         for kind in self.formats:
             FORMATS[kind].check(student, model.family)
         if (source := self._checkpoint(model)) is not None:
@@ -160,9 +161,21 @@ def _check_depth(target: TargetConfig) -> None:
             rule="one validation measures the block influence of each layer, and no more of depth",
             remedy="name the layers with drop_layers, or score and prune with a recipe (score.depth.metrics)",
         )
+
+
+def check_merging(target: TargetConfig, *, where: str) -> None:
+    """Whether a target can be met from scores alone.
+
+    Args:
+        target: What is wanted.
+        where: Who is asked, for the message.
+
+    Raises:
+        PlanError: Layers are to be merged.
+    """
     if target.merge_layers:
         raise PlanError(
-            "PruningCallback: merge_layers = true",
+            f"{where}: merge_layers = true",
             rule="merging needs a second pass over calibration text, when it is known which layers go",
             remedy="leave it out, or score and prune with a recipe",
         )

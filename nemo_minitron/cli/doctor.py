@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nemo_minitron.cores import allowed_cores
 from nemo_minitron.processor import processor_name
 from nemo_minitron.version import __version__
 
@@ -222,7 +223,7 @@ def _machine() -> list[Finding]:
     gigabytes = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     no_pip = "package: models and texts cannot be fetched: python -m ensurepip"
     return [
-        Finding("processor", OK, f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"),
+        Finding("processor", OK, f"{processor_name()}, {allowed_cores()} cores"),
         _checked("memory", memory.available > 6e9, gigabytes, "the demo takes up to 6 GB"),
         _checked("disk here", free > 5, f"{free:.1f} GB free", "the demo writes about 3 GB"),
         _checked("pip", pip, "imports" if pip else "absent", no_pip),

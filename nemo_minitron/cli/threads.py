@@ -14,6 +14,8 @@ import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+from nemo_minitron.cores import allowed_cores
+
 SPINS = 4000
 """GNU's OpenMP counts what it waits in rounds of a loop, of 10 to 40 nanoseconds each."""
 _SPIN_MILLISECONDS = 1
@@ -53,11 +55,7 @@ def is_idle(*, threads: int) -> bool:
 
 def usable_cores() -> int:
     """How many cores this process may keep busy: those it may run on, or fewer where its control group has a quota."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        allowed = os.cpu_count() or 1
-    return max(1, min([allowed, *(math.floor(quota) for quota in _quotas())]))
+    return max(1, min([allowed_cores(), *(math.floor(quota) for quota in _quotas())]))
 
 
 def _quotas() -> Iterator[float]:

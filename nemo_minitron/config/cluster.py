@@ -32,6 +32,9 @@ class ClusterConfig(Section):
     """How long before the time limit that is: more than a step and a save take."""
     account: str | None = None
     partition: str | None = None
+    cpus_per_task: Count | None = None
+    """Cores of each rank, told to `sbatch` and to `srun`, which since Slurm 22.05 does not take it over. None asks for
+    nothing, which some clusters take for one core."""
     sbatch: tuple[str, ...] = ()
     """Further options of `sbatch`, as `--exclusive` or `--mem=0`."""
     container_image: str | None = None
@@ -39,7 +42,7 @@ class ClusterConfig(Section):
     container_mounts: tuple[str, ...] = ()
     """`host:container[:flags]`."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every rank."""
+    """Environment variables of every rank, in a container too."""
 
     @property
     def gpus(self) -> int:

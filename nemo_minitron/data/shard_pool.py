@@ -16,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.cores import allowed_cores
 from nemo_minitron.data.claims import Claims, clear_claims
 from nemo_minitron.data.shards import Shard, ShardJob, Unit, make_shard, shard_bytes, shard_path, units
 from nemo_minitron.errors import DataError
@@ -34,14 +35,12 @@ _FORMAT = 1
 def default_workers() -> int:
     """As many as this machine's share of threads, for all ranks of a run on it: one of them makes data, others wait.
 
-    `OMP_NUM_THREADS`, which the command line sets to the cores that it may use, is what one rank has.
+    `OMP_NUM_THREADS`, which the command line sets to the cores that it may use, is what one rank has. The 1 that
+    torchrun sets for several ranks, asked or not, says nothing.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
+    cores = allowed_cores()
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    if not threads.isdigit() or int(threads) < 1:
+    if not threads.isdigit() or int(threads) < 1 or (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return cores
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     return min(cores, int(threads) * (int(ranks) if ranks.isdigit() else 1))

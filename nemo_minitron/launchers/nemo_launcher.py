@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.training import FinishWith
 from nemo_minitron.errors import ConfigError, LaunchError
 from nemo_minitron.launchers.commands import arguments, check_ranks
 from nemo_minitron.models import nemo_settings
@@ -214,6 +215,12 @@ def _left_out(config: RunConfig) -> list[str]:
         "cache": config.cache is not None,
         "tune": config.tune is not None,
         "score.depth.metrics": bool(config.score.depth.metrics),
+        "score.first_sample": config.score.first_sample > 0,
+        "score.sublayers": config.score.sublayers,
+        "target.merge_layers": config.target.merge_layers,
         "distill.minutes": config.distill.minutes is not None,
+        "distill.patience": config.distill.patience > 0,
+        "distill.finish_with": config.distill.finish_with is not FinishWith.LAST,
+        **dict.fromkeys((f"target.{name}" for name in config.target.budgets), True),
     }
     return [f"{key}: not through this launcher; use `nemo-minitron submit`" for key, is_so in asked.items() if is_so]

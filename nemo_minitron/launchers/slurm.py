@@ -18,6 +18,8 @@ from nemo_minitron.stages.files import write_text
 from nemo_minitron.stages.signals import RUN_AGAIN
 
 _WARNING = signal.SIGUSR1
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+"""Where ranks meet."""
 _GRACE = 60
 """Seconds that the other tasks have when one has ended."""
 
@@ -70,6 +72,7 @@ def _options(name: str, run_dir: Path, cluster: ClusterConfig) -> list[str]:
         "--requeue",
         f"--output={run_dir}/slurm-%j.out",
         "--open-mode=append",
+        *cpus_option(cluster),
         *([f"--account={cluster.account}"] if cluster.account else []),
         *([f"--partition={cluster.partition}"] if cluster.partition else []),
         *cluster.sbatch,
@@ -78,7 +81,7 @@ def _options(name: str, run_dir: Path, cluster: ClusterConfig) -> list[str]:
 
 def _step_options(run_dir: Path, cluster: ClusterConfig) -> list[str]:
     """Of `srun`. The first task that ends must not take the others along before they have saved."""
-    options = ["--kill-on-bad-exit=0", f"--wait={_GRACE}"]
+    options = ["--kill-on-bad-exit=0", f"--wait={_GRACE}", *cpus_option(cluster)]
     if cluster.container_image:
         shown = [f"{run_dir}:{run_dir}"] if run_dir.is_absolute() else []
         mounts = ",".join(['"$PWD:$PWD"', *(shlex.quote(mount) for mount in (*shown, *cluster.container_mounts))])
@@ -86,8 +89,15 @@ def _step_options(run_dir: Path, cluster: ClusterConfig) -> list[str]:
             f"--container-image={shlex.quote(cluster.container_image)}",
             f"--container-mounts={mounts}",
             '--container-workdir="$PWD"',
+            # Without it, variables of the image take the place of those of the job.
+            f"--container-env={','.join((*_MEETING, *cluster.env))}",
         ]
     return options
+
+
+def cpus_option(cluster: ClusterConfig) -> list[str]:
+    """Cores of each rank, as `sbatch` and `srun` take it."""
+    return [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
 
 
 def submit(script: str, run_dir: Path) -> str:

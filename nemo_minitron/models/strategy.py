@@ -28,6 +28,7 @@ from nemo_minitron.megatron.optim import TrainOptimizer, Wrapped
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.megatron.sharded_io import load_training, save_training
 from nemo_minitron.models import resume
+from nemo_minitron.models.best_checkpoints import take_folders
 from nemo_minitron.models.gpt import gpt_model
 from nemo_minitron.models.optimizer import MegatronOptimizer
 from nemo_minitron.models.resume import TrainingRecord
@@ -138,6 +139,7 @@ class MegatronStrategy(Strategy):
         # sequence lengths) could not be used by the training that follows.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
+        take_folders(trainer)
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._record = TrainingRecord(self._asked(trainer))

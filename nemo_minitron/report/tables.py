@@ -264,7 +264,11 @@ def samples(content: ReportContent) -> list[Row]:
     """How each model goes on from the same beginning."""
     texts = content.results.get("evaluate", {}).get("samples", {})
     prompt = texts.get("prompt", "")
-    return [{"name": name, "role": name, "prompt": prompt, "text": texts[name]} for name in MODELS if name in texts]
+    return [
+        {"name": name, "role": name, "prompt": prompt, "text": texts[name].removeprefix(prompt)}
+        for name in MODELS
+        if name in texts
+    ]
 
 
 def objective(content: ReportContent) -> str:

@@ -19,6 +19,20 @@ def export_path(folder: Path, config: RunConfig, kind: ExportFormat) -> Path:
     return folder / (config.name + FORMATS[kind].suffix)
 
 
+def making(config: RunConfig, content: ReportContent | None) -> Making:
+    """What is known of how the model came to be; what was measured on an earlier model is left out."""
+    results = {} if content is None else content.results
+    distilled = results.get("distill", {})
+    return Making(
+        recipe=to_yaml(config),
+        objective=distilled.get("objective", ""),
+        tokens=distilled.get("tokens"),
+        sources=tuple(str(name) for name in config.data.named),
+        evaluation=results.get("evaluate", {}),
+        content=content,
+    )
+
+
 def card(source: TensorSource, config: RunConfig, kind: ExportFormat, content: ReportContent | None) -> str:
     """The card of an export.
 
@@ -28,18 +42,10 @@ def card(source: TensorSource, config: RunConfig, kind: ExportFormat, content: R
         kind: Format of the export.
         content: What the run has come to; None if that is too little for a report.
     """
-    results = {} if content is None else content.results
-    distilled = results.get("distill", {})
-    making = Making(
-        recipe=to_yaml(config),
-        objective=distilled.get("objective", ""),
-        tokens=distilled.get("tokens"),
-        sources=tuple(str(name) for name in config.data.named),
-        evaluation=results.get("evaluate", {}),
-        content=content,
-    )
     archive = config.name + FORMATS[kind].suffix if kind is ExportFormat.NEMO else ""
-    return model_card(source, name=config.name, library=FORMATS[kind].library, archive=archive, making=making)
+    return model_card(
+        source, name=config.name, library=FORMATS[kind].library, archive=archive, making=making(config, content)
+    )
 
 
 def refresh(run: RunFolder, config: RunConfig, content: ReportContent) -> None:

@@ -3,7 +3,6 @@
 Looks at packages without importing them and at GPUs without starting CUDA.
 """
 
-import os
 import platform
 import resource
 import shlex
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 
 from nemo_minitron.config.run import RunConfig
+from nemo_minitron.cores import allowed_cores
 from nemo_minitron.processor import processor_name
 from nemo_minitron.stages.files import read_json, write_json
 from nemo_minitron.version import __version__
@@ -107,7 +107,7 @@ def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory and GPUs."""
     return {
         "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": allowed_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": gpu_names(),
     }

@@ -116,6 +116,22 @@ def test_what_the_scripts_do_not_do_is_refused():
     ]
 
 
+def test_every_request_that_no_script_takes_up_is_refused():
+    asked = {
+        "score.first_sample": ["score.first_sample=4"],
+        "score.sublayers": ["score.sublayers=true", "score.depth.samples=2"],
+        "target.merge_layers": ["target.merge_layers=true", "target.num_layers=3"],
+        "distill.patience": ["distill.patience=2"],
+        "distill.finish_with": ["distill.finish_with=best"],
+        "target.params": ["target.params=60000"],
+        "target.ratio": ["target.ratio=0.8"],
+    }
+    for key, overrides in asked.items():
+        with pytest.raises(ConfigError) as refused:
+            nemo_launcher.submit({"stages": ["score"]}, plan(*overrides))
+        assert refused.value.problems == [f"{key}: not through this launcher; use `nemo-minitron submit`"]
+
+
 def test_without_the_launcher_the_error_says_what_to_give(tmp_path):
     ended = launch(tmp_path, tmp_path)
 

@@ -45,7 +45,22 @@ def test_several_nodes_are_a_slurm_job_of_one_task_a_gpu(tmp_path):
     } <= set(lines)
     [step] = [line for line in lines if line.startswith("srun --output")]
     run = tmp_path / "run"
-    assert f"--container-image nemo.sqsh --container-mounts {run}:{run}," in step
+    mounts = f"{tmp_path}:{tmp_path},{run}:{run},"
+    assert f"--container-image nemo.sqsh --container-mounts {mounts}" in step
+    assert step.rindex(f"--container-workdir={tmp_path}") > step.index("--container-workdir "), "pyxis takes the last"
     assert step.index("--kill-on-bad-exit=1") < step.index("--kill-on-bad-exit=0"), "Slurm takes the last"
     assert "torchrun" not in step
     assert step.endswith("bash /nemo_run/scripts/tiny.sh")
+
+
+def test_what_a_cluster_is_asked_for_reaches_slurm(tmp_path):
+    where = ("cluster.nodes=2", "cluster.env={http_proxy: 'http://a b;c'}", "cluster.cpus_per_task=7")
+    lines = dry_run(tmp_path, *where, "cluster.sbatch=[--exclusive, --mem=0, '--gpu-bind=none']")
+
+    assert {"#SBATCH --exclusive", "#SBATCH --mem=0", "#SBATCH --gpu-bind=none"} <= set(lines)
+    assert "#SBATCH --cpus-per-task=7" in lines
+    assert "export http_proxy='http://a b;c'" in lines
+    [step] = [line for line in lines if line.startswith("srun --output")]
+    assert "--cpus-per-task=7" in step
+    chdirs = [word for word in step.split() if word.startswith("--chdir")]
+    assert chdirs[-1] == f"--chdir={tmp_path}", "relative paths are those of the folder in which it was launched"

@@ -61,6 +61,15 @@ def test_container_sees_the_folder_of_the_job_and_of_the_run():
     assert "--container-image=nvcr.io#nvidia/nemo:25.07" in words
     assert "--container-mounts=$PWD:$PWD,/scratch/mine:/scratch/mine,/lustre:/data:ro" in words
     assert "--container-workdir=$PWD" in words
+    assert "--container-env=MASTER_ADDR,MASTER_PORT" in words
+    text = script("cluster.container_image=x", "cluster.env={NCCL_IB_HCA: mlx5, A: b}")
+    assert " --container-env=MASTER_ADDR,MASTER_PORT,NCCL_IB_HCA,A " in text, "the image's own do not count"
+
+
+def test_cores_of_a_rank_are_asked_of_the_job_and_of_the_step():
+    lines = script("cluster.cpus_per_task=14").splitlines()
+    assert "#SBATCH --cpus-per-task=14" in lines
+    assert [line for line in lines if line.startswith("srun") and " --cpus-per-task=14 " in line]
 
 
 def test_variables_reach_the_ranks_as_they_are_written():

@@ -212,12 +212,16 @@ def test_an_index_is_megatrons(tmp_path, dtype):
 
 def test_workers_follow_from_the_threads_of_all_ranks_here(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     assert default_workers() == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert default_workers() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert default_workers() == 6
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    assert default_workers() == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert default_workers() == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun sets one thread a rank")
     assert default_workers() == 8

@@ -20,7 +20,7 @@ from nemo_minitron.config.load import load_recipe, to_yaml
 from nemo_minitron.report import build, curves, drawing, tables
 from nemo_minitron.report.compare import Compared, comparison
 from nemo_minitron.report.content import Depth, ReportContent
-from nemo_minitron.stages import export
+from nemo_minitron.stages import cards, export
 from nemo_minitron.stages.report import recipe_of
 from nemo_minitron.stages.run_folder import RunFolder
 from tests.support import chromium
@@ -278,11 +278,11 @@ def test_what_is_older_than_what_it_was_made_from_is_left_out(tmp_path, monkeypa
     # Nor does the card of a model that is exported beside it speak of them.
     config = recipe_of(RunFolder(run))
     assert "perplexity" not in closing.summary(RunFolder(run), config)
-    making = export._making(SimpleNamespace(run=RunFolder(run), config=config))
+    making = cards.making(config, export._content(SimpleNamespace(run=RunFolder(run), config=config)))
     assert making.evaluation == {}
     assert making.tokens == 204_800
     (run / "stages/prune/DONE").write_text(json.dumps({"digest": "ab" * 32, "upstream": {"score": "ee" * 32}}))
-    making = export._making(SimpleNamespace(run=RunFolder(run), config=config))
+    making = cards.making(config, export._content(SimpleNamespace(run=RunFolder(run), config=config)))
     assert (making.content, making.evaluation, making.tokens, making.objective) == (None, {}, None, "")
     assert "stage prune is older than a stage that it was made from" in command(run, status=2)
 
