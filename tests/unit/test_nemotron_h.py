@@ -227,8 +227,13 @@ def test_layouts_that_cannot_be_are_refused_before_a_model_is_built(folder: Path
     with pytest.raises(LayoutError, match=r"mamba_num_groups = 4 of layer 0 is not a multiple of parallel\.tensor = 8"):
         check_layout(spec, ParallelConfig(tensor=8))
     check_layout(spec, ParallelConfig(tensor=2, sequence_parallel=True))
-    with pytest.raises(LayoutError, match=r"parallel\.context splits positions"):
-        check_layout(spec, ParallelConfig(context=2))
+
+    check_layout(spec, ParallelConfig(tensor=2, context=4))  # 4 heads in 2 groups: 2 ranks a group, with a head each
+    with pytest.raises(LayoutError) as error:
+        check_layout(spec, ParallelConfig(tensor=2, context=8))
+    said = "mamba_num_heads = 8 of layer 0 is not a multiple of 16: under parallel.context = 8 4 ranks share"
+    assert said in str(error.value)
+    assert str(error.value).count("mamba_num_heads") == 1, "of layers that are alike, the first"
 
 
 def test_other_families_cannot_write_a_hybrid(folder: Path) -> None:
