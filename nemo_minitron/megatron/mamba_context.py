@@ -74,8 +74,8 @@ class HeadExchange:
         """
         parts = self._convolved(inner_BLW, dim=-1) | {"dt": dt_BLW}
         sent = torch.cat([self._by_rank(part.transpose(0, 1), letters) for letters, part in parts.items()], dim=-1)
-        ranks, length, batch, width = sent.shape
-        halves = all_to_all(self._group, sent).view(ranks, 2, length // 2, batch, width)
+        sets, shares, length, batch, width = sent.shape
+        halves = all_to_all(self._group, sent.flatten(0, 1)).view(sets * shares, 2, length // 2, batch, width)
         # Of twice as many pieces as ranks, each rank has one from either end (`MicroBatch.on_context_rank`).
         pieces = torch.cat([halves[:, 0], halves[:, 1].flip(0)])
         inner, dt = pieces.flatten(0, 1).transpose(0, 1).split([width - self.rows["dt"], self.rows["dt"]], dim=-1)
@@ -94,10 +94,10 @@ class HeadExchange:
         return dict(zip("xBC", torch.split(inner, [self._parts[letters] for letters in "xBC"], dim=dim), strict=True))
 
     def _by_rank(self, part_LBW: Tensor, letters: str) -> Tensor:
-        """What each rank is sent of a part, `[ranks, L, B, W]`."""
+        """What each rank is sent of a part, `[sets, shares, L, B, W]`."""
         length, batch, _ = part_LBW.shape
         if letters in _MAPS:
             maps = part_LBW.reshape(length, batch, self._sets, -1).permute(2, 0, 1, 3)
-            return maps[:, None].expand(-1, self._shares, -1, -1, -1).flatten(0, 1)
+            return maps[:, None].expand(-1, self._shares, -1, -1, -1)
         cut = part_LBW.reshape(length, batch, self._sets, self._groups, self._shares, -1)
-        return cut.permute(2, 4, 0, 1, 3, 5).flatten(4).flatten(0, 1)
+        return cut.permute(2, 4, 0, 1, 3, 5).flatten(4)

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from nemo_minitron.arch.layer import LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
+from tests.support.emulation import split_angles_on_cpu
+from tests.support.kept_memory import kept_bytes
 
 SAMPLES, LENGTH, HIDDEN = 2, 24, 10
 
@@ -93,9 +95,9 @@ def _mixed(spec: ModelSpec, here: Any) -> dict[str, Any]:
 def kept(mamba: Mamba, length: int, parallel: ParallelConfig) -> int:
     """Bytes that a layer with a mixer keeps for the backward pass of one sample."""
     from nemo_minitron.megatron import runtime
-    from tests.support.kept_memory import kept_bytes
 
     here = runtime.start(parallel, seed=0)
+    split_angles_on_cpu()
     chunk = build(spec_of(mamba, 256), here)
     size = kept_bytes(chunk, length // parallel.context)
     runtime.stop()

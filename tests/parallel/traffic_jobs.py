@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
+from tests.support.emulation import split_angles_on_cpu
 
 SAMPLES, LENGTH, MICRO_BATCHES = 2, 32, 4
 
@@ -75,6 +76,7 @@ def distill_once(
     from nemo_minitron.models.losses import DistillationLoss, tensor_group
 
     here = runtime.start(parallel, seed=0)
+    split_angles_on_cpu()
     teacher = _build(teacher_spec, here, precision, trainable=False)
     student = _build(student_spec, here, precision)
     for chunk in (*student, *teacher):
