@@ -119,15 +119,15 @@ def test_experts_exchange_tokens_over_nvlink_inside_a_node_and_nothing_is_hidden
 
 
 @pytest.mark.parametrize(
-    ("recipe", "key", "header"),
+    ("recipe", "key", "ranks", "header"),
     [
-        ("qwen3_30b_a3b_to_22b_width_64gpu_h100", "expert", "EP"),
-        ("nemotron_h_8b_to_4b_width_256gpu_h100", "context", "CP of\nMamba"),
+        ("qwen3_30b_a3b_to_22b_width_64gpu_h100", "expert", 8, "EP"),
+        ("nemotron_h_8b_to_4b_width_256gpu_h100", "context", 2, "CP of\nMamba"),
     ],
 )
-def test_the_dry_run_shows_expert_and_context_parallelism_where_there_is_some(recipe, key, header):
+def test_the_dry_run_shows_expert_and_context_parallelism_where_there_is_some(recipe, key, ranks, header):
     path = recipes.find(recipe)
-    for size, named in ((8, True), (1, False)):
+    for size, named in ((ranks, True), (1, False)):
         config = load_recipe(path, [f"parallel.{key}={size}"])
         teacher = read_architecture(path.parent / config.model.architecture)
         students = round_specs(config.target, teacher, config.rounds)
