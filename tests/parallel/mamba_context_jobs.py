@@ -18,7 +18,7 @@ SAMPLES, LENGTH, HIDDEN = 2, 24, 10
 
 def spec_of(mamba: Mamba, hidden: int = HIDDEN) -> ModelSpec:
     return ModelSpec(
-        vocab_size=64,
+        vocab_size=96,
         hidden_size=hidden,
         head_dim=8,
         layers=(LayerSpec(mixer=mamba, feed_forward=None),),
