@@ -220,10 +220,10 @@ class LocalMamba(MegatronModule):
         taps, exchange = weight[:, 0], self.exchange
         if exchange is None:
             return _Scanned(taps, bias, self.dt_bias, self.A_log, self.D, self.parts)
-        of_heads = (exchange.weight(each, "dt") for each in (self.dt_bias, self.A_log, self.D))
+        dt_bias, log_rates, skip = (exchange.weight(each, "dt") for each in (self.dt_bias, self.A_log, self.D))
         taps = exchange.convolved(taps)
         bias = None if bias is None else exchange.convolved(bias)
-        return _Scanned(taps, bias, *of_heads, exchange.rows)
+        return _Scanned(taps, bias, dt_bias, log_rates, skip, exchange.rows)
 
     def sharded_state_dict(
         self,

@@ -78,7 +78,8 @@ class HeadExchange:
         halves = all_to_all(self._group, sent.flatten(0, 1)).view(sets * shares, 2, length // 2, batch, width)
         # Of twice as many pieces as ranks, each rank has one from either end (`MicroBatch.on_context_rank`).
         pieces = torch.cat([halves[:, 0], halves[:, 1].flip(0)])
-        inner, dt = pieces.flatten(0, 1).transpose(0, 1).split([width - self.rows["dt"], self.rows["dt"]], dim=-1)
+        steps = self.rows["dt"]
+        inner, dt = torch.split(pieces.flatten(0, 1).transpose(0, 1), [width - steps, steps], dim=-1)
         return inner, dt
 
     def to_positions(self, y_BSW: Tensor) -> Tensor:

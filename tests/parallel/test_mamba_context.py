@@ -75,7 +75,10 @@ def test_the_kernels_of_a_gpu_scan_the_same_heads(alone: dict[str, dict[str, Any
 
 @pytest.mark.parametrize("groups", [4, 1], ids=["groups apart", "one group"])
 def test_a_rank_keeps_what_is_estimated(groups: int) -> None:
-    """Of all positions its heads; and the maps of a group that two ranks share."""
+    """Of all positions its heads, and the maps of a group that two ranks share.
+
+    The estimate has what arrives, too, which a GPU's convolution keeps, and the one in plain torch only as it pads it.
+    """
     mamba = replace(sized(16, groups, channels=32, state=64), chunk_size=64)
     layout, length = ParallelConfig(context=2), 512
     step = Pass(
@@ -89,4 +92,4 @@ def test_a_rank_keeps_what_is_estimated(groups: int) -> None:
     )
     spec = spec_of(mamba, 256)
     estimate = layer_activations(spec, spec.layers[0], step)
-    assert run_on_ranks(2, kept, mamba, length, layout) == [pytest.approx(estimate, rel=0.1)] * 2
+    assert all(0.85 * estimate < found < 1.05 * estimate for found in run_on_ranks(2, kept, mamba, length, layout))
