@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nemo_minitron.arch.weights import weight_named
-from nemo_minitron.callbacks.metrics_file import read_rows
 from nemo_minitron.checkpoints.hf import open_hf
+from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.megatron.placement import local_shard
@@ -16,6 +16,7 @@ from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.scores import Scores
 from tests.emulation import jobs, mixture_jobs
 from tests.emulation.mixture_jobs import COUNT, PROMPTS
+from tests.jobs import config_for, distill_losses, prepare
 from tests.parallel import expert_jobs, hybrid_jobs
 from tests.parallel.expert_jobs import ExpertScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS, STEPS, Case
@@ -231,49 +232,47 @@ def test_texts_with_a_cache_are_those_without(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["experts_cpu", "hybrid_cpu"])
 def test_a_tiny_recipe_distils_as_on_the_project_s_layers(recipe, tmp_path):
-    """From import to distillation with positions split; of experts, the routers' divergence is part of the loss."""
+    """With positions split, from import to distillation, where the routers' divergence is part of the experts' loss.
+
+    A hybrid's student is evaluated, too.
+    """
     given = [f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'corpus'}]"]
     given += ["distill.tokens=2560", "score.samples=8"]
     if recipe == "experts_cpu":
         write_experts(tmp_path / "hf", "qwen2_moe", trained_steps=60)
         given.append("distill.router_weight=0.2")
+        last, layout = "distill", ["parallel.tensor=2", "parallel.sequence_parallel=true"]
     else:
         write_nemotron_h(tmp_path / "hf", trained_steps=60)
+        last, layout = "evaluate", ["parallel.context=2"]
     write_corpus(tmp_path / "corpus")
-    path, layout = RECIPES / f"{recipe}.yaml", ["parallel.tensor=2", "parallel.sequence_parallel=true"]
-    (own,) = run_on_ranks(1, mixture_jobs.distil_on_own_layers, path, given, tmp_path / "own")
-    split = run_on_ranks(2, jobs.run_recipe, path, [*given, *layout], tmp_path / "SP2", "distill")
+    path = RECIPES / f"{recipe}.yaml"
+    (own,) = run_on_ranks(1, mixture_jobs.run_on_own_layers, path, given, tmp_path / "own", last)
+    split = run_on_ranks(2, jobs.run_recipe, path, [*given, *layout], tmp_path / "split", last)
     assert len(own["kl"]) == 2, "validated before the first step and after the last"
     assert own["kl"][1] < own["kl"][0]
+    assert len(own["perplexity"]) == (3 if last == "evaluate" else 0)
     for found in split:
         assert found["layers"] != own["layers"]
         assert found["kl"] == pytest.approx(own["kl"], rel=1e-3)
+        assert found["perplexity"] == pytest.approx(own["perplexity"], rel=1e-4)
 
 
-def test_a_hybrid_distilled_with_positions_split_is_that_of_one_rank(tmp_path):
-    """All stages: twenty steps by logits and intermediate states, the perplexities afterwards, and the generated text.
-
-    The student has half of the teacher's Mamba heads.
-    """
+def test_twenty_steps_of_a_hybrid_with_positions_split_are_those_of_one_rank(tmp_path):
+    """By logits and intermediate states; the student has half of the teacher's Mamba heads, and narrower ones."""
     write_nemotron_h(tmp_path / "hf", trained_steps=60)
     write_corpus(tmp_path / "corpus")
-    given = [f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'corpus'}]", "score.samples=8"]
-    given.append("distill.hidden.layers=[[0,0],[4,3]]")
-    found = {}
+    target = {"mamba_num_heads": 4, "mamba_head_dim": 6, "hidden_size": 48, "ffn_hidden_size": 64, "num_layers": 7}
+    run_on_ranks(1, prepare, tmp_path, {"target": target})
+    losses = {}
     for ranks in (1, 2):
-        asked = [*given, f"parallel.context={ranks}"]
-        found[ranks] = run_on_ranks(ranks, jobs.run_recipe, RECIPES / "hybrid_cpu.yaml", asked, tmp_path / str(ranks))
-    losses, other = (
-        {
-            name: [row[name] for row in read_rows(tmp_path / str(ranks) / "metrics.jsonl") if name in row]
-            for name in ("train/loss", "train/kl", "train/hidden")
-        }
-        for ranks in (1, 2)
-    )
-    assert len(losses["train/loss"]) == len(losses["train/hidden"]) == 20
-    assert losses["train/kl"][-1] < 0.9 * losses["train/kl"][0]
-    for name, values in losses.items():
-        assert other[name] == pytest.approx(values, rel=1e-5), name
-    (alone,) = found[1]
-    for rank in found[2]:
-        assert rank["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+        config = config_for(tmp_path / "hf", tmp_path / "corpus", parallel=ParallelConfig(context=ranks))
+        hidden = HiddenConfig(layers=((0, 0), (4, 3)))
+        config = config.model_copy(update={"distill": config.distill.model_copy(update={"hidden": hidden})})
+        folders = (tmp_path / name for name in ("student", "teacher", "data"))
+        losses[ranks] = run_on_ranks(ranks, distill_losses, *folders, config)
+    (expected,) = losses[1]
+    assert len(expected) == 20
+    assert expected[-1] < 0.9 * expected[0], "the student learns"
+    for found in losses[2]:
+        assert found == pytest.approx(expected, rel=1e-5)
