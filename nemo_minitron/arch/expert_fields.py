@@ -56,13 +56,20 @@ def expert_fields(spec: ModelSpec, *, args: bool = False) -> dict[str, Any]:
 def are_alike(spec: ModelSpec) -> bool:
     """Whether one set of fields describes the experts of all layers, and Megatron can compute them.
 
-    It normalises sigmoid scores always, and knows a correction bias of sigmoid scores alone.
+    It normalises the sigmoid scores of several experts and never that of one, wants the softmax of one before the
+    choice, and knows a correction bias of sigmoid scores alone.
     """
     kinds = {layer.feed_forward for layer in spec.layers}
     experts = [kind for kind in kinds if isinstance(kind, Moe)]
     dense = [kind for kind in kinds if isinstance(kind, Mlp)]
     sigmoid = all(each.score_function is RouterScore.SIGMOID for each in experts)
-    computes = all(each.normalize_top_k if sigmoid else not each.correction_bias for each in experts)
+    several = all(each.top_k > 1 for each in experts)
+    normalized = {each.normalize_top_k for each in experts}
+    computes = (
+        normalized == {several}
+        if sigmoid
+        else (several or normalized == {False}) and not any(each.correction_bias for each in experts)
+    )
     return len(experts) == 1 and len(dense) == len(kinds) - 1 <= 1 and computes
 
 
@@ -100,7 +107,7 @@ def feed_forwards(found: Mapping[str, Any], *, where: str) -> Callable[[int], Fe
         **sizes,
         shared_gate=bool(found.get("moe_shared_expert_gate", False)),
         score_function=RouterScore(name),
-        normalize_top_k=sigmoid or not found.get("moe_router_pre_softmax", False),
+        normalize_top_k=sizes["top_k"] > 1 if sigmoid else not found.get("moe_router_pre_softmax", False),
         correction_bias=bool(found.get("moe_router_enable_expert_bias", False)),
         scaling_factor=float(found.get("moe_router_topk_scaling_factor", 1.0)),
         router_fp32=found.get("moe_router_dtype") == "fp32",
