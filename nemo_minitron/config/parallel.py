@@ -1,7 +1,7 @@
 """How a model is spread over processes, and in which numbers it computes."""
 
 from enum import StrEnum
-from math import lcm
+from math import gcd, lcm
 from typing import Self
 
 from pydantic import model_validator
@@ -45,7 +45,7 @@ class ParallelConfig(Section):
     virtual_pipeline: Count | None = None
     """Model chunks a pipeline rank holds (interleaved schedule, VPP); None for one."""
     context: Count = 1
-    """Ranks that share each sequence (CP). Above 1 it needs Transformer Engine."""
+    """Ranks that share each sequence (CP). Above 1 it needs Transformer Engine. They share Mamba heads, too."""
     expert: Count = 1
     """Ranks that share the experts of each layer (EP): data-parallel ranks, of which each holds some experts of all of
     them, split over the tensor-parallel ranks like an MLP. Divides the number of experts and the data-parallel size."""
@@ -119,3 +119,17 @@ class ParallelConfig(Section):
         Expert-parallel ranks are data-parallel ranks, or context-parallel ones.
         """
         return self.tensor * self.pipeline * lcm(self.context, self.expert)
+
+
+def mamba_split(groups: int, context: int) -> tuple[int, int]:
+    """How context-parallel ranks share Mamba heads: into how many sets groups fall, and the heads of each group.
+
+    The sets are as many as divide both numbers, so that as few ranks as can be need the maps of one group. Rank
+    `i * shares + j` has share `j` of the heads of each group of set `i`.
+
+    Args:
+        groups: Groups of heads on a tensor-parallel rank.
+        context: Context-parallel ranks.
+    """
+    sets = gcd(groups, context)
+    return sets, context // sets

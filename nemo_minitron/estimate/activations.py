@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from nemo_minitron.arch.layer import LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec, Norm
-from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute, mamba_split
 from nemo_minitron.megatron.functional import QUERY_BLOCK
 from nemo_minitron.megatron.placement import chunk_layers
 
@@ -141,6 +141,9 @@ def _mamba(mamba: Mamba, step: Pass) -> int:
     """Bytes a token; `[d]` channels of all heads, `[c]` of the convolution, `[p]` of the projection, on this rank."""
     element, ranks = bytes_of(step.precision), step.parallel.tensor
     rows = {letters: count // ranks for letters, count in mamba.parts().items()}
+    # Context-parallel ranks keep all positions of some heads, and those that share a group its maps each.
+    copies = mamba_split(mamba.mamba_num_groups // ranks, step.parallel.context)[1]
+    rows |= {letters: copies * rows[letters] for letters in ("B", "C")}
     inner, heads, projected = rows["x"], rows["dt"], sum(rows.values())
     convolved = inner + 2 * rows["B"]
     # p as it comes, c convolved, steps before and after softplus and clamp, d of the scan; in the gated norm in fp32

@@ -1,16 +1,18 @@
 """Bytes that ranks tell each other in one optimizer step, by axis of the layout, and bytes of a training checkpoint.
 
 Equal to what the collectives of a real step move (`tests/parallel/test_estimate_traffic.py`), scalars aside: token
-counts, the gradient norm, reports. Context parallelism and losses on intermediate states are left out.
+counts, the gradient norm, reports. What attention exchanges under context parallelism, inside of Transformer Engine,
+and losses on intermediate states are left out.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from nemo_minitron.arch.axes import Axis
+from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count, weights
-from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
+from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute, mamba_split
 from nemo_minitron.estimate.activations import Pass, bytes_of, own_layers
 from nemo_minitron.estimate.memory import Training, expert_parameters, rank_parameters
 from nemo_minitron.megatron.placement import padded_vocab
@@ -29,6 +31,7 @@ class Split(StrEnum):
     """Between which ranks."""
 
     TENSOR = "tensor"
+    CONTEXT = "context"
     EXPERT = "expert"
     PIPELINE = "pipeline"
     DATA = "data"
@@ -40,6 +43,7 @@ class Collective(StrEnum):
     ALL_REDUCE = "all-reduce"
     ALL_GATHER = "all-gather"
     REDUCE_SCATTER = "reduce-scatter"
+    ALL_TO_ALL = "all-to-all"
     SEND = "send"
 
 
@@ -50,7 +54,8 @@ class Traffic:
     Attributes:
         split: The axis.
         collective: The operation.
-        bytes: Size of the complete tensors, all calls together: what is gathered, or what is scattered.
+        bytes: Size of the complete tensors, all calls together: what is gathered, what is scattered, or what a rank
+            has for all of them.
         ranks: Ranks in the group.
     """
 
@@ -79,6 +84,8 @@ def step_traffic(
     Operations over one rank are left out.
     """
     found = _tensor(student, training, stage, teacher)
+    found += [_mamba(student, training.step, stage, trained=True)]
+    found += [_mamba(teacher, training.step, stage, trained=False)] if teacher is not None else []
     found += _experts(student, training.step, stage, trained=True)
     found += _experts(teacher, training.step, stage, trained=False) if teacher is not None else []
     found += _pipeline(student, training, stage, teacher)
@@ -89,7 +96,7 @@ def step_traffic(
 def forward_traffic(spec: ModelSpec, step: Pass, stage: int) -> tuple[Traffic, ...]:
     """A rank of a pipeline stage in a forward pass over a step's micro-batches."""
     found = [*_layers(spec, step, stage, trained=False), *_experts(spec, step, stage, trained=False)]
-    found.append(_sends(spec, step, stage, backward=False))
+    found += [_mamba(spec, step, stage, trained=False), _sends(spec, step, stage, backward=False)]
     return tuple(each for each in found if each.bytes and each.ranks > 1)
 
 
@@ -142,6 +149,22 @@ def _forward_passes(step: Pass, *, trained: bool, whole: bool) -> int:
     """
     again = (Recompute.FULL,) if whole else (Recompute.FULL, Recompute.SELECTIVE)
     return 2 if trained and step.parallel.recompute in again else 1
+
+
+def _mamba(spec: ModelSpec, step: Pass, stage: int, *, trained: bool) -> Traffic:
+    """Context parallelism of Mamba (`megatron.mamba_context`): what is scanned, there, and what comes of it, back.
+
+    The backward pass exchanges gradients of as many numbers. Where ranks share a group, each is sent the group's maps.
+    """
+    parallel, numbers = step.parallel, 0
+    for number in own_layers(spec, parallel, stage):
+        if isinstance(mixer := spec.layers[number].mixer, Mamba):
+            rows = {letters: count // parallel.tensor for letters, count in mixer.parts().items()}
+            copies = mamba_split(mixer.mamba_num_groups // parallel.tensor, parallel.context)[1]
+            numbers += 2 * rows["x"] + copies * (rows["B"] + rows["C"]) + rows["dt"]
+    passes = _forward_passes(step, trained=trained, whole=True) + trained
+    size = passes * step.micro_batches * step.tokens * numbers * bytes_of(step.precision)
+    return Traffic(split=Split.CONTEXT, collective=Collective.ALL_TO_ALL, bytes=size, ranks=parallel.context)
 
 
 def _experts(spec: ModelSpec, step: Pass, stage: int, *, trained: bool) -> list[Traffic]:

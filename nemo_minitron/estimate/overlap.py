@@ -5,7 +5,8 @@ but the last one, which is complete when that pass ends. Those of weights arrive
 pass, all but the first one, without which it cannot begin; a teacher's pass, which comes before, hides that one too.
 A later pipeline stage has a bucket a model chunk, and waits for earlier stages before its first micro-batch and after
 its last one: what it sends then costs nothing either. Under the interleaved schedule stages exchange activations while
-they compute, but for those that fill the pipeline. Tensor and expert parallelism are never hidden.
+they compute, but for those that fill the pipeline. Tensor and expert parallelism, and Mamba's context parallelism, are
+never hidden.
 
 Speeds of wires are data sheets' and assumptions; latency is left out.
 """
@@ -56,9 +57,10 @@ class Machine:
     def seconds(self, traffic: Traffic, parallel: ParallelConfig) -> float:
         """Time of an exchange at the speed of its slowest wire.
 
-        Tensor-parallel ranks are neighbours, and their groups of an expert-parallel group are, too.
+        Tensor-parallel ranks are neighbours, and their groups of an expert- or context-parallel group are, too.
         """
         spans = {Split.TENSOR: parallel.tensor, Split.EXPERT: parallel.tensor * parallel.expert}
+        spans[Split.CONTEXT] = parallel.tensor * parallel.context
         span = spans.get(traffic.split, self.gpus)
         wire = (NVLINK if span <= self.gpus_per_node else NETWORK)[self.gpu]
         return traffic.sent / (wire * REACHED)

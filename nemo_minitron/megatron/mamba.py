@@ -1,11 +1,13 @@
 """Mamba-2's mixer between Megatron's parallel linears: groups of heads are split over tensor-parallel ranks.
 
 Weights are those of Megatron's own mixer in name, shape, split and stored form, but that one needs CUDA. On a GPU with
-mamba-ssm and causal-conv1d installed their kernels compute the same (`kernels.state_space`).
+mamba-ssm and causal-conv1d installed their kernels compute the same (`kernels.state_space`). Context-parallel ranks
+exchange positions for heads around the scan (`mamba_context`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.kernels import state_space as kernels
+from nemo_minitron.megatron.mamba_context import HeadExchange
 from nemo_minitron.megatron.marks import device_of
 from nemo_minitron.ops.state_space import Scan, causal_convolution, gated_group_norm, state_space_scan
 
@@ -70,6 +73,18 @@ class _Weight(nn.Module):
         return self.weight, self.bias
 
 
+class _Scanned(NamedTuple):
+    """What a rank scans: its heads' rows of the weights between the projections, and of the projection's parts."""
+
+    taps: Tensor
+    """`[channels of the convolution, taps]`."""
+    bias: Tensor | None
+    dt_bias: Tensor
+    log_rates: Tensor
+    skip: Tensor
+    rows: Mapping[str, int]
+
+
 class LocalMamba(MegatronModule):
     """A Mamba-2 mixer.
 
@@ -89,6 +104,10 @@ class LocalMamba(MegatronModule):
         ranks = self.tp_group.size()
         self.parts = {letters: rows // ranks for letters, rows in sizes.parts().items()}
         """Rows of this rank's part of the input projection."""
+        self.groups = sizes.mamba_num_groups // ranks
+        self.exchange: HeadExchange | None = None
+        if pg_collection.cp.size() > 1:
+            self.exchange = HeadExchange(self.parts, self.groups, pg_collection.cp)
         how: dict[str, Any] = {
             "config": config,
             "bias": False,
@@ -157,32 +176,54 @@ class LocalMamba(MegatronModule):
             before: What was read before; None for nothing.
             keep_BS: Positions that change the state, those of the others being padding; None for all.
         """
-        batch, length, _ = projected_BSC.shape
-        sizes, parts = self.sizes, self.parts
+        parts, exchange = self.parts, self.exchange
         gate, inner, dt = torch.split(projected_BSC, [parts["z"], self.convolved, parts["dt"]], dim=-1)
-        fast = kernels.run(projected_BSC.device, taps=sizes.conv_kernel) and before is None
+        if exchange is None:
+            found = self._scan(inner, dt, before, keep_BS)
+            y = found.output
+        else:
+            gate = gate.contiguous()  # so that what has been sent is not kept beside what has arrived
+            found = self._scan(*exchange.to_heads(inner, dt), before, keep_BS)
+            y = exchange.to_positions(found.output)
+        scale, _ = self.norm()
+        normed = gated_group_norm(y, gate, scale, groups=self.groups, eps=self.config.layernorm_epsilon)
+        return Scan(normed, found.state)
+
+    def _scan(self, inner: Tensor, dt: Tensor, before: MambaState | None, keep_BS: Tensor | None) -> Scan:
+        """Convolution and scan of `inner`, x, B and C side by side; the output is `[b, s, heads * channels]`."""
+        batch, length, _ = inner.shape
+        sizes, scanned = self.sizes, self._scanned()
+        dtype, rows = inner.dtype, scanned.rows
+        fast = kernels.run(inner.device, taps=sizes.conv_kernel) and before is None
         convolve = kernels.causal_convolution if fast else causal_convolution
         seen = inner if before is None else torch.cat([before.window, inner], dim=1)
-        taps, bias = self.conv1d()
-        inner = convolve(seen, taps[:, 0], bias)[:, -length:]
-        x, b, c = torch.split(inner, [parts["x"], parts["B"], parts["C"]], dim=-1)
+        inner = convolve(seen, scanned.taps, scanned.bias)[:, -length:]
+        x, b, c = torch.split(inner, [rows["x"], rows["B"], rows["C"]], dim=-1)
         x = x.reshape(batch, length, -1, sizes.mamba_head_dim)
         wide = torch.promote_types(dt.dtype, torch.float32)
-        steps = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(min=sizes.dt_min)
+        steps = F.softplus(dt.to(wide) + scanned.dt_bias.to(wide)).clamp(min=sizes.dt_min)
         if keep_BS is not None:
             steps = torch.where(keep_BS[..., None], steps, 0)
-        decay = -self.A_log.to(wide).exp()
+        decay = -scanned.log_rates.to(wide).exp()
         b, c = (each.reshape(batch, length, -1, sizes.mamba_state_dim) for each in (b, c))
         if fast:
             found = kernels.scan(x, steps, decay, b, c, chunk=sizes.chunk_size)
         else:
             state = None if before is None else before.state
             found = state_space_scan(x, steps, decay, b, c, chunk=sizes.chunk_size, state_BHPN=state)
-        y = (found.output + x * self.D.to(wide)[:, None]).to(projected_BSC.dtype).flatten(2)
-        groups = parts["B"] // sizes.mamba_state_dim
-        scale, _ = self.norm()
-        normed = gated_group_norm(y, gate, scale, groups=groups, eps=self.config.layernorm_epsilon)
-        return Scan(normed, found.state)
+        y = (found.output + x * scanned.skip.to(wide)[:, None]).to(dtype).flatten(2)
+        return Scan(y, found.state)
+
+    def _scanned(self) -> _Scanned:
+        """What this rank scans: all its heads, or under context parallelism some of them."""
+        weight, bias = self.conv1d()
+        taps, exchange = weight[:, 0], self.exchange
+        if exchange is None:
+            return _Scanned(taps, bias, self.dt_bias, self.A_log, self.D, self.parts)
+        dt_bias, log_rates, skip = (exchange.weight(each, "dt") for each in (self.dt_bias, self.A_log, self.D))
+        taps = exchange.convolved(taps)
+        bias = None if bias is None else exchange.convolved(bias)
+        return _Scanned(taps, bias, dt_bias, log_rates, skip, exchange.rows)
 
     def sharded_state_dict(
         self,

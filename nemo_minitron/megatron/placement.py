@@ -1,5 +1,7 @@
 """Which part of a model lies on which rank: layers over pipeline stages, rows and columns over tensor ranks."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing
 from nemo_minitron.arch.layer import Mamba
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, part_shapes
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, mamba_split
 from nemo_minitron.errors import LayoutError
 
 
@@ -35,8 +37,7 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
         problems.append(f"{spec.num_layers} layer(s) cannot fill {chunks} pipeline stages (parallel.pipeline)")
     if padded_vocab(spec, parallel.tensor) * (parallel.tensor - 1) // parallel.tensor >= spec.vocab_size:
         problems.append(f"vocab_size = {spec.vocab_size} is too small for parallel.tensor = {parallel.tensor}")
-    if parallel.context > 1 and any(isinstance(layer.mixer, Mamba) for layer in spec.layers):
-        problems.append("parallel.context splits positions, which a Mamba mixer's scan runs along")
+    problems += _mamba_problems(spec, parallel)
     if parallel.expert % parallel.context and parallel.context % parallel.expert:
         problems.append(
             f"parallel.expert = {parallel.expert} and parallel.context = {parallel.context}: one divides the other"
@@ -44,10 +45,28 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
     if problems:
         raise LayoutError(
             "the model cannot be split so: " + "; ".join(problems),
-            rule="tensor parallelism divides KV groups, heads, Mamba groups and FFN, expert parallelism experts; "
-            "every pipeline stage has a layer",
-            remedy="choose other sizes under parallel:, or a target whose sizes are multiples of parallel.tensor",
+            rule="tensor parallelism divides KV groups, heads, Mamba groups and FFN, context parallelism Mamba heads, "
+            "expert parallelism experts; every pipeline stage has a layer",
+            remedy="choose other sizes under parallel:, or a target whose sizes are such multiples",
         )
+
+
+def _mamba_problems(spec: ModelSpec, parallel: ParallelConfig) -> Iterator[str]:
+    """Mixers whose heads cannot be shared out among context-parallel ranks."""
+    told = set()
+    for index, layer in enumerate(spec.layers):
+        if not isinstance(mamba := layer.mixer, Mamba) or mamba.mamba_num_groups % parallel.tensor:
+            continue
+        groups = mamba.mamba_num_groups // parallel.tensor
+        shares = mamba_split(groups, parallel.context)[1]
+        sizes = mamba.mamba_num_heads, mamba.mamba_num_groups
+        if mamba.mamba_num_heads // mamba.mamba_num_groups % shares and sizes not in told:
+            told.add(sizes)
+            yield (
+                f"mamba_num_heads = {mamba.mamba_num_heads} of layer {index} is not a multiple of "
+                f"{mamba.mamba_num_groups * shares}: under parallel.context = {parallel.context} {shares} ranks share "
+                f"the heads of each Mamba group, {groups} of which are on a tensor-parallel rank"
+            )
 
 
 def padded_vocab(spec: ModelSpec, tensor: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.sizes import fraction_of
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, mamba_split
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import AxisConfig, SpaceConfig, TargetConfig
 from nemo_minitron.errors import SearchError
@@ -46,6 +46,8 @@ class Space:
     """For each of the teacher's axes, as `search.axes.axes_of` has them."""
     least_layers: int = 1
     """Layers that a model has at least, all kinds together."""
+    parallel: ParallelConfig
+    """The layout that candidates are trained at."""
 
     @cached_property
     def axes(self) -> tuple[SearchAxis, ...]:
@@ -96,11 +98,19 @@ class Space:
         return result
 
     def nests(self, sizes: Any, outer_sizes: Any, inner: int, outer: int) -> NDArray[np.bool_]:
-        """Whether sizes at place `inner` go with those at place `outer`."""
+        """Whether sizes at place `inner` go with those at place `outer`, and with the layout."""
         teacher = sizes_of(self.teacher)
         most = teacher[inner] // teacher[outer]
         result: NDArray[np.bool_] = (sizes % outer_sizes == 0) & (sizes // outer_sizes <= most)
+        if self.axes[inner].row.axis is Axis.MAMBA_HEAD:
+            result = result & (sizes // outer_sizes % self._ranks_of_a_group(outer_sizes) == 0)
         return result
+
+    def _ranks_of_a_group(self, groups: Any) -> IntArray:
+        """Context-parallel ranks that share the heads of a Mamba group, for each number of groups."""
+        tensor, context = self.parallel.tensor, self.parallel.context
+        found = [mamba_split(count // tensor, context)[1] for count in np.ravel(groups).tolist()]
+        return np.array(found, dtype=np.int64).reshape(np.shape(groups))
 
 
 @dataclass(kw_only=True)
@@ -145,7 +155,7 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             "tensor-parallel sizes of the run and of the deployment",
             remedy="change search.space, target.multiple_of or parallel.tensor",
         )
-    space = Space(teacher=teacher, values=tuple(values), least_layers=chunks)
+    space = Space(teacher=teacher, values=tuple(values), least_layers=chunks, parallel=parallel)
     for inner, outer in nested_places(axes):
         sizes, outer_sizes = (np.array(values[place]) for place in (inner, outer))
         if not space.nests(sizes[:, None], outer_sizes, inner, outer).any():
@@ -153,8 +163,8 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             raise SearchError(
                 f"search space: no number of {rows[0].units} in {list(values[inner])} goes with {rows[1].units} in "
                 f"{list(values[outer])}",
-                rule=f"{rows[0].units} are a multiple of {rows[1].units}, and a group has no more {rows[0].units} "
-                "than the teacher's",
+                rule=f"{rows[0].units} are a multiple of {rows[1].units}, a group has no more {rows[0].units} than the "
+                "teacher's, and context-parallel ranks that share Mamba groups have equally many of their heads",
                 remedy=f"change search.space.{rows[0].size} or search.space.{rows[1].size}",
             )
     return space

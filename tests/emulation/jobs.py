@@ -169,7 +169,7 @@ def run_recipe(recipe: Path, overrides: list[str], run: Path, last: str | None =
         gc.enable()
         runtime.stop()
     return {
-        "perplexity": results["evaluate"]["perplexity"] if last is None else {},
+        "perplexity": results["evaluate"]["perplexity"] if "evaluate" in results else {},
         "kl": [row["kl"] for row in results["distill"]["history"]],
         "built": watched.built,
         "alive": watched.alive,

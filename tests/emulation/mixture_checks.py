@@ -8,6 +8,7 @@ import torch
 
 from nemo_minitron.arch.weights import weight_named
 from nemo_minitron.checkpoints.hf import open_hf
+from nemo_minitron.config.hidden import HiddenConfig
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.megatron.placement import local_shard
@@ -15,6 +16,7 @@ from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.scores import Scores
 from tests.emulation import jobs, mixture_jobs
 from tests.emulation.mixture_jobs import COUNT, PROMPTS
+from tests.jobs import config_for, distill_losses, prepare
 from tests.parallel import expert_jobs, hybrid_jobs
 from tests.parallel.expert_jobs import ExpertScoreCase
 from tests.parallel.megatron_jobs import ALL_SPECS, EXPERT_SPECS, STEPS, Case
@@ -28,6 +30,10 @@ ONE, EP2, TP2, CP2 = ParallelConfig(), ParallelConfig(expert=2), ParallelConfig(
 SP2 = ParallelConfig(tensor=2, sequence_parallel=True)
 SP2_EP2 = ParallelConfig(tensor=2, sequence_parallel=True, expert=2)
 CP2_EP2, CP2_EP4 = ParallelConfig(context=2, expert=2), ParallelConfig(context=2, expert=4)
+CP2_TP2 = ParallelConfig(context=2, tensor=2)
+CP2_SP2 = ParallelConfig(context=2, tensor=2, sequence_parallel=True)
+CP2_SELECTIVE = ParallelConfig(context=2, recompute=Recompute.SELECTIVE)
+CP2_FULL = ParallelConfig(context=2, recompute=Recompute.FULL)
 RECOMPUTED = ParallelConfig(expert=2, recompute=Recompute.SELECTIVE)
 LAYOUTS = {
     "EP2": (2, Case("experts", EP2, micro_batch_size=2)),
@@ -39,8 +45,14 @@ LAYOUTS = {
     "CP2": (2, Case("experts", CP2, micro_batch_size=4)),
     "CP2 EP2, copies sent": (2, Case("one each", CP2_EP2, micro_batch_size=4)),
     "hybrid SP2": (2, Case("nemotron_h", SP2, micro_batch_size=4)),
+    "hybrid CP2": (2, Case("nemotron_h", CP2, micro_batch_size=4)),
+    "hybrid CP2, MLPs recomputed": (2, Case("nemotron_h", CP2_SELECTIVE, micro_batch_size=4)),
+    "hybrid CP2, layers recomputed": (2, Case("nemotron_h", CP2_FULL, micro_batch_size=4, distributed=True)),
     "SP2 EP2": (4, Case("experts", SP2_EP2, micro_batch_size=4)),
     "CP2 EP4": (4, Case("alike", CP2_EP4, micro_batch_size=4)),
+    "hybrid CP2 TP2": (4, Case("nemotron_h", CP2_TP2, micro_batch_size=4)),
+    "hybrid CP2 SP2": (4, Case("nemotron_h", CP2_SP2, micro_batch_size=4)),
+    "hybrid CP2 DP2": (4, Case("nemotron_h", CP2, micro_batch_size=4, distributed=True)),
 }
 SPECS = ALL_SPECS | EXPERT_SPECS
 ALONE = ("experts", "one each", "alike", "nemotron_h")
@@ -110,17 +122,18 @@ def test_layers_are_made_of_the_engine_s_modules():
 
 
 def test_a_state_moves_between_layouts_and_kinds_of_layers(tmp_path, one_rank):
-    """Grouped weights are stored as experts that stand alone; written at SP2, EP2 and one rank, read elsewhere."""
+    """Grouped weights are stored as experts that stand alone; written at SP2, EP2 and CP2, read elsewhere."""
     written = [
         Case("experts", EP2, micro_batch_size=4, save=tmp_path / "experts"),
         Case("alike", SP2, micro_batch_size=4, save=tmp_path / "alike"),
-        Case("nemotron_h", SP2, micro_batch_size=4, save=tmp_path / "nemotron_h"),
+        Case("nemotron_h", CP2, micro_batch_size=4, save=tmp_path / "nemotron_h"),
     ]
     run_on_ranks(2, jobs.train_all, written)
     names = [case.spec for case in written]
     reading = [Case(name, micro_batch_size=4, load=tmp_path / name) for name in names]
     (read,) = run_on_ranks(1, mixture_jobs.train_on_both, reading)
-    elsewhere = [replace(reading[0], parallel=CP2_EP2), replace(reading[1], parallel=EP2)]
+    layouts = (CP2_EP2, EP2, SP2)
+    elsewhere = [replace(case, parallel=layout) for case, layout in zip(reading, layouts, strict=True)]
     again = run_on_ranks(2, jobs.train_all, elsewhere)
     results = [(name, found) for name, both in zip(names, read, strict=True) for found in both]
     results += [(case.spec, found) for rank in again for case, found in zip(elsewhere, rank, strict=True)]
@@ -139,7 +152,8 @@ def test_documents_in_a_sample_are_kept_apart_by_mamba_too():
 
 def test_context_parallelism_is_refused_where_it_cannot_be():
     for case, rule in (
-        (Case("nemotron_h", CP2), "a Mamba mixer's scan runs along"),
+        (Case("nemotron_h", ParallelConfig(context=3)), "mamba_num_heads = 4 of layer 0 is not a multiple of 6"),
+        (Case("nemotron_h", CP2, documents="packed"), "several documents in a sample"),
         (Case("experts", ParallelConfig(context=2, expert=3)), "one divides the other"),
     ):
         with pytest.raises(RankError, match=rule):
@@ -187,8 +201,8 @@ def test_scores_and_plans_of_experts_are_those_of_the_project_s_layers(layout, e
 def test_scores_and_depth_of_a_hybrid_are_those_of_the_project_s_layers(tmp_path):
     write_nemotron_h(tmp_path)
     ((engine, local),) = run_on_ranks(1, mixture_jobs.measure_on_both, tmp_path)
-    split = run_on_ranks(2, hybrid_jobs.measure_all, [tmp_path], [SP2])
-    for found in (engine, *(rank[0][0] for rank in split)):
+    split = run_on_ranks(2, hybrid_jobs.measure_all, [tmp_path], [SP2, CP2])
+    for found in (engine, *(found for rank in split for (found,) in rank)):
         for kind in ("scores", "depth"):
             mine, expected = getattr(found, kind), getattr(local, kind)
             assert set(mine) == set(expected)
@@ -210,27 +224,55 @@ def test_texts_with_a_cache_are_those_without(tmp_path):
         assert found["left"] is None
     for rank in run_on_ranks(2, mixture_jobs.generate_with_and_without_cache, folders[1:], TP2):
         assert [found["texts"] for found in rank] == [found["texts"] for found in alone[1:]]
-    for (found,) in run_on_ranks(2, mixture_jobs.generate_with_and_without_cache, folders[:1], SP2):
-        assert found["texts"] == alone[0]["texts"]
-        assert found["read"][-1] > 1, "one token cannot be split: no cache"
+    for which, layout in ((0, SP2), (1, CP2)):
+        for (found,) in run_on_ranks(2, mixture_jobs.generate_with_and_without_cache, [folders[which]], layout):
+            assert found["texts"] == alone[which]["texts"]
+            assert found["read"][-1] > 1, "one token cannot be split: no cache"
 
 
 @pytest.mark.parametrize("recipe", ["experts_cpu", "hybrid_cpu"])
 def test_a_tiny_recipe_distils_as_on_the_project_s_layers(recipe, tmp_path):
-    """From import to distillation with positions split; of experts, the routers' divergence is part of the loss."""
+    """With positions split, from import to distillation, where the routers' divergence is part of the experts' loss.
+
+    A hybrid's student is evaluated, too.
+    """
     given = [f"model.source={tmp_path / 'hf'}", f"data.sources=[{tmp_path / 'corpus'}]"]
     given += ["distill.tokens=2560", "score.samples=8"]
     if recipe == "experts_cpu":
         write_experts(tmp_path / "hf", "qwen2_moe", trained_steps=60)
         given.append("distill.router_weight=0.2")
+        last, layout = "distill", ["parallel.tensor=2", "parallel.sequence_parallel=true"]
     else:
         write_nemotron_h(tmp_path / "hf", trained_steps=60)
+        last, layout = "evaluate", ["parallel.context=2"]
     write_corpus(tmp_path / "corpus")
-    path, layout = RECIPES / f"{recipe}.yaml", ["parallel.tensor=2", "parallel.sequence_parallel=true"]
-    (own,) = run_on_ranks(1, mixture_jobs.distil_on_own_layers, path, given, tmp_path / "own")
-    split = run_on_ranks(2, jobs.run_recipe, path, [*given, *layout], tmp_path / "SP2", "distill")
+    path = RECIPES / f"{recipe}.yaml"
+    (own,) = run_on_ranks(1, mixture_jobs.run_on_own_layers, path, given, tmp_path / "own", last)
+    split = run_on_ranks(2, jobs.run_recipe, path, [*given, *layout], tmp_path / "split", last)
     assert len(own["kl"]) == 2, "validated before the first step and after the last"
     assert own["kl"][1] < own["kl"][0]
+    assert len(own["perplexity"]) == (3 if last == "evaluate" else 0)
     for found in split:
         assert found["layers"] != own["layers"]
         assert found["kl"] == pytest.approx(own["kl"], rel=1e-3)
+        assert found["perplexity"] == pytest.approx(own["perplexity"], rel=1e-4)
+
+
+def test_twenty_steps_of_a_hybrid_with_positions_split_are_those_of_one_rank(tmp_path):
+    """By logits and intermediate states; the student has half of the teacher's Mamba heads, and narrower ones."""
+    write_nemotron_h(tmp_path / "hf", trained_steps=60)
+    write_corpus(tmp_path / "corpus")
+    target = {"mamba_num_heads": 4, "mamba_head_dim": 6, "hidden_size": 48, "ffn_hidden_size": 64, "num_layers": 7}
+    run_on_ranks(1, prepare, tmp_path, {"target": target})
+    losses = {}
+    for ranks in (1, 2):
+        config = config_for(tmp_path / "hf", tmp_path / "corpus", parallel=ParallelConfig(context=ranks))
+        hidden = HiddenConfig(layers=((0, 0), (4, 3)))
+        config = config.model_copy(update={"distill": config.distill.model_copy(update={"hidden": hidden})})
+        folders = (tmp_path / name for name in ("student", "teacher", "data"))
+        losses[ranks] = run_on_ranks(ranks, distill_losses, *folders, config)
+    (expected,) = losses[1]
+    assert len(expected) == 20
+    assert expected[-1] < 0.9 * expected[0], "the student learns"
+    for found in losses[2]:
+        assert found == pytest.approx(expected, rel=1e-5)

@@ -37,9 +37,9 @@ def measure_on_both(folder: Path) -> list[Measured]:
         return [found, hybrid_jobs.measure(folder, ParallelConfig())]
 
 
-def distil_on_own_layers(recipe: Path, overrides: list[str], run: Path) -> dict[str, Any]:
+def run_on_own_layers(recipe: Path, overrides: list[str], run: Path, last: str) -> dict[str, Any]:
     with own_layers():
-        return run_recipe(recipe, overrides, run, "distill")
+        return run_recipe(recipe, overrides, run, last)
 
 
 def modules_of(cases: list[Case]) -> list[list[str]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.layer import Moe, transformer_layer
+from nemo_minitron.arch.layer import LayerSpec, Mamba, Moe, transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
 from nemo_minitron.estimate.activations import Pass
@@ -28,11 +28,17 @@ WITH_SHARED = replace(MIXED.moe, top_k=3, shared_ffn_hidden_size=48, shared_gate
 SHARED = replace(MIXED, feed_forward=WITH_SHARED)
 EXPERTS = replace(STUDENT, layers=(STUDENT.layer, MIXED, SHARED, SHARED))
 EXPERT_TEACHER = replace(EXPERTS, hidden_size=128)
+MAMBA = LayerSpec(
+    mixer=Mamba(mamba_num_heads=12, mamba_head_dim=8, mamba_state_dim=16, mamba_num_groups=3, chunk_size=8),
+    feed_forward=None,
+)
+MIXERS = replace(STUDENT, layers=(MAMBA, STUDENT.layer.without("mixer"), MAMBA))
 TIED = replace(STUDENT, tied_embeddings=True)
 FP32, BF16 = Precision.FP32, Precision.BF16
 TP2, PP2, DP2 = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig()
 SP2 = ParallelConfig(tensor=2, sequence_parallel=True)
 AGAIN = ParallelConfig(tensor=2, recompute=Recompute.SELECTIVE)
+CP2, CP2_AGAIN = ParallelConfig(context=2), ParallelConfig(context=2, recompute=Recompute.FULL)
 EP2, EP2_AGAIN = ParallelConfig(expert=2), ParallelConfig(expert=2, recompute=Recompute.FULL)
 
 
@@ -50,6 +56,8 @@ EP2, EP2_AGAIN = ParallelConfig(expert=2), ParallelConfig(expert=2, recompute=Re
         pytest.param(TP2, EXPERTS, FP32, False, id="TP2, experts"),
         pytest.param(EP2, EXPERTS, FP32, False, id="EP2"),
         pytest.param(EP2_AGAIN, EXPERTS, BF16, True, id="EP2, computed again, distributed optimizer, bf16"),
+        pytest.param(CP2, MIXERS, FP32, False, id="CP2, Mamba whose groups are shared"),
+        pytest.param(CP2_AGAIN, MIXERS, BF16, False, id="CP2, Mamba computed again, bf16"),
     ],
 )
 def test_a_step_of_distillation_moves_what_is_estimated(parallel, spec, precision, distributed):
@@ -65,6 +73,8 @@ def test_a_step_of_distillation_moves_what_is_estimated(parallel, spec, precisio
     )
     training = Training(step=step, data_parallel=copies, distributed_optimizer=distributed)
     teacher = EXPERT_TEACHER if spec.has_experts else TEACHER
+    if spec is MIXERS:
+        teacher = replace(MIXERS, hidden_size=128).with_sizes(mamba_num_heads=24, mamba_num_groups=6)
     for stage, counted in run_on_ranks(2, distill_once, spec, teacher, parallel, precision, distributed):
         expected = Counter()
         for traffic in step_traffic(spec, training, stage, teacher=teacher):
@@ -79,9 +89,12 @@ def test_a_step_of_distillation_moves_what_is_estimated(parallel, spec, precisio
 
 
 def test_what_a_ring_sends():
-    """Eight bytes over four ranks: each passes on two bytes, three times to gather and three to add up."""
+    """Eight bytes over four ranks: each passes on two bytes, three times to gather and three to add up.
+
+    Of what is for all four ranks each keeps a quarter.
+    """
     sent = {kind: Traffic(split=Split.DATA, collective=kind, bytes=8, ranks=4).sent for kind in Collective}
-    assert sent == {"all-reduce": 12, "all-gather": 6, "reduce-scatter": 6, "send": 8}
+    assert sent == {"all-reduce": 12, "all-gather": 6, "reduce-scatter": 6, "all-to-all": 6, "send": 8}
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16])

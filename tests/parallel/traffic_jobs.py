@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
+from tests.support.emulation import split_angles_on_cpu
 
 SAMPLES, LENGTH, MICRO_BATCHES = 2, 32, 4
 
@@ -27,6 +28,7 @@ _KINDS = {
     "allgather_": ("all-gather", 0),
     "allgather_into_tensor_coalesced_": ("gradient all-gather", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "alltoall_base_": ("all-to-all", 1),
     "reduce_scatter_tensor_coalesced_": ("gradient reduce-scatter", 1),
     "send": ("send", 0),
 }
@@ -74,6 +76,7 @@ def distill_once(
     from nemo_minitron.models.losses import DistillationLoss, tensor_group
 
     here = runtime.start(parallel, seed=0)
+    split_angles_on_cpu()
     teacher = _build(teacher_spec, here, precision, trainable=False)
     student = _build(student_spec, here, precision)
     for chunk in (*student, *teacher):
@@ -101,9 +104,10 @@ def distill_once(
 def _build(spec: ModelSpec, here: Any, precision: Precision, *, trainable: bool = True) -> list[Any]:
     from nemo_minitron.megatron import build
 
-    # Sequence parallelism is refused without Transformer Engine; what travels is the business of Megatron's linears,
-    # which the local layers have too. The first question is the refusal's, the others choose the layers.
-    answers = chain([here.parallel.sequence_parallel], repeat(False))
+    # Sequence and context parallelism are refused without Transformer Engine; what travels is the business of
+    # Megatron's linears and of Mamba's mixers, which the local layers have too. The first question is the refusal's,
+    # the others choose the layers.
+    answers = chain([here.parallel.sequence_parallel or here.parallel.context > 1], repeat(False))
     with patch.object(build, "engine_carries", side_effect=answers):
         return build.build_chunks(spec, here, precision, seed=0, trainable=trainable)
 

@@ -87,15 +87,21 @@ def _build_of_engine() -> None:
 
 def _context_parallel() -> None:
     """Without the CUDA stream and the pinned memory that Megatron uses under context parallelism."""
-    import torch
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    TEDotProductAttention.cp_stream = object()
+    split_angles_on_cpu()
+
+
+def split_angles_on_cpu() -> None:
+    """Let context-parallel ranks take their part of the rotary angles without pinned memory; to stay so."""
+    import torch
     from megatron.core.models.common.embeddings import rotary_pos_embedding
 
     def on_this_rank(angles: Any, dim: int, group: Any) -> Any:
         pieces = angles.chunk(2 * group.size(), dim=dim)
         return torch.cat([pieces[group.rank()], pieces[2 * group.size() - 1 - group.rank()]], dim=dim)
 
-    TEDotProductAttention.cp_stream = object()
     rotary_pos_embedding.get_pos_emb_on_this_cp_rank = on_this_rank
 
 

@@ -259,6 +259,9 @@ def test_one_group_cannot_be_split_over_tensor_parallel_ranks() -> None:
     check_layout(spec, ParallelConfig(pipeline=8))
     with pytest.raises(LayoutError, match=r"mamba_num_groups = 1 of layer 0 is not a multiple of parallel\.tensor = 2"):
         check_layout(spec, ParallelConfig(tensor=2))
+    check_layout(spec, ParallelConfig(context=128))  # a head a rank
+    with pytest.raises(LayoutError, match=r"mamba_num_heads = 128 of layer 0 is not a multiple of 256"):
+        check_layout(spec, ParallelConfig(context=256))
 
 
 def test_every_row_has_a_name_in_the_family(folder: Path) -> None:

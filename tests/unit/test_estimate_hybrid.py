@@ -19,6 +19,7 @@ from nemo_minitron.megatron import functional
 from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.rounds import round_specs
+from tests.support.kept_memory import kept_bytes
 
 BOTH = transformer_layer(num_attention_heads=8, num_query_groups=2, ffn_hidden_size=640)
 MAMBA = Mamba(mamba_num_heads=16, mamba_head_dim=32, mamba_state_dim=32, mamba_num_groups=4, chunk_size=64)
@@ -46,22 +47,7 @@ def kept(layer: LayerSpec, here: Runtime) -> tuple[int, ModelSpec]:
         rotary_percent=0.0,
     )
     (chunk,) = build_chunks(spec, here, Precision.FP32, seed=0)
-    block = chunk.decoder.layers[0]
-    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    found: dict[int, int] = {}
-    saved = []  # alive, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        saved.append(tensor)
-        return tensor
-
-    x_SBH = torch.randn(TOKENS, 1, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(hidden_states=x_SBH, attention_mask=None, rotary_pos_emb=chunk.rotary_pos_emb(TOKENS))
-    return sum(found.values()), spec
+    return kept_bytes(chunk, TOKENS), spec
 
 
 def test_operations_of_a_token_by_hand() -> None:

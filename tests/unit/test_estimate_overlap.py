@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.arch.layer import Moe, transformer_layer
+from nemo_minitron.arch.layer import LayerSpec, Mamba, Moe, transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import dry_run_tables, recipes
@@ -118,16 +118,37 @@ def test_experts_exchange_tokens_over_nvlink_inside_a_node_and_nothing_is_hidden
     assert found == (0, pytest.approx(sent / (wire * 0.7), rel=1e-6))
 
 
-def test_the_dry_run_shows_expert_parallelism_where_there_is_some():
-    path = recipes.find("qwen3_30b_a3b_to_22b_width_64gpu_h100")
-    for expert, named in ((8, True), (1, False)):
-        config = load_recipe(path, [f"parallel.expert={expert}"])
+@pytest.mark.parametrize(
+    ("recipe", "key", "ranks", "header"),
+    [
+        ("qwen3_30b_a3b_to_22b_width_64gpu_h100", "expert", 8, "EP"),
+        ("nemotron_h_8b_to_4b_width_256gpu_h100", "context", 2, "CP of\nMamba"),
+    ],
+)
+def test_the_dry_run_shows_expert_and_context_parallelism_where_there_is_some(recipe, key, ranks, header):
+    path = recipes.find(recipe)
+    for size, named in ((ranks, True), (1, False)):
+        config = load_recipe(path, [f"parallel.{key}={size}"])
         teacher = read_architecture(path.parent / config.model.architecture)
-        work = work_of("distill", 1, config, teacher, round_specs(config.target, teacher, config.rounds), ranks=64)
+        students = round_specs(config.target, teacher, config.rounds)
+        work = work_of("distill", 1, config, teacher, students, ranks=config.cluster.gpus)
         table = dry_run_tables.communication({"distill": work}, config)
         cells = {column.header: next(iter(column.cells)) for column in table.columns}
-        assert ("EP" in cells) == named
-        assert not named or float(cells["EP"]) > 0
+        assert (header in cells) == named
+        assert not named or float(cells[header]) > 0
+
+
+@pytest.mark.parametrize(("tensor", "wire"), [(2, 450e9), (4, 50e9)])
+def test_mamba_exchanges_positions_over_nvlink_inside_a_node_and_nothing_is_hidden(tensor, wire):
+    """Of two layers: x, the maps of 8 / TP groups, each for one rank or two, a step a head; back what is like x."""
+    parallel = ParallelConfig(tensor=tensor, context=4)
+    mamba = Mamba(mamba_num_heads=32, mamba_head_dim=64, mamba_state_dim=128, mamba_num_groups=8)
+    spec = replace(SPEC, layers=(LayerSpec(mixer=mamba, feed_forward=None),) * 2)
+    found = communication(spec, training(parallel, 4), 0, MACHINE)[Split.CONTEXT]
+    copies = {2: 1, 4: 2}[tensor]
+    numbers = (2 * 32 * 64 + 2 * copies * 8 * 128 + 32) / tensor
+    sent = 2 * MICRO_BATCHES * 2 * (3 / 4) * (LENGTH / 4) * numbers * 2
+    assert found == (0, pytest.approx(sent / (wire * 0.7), rel=1e-6))
 
 
 @pytest.mark.parametrize(

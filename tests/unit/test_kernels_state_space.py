@@ -2,12 +2,9 @@
 
 import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
 from nemo_minitron.arch.layer import LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
@@ -15,6 +12,8 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.kernels import state_space as kernels
 from nemo_minitron.megatron import mamba, runtime
 from nemo_minitron.megatron.build import build_chunks
+from tests.support import mamba_kernels
+from tests.support.mamba_kernels import CALLS
 
 SPEC = ModelSpec(
     vocab_size=32,
@@ -29,54 +28,12 @@ SPEC = ModelSpec(
     max_position_embeddings=32,
     rotary_percent=0.0,
 )
-CALLS: list[str] = []
-
-
-def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """`[batch, channels, positions]`, weight `[channels, taps]`, as the library's page says."""
-    CALLS.append("convolution")
-    assert activation == "silu"
-    channels, taps = weight.shape
-    assert x.is_contiguous()
-    assert 2 <= taps <= 4
-    found = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=channels)
-    return torch.nn.functional.silu(found[..., : x.shape[-1]])
-
-
-def mamba_chunk_scan_combined(  # noqa: PLR0917 - the library's signature
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    *,
-    return_final_states: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`x [b, s, h, p]`, `dt [b, s, h]`, `A [h]`, `B` and `C [b, s, g, n]`; a position after the other."""
-    CALLS.append(f"scan by {chunk_size}")
-    assert return_final_states
-    each = x.shape[2] // B.shape[2]
-    b, c = (maps.repeat_interleave(each, dim=2) for maps in (B, C))
-    state, found = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]), []
-    for at in range(x.shape[1]):
-        decay = torch.exp(dt[:, at] * A)[..., None, None]
-        state = decay * state + (dt[:, at, :, None] * x[:, at])[..., None] * b[:, at, :, None]
-        found.append((state * c[:, at, :, None]).sum(-1))
-    return torch.stack(found, 1), state
 
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    names = {"causal_conv1d": "causal_conv1d_fn", "mamba_ssm.ops.triton.ssd_combined": "mamba_chunk_scan_combined"}
-    for path, name in names.items():
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            module = ModuleType(".".join(parts[:end]))
-            module.__spec__ = ModuleSpec(module.__name__, None)
-            module.__path__ = []
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-        setattr(sys.modules[path], name, globals()[name])
+    for name, module in mamba_kernels.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     kernels._are_installed.cache_clear()
     CALLS.clear()
     yield

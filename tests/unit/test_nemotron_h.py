@@ -1,6 +1,7 @@
 """Hybrids of Mamba, attention and MLPs: published sizes, transformers' logits, bytes, cuts, what is refused."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from nemo_minitron.arch.families import NEMOTRON_H, family_of_hf_config
 from nemo_minitron.arch.layer import Attention, Mamba, Mlp
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count, weights
-from nemo_minitron.checkpoints.hf import open_hf, write_hf
+from nemo_minitron.checkpoints.hf import open_hf, read_architecture, write_hf
 from nemo_minitron.checkpoints.nemo1 import write_folder, write_nemo
 from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.cli import recipes
+from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import LayoutError, MinitronError, PlanError, SpecError
@@ -29,6 +32,8 @@ from nemo_minitron.megatron.runtime import Runtime
 from nemo_minitron.pruning.apply import PrunedSource
 from nemo_minitron.pruning.build import random_plan
 from nemo_minitron.pruning.plan import LayerPlan, PruningPlan
+from nemo_minitron.pruning.rounds import round_specs
+from nemo_minitron.stages.preflight import check_models
 from tests import tiny
 from tests.support.hybrid_sizes import PUBLISHED, by_hand, published
 from tests.support.loaded import hf_logits, loaded, megatron_logits, megatron_model
@@ -227,8 +232,23 @@ def test_layouts_that_cannot_be_are_refused_before_a_model_is_built(folder: Path
     with pytest.raises(LayoutError, match=r"mamba_num_groups = 4 of layer 0 is not a multiple of parallel\.tensor = 8"):
         check_layout(spec, ParallelConfig(tensor=8))
     check_layout(spec, ParallelConfig(tensor=2, sequence_parallel=True))
-    with pytest.raises(LayoutError, match=r"parallel\.context splits positions"):
-        check_layout(spec, ParallelConfig(context=2))
+
+    check_layout(spec, ParallelConfig(tensor=2, context=4))  # 4 heads in 2 groups: 2 ranks a group, with a head each
+    with pytest.raises(LayoutError) as error:
+        check_layout(spec, ParallelConfig(tensor=2, context=8))
+    said = "mamba_num_heads = 8 of layer 0 is not a multiple of 16: under parallel.context = 8 4 ranks share"
+    assert said in str(error.value)
+    assert str(error.value).count("mamba_num_heads") == 1, "of layers that are alike, the first"
+
+
+def test_a_student_whose_mamba_heads_do_not_fit_is_refused_before_work() -> None:
+    """At TP 8 each rank has a group: in Nemotron-H 8B of 16 heads, in its student of 14, which four cannot share."""
+    path = recipes.find("nemotron_h_8b_to_4b_width_256gpu_h100")
+    for context, refused in ((2, ""), (4, "mamba_num_heads = 112 of layer 0 is not a multiple of 32")):
+        config = load_recipe(path, [f"parallel.context={context}"])
+        teacher = read_architecture(path.parent / config.model.architecture)
+        with pytest.raises(LayoutError, match=refused) if refused else nullcontext():
+            check_models([teacher, *round_specs(config.target, teacher, config.rounds)], config, "nemotron_h")
 
 
 def test_other_families_cannot_write_a_hybrid(folder: Path) -> None:

@@ -211,6 +211,21 @@ def test_every_pipeline_stage_has_a_layer_and_every_group_equally_many_heads() -
     assert {int(row[7]) for row in found.shapes} == {4, 8}
 
 
+def test_context_parallel_ranks_that_share_a_group_have_equally_many_of_its_heads() -> None:
+    """Four ranks: of two groups, two share each, so that a group has an even number of heads; four have one each."""
+    choices = {"mamba_num_heads": [2, 4, 6, 8], "mamba_num_groups": [2, 4]}
+    target = TargetConfig(ratio=0.7)
+    found = {}
+    for context in (1, 4):
+        space = make_space(SearchConfig(space=choices), target, HYBRID, ParallelConfig(context=context))
+        shapes = find_shapes(space, measures(HYBRID, DeploymentConfig(), ["params"]), {"params": 10**9}, tolerance=1.0)
+        named_shapes = [named(space.axes, [int(size) for size in row]) for row in shapes.shapes]
+        found[context] = {(shape["mamba_num_heads"], shape["mamba_num_groups"]) for shape in named_shapes}
+    assert found == {1: {(2, 2), (4, 2), (4, 4), (8, 4)}, 4: {(4, 2), (4, 4), (8, 4)}}
+    with pytest.raises(SearchError, match="context-parallel ranks that share Mamba groups"):
+        make_space(SearchConfig(space={"mamba_num_heads": [4]}), target, HYBRID, ParallelConfig(context=8))
+
+
 def test_depth_alone_takes_as_large_a_part_of_each_kind() -> None:
     target = TargetConfig(ratio=0.7)
     space = make_space(SearchConfig(), target, HYBRID, ParallelConfig())
