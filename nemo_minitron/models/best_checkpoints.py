@@ -11,10 +11,17 @@ from pathlib import Path
 from lightning.pytorch.trainer.trainer import Trainer
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
+from torch import Tensor
 
 
 class FolderCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
     """The same, for folders."""
+
+    best_k_models: dict[str, Tensor]
+    best_model_path: str
+    kth_best_model_path: str
+    best_model_score: Tensor | None
+    kth_value: Tensor | None
 
     def _remove_invalid_entries_from_topk(self) -> None:
         """Keep what is there and complete, and take the best and the worst of it."""
