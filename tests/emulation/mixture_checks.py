@@ -39,11 +39,13 @@ LAYOUTS = {
     "CP2": (2, Case("experts", CP2, micro_batch_size=4)),
     "CP2 EP2, copies sent": (2, Case("one each", CP2_EP2, micro_batch_size=4)),
     "hybrid SP2": (2, Case("nemotron_h", SP2, micro_batch_size=4)),
+    "hybrid with experts EP2": (2, Case("hybrid", EP2, micro_batch_size=2)),
+    "hybrid with experts SP2": (2, Case("hybrid", SP2, micro_batch_size=4)),
     "SP2 EP2": (4, Case("experts", SP2_EP2, micro_batch_size=4)),
     "CP2 EP4": (4, Case("alike", CP2_EP4, micro_batch_size=4)),
 }
 SPECS = ALL_SPECS | EXPERT_SPECS
-ALONE = ("experts", "one each", "alike", "nemotron_h")
+ALONE = ("experts", "one each", "alike", "nemotron_h", "hybrid")
 
 
 @pytest.fixture(scope="module")
