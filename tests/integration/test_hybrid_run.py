@@ -11,11 +11,12 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from tests.support import runs
 from tests.support.runs import command, environment
-from tests.tiny import write_bamba, write_corpus, write_nemotron_h
+from tests.tiny import NEMOTRON_3_PATTERN, write_bamba, write_corpus, write_nemotron_h
 
 pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/hybrid_cpu.yaml"
+EXPERTS_RECIPE = RECIPE.with_name("hybrid_experts_cpu.yaml")
 llama = runs.inputs
 
 
@@ -23,6 +24,14 @@ llama = runs.inputs
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     write_nemotron_h(folder / "hf", trained_steps=100)
+    write_corpus(folder / "corpus")
+    return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
+
+
+@pytest.fixture(scope="module")
+def hybrid_experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("hybrid_experts")
+    write_nemotron_h(folder / "hf", pattern=NEMOTRON_3_PATTERN, trained_steps=100)
     write_corpus(folder / "corpus")
     return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
 
@@ -57,6 +66,29 @@ def test_a_hybrid_from_text_to_an_exported_student(hybrid: list[str], tmp_path: 
         assert words in report
 
 
+def test_a_hybrid_with_experts_from_text_to_an_exported_student(hybrid_experts: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    routers = ["distill.router_weight=0.2", "distill.balance_weight=0.01"]
+    summary = finished(run, [*hybrid_experts, *routers], EXPERTS_RECIPE)
+    assert summary["perplexity"]["distilled"] < summary["perplexity"]["pruned"]
+    student = open_checkpoint(run / "stages/export/tiny_hybrid_experts_hf")
+    assert (student.family, student.spec.hidden_size) == ("nemotron_h", 48)
+    assert student.spec.kinds == {"mamba": 3, "attention": 2, "mlp": 1, "moe": 2}
+    experts = {layer.moe for layer in student.spec.layers if layer.has_experts}
+    assert {(each.num_experts, each.expert_ffn_hidden_size, each.shared_ffn_hidden_size) for each in experts} == {
+        (4, 16, 32)
+    }
+    assert student.spec == open_checkpoint(run / "stages/export/tiny_hybrid_experts.nemo").spec
+    exported = json.loads((run / "stages/export/result.json").read_text())
+    assert set(exported["largest_logit_difference"]) == {"nemo", "hf"}
+    report = (run / "report.html").read_text()
+    for words in ("Mamba heads", "MoE layers", "experts", "shared expert FFN size", "active parameters"):
+        assert words in report
+    card = (run / "stages/export/tiny_hybrid_experts_hf/README.md").read_text()
+    for words in ("active parameters", "nobody has tried that"):
+        assert words in card
+
+
 def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp_path: Path) -> None:
     """Every candidate is cut and measured, and what the search counted is what is pruned."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim")
@@ -80,6 +112,32 @@ def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp
     (winner,) = (row for row in found["candidates"] if row["name"] == found["winner"])
     student = open_checkpoint(run / "stages/prune/student").spec
     assert student.kinds == {kind: winner[f"num_{kind}_layers"] for kind in ("mamba", "attention", "mlp")}
+    assert parameter_count(student) == winner["params"]
+
+
+def test_a_budget_of_a_hybrid_with_an_mlp_in_every_layer_becomes_a_student(bamba: list[str], tmp_path: Path) -> None:
+    """Every candidate is one that can be exported to Hugging Face."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim")
+    asked = [
+        *(f"target.{name}=null" for name in names),
+        *("target.ratio=0.6", "search.tolerance=0.3", "search.candidates=3", "search.samples=2"),
+        *("search.space.hidden_size=[32,48,64]", "search.rungs=[{candidates: 1, tokens: 512}]"),
+    ]
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*command(run, [*bamba, *asked], RECIPE), "--to", "prune"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "stages/search/candidates.json").read_text())
+    assert len(found["candidates"]) == 3
+    assert all(row["failed"] == "" and row["loss_pruned"] > 0 for row in found["candidates"])
+    (winner,) = (row for row in found["candidates"] if row["name"] == found["winner"])
+    student = open_checkpoint(run / "stages/prune/student").spec
+    assert student.kinds == {kind: winner[f"num_{kind}_layers"] for kind in ("mamba_dense", "dense")}
     assert parameter_count(student) == winner["params"]
 
 

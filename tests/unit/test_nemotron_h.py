@@ -426,7 +426,7 @@ def test_layouts_that_cannot_be_are_refused_before_a_model_is_built(folder: Path
         check_layout(spec, ParallelConfig(tensor=8))
     check_layout(spec, ParallelConfig(tensor=2, sequence_parallel=True))
     check_layout(NEMOTRON_H.read_config(published("Nemotron 3 Nano 22B")), ParallelConfig(tensor=2, expert=8))
-    with pytest.raises(LayoutError, match=r"num_experts = 104 is not a multiple of parallel\.expert = 16"):
+    with pytest.raises(LayoutError, match=r"num_experts = 104 of layer 1 is not a multiple of parallel\.expert = 16"):
         check_layout(NEMOTRON_H.read_config(published("Nemotron 3 Nano 22B")), ParallelConfig(expert=16))
     with pytest.raises(LayoutError, match=r"parallel\.context splits positions"):
         check_layout(spec, ParallelConfig(context=2))
