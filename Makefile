@@ -34,7 +34,7 @@ install: $(STAMP)  ## make .venv and install the tested set into it (three to te
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
-	@echo "Installing 180 packages into $(VENV): three to ten minutes, 3 GB on disk. Nothing outside it changes."
+	@echo "Installing 180 packages into $(VENV): three to ten minutes, 3 GB on disk without CUDA. Nothing outside it changes."
 	@command -v nvidia-smi >/dev/null || test -n "$(TORCH_INDEX_URL)" || test "$$(uname)" != Linux \
 	  || echo "No NVIDIA GPU here. If pip starts on packages named nvidia-*, TORCH_INDEX_URL (see Makefile) saves 4 GB."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

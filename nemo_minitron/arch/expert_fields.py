@@ -57,15 +57,19 @@ def expert_fields(spec: ModelSpec, *, args: bool = False) -> dict[str, Any]:
 def are_alike(spec: ModelSpec) -> bool:
     """Whether one set of fields describes the experts of all layers, and Megatron can compute them.
 
-    It normalises sigmoid scores wherever a token has several experts, and knows a correction bias of sigmoid scores
-    alone.
+    It normalises the sigmoid scores of several experts and never that of one, wants the softmax of one before the
+    choice, and knows a correction bias of sigmoid scores alone.
     """
     kinds = {layer.feed_forward for layer in spec.layers}
     experts = [kind for kind in kinds if isinstance(kind, Moe)]
     dense = [kind for kind in kinds if isinstance(kind, Mlp)]
     sigmoid = all(each.score_function is RouterScore.SIGMOID for each in experts)
-    computes = all(
-        each.normalize_top_k == (each.top_k > 1) if sigmoid else not each.correction_bias for each in experts
+    several = all(each.top_k > 1 for each in experts)
+    normalized = {each.normalize_top_k for each in experts}
+    computes = (
+        normalized == {several}
+        if sigmoid
+        else (several or normalized == {False}) and not any(each.correction_bias for each in experts)
     )
     return len(experts) == 1 and len(dense) == len(kinds) - 1 <= 1 and computes
 

@@ -4,6 +4,7 @@ NeMo 2 and Bridge store the fields of Megatron-Core's `TransformerConfig` and a 
 command line. Both are translated to and from the spec.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -81,7 +82,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("multi_latent_attention", "parallel_attention", "no_rope_freq", "softcap"), ()),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"), ()),
     **dict.fromkeys(("heterogeneous_layers_config_path", "window_attn_skip_freq", "interleaved_attn_pattern"), ()),
-    **dict.fromkeys(("hybrid_layer_pattern",), ()),
+    **dict.fromkeys(("hybrid_layer_pattern", "experimental_attention_variant", "heterogeneous_block_specs"), ()),
+    **dict.fromkeys(("heterogeneous_layers_config_encoded_json", "qk_l2_norm", "activation_func_clamp_value"), ()),
     **dict.fromkeys(("softmax_type",), ("vanilla",)),
     **dict.fromkeys(("attention_output_gate", "linear_attention_freq", "mtp_num_layers", "glu_linear_offset"), ()),
 }
@@ -342,3 +344,9 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
     for name, neutral in _NEUTRAL.items():
         if (found := fields.get(name)) and found not in neutral:
             raise SpecError(f"{where}: {name} = {str(found)[:60]!r} is not supported", rule="absent")
+    scale, channels = fields.get("softmax_scale"), fields.get("kv_channels")
+    usual = math.nan if channels is None else channels**-0.5
+    if scale is not None and not (isinstance(scale, int | float) and math.isclose(scale, usual, rel_tol=1e-6)):
+        raise SpecError(
+            f"{where}: softmax_scale = {str(scale)[:60]!r} is not supported", rule="absent, or 1 / sqrt(kv_channels)"
+        )

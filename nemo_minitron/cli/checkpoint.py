@@ -50,7 +50,9 @@ def convert(
         kind = to or format_for(destination)
 
         def card(opened: TensorSource, into: str) -> dict[str, bytes]:
-            text = model_card(opened, name=destination.name.removesuffix(".nemo"), library=FORMATS[into].library)
+            file = destination.name
+            stem, archive = file.removesuffix(".nemo"), file if file.endswith(".nemo") else ""
+            text = model_card(opened, name=stem, library=FORMATS[into].library, archive=archive)
             return {CARD: text.encode()}
 
         write(source, destination, to=kind, dtype=wanted, replace=force, card=card)

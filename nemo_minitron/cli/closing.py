@@ -16,7 +16,9 @@ def header(recipe: str, folder: Path, config: RunConfig, *, ranks: int) -> str:
     layout = ""
     if ranks > 1:
         sizes = config.parallel
-        layout = f" · {ranks} ranks (TP {sizes.tensor} x PP {sizes.pipeline} x DP {ranks // sizes.model_parallel_size})"
+        context = f" x CP {sizes.context}" if sizes.context > 1 else ""
+        copies = ranks // sizes.model_parallel_size
+        layout = f" · {ranks} ranks (TP {sizes.tensor} x PP {sizes.pipeline}{context} x DP {copies})"
     return f"nemo-minitron {__version__} · {recipe} · {shown(folder)}{layout}"
 
 

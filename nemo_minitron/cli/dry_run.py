@@ -20,7 +20,7 @@ from nemo_minitron.stages import preflight
 from nemo_minitron.stages.base import Stage
 from nemo_minitron.stages.chain import chain_for
 from nemo_minitron.stages.manifest import gpu_memory
-from nemo_minitron.stages.plan import decide, select
+from nemo_minitron.stages.plan import decide, forced, select
 from nemo_minitron.stages.precision import foreseen
 from nemo_minitron.stages.run_folder import RunFolder
 
@@ -70,7 +70,8 @@ def show(job: Job, *, console: Console) -> None:
     console.print(Text(f"run folder {folder.path}", style="bold"))
     console.print(Text("  ".join(f"{step.stage.name}: {step.action}" for step in steps)), highlight=False)
     console.print()
-    found = preflight.teacher_model(config, folder)
+    again = forced(chain, job.redo_from)
+    found = preflight.teacher_model(config, folder, again=again)
     if found is None:
         console.print(f"sizes: not known before {config.model.source.split('/')[0]} is fetched (stage import)")
         return
@@ -86,7 +87,7 @@ def show(job: Job, *, console: Console) -> None:
         ranks=ranks,
         teacher=teacher,
         family=family,
-        students=preflight.students(config, teacher, folder),
+        students=preflight.students(config, teacher, folder, again=again),
         described=not folder.is_complete("import") and not preflight.source_is_here(config),
     )
     on_meta, problem = _built(planned)

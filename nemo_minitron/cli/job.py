@@ -78,9 +78,7 @@ def submit(job: Job, *, only_print: bool = False) -> str:
     script = slurm.batch_script(job.recipe, job.overrides, folder, config)
     if only_print:
         return script
-    preflight.check(
-        _selected(job, config), config, RunFolder(folder), recipe=job.recipe, redo=job.redo_from is not None
-    )
+    preflight.check(_selected(job, config), config, RunFolder(folder), recipe=job.recipe, redo_from=job.redo_from)
     return slurm.submit(script, folder)
 
 
@@ -139,8 +137,8 @@ def _run_here(job: Job, config: RunConfig) -> None:
 
     folder = RunFolder(job.folder(config))
     selected = _selected(job, config)
-    ranks, redo = environment_rank()[1], job.redo_from is not None
-    preflight.check(selected, config, folder, recipe=job.recipe, ranks=ranks, redo=redo)
+    ranks = environment_rank()[1]
+    preflight.check(selected, config, folder, recipe=job.recipe, ranks=ranks, redo_from=job.redo_from)
     processes = join_processes(config, folder)
     reporter = Reporter(silent=processes.rank > 0)
     reporter.line(closing.header(job.recipe, folder.path, config, ranks=processes.size))

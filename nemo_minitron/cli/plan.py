@@ -81,7 +81,7 @@ def random(
     output: Output = Path("plan.json"),
     debug: Debug = False,
 ) -> None:
-    """Draw what stays by lot: the baseline that scores must beat."""
+    """Choose what stays at random: the baseline that scores must beat."""
     with reported(debug=debug):
         from nemo_minitron.checkpoints.open import open_checkpoint
         from nemo_minitron.config.load import load_target
@@ -100,17 +100,21 @@ def apply(
     ],
     *,
     to: Annotated[To, typer.Option("--to", help="What to write.")] = To.HF,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is already there.")] = False,
     debug: Debug = False,
 ) -> None:
     """Cut a checkpoint (Hugging Face, .nemo, or its folder) tensor by tensor, on the CPU, building no model."""
     with reported(debug=debug):
+        from nemo_minitron.checkpoints.convert import check_target
         from nemo_minitron.checkpoints.open import open_checkpoint
         from nemo_minitron.config.run import ExportFormat
         from nemo_minitron.pruning.apply import PrunedSource
-        from nemo_minitron.pruning.write import write_checkpoint
+        from nemo_minitron.pruning.write import paths_of, write_checkpoint
 
         formats = tuple(ExportFormat) if to is To.BOTH else (ExportFormat(to.value),)
         student = PrunedSource(open_checkpoint(source), _read(plan))
+        for path in paths_of(destination, formats).values():
+            check_target(source, path, replace=force)
         for path in write_checkpoint(student, destination, formats).values():
             print(path)
 

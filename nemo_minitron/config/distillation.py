@@ -88,7 +88,8 @@ class TeacherConfig(Section):
     """Dtype of the teacher, fp32 or bf16; None for the run's."""
     teacher_fp8: bool = False
     """Multiply the teacher's weights in fp8 (each tensor scaled by its own maximum), on GPUs that have it and with
-    Transformer Engine's layers. Targets become a little coarser; by how much was not measured, for want of a card."""
+    Transformer Engine's layers. Targets become a little coarser; on an H200 the check of it failed with the
+    weights that it had first, and the one that it has now has not run on a card."""
     offload_teacher: bool = False
     """Keep the teacher's layers in host memory between its passes: less GPU memory, more traffic."""
 

@@ -129,7 +129,7 @@ class TargetConfig(BudgetConfig):
     merge_ridge: Positive = 0.3
     """Ridge penalty of that fit, relative to each neuron's second moment: more holds the weights where they are."""
     random_seed: NonNegative | None = None
-    """Draw what stays by lot, whatever the scores are: the baseline."""
+    """Choose what stays at random, whatever the scores are: the baseline."""
     batch_aggregation: Aggregation = Aggregation.L2
     sequence_aggregation: Aggregation = Aggregation.MEAN
 

@@ -7,6 +7,7 @@ counts, the gradient norm, reports. Context parallelism and losses on intermedia
 from dataclasses import dataclass
 from enum import StrEnum
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import parameter_count, weights
 from nemo_minitron.config.parallel import ParallelConfig, Precision, Recompute
@@ -180,12 +181,21 @@ def _tensor(student: ModelSpec, training: Training, stage: int, teacher: ModelSp
         if teacher is not None:
             found.append(_on_tensor(Collective.ALL_GATHER, tokens * LOSS_BYTES * parallel.tensor, parallel))
     if parallel.sequence_parallel:
-        norms = sum(weight.numel for weight in weights(student) if weight.shape == (student.hidden_size,))
-        final = student.hidden_size * (2 if student.norm.subtracts_mean else 1)
-        own = (norms - final) // student.num_layers * len(own_layers(student, parallel, stage))
-        own += final if stage == parallel.pipeline - 1 else 0
-        found.append(_on_tensor(Collective.ALL_REDUCE, own * _FP32, parallel))
+        found.append(_on_tensor(Collective.ALL_REDUCE, _replicated(student, parallel, stage) * _FP32, parallel))
     return found
+
+
+def _replicated(student: ModelSpec, parallel: ParallelConfig, stage: int) -> int:
+    """Elements of what each tensor-parallel rank applies to positions of its own: norms, biases, routers."""
+    own, is_last = own_layers(student, parallel, stage), stage == parallel.pipeline - 1
+    return sum(
+        weight.numel
+        for weight in weights(student)
+        if (is_last if weight.layer is None else weight.layer in own)
+        and Axis.HIDDEN in weight.row.axes
+        and weight.row.tensor_parallel_dim is None
+        and not weight.row.per_expert
+    )
 
 
 def _on_tensor(collective: Collective, size: int, parallel: ParallelConfig) -> Traffic:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from nemo_minitron.arch.layer import PARTS
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.parallel import Recompute
+from nemo_minitron.config.parallel import Precision, Recompute
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.training import DistillConfig, TrainingConfig
 from nemo_minitron.estimate.activations import Pass
@@ -19,6 +20,8 @@ from nemo_minitron.estimate.compute import (
 )
 from nemo_minitron.estimate.memory import RankMemory, Training, training_memory
 from nemo_minitron.estimate.overlap import Exchange, Machine, communication
+from nemo_minitron.pruning.scores import two_part_layers
+from nemo_minitron.search.layerwise import layer_variants
 
 BASELINES = 3
 """Candidates that `search.baselines` adds to the last rung."""
@@ -121,13 +124,35 @@ def _search(config: RunConfig, teacher: ModelSpec, student: ModelSpec) -> Work:
     measured, trained = search.candidates, 0
     for rung, training in zip(search.rungs, trainings, strict=True):
         last = rung is search.rungs[-1]
-        runs = (rung.candidates + BASELINES * (search.baselines and last)) * (search.seeds if last else 1)
+        extra = (BASELINES * search.baselines + (search.layerwise is not None)) if last else 0
+        runs = (rung.candidates + extra) * (search.seeds if last else 1)
         trained += runs * training.steps * training.batch.tokens_per_step
         measured += runs
     cached = max((training.steps * training.batch.tokens_per_step for training in trainings), default=0)
     evaluated = measured * search.samples * length
     flops = cached * forward_flops(teacher, length) + evaluated * forward_flops(student, length)
-    return Work(tokens=cached + evaluated + trained, flops=flops + trained * training_flops(student, length))
+    flops += trained * training_flops(student, length)
+    if (layerwise := search.layerwise) is not None:
+        forms = layer_variants(layerwise, config.target, teacher.layer, config.parallel)
+        tokens = layerwise.samples * length
+        passes = _replacing(teacher, length, (len(forms) - 1) * teacher.num_layers)
+        flops += tokens * passes * forward_flops(teacher, length)
+        evaluated += tokens
+    return Work(tokens=cached + evaluated + trained, flops=flops)
+
+
+def _replacing(model: ModelSpec, length: int, count: int) -> float:
+    """Passes over the model that `count` replacements of a layer come to, spread evenly, and the model as it is.
+
+    A replacement costs its layer, those behind it, and an output layer.
+    """
+    layers, head = model.num_layers, _head_share(model, length)
+    return 1 + count * ((layers + 1) / (2 * layers) * (1 - head) + head)
+
+
+def _head_share(model: ModelSpec, length: int) -> float:
+    """The output layer's part of a pass."""
+    return 2 * model.vocab_size * model.hidden_size / forward_flops(model, length)
 
 
 def _scoring(config: RunConfig, model: ModelSpec) -> Work:
@@ -137,10 +162,12 @@ def _scoring(config: RunConfig, model: ModelSpec) -> Work:
     if depth.metrics:
         # A candidate costs the layers behind its block, (L - n)(L - n + 1) / 2 layers for all blocks of n, and an
         # output layer, as does the complete model.
-        head = 2 * model.vocab_size * model.hidden_size / forward_flops(model, score.sequence_length)
+        head = _head_share(model, score.sequence_length)
         behind = sum((layers - n) * (layers - n + 1) / (2 * layers) for n in depth.lengths(layers))
         candidates = sum(layers - n + 1 for n in depth.lengths(layers))
         passes += min(depth.samples, score.samples) * (1 + behind * (1 - head) + candidates * head)
+    if score.sublayers and (parts := len(PARTS) * len(two_part_layers(model))):
+        passes += min(depth.samples, score.samples) * _replacing(model, score.sequence_length, parts)
     if config.target.merge_layers:
         passes += min(score.merge_samples, score.samples)
     tokens = score.samples * score.sequence_length
@@ -166,7 +193,7 @@ def _training(
         micro_batch_size=batch.micro_batch_size,
         sequence_length=batch.sequence_length,
         micro_batches=micro_batches,
-        engine=config.cluster is not None and not model.needs_own_layers,
+        engine=config.cluster is not None and not model.needs_own_layers and config.precision is not Precision.FP32,
         gpu=config.cluster is not None,
     )
     return Work(

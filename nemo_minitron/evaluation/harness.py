@@ -59,7 +59,8 @@ def run_tasks(
         `standard_error` and `higher_is_better` of each.
 
     Raises:
-        MinitronError: `lm_eval` is not installed, a task is unknown, or its data cannot be loaded.
+        MinitronError: `lm_eval` is not installed, a task is unknown, its data cannot be loaded, or it needs pictures
+            or runs code that a model has written.
     """
     manager = _manager(names, include_path)
     from lm_eval.evaluator import simple_evaluate
@@ -79,7 +80,14 @@ def run_tasks(
         )
     if samples_folder is not None:
         write_samples(found["samples"], samples_folder)
-    return _compact(found)
+    rows = _compact(found)
+    for name, row in rows.items():
+        if num_fewshot not in (None, row["num_fewshot"]):
+            model.reporter.line(
+                f"          {name}: {row['num_fewshot']} examples, as its file fixes; evaluate.num_fewshot = "
+                f"{num_fewshot} holds for the others"
+            )
+    return rows
 
 
 def known_tasks(include_path: Sequence[str] = ()) -> list[str]:
@@ -96,6 +104,7 @@ def _load(manager: "TaskManager", names: Sequence[str]) -> list[Any]:
     try:
         for name in names:
             loaded = manager.load([name])
+            _refuse_unfit(loaded["tasks"])
             group = loaded.get("groups", {}).get(name)
             found += loaded["tasks"].values() if group is None else [group]
     except MinitronError:
@@ -108,6 +117,19 @@ def _load(manager: "TaskManager", names: Sequence[str]) -> list[Any]:
             "evaluate.include_path",
         ) from error
     return found
+
+
+def _refuse_unfit(tasks: Mapping[str, Any]) -> None:
+    for flag, why in (
+        ("UNSAFE_CODE", "it runs code that a model has written, on this machine"),
+        ("MULTIMODAL", "it needs pictures or sound"),
+    ):
+        if unfit := [str(name) for name, task in tasks.items() if getattr(task, flag, False)]:
+            raise DataError(
+                f"evaluate.tasks: {', '.join(unfit[:_SHOWN])}: {why}",
+                rule="tasks are texts, and answers are only compared",
+                remedy="leave the task out; for code export the model and call lm_eval with --confirm_run_unsafe_code",
+            )
 
 
 def _manager(names: Sequence[str], include_path: Sequence[str]) -> "TaskManager":

@@ -42,8 +42,15 @@ def bytes_of_tokens(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> ND
             sizes[number] = len(text) if by_bytes else _spelled(text)
     for number, token in backend.get_added_tokens_decoder().items():
         if number < vocab_size:
-            sizes[number] = 0 if token.special else len(token.content.encode())
+            spelled = len(token.content.encode()) if by_bytes else _spelled(token.content)
+            sizes[number] = 0 if token.special else spelled
     return sizes
+
+
+def added_bytes(tokenizer: "PreTrainedTokenizerFast", sizes: NDArray[np.int64]) -> int:
+    """Bytes of the space that some tokenizers put before every text; `sizes` are those of its tokens."""
+    text = "a"
+    return int(sizes[tokenizer.encode(text, add_special_tokens=False)].sum()) - len(text)
 
 
 def _spelled(text: str) -> int:
@@ -93,7 +100,7 @@ def overlapping(tokens: Sequence[int], *, begin: int, length: int, stride: int) 
 
 
 def counts_of_windows(
-    windows: WindowDataset, sizes: NDArray[np.int64], folder: Path, batch: int
+    windows: WindowDataset, sizes: NDArray[np.int64], folder: Path, batch: int, *, added: int = 0
 ) -> tuple[list[int], Counts]:
     """Bytes of the tokens that each batch of windows predicts, and counts over all of them.
 
@@ -102,6 +109,7 @@ def counts_of_windows(
         sizes: Bytes by token.
         folder: Where the split lies.
         batch: Windows of a batch.
+        added: Bytes before every document that are none of its own (`added_bytes`).
     """
     indexed, _ = open_split(folder, SPLIT)
     starts = np.concatenate([[0], np.cumsum(indexed.sequence_lengths)])
@@ -111,9 +119,10 @@ def counts_of_windows(
     for index in range(len(windows)):
         item = windows[index]
         kept = item["labels"][item["loss_mask"].bool()].numpy()
-        per_batch[index // batch] += int(sizes[kept].sum())
         tokens += len(kept)
         first = windows.start_of(index) + 1  # the first token that is predicted
+        begun = int(((starts >= first) & (starts < first + len(kept))).sum())
+        per_batch[index // batch] += int(sizes[kept].sum()) - added * begun
         spread = np.searchsorted(starts, [first, first + len(kept) - 1], side="right") - 1
         touched |= set(range(int(spread[0]), int(spread[1]) + 1)) if len(kept) else set()
     return per_batch, Counts(tokens, sum(per_batch), len(touched))

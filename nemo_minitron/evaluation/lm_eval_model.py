@@ -155,7 +155,9 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        scores = self._score([self._fitting(context, continuation) for _, context, continuation in requests])
+        asked = [self._fitting(context, continuation) for _, context, continuation in requests]
+        self._tell_cut([len(context) for _, context, _ in requests], [len(one.context) for one in asked])
+        scores = self._score(asked)
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -181,7 +183,9 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
         Raises:
             DataError: A task asks for samples, or for more tokens than fit behind any context.
         """
-        prompts = [self._prompt(*request.args) for request in requests]
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self._prompt(context, request.args[1]) for context, request in zip(contexts, requests, strict=True)]
+        self._tell_cut(list(map(len, contexts)), [len(one.tokens) for one in prompts])
         keys: list[tuple[Any, ...]] = [("generate", *map(list, (one.tokens, one.until)), one.count) for one in prompts]
         open_ones = [index for index, key in enumerate(keys) if self.answers.get(*key) is None]
 
@@ -222,7 +226,15 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
         start = len(tokens) - len(continuation)
         return Continuation(tuple(tokens[:start]), tuple(tokens[start:]))
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
+    def _tell_cut(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Say how many contexts lost their beginning, which changes what a task measures."""
+        if cut := sum(less < all_ for less, all_ in zip(after, before, strict=True)):
+            self.reporter.line(
+                f"          {self.label}: {cut:,} of {len(before):,} contexts are longer than the model reads "
+                f"({self.max_length:,} tokens), and lost their beginning"
+            )
+
+    def _prompt(self, context: Sequence[int], settings: dict[str, Any]) -> Prompt:
         how = normalize_gen_kwargs(settings, self.max_gen_toks)
         if how.get("do_sample") or how.get("temperature"):
             raise DataError(
@@ -239,7 +251,7 @@ class MinitronLM(TemplateLM):  # type: ignore[misc]
             )
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(how.get("until"), eos=end)
-        return Prompt(tuple(self.tok_encode(context)[-(self.max_length - count) :]), tuple(until), count)
+        return Prompt(tuple(context[-(self.max_length - count) :]), tuple(until), count)
 
 
 def _from_checkpoint(arguments: dict[str, Any], batch_size: Any) -> MinitronLM:

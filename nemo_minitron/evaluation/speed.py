@@ -47,6 +47,8 @@ def measure(
         settings: How much to generate, and how often.
 
     Returns:
+        `ranks` that a model is divided over.
+
         By model, medians over rounds: `prefill_tokens_per_second`, `decode_tokens_per_second`, `time_to_first_token`
         in seconds; `weights_bytes` and `cache_bytes` of this rank; `peak_bytes` of tensors on this rank's GPU above
         those of the other models, if there is one. `ratio` by model and quantity: median, least and most over rounds
@@ -73,6 +75,7 @@ def measure(
             if number:
                 rounds[name].append(timing)
     found: dict[str, Any] = {
+        "ranks": runtime.parallel.ranks,
         "prompt_tokens": len(prompts[0]),
         "new_tokens": settings.new_tokens,
         "batch_size": len(prompts),

@@ -63,10 +63,11 @@ def build_chunks(
     check_layout(spec, runtime.parallel)
     needs_engine = runtime.parallel.context > 1 or runtime.parallel.sequence_parallel
     # A model on `meta` computes nothing.
-    if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device):
+    if needs_engine and runtime.device.type != "meta" and not engine_carries(spec, runtime.device, precision):
         raise LayoutError(
             "parallel.context above 1 and parallel.sequence_parallel need Transformer Engine and a GPU",
-            rule="and layers that it carries: no windows, no norms behind attention and MLP or over all heads",
+            rule="and models that it carries: in bf16, with no windows, no norms behind attention and MLP or over all "
+            "heads",
             remedy="set parallel.context=1 and parallel.sequence_parallel=false",
         )
     if fp8:
@@ -97,14 +98,20 @@ def use_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
-def engine_carries(spec: ModelSpec, device: torch.device) -> bool:
-    """Whether a model's layers come from Transformer Engine: it is there, and they have nothing that only ours have."""
-    return device.type == "cuda" and not spec.needs_own_layers and use_transformer_engine()
+def engine_carries(spec: ModelSpec, device: torch.device, precision: Precision) -> bool:
+    """Whether a model's layers come from Transformer Engine.
+
+    It is there, and they have nothing that only ours have. In fp32 ours are taken: its attention has no kernel for that
+    but one that keeps all scores, `[batch * heads, positions, positions]`, and none for packed documents or context
+    parallelism; and its products would be TF32.
+    """
+    is_carried = precision is Precision.BF16 and not spec.needs_own_layers
+    return is_carried and device.type == "cuda" and use_transformer_engine()
 
 
 def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
     """Raise LayoutError unless a model's products can be fp8."""
-    if not engine_carries(spec, runtime.device) or precision is not Precision.BF16:
+    if not engine_carries(spec, runtime.device, precision):
         raise LayoutError(
             "distill.teacher_fp8 = true",
             rule="fp8 needs Transformer Engine's layers, a GPU that multiplies it (H100 or later), and precision bf16",
@@ -132,7 +139,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of a model; where layers differ, its sizes are those of the first that has them."""
     dtype = torch_dtype(precision)
-    engine = engine_carries(spec, device)
+    engine = engine_carries(spec, device, precision)
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -175,8 +182,9 @@ def transformer_config(
         **_recomputation(parallel.recompute),
         deallocate_pipeline_outputs=True,
         **_stage_exchange(parallel, device),
-        # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before.
-        **({"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}),
+        # Each tensor is scaled by its own maximum, so that nothing has to be known of the batches before. Without the
+        # cache no fp8 weights stay in memory beside those in bf16, which may be elsewhere by then.
+        **({"fp8": "hybrid", "fp8_recipe": "tensorwise", "disable_parameter_transpose_cache": True} if fp8 else {}),
     )
 
 
@@ -325,7 +333,7 @@ def _build_chunk(spec: ModelSpec, runtime: Runtime, config: TransformerConfig, v
     parallel = runtime.parallel
     ranges = chunk_layers(spec.num_layers, parallel)
     index = virtual * parallel.pipeline + runtime.pp_rank
-    engine = engine_carries(spec, runtime.device)
+    engine = engine_carries(spec, runtime.device, Precision.BF16 if config.bf16 else Precision.FP32)
     layers = [_layer(spec, spec.layers[number], parallel, engine=engine) for number in ranges[index]]
     final_norm = engine_norm() if engine else LocalNorm
     return MinitronGPT(

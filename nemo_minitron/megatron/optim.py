@@ -14,7 +14,7 @@ from torch import nn
 from nemo_minitron.config.base import in_steps
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.training import OptimizerConfig, Schedule
-from nemo_minitron.megatron import bucket_padding, overlap, param_gather
+from nemo_minitron.megatron import optimizer_gather, overlap, param_gather
 from nemo_minitron.megatron.model import unwrap
 from nemo_minitron.megatron.runtime import Runtime
 
@@ -164,7 +164,7 @@ class TrainOptimizer:
 
     def sharded_state(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """Master weights, moments, step counts and schedule, sharded like the model's weights in `model_state`."""
-        with bucket_padding.padding_kept(self.optimizer):
+        with optimizer_gather.gathered_once(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         return (
             {"optimizer": optimizer} if loading else {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}

@@ -54,8 +54,8 @@ class MegatronConnector(SaveRestoreConnector):
         """Write configuration, tokenizer and weights. Every rank calls it; the path must be on a shared file system."""
         target = Path(save_path)
         partial = target.with_name(f".{target.name}.saving")
-        runtime = model.runtime
-        if runtime.rank == 0:
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             write_folder_files(
                 partial,
@@ -65,12 +65,11 @@ class MegatronConnector(SaveRestoreConnector):
                 tokenizer_files=model.tokenizer_files,
                 lineage=model.lineage,
             )
-        megatron_runtime.barrier()
+
+        megatron_runtime.on_rank_zero(begin, doing=f"begins {target.name}")
         save_weights(model.chunks, partial)
         megatron_runtime.barrier()
-        if runtime.rank == 0:
-            _publish(partial, target)
-        megatron_runtime.barrier()
+        megatron_runtime.on_rank_zero(lambda: _publish(partial, target), doing=f"packs {target.name}")
 
     def restore_from(  # noqa: PLR0917 - NeMo's signature
         self,

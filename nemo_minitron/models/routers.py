@@ -46,7 +46,8 @@ class RouterLoss(PlacedLoss):
 
     def expect(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Which micro-batches the next passes are over."""
-        self._keeps = [states.local_keep(batch, self._runtime) for batch in micro_batches]
+        device = self._runtime.device
+        self._keeps = [states.local_keep(batch, self._runtime).to(device, non_blocking=True) for batch in micro_batches]
 
     def around(self, one_pass: OnePass, chunks: Sequence[nn.Module], *, weight: float) -> OnePass:
         """A pass that has the loss too: in its sums by its name, and, in training, times `weight`, in `loss`."""
@@ -70,8 +71,7 @@ class RouterLoss(PlacedLoss):
         return _watched(chunks, places, take)
 
     def _loss(self, place: int, value: Tensor, micro_batch: int) -> Tensor:
-        keep_SB = self._keeps[micro_batch].to(value.device)
-        return self._value(place, micro_batch, value, keep_SB) / len(self._own)
+        return self._value(place, micro_batch, value, self._keeps[micro_batch]) / len(self._own)
 
     def _is_sigmoid(self, layer: int) -> bool:
         return self._student.layers[layer].moe.score_function is RouterScore.SIGMOID
@@ -126,7 +126,7 @@ class RouterMatching(RouterLoss, Matching):
 
     def __init__(self, *, student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None, runtime: Runtime) -> None:
         self._student, self._teacher = student, teacher
-        self._pairs = _pairs(student, teacher, plan)
+        self._pairs = _pairs(student, teacher, plan, runtime.device)
         parallel = runtime.parallel
         self._routes = {
             pair.teacher: (
@@ -153,7 +153,7 @@ class RouterMatching(RouterLoss, Matching):
 
     def _value(self, layer: int, index: int, logits_TE: Tensor, keep_SB: Tensor) -> Tensor:
         pair = self._pairs[layer]
-        theirs_TE = self._targets[pair.teacher][index].index_select(1, pair.kept.to(logits_TE.device))
+        theirs_TE = self._targets[pair.teacher][index].index_select(1, pair.kept)
         return router_divergence(theirs_TE, logits_TE, keep_SB.flatten(), sigmoid=self._is_sigmoid(layer))
 
 
@@ -162,7 +162,7 @@ def _groups(runtime: Runtime) -> list[dist.ProcessGroup]:
     return [runtime.groups.pp, runtime.groups.dp_cp, *([runtime.groups.tp] * runtime.parallel.sequence_parallel)]
 
 
-def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None) -> dict[int, _Pair]:
+def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None, device: torch.device) -> dict[int, _Pair]:
     """By number of a student's layer with experts."""
     fits = plan is not None and plan.spec.layers == teacher.layers and plan.student.layers == student.layers
     if plan is None or not fits:
@@ -174,7 +174,7 @@ def _pairs(student: ModelSpec, teacher: ModelSpec, plan: PruningPlan | None) -> 
             remedy="set router_weight=0, or take the teacher that the student was pruned from",
         )
     found = {
-        number: _Pair(layer.source, torch.tensor(layer.kept[Axis.EXPERT]))
+        number: _Pair(layer.source, torch.tensor(layer.kept[Axis.EXPERT], device=device))
         for number, layer in enumerate(plan.layers)
         if student.layers[number].has_experts
     }

@@ -98,8 +98,13 @@ def speed_note(speed: Mapping[str, Any]) -> str:
     return (
         f"{speed['batch_size']} prompt(s) of {speed['prompt_tokens']:,} tokens, {speed['new_tokens']} new tokens, "
         f"{cache} a cache of keys and values, on {speed['device']}; medians of {speed['rounds']} rounds in which the "
-        "models took turns, ratios round by round (least to most)."
+        f"models took turns, ratios round by round (least to most).{_whose_memory(speed)}"
     )
+
+
+def _whose_memory(speed: Mapping[str, Any]) -> str:
+    ranks = speed.get("ranks", 1)
+    return f" Memory is that of the first of the {ranks} ranks that a model is divided over." if ranks > 1 else ""
 
 
 def _shots(row: Mapping[str, Any]) -> str:

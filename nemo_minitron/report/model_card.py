@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_minitron.arch.weights import parameter_count
+from nemo_minitron.checkpoints.open import HUB_NAME
 from nemo_minitron.checkpoints.source import PLAN_FILE, TensorSource
 from nemo_minitron.pruning.plan import PruningPlan
 from nemo_minitron.report import markdown
@@ -22,7 +23,6 @@ from nemo_minitron.version import __version__
 
 CARD = "README.md"
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _UNTESTED = (
     "Only what this card shows was measured after the cut: how well the model still follows instructions, converses "
@@ -70,20 +70,23 @@ class Making:
     """The run, for the tables that its report has too."""
 
 
-def model_card(source: TensorSource, *, name: str, library: str, making: Making | None = None) -> str:
+def model_card(
+    source: TensorSource, *, name: str, library: str, archive: str = "", making: Making | None = None
+) -> str:
     """A card in Markdown with YAML front matter, as Hugging Face reads it.
 
     Args:
         source: The model.
         name: What to call it.
         library: "transformers", "nemo" or "megatron".
+        archive: Name of the `.nemo` file, if it lies in one.
         making: How it was made, if a run made it.
     """
     making = making or Making()
     plan = carried_plan(source)
     front = yaml.safe_dump(_front_matter(source, library, making, plan), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {_line(name)}", _introduction(source, plan)]
-    for title, body in _sections(source, library, making, plan):
+    for title, body in _sections(source, library, archive, making, plan):
         parts.append(f"## {title}\n\n{body}")
     return "\n\n".join(parts) + "\n"
 
@@ -102,7 +105,7 @@ def _front_matter(source: TensorSource, library: str, making: Making, plan: Prun
     lineage = source.lineage
     found: dict[str, Any] = {}
     base = str(lineage.get("base_model") or "")
-    if _HUB_NAME.fullmatch(base):
+    if HUB_NAME.fullmatch(base):
         found["base_model"] = base
     licence = str(lineage.get("license") or "").lower()
     if _LICENCE.fullmatch(licence):
@@ -121,7 +124,7 @@ def _front_matter(source: TensorSource, library: str, making: Making, plan: Prun
 
 def _is_dataset(name: str) -> bool:
     """Whether a source of texts is the name of a dataset on the hub, not a file or folder."""
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix and not Path(name).exists()
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).suffix and not Path(name).exists()
 
 
 def _introduction(source: TensorSource, plan: PruningPlan | None) -> str:
@@ -138,7 +141,7 @@ def _introduction(source: TensorSource, plan: PruningPlan | None) -> str:
 
 
 def _sections(
-    source: TensorSource, library: str, making: Making, plan: PruningPlan | None
+    source: TensorSource, library: str, archive: str, making: Making, plan: PruningPlan | None
 ) -> Iterator[tuple[str, str]]:
     twin = {} if making.content is None else dict(markdown.twin(making.content))
     for title in ("At a glance", "Before and after"):
@@ -157,7 +160,7 @@ def _sections(
     for title in ("Distillation", "Pipeline", "The same beginning"):
         if title in twin:
             yield title, twin[title]
-    yield "Use", _use(source, library)
+    yield "Use", _use(source, library, archive)
     if licence := source.lineage.get("license"):
         files = [name for name in source.tokenizer_files() if name.startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
         kept = f" Its terms are in {', '.join(f'`{name}`' for name in files)}." if files else ""
@@ -205,9 +208,10 @@ def _training(making: Making) -> str:
     return "\n".join(found)
 
 
-def _use(source: TensorSource, library: str) -> str:
-    if library == "nemo":
-        code = 'from nemo_minitron import MegatronGPTModel\n\nmodel = MegatronGPTModel.restore_from("model.nemo")'
+def _use(source: TensorSource, library: str, archive: str) -> str:
+    if archive:
+        restored = f"model = MegatronGPTModel.restore_from({archive!r})"
+        code = f"from nemo_minitron import MegatronGPTModel\n\n{restored}"
         return f"```python\n{code}\n```"
     if library != "transformers":
         return "`nemo-minitron convert . OTHER_FOLDER --to hf` writes it for `transformers`."

@@ -21,7 +21,8 @@ _MAX_POINTS = 12
 def subtitle(content: ReportContent) -> str:
     """The run in half a sentence."""
     cut = 1 - content.parameters["student"] / content.parameters["teacher"]
-    return f"{cut:.0%} fewer parameters than {content.source}, pruned and then distilled from it"
+    made = "pruned and then distilled from it" if "distill" in content.results else "pruned from it"
+    return f"{cut:.0%} fewer parameters than {content.source}, {made}"
 
 
 def headline(content: ReportContent) -> list[Row]:
@@ -263,11 +264,7 @@ def samples(content: ReportContent) -> list[Row]:
     """How each model goes on from the same beginning."""
     texts = content.results.get("evaluate", {}).get("samples", {})
     prompt = texts.get("prompt", "")
-    return [
-        {"name": name, "role": name, "prompt": prompt, "text": texts[name].removeprefix(prompt)}
-        for name in MODELS
-        if name in texts
-    ]
+    return [{"name": name, "role": name, "prompt": prompt, "text": texts[name]} for name in MODELS if name in texts]
 
 
 def objective(content: ReportContent) -> str:

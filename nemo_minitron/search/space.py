@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise, product
-from math import ceil, lcm, prod
+from math import ceil, floor, lcm, prod
 from typing import Any
 
 import numpy as np
@@ -230,10 +231,8 @@ def _sizes(axis: SearchAxis, wanted: AxisConfig, size: int, multiple: int) -> tu
         wrong += [f"{where}: {value} is not a multiple of {multiple}" for value in found if value % multiple]
         return found, wrong
     step = lcm(wanted.step or lcm(step_of(axis.row, size), multiple), multiple)
-    least, most = (
-        ceil(value * size) if isinstance(value, float) else value
-        for value in (0.5 if wanted.min is None else wanted.min, size if wanted.max is None else wanted.max)
-    )
+    least = _share(0.5 if wanted.min is None else wanted.min, size, ceil)
+    most = _share(size if wanted.max is None else wanted.max, size, floor)
     if most > size:
         return (), [f"{where}.max = {most} is above the teacher's {size}"]
     if least > most:
@@ -244,6 +243,11 @@ def _sizes(axis: SearchAxis, wanted: AxisConfig, size: int, multiple: int) -> tu
     if not choices:
         return (), [f"{where}: no multiple of {step} lies between {least} and {most}"]
     return tuple(sorted(choices)), []
+
+
+def _share(value: int | float, size: int, rounded: Callable[[Fraction], int]) -> int:
+    """A size, or a fraction of one by its decimal digits."""
+    return rounded(Fraction(str(value)) * size) if isinstance(value, float) else value
 
 
 def find_shapes(

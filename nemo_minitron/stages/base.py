@@ -104,13 +104,19 @@ class Stage:
             found.update(flatten(value, section))
         return found
 
-    def digest_of(self, settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
-        """SHA-256 of all that its result follows from: settings as `settings` gives them, and its inputs' digests."""
-        inputs = {
+    def digest_of(self, settings: Mapping[str, Any], upstream: Mapping[str, str], *, redone: int = 0) -> str:
+        """SHA-256 of all that its result follows from: settings as `settings` gives them, and its inputs' digests.
+
+        How often it was `redone` at a user's word counts as well: what lies outside the run folder has changed then, or
+        may have, and what was made from it before is not made from it now.
+        """
+        inputs: dict[str, Any] = {
             "stage": self.name,
             "settings": {key: value for key, value in settings.items() if shapes_result(key)},
             "upstream": dict(upstream),
         }
+        if redone:
+            inputs["redone"] = redone
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def resumed_with(self, key: str) -> Rule:

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -161,7 +161,7 @@ def _prepare(
     return [
         (
             step.stage.name,
-            {"action": step.action, "digest": step.digest, "settings": step.settings, "upstream": step.upstream},
+            {field.name: getattr(step, field.name) for field in fields(step) if field.name != "stage"},
         )
         for step in steps
     ]
@@ -274,6 +274,7 @@ def _begin(step: Step, run: RunFolder) -> dict[str, Any]:
         "digest": step.digest,
         "settings": step.settings,
         "upstream": step.upstream,
+        "redone": step.redone,
         "version": __version__,
         "seconds": earlier["seconds"],
         "attempts": earlier["attempts"] + 1,

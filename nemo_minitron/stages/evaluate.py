@@ -1,7 +1,7 @@
 """Evaluate: held-out perplexity, benchmark tasks, speed and one text sample of teacher, pruned and distilled model."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +65,11 @@ def _one(context: StageContext, name: str, folder: Path, result: dict[str, Any])
     )
     tokenizer = load_tokenizer(model.tokenizer_files)
     sizes = held_out.bytes_of_tokens(tokenizer, model.spec.vocab_size)
+    added = held_out.added_bytes(tokenizer, sizes)
     if settings.stride is None:
-        nats, tokens, bytes_, counts = _in_windows(context, model, sizes, trainer)
+        nats, tokens, bytes_, counts = _in_windows(context, model, sizes, trainer, added)
     else:
-        nats, tokens, bytes_, counts = _in_documents(context, model, tokenizer, sizes)
+        nats, tokens, bytes_, counts = _in_documents(context, model, tokenizer, sizes, added)
     measured, rate = perplexity(nats, tokens), bits_per_byte(nats, bytes_)
     result["nats"][name] = measured.nats_per_token
     result["perplexity"][name] = measured.value
@@ -79,16 +80,24 @@ def _one(context: StageContext, name: str, folder: Path, result: dict[str, Any])
     prompt = tokenizer.encode(settings.prompt)
     ends = end_tokens(tokenizer, model.tokenizer_files)
     new = greedy(model.chunks, model.runtime, prompt, settings.sample_tokens, ends=ends)
-    result["samples"][name] = tokenizer.decode(new, skip_special_tokens=True)
+    result["samples"][name] = continued(tokenizer, prompt, new)
     if settings.tasks:
         result["tasks"][name] = _tasks(context, name, model, tokenizer)
+
+
+def continued(tokenizer: "PreTrainedTokenizerFast", prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that new tokens add to a prompt's; alone, they would lose the space that some begin with."""
+    whole, before = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in ([*prompt, *new], [*prompt]))
+    return whole[len(before) :]
 
 
 Measured = tuple[list[float], list[float], list[int], held_out.Counts]
 """Nats, tokens and bytes by unit of chance, and counts over all of them."""
 
 
-def _in_windows(context: StageContext, model: MegatronGPTModel, sizes: NDArray[np.int64], trainer: Any) -> Measured:
+def _in_windows(
+    context: StageContext, model: MegatronGPTModel, sizes: NDArray[np.int64], trainer: Any, added: int
+) -> Measured:
     """Windows at even distances over the stream of all held-out documents; the unit is a batch of windows."""
     settings = context.config.evaluate
     samples = -(-settings.max_tokens // settings.sequence_length)
@@ -96,12 +105,16 @@ def _in_windows(context: StageContext, model: MegatronGPTModel, sizes: NDArray[n
     validate(model, windows, micro_batch_size=settings.micro_batch_size, trainer=trainer)
     reports = model.validation_reports
     batch = settings.micro_batch_size * model.runtime.dp_size
-    bytes_, counts = held_out.counts_of_windows(windows, sizes, context.input("data"), batch)
+    bytes_, counts = held_out.counts_of_windows(windows, sizes, context.input("data"), batch, added=added)
     return [report["ce"] for report in reports], [report["tokens"] for report in reports], bytes_, counts
 
 
 def _in_documents(
-    context: StageContext, model: MegatronGPTModel, tokenizer: "PreTrainedTokenizerFast", sizes: NDArray[np.int64]
+    context: StageContext,
+    model: MegatronGPTModel,
+    tokenizer: "PreTrainedTokenizerFast",
+    sizes: NDArray[np.int64],
+    added: int,
 ) -> Measured:
     """Complete held-out documents, each by itself; the unit is a document."""
     settings = context.config.evaluate
@@ -115,7 +128,7 @@ def _in_documents(
     scorer = _scorer(model, tokenizer, settings.micro_batch_size)
     scores = iter(scorer.score([window for own in windows for window in own]))
     nats = [-sum(next(scores).logprob for _ in own) for own in windows]
-    bytes_ = [int(sizes[text].sum()) for text in texts]
+    bytes_ = [int(sizes[text].sum()) - added for text in texts]
     counts = held_out.Counts(sum(map(len, texts)), sum(bytes_), len(texts))
     return nats, [float(len(text)) for text in texts], bytes_, counts
 

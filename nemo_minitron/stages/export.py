@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.open import open_checkpoint
-from nemo_minitron.config.load import to_yaml
 from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import ExportFormat
 from nemo_minitron.errors import CheckpointError, RunFolderError
@@ -18,8 +17,10 @@ from nemo_minitron.evaluation.states import States, megatron_states, transformer
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.models.gpt import MegatronGPTModel
-from nemo_minitron.report.model_card import CARD, Making, model_card
+from nemo_minitron.report.content import ReportContent
+from nemo_minitron.report.model_card import CARD
 from nemo_minitron.stages.base import StageContext
+from nemo_minitron.stages.cards import card, export_path
 from nemo_minitron.stages.report import gather
 from nemo_minitron.stages.session import make_trainer, restore
 
@@ -34,9 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
         CheckpointError: What was written does not give the finished model back; says where it begins to differ.
     """
     student = context.input("student")
-    if context.rank == 0:
-        _write(context, student)
-    megatron_runtime.barrier()
+    megatron_runtime.on_rank_zero(lambda: _write(context, student), doing="writes the exports")
     differences = _check(context, student)
     sizes = {kind.value: _size(_path(context, kind)) for kind in context.config.export.formats}
     files = {kind.value: _path(context, kind).name for kind in context.config.export.formats}
@@ -50,33 +49,22 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _path(context: StageContext, kind: ExportFormat) -> Path:
-    return context.out / (context.config.name + FORMATS[kind].suffix)
+    return export_path(context.out, context.config, kind)
 
 
 def _write(context: StageContext, student: Path) -> None:
-    source = open_checkpoint(student)
-    making = _making(context)
+    source, content = open_checkpoint(student), _content(context)
     for kind in context.config.export.formats:
-        text = model_card(source, name=context.config.name, library=FORMATS[kind].library, making=making)
+        text = card(source, context.config, kind, content)
         FORMATS[kind].write(source, _path(context, kind), extra_files={CARD: text.encode()})
 
 
-def _making(context: StageContext) -> Making:
-    """What the stages before know of how the model came to be; what was measured on an earlier model is left out."""
+def _content(context: StageContext) -> ReportContent | None:
+    """What the stages before have come to; what was measured on an earlier model is left out."""
     try:
-        content = gather(context.run, context.config, scores=False)
+        return gather(context.run, context.config, scores=False)
     except (RunFolderError, OSError):
-        content = None
-    results = {} if content is None else content.results
-    distilled = results.get("distill", {})
-    return Making(
-        recipe=to_yaml(context.config),
-        objective=distilled.get("objective", ""),
-        tokens=distilled.get("tokens"),
-        sources=tuple(str(source) for source in context.config.data.named),
-        evaluation=results.get("evaluate", {}),
-        content=content,
-    )
+        return None
 
 
 # -- the check -------------------------------------------------------------------------------------------------------
@@ -106,7 +94,9 @@ def _check(context: StageContext, student: Path) -> dict[str, float]:
                 _judge(context, kind, student, found["logits"], expected["logits"], states=(expected, found))
         except CheckpointError as error:
             failure = error
-    differences, failure = megatron_runtime.broadcast_object((differences, failure))
+    differences, failure = megatron_runtime.broadcast_object(
+        (differences, failure), patient=True, doing="reads the exports back"
+    )
     if failure is not None:
         raise failure
     return differences

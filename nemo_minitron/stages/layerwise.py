@@ -7,6 +7,7 @@ import numpy as np
 from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.sizes import LayerwiseConfig
+from nemo_minitron.errors import SearchError
 from nemo_minitron.megatron import runtime as megatron_runtime
 from nemo_minitron.megatron.data import WindowDataset
 from nemo_minitron.megatron.replace import BlockLossCollector, Replacement
@@ -30,10 +31,8 @@ def layerwise_plan(context: StageContext, problem: SearchProblem, scores: Scores
     Raises:
         SearchError: Even the smallest layers exceed a budget.
     """
-    settings = context.config.search.layerwise
-    assert settings is not None, "asked for only with its section"
     teacher, target = problem.space.teacher, context.config.target
-    forms = layer_variants(settings, target, teacher.layer, context.config.parallel)
+    settings, forms = _forms(context, teacher)
     losses = np.array(_block_losses(context, teacher, scores, forms, settings))
     costs, fixed = layer_costs(problem.space, forms, problem.measured, problem.limits)
     parallel = context.config.parallel
@@ -53,13 +52,44 @@ def layerwise_plan(context: StageContext, problem: SearchProblem, scores: Scores
     return build_plan_by_layer(scores, target, layers, provenance=provenance)
 
 
+def check_forms(context: StageContext, teacher: ModelSpec) -> None:
+    """Whether a search that goes on gives layers the forms that were measured before it was stopped. Collective.
+
+    Raises:
+        SearchError: `parallel.tensor` rounds their sizes to others.
+    """
+    kept = _kept(context)
+    if kept is None or kept["forms"] == [_told(form) for form in _forms(context, teacher)[1]]:
+        return
+    raise SearchError(
+        f"search.layerwise: {FILE} of the attempt before was measured for other sizes of layers than those of "
+        f"parallel.tensor = {context.config.parallel.tensor}",
+        rule="sizes are rounded to multiples of parallel.tensor, and a search compares one set of them",
+        remedy="go on with the parallel sizes of the attempt before, or begin again: `nemo-minitron search --redo`",
+    )
+
+
+def _forms(context: StageContext, teacher: ModelSpec) -> tuple[LayerwiseConfig, list[Variant]]:
+    config = context.config
+    settings = config.search.layerwise
+    assert settings is not None, "asked for only with its section"
+    return settings, layer_variants(settings, config.target, teacher.layer, config.parallel)
+
+
+def _kept(context: StageContext) -> dict[str, Any] | None:
+    """What an earlier attempt measured, on every rank."""
+    path = context.out / FILE
+    found: dict[str, Any] | None = megatron_runtime.broadcast_object(
+        read_json(path) if context.rank == 0 and path.is_file() else None
+    )
+    return found
+
+
 def _block_losses(
     context: StageContext, teacher: ModelSpec, scores: Scores, forms: list[Variant], settings: LayerwiseConfig
 ) -> list[list[float]]:
     """Rise of the loss, nats per token, for every layer and form; kept in a file for the next attempt."""
-    path = context.out / FILE
-    kept = megatron_runtime.broadcast_object(read_json(path) if context.rank == 0 and path.is_file() else None)
-    if kept is not None:
+    if (kept := _kept(context)) is not None:
         return [[float(value) for value in row] for row in kept["rise"]]
     replacements = [
         (layer, form, _replacement(context, scores, layer, sizes))
@@ -73,7 +103,7 @@ def _block_losses(
     for (layer, form, _), loss in zip(replacements, measured, strict=True):
         rise[layer][form] = loss - base
     if context.rank == 0:
-        write_json(path, {"base": base, "forms": [_told(form) for form in forms], "rise": rise})
+        write_json(context.out / FILE, {"base": base, "forms": [_told(form) for form in forms], "rise": rise})
     return rise
 
 

@@ -35,6 +35,8 @@ class Step:
     digest: str
     settings: dict[str, Any]
     upstream: dict[str, str]
+    redone: int = 0
+    """How often a user has had it done again, whether or not its settings changed."""
 
 
 def select(
@@ -87,12 +89,12 @@ def decide(
     A stage made with other settings, or from other stages (a recipe that got more rounds), is an error unless the user
     asked to redo it (`redo_from`): its settings are his word, and hours may be in it. A training that was stopped goes
     on with other settings where `config.resume` says that they may change. A stage whose own settings still hold, but
-    whose upstream was redone, is redone.
+    whose upstream was redone, with other settings or the same, is redone.
 
     Raises:
         RunFolderError: The folder holds stages of another recipe; names the keys that differ.
     """
-    forced = _forced(chain, redo_from)
+    redo = forced(chain, redo_from)
     digests: dict[str, str] = {}
     steps: list[Step] = []
     conflicts: list[str] = []
@@ -100,17 +102,19 @@ def decide(
         upstream = {name: digests[name] for name in stage.needs}
         record = run.done(stage.name) or run.attempt(stage.name)
         settings = stage.settings(config)
-        if record and stage.name not in forced:
+        if record and stage.name not in redo:
             settings = _as_made(record["settings"], settings)
-        digests[stage.name] = digest = stage.digest_of(settings, upstream)
-        if stage.name in forced:
+        redone = _times_redone(run, stage, record, forced=stage.name in redo)
+        digests[stage.name] = digest = stage.digest_of(settings, upstream, redone=redone)
+        if stage.name in redo:
             action = Action.REDO if record else Action.DO
         else:
             whole = run.is_complete(stage.name)
             if record:
                 conflicts += _conflicts(stage, record, settings, whole=whole)
             action = _action(stage, record, digest, upstream, whole=whole)
-        steps.append(Step(stage=stage, action=action, digest=digest, settings=settings, upstream=upstream))
+        step = Step(stage=stage, action=action, digest=digest, settings=settings, upstream=upstream, redone=redone)
+        steps.append(step)
     if conflicts:
         first = next(
             step.stage.name for step in steps if any(f"stage {step.stage.name} was" in line for line in conflicts)
@@ -122,6 +126,13 @@ def decide(
             remedy=f"repeat its settings, name another folder with --run-dir, or redo from there: {again}",
         )
     return tuple(steps)
+
+
+def _times_redone(run: RunFolder, stage: Stage, record: dict[str, Any] | None, *, forced: bool) -> int:
+    """How often a stage will have been redone; one that was set aside and never begun again counts as redone."""
+    if record is not None:
+        return int(record.get("redone", 0)) + forced
+    return max((int(old.get("redone", 0)) + 1 for old in run.set_aside_records(stage.name)), default=0)
 
 
 def _as_made(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +157,8 @@ def _action(
         return Action.DO
     if whole:
         return Action.SKIP if record["digest"] == digest else Action.REDO
-    is_begun = record["digest"] in {digest, stage.digest_of(record["settings"], upstream)}
+    as_begun = stage.digest_of(record["settings"], upstream, redone=record.get("redone", 0))
+    is_begun = record["digest"] in {digest, as_begun}
     return Action.CONTINUE if is_begun else Action.REDO
 
 
@@ -165,7 +177,8 @@ def _conflicts(stage: Stage, record: dict[str, Any], settings: dict[str, Any], *
     return found
 
 
-def _forced(chain: Sequence[Stage], redo_from: str | None) -> set[str]:
+def forced(chain: Sequence[Stage], redo_from: str | None) -> set[str]:
+    """Names of the stages that a user has done again."""
     names = [stage.name for stage in chain]
     return set(names[names.index(redo_from) :]) if redo_from in names else set()
 

@@ -1,17 +1,21 @@
 """What can be known to fail later, said before anything is paid for: files, sizes, rounds, layout, batches, export."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.evaluation import EvaluateConfig
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.run import RunConfig, ScoreConfig
-from nemo_minitron.config.training import TrainingConfig
+from nemo_minitron.config.training import DistillConfig, TrainingConfig
 from nemo_minitron.errors import ConfigError, DataError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
+from nemo_minitron.stages.plan import forced
 from nemo_minitron.stages.run_folder import RunFolder
+
+_FP8_POSITIONS = 8
+"""Transformer Engine multiplies in fp8 where a rank has a multiple of so many positions."""
 
 
 def check(
@@ -21,7 +25,7 @@ def check(
     *,
     recipe: str,
     ranks: int | None = None,
-    redo: bool = False,
+    redo_from: str | None = None,
 ) -> None:
     """Refuse what later stages would refuse, as far as the teacher's sizes are known already.
 
@@ -31,12 +35,13 @@ def check(
         folder: Where the run goes.
         recipe: What the user calls the recipe, for messages.
         ranks: Processes of the run; None for as many as the recipe is meant for.
-        redo: Whether stages that are complete are done again.
+        redo_from: The first of the stages that are done again, complete or not.
 
     Raises:
         MinitronError: The recipe cannot run as it is.
     """
-    ahead = [stage for stage in stages if not folder.is_complete(stage.name)]
+    again = forced(stages, redo_from)
+    ahead = [stage for stage in stages if stage.name in again or not folder.is_complete(stage.name)]
     _check_sources(recipe, ahead, config)
     if any(stage.name in ("data", "tokenize_chat") for stage in ahead) and (problem := tokenizer_problem(config)):
         raise DataError(
@@ -44,30 +49,36 @@ def check(
             rule="texts are tokenized by the model's own tokenizer",
             remedy="load it with transformers.AutoTokenizer and save_pretrained() it beside the weights",
         )
-    check_tasks(stages if redo else ahead, config)
+    check_tasks(ahead, config)
     check_batches(ahead, config, planned_ranks(config) if ranks is None else ranks)
     prunes = any(stage.kind == "prune" for stage in ahead)
     if not prunes and not _lengths(ahead, config):
         return  # nothing that depends on the model is left to do
-    teacher = teacher_model(config, folder)
+    teacher = teacher_model(config, folder, again=again)
     if teacher is None:
         return
     spec, family = teacher
     check_lengths(ahead, config, spec)
     if prunes:
-        check_models((spec, *students(config, spec, folder)), config, family)
+        check_models((spec, *students(config, spec, folder, again=again)), config, family)
 
 
-def teacher_model(config: RunConfig, folder: RunFolder) -> tuple[ModelSpec, str] | None:
+def teacher_model(config: RunConfig, folder: RunFolder, *, again: Collection[str] = ()) -> tuple[ModelSpec, str] | None:
     """The teacher's architecture and family, from stage import, its own files, or `model.architecture`.
 
-    None when it is still to be fetched.
+    Args:
+        config: The recipe.
+        folder: The run; what is finished there is believed.
+        again: Stages that are done again, whose results are not.
+
+    Returns:
+        None when it is still to be fetched.
 
     Raises:
         SpecError: `model.architecture` describes another model than `model.source` is.
         MinitronError: Neither can be read.
     """
-    if folder.is_complete("import"):
+    if folder.is_complete("import") and "import" not in again:
         result = folder.result("import")
         return ModelSpec.from_dict(result["spec"]), result["family"]
     from nemo_minitron.checkpoints.hf import read_architecture, read_family
@@ -111,8 +122,12 @@ def source_is_here(config: RunConfig) -> bool:
     return location(config.model.source).exists()
 
 
-def students(config: RunConfig, teacher: ModelSpec, folder: RunFolder | None = None) -> tuple[ModelSpec, ...]:
+def students(
+    config: RunConfig, teacher: ModelSpec, folder: RunFolder | None = None, *, again: Collection[str] = ()
+) -> tuple[ModelSpec, ...]:
     """The model after each round; under a budget one that fits it, until the search in the folder has chosen.
+
+    A search that is done `again` has not chosen yet.
 
     Raises:
         PlanError: The target or the rounds on the way to it cannot be.
@@ -120,7 +135,7 @@ def students(config: RunConfig, teacher: ModelSpec, folder: RunFolder | None = N
     """
     from nemo_minitron.stages.students import students_of
 
-    return students_of(config, teacher, folder)
+    return students_of(config, teacher, None if "search" in again else folder)
 
 
 def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) -> None:
@@ -143,6 +158,7 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
     specs = tuple(models)
     for spec in specs:
         check_layout(spec, config.parallel)
+    _check_precision(config)
     if (hidden := config.distill.hidden) is not None:
         problems = [hidden.states(specs[0].num_layers, spec.num_layers)[1] for spec in specs[1:]]
         if any(problems):
@@ -163,6 +179,18 @@ def check_models(models: Iterable[ModelSpec], config: RunConfig, family: str) ->
             ],
         )
     check_export(config, specs[-1], family)
+
+
+def _check_precision(config: RunConfig) -> None:
+    """Raise LayoutError where a cluster's GPUs would compute in fp32 what only Transformer Engine's layers can."""
+    precisions = {"precision": config.precision, "distill.teacher_precision": config.distill.teacher_precision}
+    asked = [key for key, precision in precisions.items() if precision is Precision.FP32]
+    if config.cluster is not None and asked and (split := config.parallel.split_positions):
+        raise LayoutError(
+            f"{asked[0]} = fp32 with {split}",
+            rule="positions are divided over ranks by Transformer Engine's layers, which compute in bf16",
+            remedy=f"set {asked[0]}=bf16, or divide the model otherwise",
+        )
 
 
 def check_tasks(stages: Iterable[Stage], config: RunConfig) -> None:
@@ -227,7 +255,8 @@ def check_batches(stages: Iterable[Stage], config: RunConfig, ranks: int) -> Non
         section = getattr(config, kind, None)
         if isinstance(section, TrainingConfig):
             problems += _batch_problems(kind, section, config.parallel, copies)
-            problems += _length_problems(f"{kind}.batch", section.batch.sequence_length, config.parallel)
+            fp8 = isinstance(section, DistillConfig) and section.teacher_fp8
+            problems += _length_problems(f"{kind}.batch", section.batch.sequence_length, config.parallel, fp8=fp8)
         elif isinstance(section, ScoreConfig | EvaluateConfig):
             problems += _length_problems(kind, section.sequence_length, config.parallel)
     if problems:
@@ -254,8 +283,10 @@ def _batch_problems(kind: str, section: TrainingConfig, parallel: ParallelConfig
     return []
 
 
-def _length_problems(section: str, length: int, parallel: ParallelConfig) -> list[str]:
+def _length_problems(section: str, length: int, parallel: ParallelConfig, *, fp8: bool = False) -> list[str]:
+    shared = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     pieces = {
+        "distill.teacher_fp8": _FP8_POSITIONS * shared if fp8 else 1,
         "parallel.context": 2 * parallel.context if parallel.context > 1 else 1,
         "parallel.sequence_parallel": parallel.tensor * parallel.context if parallel.sequence_parallel else 1,
     }

@@ -34,11 +34,12 @@ NEEDED = ("import", "score", "prune")
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write the three files; returns their names."""
+    """Write the three files, and the export's card; returns the names of the three."""
     content = gather(context.run, context.config)
     _write(content, context.out)
     for name in FILES:
         write_text(context.run.path / name, (context.out / name).read_text(encoding="utf-8"))
+    _refresh_card(context.run, context.config, content)
     return {"files": list(FILES), "summary": f"report.html; the stages before took {_total(content)}"}
 
 
@@ -53,12 +54,14 @@ def again(path: Path, out: Path | None = None) -> Path:
         RunFolderError: It is no run folder, another process works there, or too little of it is finished.
     """
     folder = RunFolder(path)
-    content = gather(folder, recipe_of(folder))
+    config = recipe_of(folder)
+    content = gather(folder, config)
     if out is not None:
-        write_text(out, build.html(content))
+        _write_page(out, build.html(content))
         return out
     with folder.locked():
         _write(content, folder.path)
+        _refresh_card(folder, config, content)
     return folder.path / FILES[0]
 
 
@@ -75,8 +78,13 @@ def compare(paths: Sequence[Path], out: Path) -> Path:
         settings = flatten(config.model_dump(mode="json"), "")
         shown = {key.removeprefix("."): value for key, value in settings.items()}
         runs.append(Compared(name=name, content=gather(folder, config, scores=False), settings=shown))
-    write_text(out, comparison(runs))
+    _write_page(out, comparison(runs))
     return out
+
+
+def _write_page(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def recipe_of(folder: RunFolder) -> RunConfig:
@@ -116,6 +124,13 @@ def _write(content: ReportContent, out: Path) -> None:
     write_text(out / "report.html", build.html(content))
     write_json(out / "summary.json", summary(content))
     write_text(out / "README.md", build.readme(content))
+
+
+def _refresh_card(folder: RunFolder, config: RunConfig, content: ReportContent) -> None:
+    if "export" in content.records:
+        from nemo_minitron.stages import cards  # loads torch
+
+        cards.refresh(folder, config, content)
 
 
 def gather(folder: RunFolder, config: RunConfig, *, scores: bool = True) -> ReportContent:

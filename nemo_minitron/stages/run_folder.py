@@ -162,6 +162,11 @@ class RunFolder:
         kept = self.stages / REPLACED
         return sorted(kept.glob(f"{name}.*")) if kept.is_dir() else []
 
+    def set_aside_records(self, name: str) -> list[dict[str, Any]]:
+        """Records of what of a stage has been set aside, complete or at work."""
+        paths = (folder / record for folder in self.set_aside_folders(name) for record in (DONE, ATTEMPT))
+        return [read_json(path) for path in paths if path.is_file()]
+
     def newest_checkpoint(self) -> Path | None:
         """The training checkpoint that was finished last, of a stage at work; its digests are not checked here."""
         found = self.stages.glob(f".*.partial/checkpoints/{CHECKPOINTS}")

@@ -35,6 +35,8 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write every candidate, the picture, and the winner's plan and recipe; returns what won."""
     teacher = open_checkpoint(context.input("model"))
     problem = posed(context.config, teacher.spec)
+    if context.config.search.layerwise is not None:
+        layerwise.check_forms(context, teacher.spec)
     found = problem.found
     context.reporter.line(
         f"          {len(found.shapes):,} of {found.total:,} shapes fit; {len(problem.candidates)} candidates"

@@ -72,3 +72,11 @@ def test_tasks_speed_and_documents_reach_every_file(given, tmp_path):
     for text in ((tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text(), card):
         assert "toy" in text
         assert "2 rounds" in text
+    result["perplexity"]["distilled"] = 345.61
+    (tmp_path / "stages/evaluate/result.json").write_text(json.dumps(result))
+    page = tmp_path / "a new folder" / "page.html"
+    for words in ([], ["--out", str(page)]):
+        subprocess.run([sys.executable, "-m", "nemo_minitron", "report", str(tmp_path), *words], check=True)
+    card = (tmp_path / "stages/export/tiny_hf/README.md").read_text()
+    for text in (page.read_text(), (tmp_path / "README.md").read_text(), card):
+        assert "345.61" in text, "an evaluation that is newer than the export is in its card"

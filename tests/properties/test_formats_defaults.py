@@ -409,6 +409,26 @@ def test_fields_of_nemo_2_and_bridge() -> None:
     assert counts["refused by name"] >= 15
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("softmax_scale", 0.25, True),  # 1 / sqrt(16)
+        ("softmax_scale", 0.0625, False),
+        ("softmax_scale", "x", False),
+        ("qk_l2_norm", False, True),
+        ("qk_l2_norm", True, False),
+        ("activation_func_clamp_value", 7.0, False),
+        ("experimental_attention_variant", "dsa", False),
+        ("heterogeneous_block_specs", True, False),
+    ],
+)
+def test_fields_without_weights_that_change_the_result_are_refused(name: str, value: Any, accepted: bool) -> None:
+    fields = fields_of(replace(SPEC, rope_scaling=None))
+    expected = spec_from_transformer_fields(fields, vocab_rows=256, where="x")
+    found = attempt(lambda: spec_from_transformer_fields({**fields, name: value}, vocab_rows=256, where="x"))
+    assert (found == expected) if accepted else name in str(found)
+
+
 # What NeMo 1 takes where a key is absent.
 NEMO_1: dict[str, dict[str, Any] | None] = {
     **dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")),

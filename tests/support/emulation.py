@@ -72,12 +72,12 @@ def _build_of_engine() -> None:
 
     original = build.transformer_config
 
-    def carries(spec: Any, device: Any) -> bool:
+    def carries(spec: Any, device: Any, precision: Any) -> bool:
         return device.type != "meta" and not spec.needs_own_layers
 
     def config(spec: Any, parallel: Any, precision: Any, *, device: Any, **options: Any) -> Any:
         made = original(spec, parallel, precision, device=device, **options)
-        made.use_cpu_initialization = not carries(spec, device)
+        made.use_cpu_initialization = not carries(spec, device, precision)
         return made
 
     build.use_transformer_engine = lambda: True

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,28 @@ def test_a_plan_for_another_model_leaves_what_is_there(folder: Path, tmp_path: P
     error = plan("apply", tmp_path / "plan.json", folder / "teacher", tmp_path / "out", status=2)
     assert "made for another model" in error
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_apply_replaces_a_checkpoint_if_asked_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    path, teacher, out = tmp_path / "plan.json", tmp_path / "models" / "teacher", tmp_path / "out"
+    shutil.copytree(folder / "teacher", teacher)
+    plan("random", teacher, "num_layers=3", "--seed", 1, "-o", path)
+    plan("apply", path, teacher, out)
+    before = (out / "model.safetensors").stat().st_ino
+    assert "is already there" in plan("apply", path, teacher, out, status=2)
+    assert (out / "model.safetensors").stat().st_ino == before
+    plan("apply", path, teacher, out, "--force")
+    assert (out / "model.safetensors").stat().st_ino != before
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine").write_text("precious")
+    for place, words in (
+        (teacher.parent, "around it"),
+        (teacher, "is the source"),
+        (tmp_path / "results", "no checkpoint"),
+    ):
+        assert words in plan("apply", path, teacher, place, "--force", status=2)
+    assert (tmp_path / "results" / "mine").read_text() == "precious"
+    assert open_checkpoint(teacher).spec.num_layers == 4
+    shutil.copytree(out, tmp_path / "both_hf")
+    assert "both_hf" in plan("apply", path, teacher, tmp_path / "both", "--to", "both", status=2)
+    assert not (tmp_path / "both.nemo").exists()

@@ -196,6 +196,25 @@ def test_a_stage_whose_upstream_was_redone_with_other_settings_is_redone(recorde
     assert go(recorder, run, other) == ["prune", "report"]
 
 
+def test_a_stage_whose_upstream_was_redone_with_the_same_settings_is_redone(recorder, run):
+    """What lies outside the run folder, such as texts, may have changed."""
+    go(recorder, run)
+    names = [stage.name for stage in recorder.chain()]
+    assert go(recorder, run, redo_from="score", only="score") == ["score"]
+    assert list(run.current(names)) == ["import", "score"]
+    assert go(recorder, run) == ["prune", "report"]
+    assert list(run.current(names)) == names
+    assert go(recorder, run) == []
+    assert go(recorder, run, redo_from="score", only="score") == ["score"]
+    assert go(recorder, run) == ["prune", "report"]
+
+
+def test_a_redo_that_was_killed_before_it_began_is_still_one(recorder, run):
+    go(recorder, run)
+    run.set_aside("score")
+    assert go(recorder, run) == ["score", "prune", "report"]
+
+
 def test_a_redo_that_changes_an_earlier_stage_is_refused(recorder, run):
     go(recorder, run)
     with pytest.raises(RunFolderError, match=r"score\.samples"):

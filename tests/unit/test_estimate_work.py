@@ -6,7 +6,7 @@ from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.hf import read_architecture
 from nemo_minitron.cli import recipes
-from nemo_minitron.config.load import load_recipe
+from nemo_minitron.config.load import check, load_recipe
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.estimate.compute import Duration, forward_flops, pipeline_bubble, training_flops
@@ -89,3 +89,46 @@ def test_hours_follow_gpus_bubbles_and_the_cache():
     assert slower == pytest.approx(2 * plain)
     assert cached + cache == pytest.approx(plain)  # the teacher's share, before or while the student learns
     assert piped == pytest.approx(plain / (1 - 1 / 19))  # 18 micro-batches in 19 turns
+
+
+def small_recipe(**sections) -> RunConfig:
+    data = {"name": "x", "model": {"source": "a"}, "data": {"sources": ["b"]}, **sections}
+    return check(RunConfig, data, source="test")
+
+
+def passes(layers_behind: list[int], *, head: float) -> float:
+    """Passes over `SMALL` of runs that begin before a layer, each with so many to go, and of one complete run."""
+    whole, output = forward_flops(SMALL, 32), 2 * 1000 * 64
+    assert head == output / whole
+    return 1 + sum(behind / 3 * (whole - output) + output for behind in layers_behind) / whole
+
+
+def test_measuring_parts_of_layers_costs_the_layers_behind_them():
+    head = 2 * 1000 * 64 / forward_flops(SMALL, 32)
+    score = {"samples": 16, "sequence_length": 32, "depth": {"metrics": [], "samples": 5}}
+    works = [
+        work_of("score", 1, small_recipe(score={**score, "sublayers": on}), SMALL, (SMALL,), ranks=1)
+        for on in (False, True)
+    ]
+    parts = passes([3, 3, 2, 2, 1, 1], head=head) * 5 * 32 * forward_flops(SMALL, 32)
+    assert works[1].flops - works[0].flops == pytest.approx(parts)
+
+
+def test_a_search_layer_by_layer_measures_forms_and_trains_one_candidate_more():
+    head = 2 * 1000 * 64 / forward_flops(SMALL, 32)
+    search = {
+        "candidates": 4,
+        "rungs": [{"candidates": 2, "tokens": 128}],
+        "samples": 2,
+        "seeds": 3,
+        "baselines": False,
+    }
+    layerwise = {"samples": 7, "ffn_hidden_size": [128, 64], "drop": True, "drop_parts": False}
+    distill = {"tokens": 256, "batch": {"sequence_length": 32, "global_batch_size": 2}}
+    other = {"distill": distill, "target": {"ratio": 0.8}, "export": {"formats": ["nemo"]}}
+    recipes = [small_recipe(search=each, **other) for each in (search, {**search, "layerwise": layerwise})]
+    found = [work_of("search", 1, recipe, SMALL, (SMALL,), ranks=1) for recipe in recipes]
+    measured = passes([3, 3, 2, 2, 1, 1], head=head) * 7 * 32 * forward_flops(SMALL, 32)  # one smaller form, and none
+    trained = 3 * (128 * training_flops(SMALL, 32) + 2 * 32 * forward_flops(SMALL, 32))
+    assert found[1].flops - found[0].flops == pytest.approx(measured + trained)
+    assert found[1].tokens - found[0].tokens == 7 * 32 + 3 * (128 + 2 * 32)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_minitron.evaluation import held_out
 from nemo_minitron.evaluation.perplexity import bits_per_byte
+from nemo_minitron.stages.evaluate import continued
 from tests.tiny import sentences, write_tokenizer
 
 TEXTS = ["the river of the city.", "naïve café, 東京 👋🏽", "two  spaces\n\tand a tab", sentences(3, 4)]
@@ -101,3 +102,30 @@ def test_the_error_of_bits_per_byte_is_the_spread_over_resampled_documents():
     chosen = draw.integers(0, 300, (2000, 300))
     spread = (nats[chosen].sum(1) / sizes[chosen].sum(1)).std() / math.log(2)
     assert bits_per_byte(nats.tolist(), sizes.tolist()).standard_error == pytest.approx(spread, rel=0.08)
+
+
+def test_a_space_that_the_tokenizer_adds_is_none_of_the_text(by_pieces, by_bytes):
+    """As Llama 2's: a space before every text, which its decoder takes off."""
+    backend = Tokenizer.from_str(by_pieces.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    adding = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    sizes = held_out.bytes_of_tokens(adding, len(adding))
+    added = held_out.added_bytes(adding, sizes)
+    assert added == 1
+    for text in TEXTS:
+        tokens = adding.encode(text, add_special_tokens=False)
+        assert sizes[tokens].sum() - added == len(text.encode()), text
+    for plain in (by_pieces, by_bytes):
+        assert held_out.added_bytes(plain, held_out.bytes_of_tokens(plain, len(plain))) == 0
+
+
+def test_what_a_model_adds_to_a_prompt_keeps_its_first_space(by_pieces):
+    backend = Tokenizer.from_str(by_pieces.backend_tokenizer.to_str())
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    stripping = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    prompt, new = (stripping.encode(text, add_special_tokens=False) for text in ("The city", " begins here"))
+    assert stripping.decode(new) == "begins here"
+    assert continued(stripping, prompt, new) == " begins here"

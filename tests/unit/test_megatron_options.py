@@ -33,7 +33,7 @@ def config(device, monkeypatch, *, engine=False, apex=False, **values):
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import layers
 
-    monkeypatch.setattr(build, "engine_carries", lambda spec, where: engine)
+    monkeypatch.setattr(build, "engine_carries", lambda spec, where, precision: engine)
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", apex)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", (lambda *_: None) if engine else None)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", (lambda *_: None) if engine else None)
@@ -227,7 +227,7 @@ def fp8_config(monkeypatch, spec, *, engine, precision=Precision.BF16):
         found.append(made)
         raise BuiltError
 
-    monkeypatch.setattr(build, "engine_carries", lambda spec, where: engine)
+    monkeypatch.setattr(build, "engine_carries", lambda spec, where, precision: engine)
     monkeypatch.setattr(build, "_build_chunk", stop)
     here = running(CPU)
     with pytest.raises(BuiltError):

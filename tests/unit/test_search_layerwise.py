@@ -1,7 +1,9 @@
 """The choice of each layer's form: against trying every combination, and by hand."""
 
+import json
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,16 @@ import pytest
 from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.config.budget import DeploymentConfig
+from nemo_minitron.config.load import check
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.run import RunConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sizes import LayerwiseConfig, TargetConfig
 from nemo_minitron.errors import SearchError
 from nemo_minitron.search.layerwise import choose_layers, layer_costs, layer_variants
 from nemo_minitron.search.measures import measures
 from nemo_minitron.search.space import make_space
+from nemo_minitron.stages import layerwise
 from tests.unit.search_specs import smollm2
 
 
@@ -117,3 +122,21 @@ def test_a_local_layer_costs_the_cache_of_its_window():
     chosen = choose_layers(losses, {"kv_cache": costs["kv_cache"]}, {"kv_cache": limit}, dropped=2)
     assert sorted(chosen[index] for index in (2, 5)) == [0, 1]
     assert [chosen[index] for index in (0, 1, 3, 4)] == [0, 0, 0, 0]
+
+
+def test_a_search_goes_on_with_the_forms_that_were_measured(here, tmp_path):
+    """Three KV groups go on two tensor-parallel ranks in no form; two do."""
+
+    def context(**parallel):
+        search = {"layerwise": {"num_query_groups": [3, 1], "ffn_hidden_size": [1536], "drop": False}}
+        sections = {"search": search, "parallel": parallel, "export": {"formats": ["nemo"]}, "target": {"ratio": 0.8}}
+        data = {"name": "x", "model": {"source": "a"}, "data": {"sources": ["b"]}, **sections}
+        return SimpleNamespace(out=tmp_path, rank=0, config=check(RunConfig, data, source="test"))
+
+    layerwise.check_forms(context(), smollm2())
+    told = [{"num_attention_heads": 9, "num_query_groups": 3, "ffn_hidden_size": 1536}]
+    told.append({"num_attention_heads": 3, "num_query_groups": 1, "ffn_hidden_size": 1536})
+    (tmp_path / layerwise.FILE).write_text(json.dumps({"forms": told, "rise": [[0.0, 0.1]] * 30}))
+    layerwise.check_forms(context(), smollm2())
+    with pytest.raises(SearchError, match=r"other sizes of layers than those of parallel.tensor = 2"):
+        layerwise.check_forms(context(tensor=2), smollm2())

@@ -211,3 +211,13 @@ def test_all_that_fit_are_candidates_if_there_are_few():
 def test_axes_have_a_letter_each():
     assert len({row.symbol for row in PRUNABLE}) == len(PRUNABLE)
     assert "".join(axis.symbol for axis in axes_of(smollm2())) == "LHFAG"
+
+
+def test_fractions_of_a_range_stay_inside_it():
+    """0.7 of 30 layers is 21, by its decimal digits; 0.75 of 30 lies between 22 and 23."""
+    layers = [
+        problem(space={"num_layers": wanted})[0].values[0]
+        for wanted in ({"max": 0.75}, {"max": 0.7}, {"min": 0.75}, {"min": 0.7})
+    ]
+    assert [found[-1] for found in layers[:2]] == [22, 21]
+    assert [found[0] for found in layers[2:]] == [23, 21]

@@ -1,12 +1,7 @@
 """Small mixtures of experts and hybrids from import to report, on the card."""
 
-import json
-import os
-import subprocess
-import sys
-import time
-
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.recipe_run import run_recipe
 from benchmarks.gpu.registry import Outcome, UnavailableError, check
 from benchmarks.gpu.runner import ROOT
 
@@ -28,27 +23,10 @@ def _chain(bench: Bench, recipe: str) -> Outcome:
         settings.append("distill.router_weight=0.2")
     else:
         write_nemotron_h(folder / "hf", trained_steps=60)
-    command = [sys.executable, "-m", "nemo_minitron", "run", str(ROOT / "recipes" / "tiny" / f"{recipe}.yaml")]
-    started = time.perf_counter()
-    done = subprocess.run(
-        [*command, *settings, "--run-dir", str(folder / "run")],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode}: {(done.stdout + done.stderr)[-600:]}")
-    seconds = time.perf_counter() - started
-    found = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
-    perplexity = found["perplexity"]
-    told = ", ".join(f"{name} {value:.2f}" for name, value in perplexity.items() if value is not None)
-    ok = perplexity["distilled"] < perplexity["pruned"]
-    return Outcome(figure=f"perplexity {told}; {seconds:.0f} s", ok=ok, figures={"summary": found, "s": seconds})
+    recipe_file = ROOT / "recipes" / "tiny" / f"{recipe}.yaml"
+    found = run_recipe(["run", str(recipe_file), *settings], folder / "run")
+    ok = found.perplexity["distilled"] < found.perplexity["pruned"]
+    return Outcome(figure=found.told, ok=ok, figures={"summary": found.summary, "s": found.seconds})
 
 
 @check(order=48, seconds=45, limit=150, needs=NEEDS)

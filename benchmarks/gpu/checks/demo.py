@@ -1,13 +1,9 @@
 """The demo on the card: SmolLM2-135M to 102M, from the recipe to perplexities."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-import time
 
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.recipe_run import Finished, run_recipe
 from benchmarks.gpu.registry import Kind, Outcome, Target, UnavailableError, check
 from benchmarks.gpu.runner import ROOT
 
@@ -26,34 +22,20 @@ def _demo(bench: Bench, precision: str) -> Outcome:
         raise UnavailableError(f"needs {', '.join(uri.partition('#')[0] for uri in absent)} in the cache folder")
     if bench.tiny:
         raise UnavailableError("takes ten minutes on a CPU: make demo")
-    folder = bench.folder() / "run"
-    on_cpu, tokens = _published()
+    on_cpu, tokens = published()
     settings = [f"precision={precision}", f"distill.tokens={tokens}"]
-    command = [sys.executable, "-m", "nemo_minitron", "demo", "--run-dir", str(folder), *settings]
-    started = time.perf_counter()
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode}: {(done.stdout + done.stderr)[-600:]}")
-    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    perplexities = {name: value for name, value in found["perplexity"].items() if value is not None}
-    student = perplexities["student"]
-    apart = abs(student / on_cpu - 1)
+    found = run_recipe(["demo", *settings], bench.folder() / "run")
+    return outcome(precision, found, on_cpu)
+
+
+def outcome(precision: str, found: Finished, on_cpu: float) -> Outcome:
+    """A demo's student against the one that a CPU made, whose perplexity was `on_cpu`."""
+    apart = abs(found.perplexity["distilled"] / on_cpu - 1)
     target = Target(name=f"student, against {on_cpu:g} on the CPU", wanted="within 2 %", found=apart, met=apart <= 0.02)
-    told = ", ".join(f"{name} {value:.2f}" for name, value in perplexities.items())
-    seconds = time.perf_counter() - started
-    return Outcome(
-        figure=f"{precision}: perplexity {told}; {seconds:.0f} s", figures={"summary": found}, targets=(target,)
-    )
+    return Outcome(figure=f"{precision}: {found.told}", figures={"summary": found.summary}, targets=(target,))
 
 
-def _published() -> tuple[float, int]:
+def published() -> tuple[float, int]:
     """The student's perplexity on a CPU, and the tokens it was distilled on, from the table in the README."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     row = re.search(r"^\| \*\*pruned and distilled\*\* on ([\d,]+) tokens.*$", readme, re.MULTILINE)

@@ -38,7 +38,7 @@ def engine_hybrid(bench: Bench) -> Outcome:
 
 def _against_ours(bench: Bench, kind: str) -> Outcome:
     here, spec = models.start(), models.small(bench, kind)
-    if not engine_carries(spec, here.device):
+    if not engine_carries(spec, here.device, models.precision(bench)):
         raise UnavailableError("Transformer Engine is installed, but its layers are not used here")
     text = models.batches(spec.vocab_size, samples=4, length=128)
     theirs = build_chunks(spec, here, models.precision(bench), trainable=False, seed=1)
@@ -61,7 +61,7 @@ def teacher_fp8(bench: Bench) -> Outcome:
     """A teacher's pass in fp8 against bf16: its final states, and its time."""
     here = models.start()
     spec = models.llama(layers=2 if bench.tiny else 8, hidden=4096, ffn=14336, heads=32)
-    if not engine_carries(spec, here.device):
+    if not engine_carries(spec, here.device, models.precision(bench)):
         raise UnavailableError("Transformer Engine is installed, but its layers are not used here")
     text = models.batches(spec.vocab_size, samples=2, length=8192, masked=False)
     states, seconds = {}, {}

@@ -11,11 +11,12 @@ from benchmarks.gpu import models
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.registry import Kind, Outcome, Target, check
 from benchmarks.gpu.runner import ROOT
-from nemo_minitron.megatron.build import build_chunks, engine_carries
+from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import collect_hidden
 from nemo_minitron.megatron.hooks import ImportanceCollector
 
 NEEDS = ("megatron.core", "pydantic")
+_LIMIT = 1e-3
 
 
 @check(order=43, seconds=25, limit=90, needs=NEEDS)
@@ -56,9 +57,7 @@ def _against_cpu(bench: Bench, kind: str) -> Outcome:
         expected = scores.read(path)
     errors = {name: _relative(found[name], value) for name, value in expected.items()}
     name = max(errors, key=lambda each: errors[each])
-    # Transformer Engine multiplies fp32 in TF32.
-    limit = 2e-2 if engine_carries(spec, bench.device) else 1e-3
-    ok = errors[name] <= limit and found.keys() == expected.keys()
+    ok = errors[name] <= _LIMIT and found.keys() == expected.keys()
     return Outcome(figure=f"{len(errors)} sums, apart by at most {errors[name]:.1e} ({name})", ok=ok, figures=errors)
 
 

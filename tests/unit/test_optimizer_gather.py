@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_minitron.megatron.bucket_padding import padding_kept, spread
+from nemo_minitron.megatron.optimizer_gather import gathered_once, spread
 
 # Buckets of 5 and 3 numbers in a buffer of two times 8.
 BUCKETS = [
@@ -23,7 +23,8 @@ class Part:
     def __init__(self, buffer, state):
         self.buffers, self.state = [buffer], state
 
-    def get_parameter_state_dp_zero(self, **_):
+    def get_parameter_state_dp_zero(self, *, empty_data, return_on_all_ranks):
+        self.asked = (empty_data, return_on_all_ranks)
         return self.state
 
 
@@ -33,16 +34,24 @@ def test_each_bucket_begins_where_the_buffer_has_it():
 
 def test_states_are_spread_inside_the_block_and_not_behind_it():
     part = Part(BUFFER, {0: {"fp32": {"exp_avg": JOINED, "numel_unpadded": 8}}})
-    with padding_kept(SimpleNamespace(chained_optimizers=[part])):
+    with gathered_once(SimpleNamespace(chained_optimizers=[part])):
         found = part.get_parameter_state_dp_zero(empty_data=False)[0]["fp32"]
     assert torch.equal(found["exp_avg"], APART)
     assert found["numel_unpadded"] == 8
     assert part.get_parameter_state_dp_zero.__func__ is Part.get_parameter_state_dp_zero
 
 
+@pytest.mark.parametrize(("loading", "everyone"), [(False, False), (True, True)])
+def test_one_rank_gathers_what_is_saved_and_all_have_what_is_loaded(loading, everyone):
+    part = Part(BUFFER, None)
+    with gathered_once(SimpleNamespace(chained_optimizers=[part])):
+        part.get_parameter_state_dp_zero(empty_data=loading, return_on_all_ranks=True)
+    assert part.asked == (loading, everyone)
+
+
 @pytest.mark.parametrize("state", [None, {0: {"fp32": {"exp_avg": JOINED}}}])
 def test_nothing_happens_without_padding_or_without_a_state(state):
     dense = SimpleNamespace(numel=8, buckets=[SimpleNamespace(offset=0, numel_unpadded=5, grad_data=torch.zeros(8))])
     part = Part(BUFFER if state is None else dense, state)
-    with padding_kept(SimpleNamespace(chained_optimizers=[part, SimpleNamespace()])):
+    with gathered_once(SimpleNamespace(chained_optimizers=[part, SimpleNamespace()])):
         assert part.get_parameter_state_dp_zero() is state
