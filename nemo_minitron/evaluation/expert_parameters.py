@@ -13,7 +13,7 @@ from torch import Tensor
 _EXPERTS = re.compile(
     r"(?P<layer>.+)\.(?P<block>mlp|mixer)\.(?P<what>gate\.weight|experts\.(?:gate_up_proj|up_proj|down_proj))"
 )
-_NAMES = {
+_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "mlp": {"experts.gate_up_proj": ("gate_proj", "up_proj"), "experts.down_proj": ("down_proj",)},
     "mixer": {"experts.up_proj": ("up_proj",), "experts.down_proj": ("down_proj",)},
     "block_sparse_moe": {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)},

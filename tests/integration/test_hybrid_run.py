@@ -115,32 +115,6 @@ def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp
     assert parameter_count(student) == winner["params"]
 
 
-def test_a_budget_of_a_hybrid_with_an_mlp_in_every_layer_becomes_a_student(bamba: list[str], tmp_path: Path) -> None:
-    """Every candidate is one that can be exported to Hugging Face."""
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim")
-    asked = [
-        *(f"target.{name}=null" for name in names),
-        *("target.ratio=0.6", "search.tolerance=0.3", "search.candidates=3", "search.samples=2"),
-        *("search.space.hidden_size=[32,48,64]", "search.rungs=[{candidates: 1, tokens: 512}]"),
-    ]
-    run = tmp_path / "run"
-    done = subprocess.run(
-        [*command(run, [*bamba, *asked], RECIPE), "--to", "prune"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((run / "stages/search/candidates.json").read_text())
-    assert len(found["candidates"]) == 3
-    assert all(row["failed"] == "" and row["loss_pruned"] > 0 for row in found["candidates"])
-    (winner,) = (row for row in found["candidates"] if row["name"] == found["winner"])
-    student = open_checkpoint(run / "stages/prune/student").spec
-    assert student.kinds == {kind: winner[f"num_{kind}_layers"] for kind in ("mamba_dense", "dense")}
-    assert parameter_count(student) == winner["params"]
-
-
 def test_a_hybrid_with_an_mlp_in_every_layer_from_text_to_an_exported_student(bamba: list[str], tmp_path: Path) -> None:
     refused = subprocess.run(
         command(tmp_path / "refused", [*bamba, "target.mamba_head_dim=14"], RECIPE),

@@ -16,10 +16,13 @@ from nemo_minitron.config.budget import DeploymentConfig
 from nemo_minitron.config.load import load_recipe
 from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import SearchError
+from nemo_minitron.pruning.build import build_plan
+from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.sizes import student_spec
 from nemo_minitron.search.axes import sizes_of
 from nemo_minitron.search.measures import measures
-from nemo_minitron.search.problem import pose
+from nemo_minitron.search.problem import pose, sized_target
+from tests.support.scores import sums
 from tests.tiny import write_bamba
 
 OF_TINY = ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim")
@@ -73,7 +76,7 @@ def test_a_search_over_bamba_takes_shapes_that_its_class_can_be_told(tmp_path: P
     write_bamba(tmp_path, num_hidden_layers=8, attn_layer_indices=[2, 5])
     space = ["search.space.hidden_size=[32, 48, 64]", "search.space.mamba_head_dim=[8, 12, 16]"]
     given = [f"model.source={tmp_path}", "data.sources=[texts]", "search.candidates=40", "search.tolerance=0.3"]
-    cleared = [f"target.{name}=null" for name in ("num_layers", *OF_TINY)]
+    cleared = [*(f"target.{name}=null" for name in ("num_layers", *OF_TINY)), "target.depth_metric=block_influence"]
     recipe = recipes.find("tiny/hybrid_cpu")
     config = load_recipe(recipe, [*given, *cleared, *space, "target.ratio=0.6"])
     source = open_hf(tmp_path)
@@ -86,6 +89,10 @@ def test_a_search_over_bamba_takes_shapes_that_its_class_can_be_told(tmp_path: P
         assert BAMBA.read_config(BAMBA.write_config(spec)) == spec
         assert problem.measured["params"](candidate.sizes) == parameter_count(spec)
         assert candidate.name.startswith(f"LMD{spec.kinds['mamba_dense']}-LD{spec.kinds['dense']}-H{spec.hidden_size}-")
+    first = problem.candidates[0]
+    sized = sized_target(config.target, problem.space.named(first.sizes))
+    student = build_plan(Scores(source.spec, sums(source.spec)[0]), sized, source.spec).student
+    assert (sizes_of(student), student.kinds) == (first.sizes, specs[0].kinds)
     everywhere = pose(load_recipe(recipe, [*given, *cleared, *space, "target.ratio=0.6", NEMO_ONLY]), source.spec)
     assert len(everywhere.found.shapes) > len(problem.found.shapes)
     narrow = ["search.space.hidden_size=48", "search.space.mamba_head_dim=16", "search.space.mamba_num_heads=8"]
