@@ -21,7 +21,7 @@ from nemo_minitron.checkpoints.nemo1 import write_folder, write_nemo
 from nemo_minitron.checkpoints.nemo2 import write_nemo2
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.parallel import ParallelConfig, Precision
-from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.config.sizes import LayerSizes, TargetConfig
 from nemo_minitron.errors import LayoutError, MinitronError, PlanError, SpecError
 from nemo_minitron.evaluation.generate import generate
 from nemo_minitron.megatron import sharded_io
@@ -417,6 +417,23 @@ def test_experts_that_the_class_cannot_be_told_are_refused(experts_folder: Path)
     both = replace(second, mixer=spec.layers[2].attention)
     with pytest.raises(SpecError, match=r"layers of attention and experts \(layer 1 first\)"):
         NEMOTRON_H.write_config(replace(spec, layers=(first, both)))
+
+
+def test_layers_of_experts_of_sizes_of_their_own(experts_folder: Path, tmp_path: Path, here: Runtime) -> None:
+    """Which the class cannot be told, and a `.nemo` holds."""
+    source = open_hf(experts_folder)
+    sizes = LayerSizes(num_experts=4, expert_ffn_hidden_size=10, shared_ffn_hidden_size=20)
+    plan = random_plan(TargetConfig(by_layer={5: sizes}), source.spec, seed=0)
+    pruned = PrunedSource(source, plan)
+    assert [layer.moe.num_experts for layer in pruned.spec.layers if layer.has_experts] == [6, 4, 6]
+    with pytest.raises(SpecError, match="the model's layers differ in expert_ffn_hidden_size, num_experts, shared"):
+        write_hf(pruned, tmp_path / "hf")
+    write_nemo(pruned, tmp_path / "model.nemo")
+    again = open_checkpoint(tmp_path / "model.nemo")
+    assert again.spec == pruned.spec
+    torch.testing.assert_close(megatron_logits(again, here), megatron_logits(pruned, here), rtol=0, atol=0)
+    for words in ("experts", "expert FFN size", "shared expert FFN size", "experts a token", "active parameters"):
+        assert words in plan.table()
 
 
 def test_layouts_that_cannot_be_are_refused_before_a_model_is_built(folder: Path) -> None:
