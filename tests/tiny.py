@@ -139,12 +139,15 @@ def write_family(path: Path, name: str, *, seed: int = 0, trained_steps: int = 0
 
 
 NEMOTRON_H_PATTERN = "M-*M-M*-"
+NEMOTRON_3_PATTERN = "ME*-MEM*E"
 
 
 def write_nemotron_h(
     path: Path, *, seed: int = 0, pattern: str = NEMOTRON_H_PATTERN, trained_steps: int = 0, **changes: object
 ) -> PreTrainedModel:
     """A hybrid: Mamba with 8 heads of 8 channels in 4 groups and 16 states, attention of 8 heads in 4 groups, FFN 96.
+
+    Layers of experts (`E`) have 6 of 24 neurons, of which a token has 2, and a shared one of 40.
 
     Random, or trained for some steps as in `write_llama`.
     """
@@ -165,6 +168,14 @@ def write_nemotron_h(
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+    if "E" in pattern:
+        settings |= {
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+            "routed_scaling_factor": 1.5,
+        }
     config = NemotronHConfig(**settings | changes)
     return _write(path, config, AutoModelForCausalLM.from_config, seed, trained_steps)
 
@@ -214,6 +225,11 @@ def _write(path: Path, config: object, kind: Callable[..., PreTrainedModel], see
             parameter.normal_(std=0.15 if parameter.ndim > 1 else 0.3)
             if "norm" in name and name.endswith("weight") and config.model_type not in ZERO_CENTRED:
                 parameter.add_(1.0)
+            if name.endswith(".gate.weight"):  # of routers, whose experts shall differ
+                parameter.mul_(4.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     tokenizer = write_tokenizer(path, vocab_size=config.vocab_size)
     if trained_steps:
         train(model, tokenizer, trained_steps)

@@ -15,7 +15,8 @@ FIELD, ARGUMENT = "num_moe_experts", "num_experts"
 
 # Settings that change what experts compute and have no counterpart in a spec, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices"), ()),
+    **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk"), (1,)),
+    "moe_router_topk_limited_devices": (),
     **dict.fromkeys(("moe_latent_size", "moe_input_jitter_eps", "moe_apply_probs_on_input"), ()),
     **dict.fromkeys(("moe_expert_capacity_factor", "moe_router_force_load_balancing"), ()),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
@@ -83,6 +84,25 @@ def feed_forwards(found: Mapping[str, Any], *, where: str) -> Callable[[int], Fe
     Raises:
         SpecError: A setting is not supported, or is no number.
     """
+    experts = experts_in(found, where=where)
+    if experts is None:
+        return None
+    dense = Mlp(ffn_hidden_size=found["ffn_hidden_size"])
+    frequency = found.get("moe_layer_freq", 1)
+    if isinstance(frequency, int) and frequency > 0:
+        return lambda index: experts if index % frequency == 0 else dense
+    if isinstance(frequency, list | tuple) and all(value in (0, 1) for value in frequency):
+        if len(frequency) != found.get("num_layers", len(frequency)):
+            raise SpecError(
+                f"{where}: moe_layer_freq names {len(frequency)} layers, num_layers = {found['num_layers']}",
+                rule="one 0 or 1 for each layer",
+            )
+        return lambda index: experts if frequency[index] else dense
+    raise SpecError(f"{where}: moe_layer_freq = {str(frequency)[:60]!r}", rule="a number, or a list of 0 and 1")
+
+
+def experts_in(found: Mapping[str, Any], *, where: str) -> Moe | None:
+    """The experts that layers have, whichever do; None for a model without. See `feed_forwards`."""
     count = found.get(FIELD, found.get(ARGUMENT))
     if not count:
         return None
@@ -103,7 +123,7 @@ def feed_forwards(found: Mapping[str, Any], *, where: str) -> Callable[[int], Fe
             f"{where}: moe_router_score_function = {str(name)[:40]!r} is not supported", rule=" or ".join(RouterScore)
         )
     sigmoid = name == RouterScore.SIGMOID
-    experts = Moe(
+    return Moe(
         **sizes,
         shared_gate=bool(found.get("moe_shared_expert_gate", False)),
         score_function=RouterScore(name),
@@ -112,15 +132,3 @@ def feed_forwards(found: Mapping[str, Any], *, where: str) -> Callable[[int], Fe
         scaling_factor=float(found.get("moe_router_topk_scaling_factor", 1.0)),
         router_fp32=found.get("moe_router_dtype") == "fp32",
     )
-    dense = Mlp(ffn_hidden_size=found["ffn_hidden_size"])
-    frequency = found.get("moe_layer_freq", 1)
-    if isinstance(frequency, int) and frequency > 0:
-        return lambda index: experts if index % frequency == 0 else dense
-    if isinstance(frequency, list | tuple) and all(value in (0, 1) for value in frequency):
-        if len(frequency) != found.get("num_layers", len(frequency)):
-            raise SpecError(
-                f"{where}: moe_layer_freq names {len(frequency)} layers, num_layers = {found['num_layers']}",
-                rule="one 0 or 1 for each layer",
-            )
-        return lambda index: experts if frequency[index] else dense
-    raise SpecError(f"{where}: moe_layer_freq = {str(frequency)[:60]!r}", rule="a number, or a list of 0 and 1")

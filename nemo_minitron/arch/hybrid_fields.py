@@ -1,20 +1,21 @@
-"""Hybrids of Mamba, attention and MLPs in the words of Megatron-Core's MambaModel, NeMo 2 and Megatron-LM. Plain data.
+"""Hybrids in the words of Megatron-Core's MambaModel, NeMo 2 and Megatron-LM. Plain data.
 
-Their layers have one part each, which a letter of `hybrid_override_pattern` names. Their mixer is called as in
-`arch.layer.Mamba`; what is not a field of theirs (a convolution over 4 positions with a bias, steps without a limit, an
-epsilon of 1e-5 in the gated norm) is built into Megatron's.
+Their layers have one part each, which a letter of `hybrid_override_pattern` names: Mamba, attention, an MLP or experts
+(`arch.expert_fields`). Their mixer is called as in `arch.layer.Mamba`; what is not a field of theirs (a convolution
+over 4 positions with a bias, steps without a limit, an epsilon of 1e-5 in the gated norm) is built into Megatron's.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp
+from nemo_minitron.arch.expert_fields import experts_in
+from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp, Moe
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.errors import SpecError
 
 PATTERN = "hybrid_override_pattern"
-LETTERS: Mapping[str, type[Mamba | Attention | Mlp]] = {"M": Mamba, "*": Attention, "-": Mlp}
+LETTERS: Mapping[str, type[Mamba | Attention | Mlp | Moe]] = {"M": Mamba, "*": Attention, "-": Mlp, "E": Moe}
 _RATIOS = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
 _SIZES = ("mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
 _HEADS = "mamba_num_heads"
@@ -46,8 +47,8 @@ def hybrid_spec(spec: ModelSpec, fields: Mapping[str, Any], *, without_positions
         where: For messages.
 
     Raises:
-        SpecError: Layers are not named one by one, or of a kind that is not supported; a size is missing; or a norm has
-            another epsilon than that of Megatron's mixer.
+        SpecError: Layers are not named one by one, or of a kind that is not supported; a size or experts are missing;
+            or a norm has another epsilon than that of Megatron's mixer.
     """
     pattern = fields.get(PATTERN)
     if not pattern:
@@ -59,7 +60,7 @@ def hybrid_spec(spec: ModelSpec, fields: Mapping[str, Any], *, without_positions
     if not isinstance(pattern, str) or set(pattern) - set(LETTERS):
         raise SpecError(
             f"{where}: {PATTERN} = {str(pattern)[:60]!r} is not supported",
-            rule=f"letters {', '.join(LETTERS)}: Mamba, attention, an MLP",
+            rule=f"letters {', '.join(LETTERS)}: Mamba, attention, an MLP, experts",
         )
     if len(pattern) != spec.num_layers:
         raise SpecError(
@@ -68,13 +69,24 @@ def hybrid_spec(spec: ModelSpec, fields: Mapping[str, Any], *, without_positions
         )
     both = spec.layers[0]
     mamba = _mamba(spec, fields, where) if "M" in pattern else None
+    experts = _experts(fields, where) if "E" in pattern else None
     parts = {
         "M": LayerSpec(mixer=mamba, feed_forward=None),
         "*": replace(both, feed_forward=None),
         "-": replace(both, mixer=None),
+        "E": LayerSpec(mixer=None, feed_forward=experts),
     }
     percent = 0.0 if without_positions else spec.rotary_percent
     return replace(spec, layers=tuple(parts[letter] for letter in pattern), rotary_percent=percent)
+
+
+def _experts(fields: Mapping[str, Any], where: str) -> Moe:
+    experts = experts_in({name: value for name, value in fields.items() if value is not None}, where=where)
+    if experts is None:
+        raise SpecError(
+            f"{where}: {PATTERN} names layers of experts, and there are none", rule="their number and sizes"
+        )
+    return experts
 
 
 def _mamba(spec: ModelSpec, fields: Mapping[str, Any], where: str) -> Mamba:

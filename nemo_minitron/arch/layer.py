@@ -154,6 +154,8 @@ KINDS: dict[str, tuple[type[Part], ...]] = {
     "mamba": (Mamba,),
     "attention": (Attention,),
     "mlp": (Mlp,),
+    "moe": (Moe,),
+    "mamba_dense": (Mamba, Mlp),
     "dense": (Attention, Mlp),
     "expert": (Attention, Moe),
 }
@@ -162,7 +164,7 @@ KINDS: dict[str, tuple[type[Part], ...]] = {
 
 def count_label(kind: str) -> str:
     """What tables call the number of layers of a kind."""
-    word = {"mamba": "Mamba", "mlp": "MLP"}.get(kind, kind)
+    word = {"mamba": "Mamba", "mlp": "MLP", "moe": "MoE", "mamba_dense": "Mamba-MLP"}.get(kind, kind)
     return f"{word} layers"
 
 

@@ -250,3 +250,15 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, which goes with the block; what a killed process has left of one goes first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_names(target.with_name(f"{target.name}.unpacked"), folder=True) as names:
+        names.partial.mkdir()
+        try:
+            yield names.partial
+        finally:
+            shutil.rmtree(names.partial, ignore_errors=True)

@@ -14,7 +14,7 @@ from nemo_minitron.arch.families.keys import AXIS_KEYS
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.arch.weights import Weight, weight_named, weights
 from nemo_minitron.checkpoints.files import staged_folder
-from nemo_minitron.checkpoints.hf_experts import split_fused_experts
+from nemo_minitron.checkpoints.hf_experts import split_fused_experts, use_published_prefix
 from nemo_minitron.checkpoints.hf_weights import INDEX, SINGLE, HfWeights
 from nemo_minitron.checkpoints.parts import dtype_of, fuse_stored, split_stored, stored_shapes, widest
 from nemo_minitron.checkpoints.plain_data import read_json, spec_of
@@ -88,6 +88,7 @@ class _Reader:
         self._weights = HfWeights(folder)
         for name in [name for name in self._weights.places if _DERIVED.search(name)]:
             del self._weights.places[name]
+        use_published_prefix(self._weights.places, self.family)
         if self.spec.tied_embeddings:
             self._settle_tied()
         if self.spec.has_experts:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import re
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from nemo_minitron.checkpoints.files import (
     FolderFiles,
     open_files,
     read_bytes,
+    scratch_folder,
     staged_file,
     staged_folder,
 )
@@ -136,10 +136,9 @@ def write_nemo(
     if isinstance(source, Checkpoint) and source.native is not None and dtype in (None, source.dtype):
         pack_nemo(source.native, target, extra_files=extra_files)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        write_folder(source, Path(scratch) / "folder", dtype=dtype)
-        pack_nemo(Path(scratch) / "folder", target, extra_files=extra_files)
+    with scratch_folder(target) as scratch:
+        write_folder(source, scratch / "folder", dtype=dtype)
+        pack_nemo(scratch / "folder", target, extra_files=extra_files)
 
 
 def write_folder_files(

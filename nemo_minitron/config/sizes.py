@@ -67,11 +67,15 @@ class TargetConfig(BudgetConfig):
     """Exactly these layers go, counted from 0, instead of a choice by scores."""
     num_mamba_layers: Count | None = None
     """Of a model whose layers are of several kinds: so many Mamba layers stay, those that are worth most among them.
-    Layers of kinds that are not named all stay. This and the next four in place of `num_layers`."""
+    Layers of kinds that are not named all stay. This and the next six in place of `num_layers`."""
     num_attention_layers: Count | None = None
     """Layers of attention alone."""
     num_mlp_layers: Count | None = None
     """Layers of an MLP alone."""
+    num_moe_layers: Count | None = None
+    """Layers of experts alone."""
+    num_mamba_dense_layers: Count | None = None
+    """Layers of Mamba and an MLP, beside others."""
     num_dense_layers: Count | None = None
     """Layers of attention and an MLP, beside others."""
     num_expert_layers: Count | None = None
@@ -187,10 +191,12 @@ class SpaceConfig(Section):
     """What the search may choose from. A size that `target` names is fixed; an axis that neither names has defaults."""
 
     num_layers: AxisSpace | None = None
-    """Of a model whose layers are all of one kind; of another one, those of each kind, in the next five."""
+    """Of a model whose layers are all of one kind; of another one, those of each kind, in the next seven."""
     num_mamba_layers: AxisSpace | None = None
     num_attention_layers: AxisSpace | None = None
     num_mlp_layers: AxisSpace | None = None
+    num_moe_layers: AxisSpace | None = None
+    num_mamba_dense_layers: AxisSpace | None = None
     num_dense_layers: AxisSpace | None = None
     num_expert_layers: AxisSpace | None = None
     hidden_size: AxisSpace | None = None

@@ -223,9 +223,12 @@ class TokenScorer:
         """-log p and whether the label is the likeliest, of each label `[N]`, from all context-parallel ranks."""
         here, device = self.runtime, hidden_SBH.device
         rows_N, places_N, labels_N = (x.to(device) for x in (rows_N, places_N, labels_N))
-        match = places_N.unsqueeze(1) == positions_S  # [N, positions of this rank]
-        mine = match.any(1)
-        picked = hidden_SBH[match[mine].int().argmax(1), rows_N[mine]]
+        # Where this rank has each position of a sequence, -1 where it has it not.
+        own = torch.arange(len(positions_S), device=device)
+        held = torch.full((here.groups.cp.size() * len(positions_S),), -1, device=device)
+        local_N = held.index_put((positions_S,), own)[places_N]
+        mine = local_N >= 0
+        picked = hidden_SBH[local_N[mine], rows_N[mine]]
         model = unwrap(self.chunks[-1])
         scores = label_scores(
             picked,

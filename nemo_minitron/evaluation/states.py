@@ -195,13 +195,14 @@ def _reader(folder: Path, model: Any) -> Callable[[str], Tensor]:
             files = dict.fromkeys(file.keys(), "model.safetensors")
     inputs = model.get_input_embeddings()
     embedding = next(f"{name}.weight" for name, module in model.named_modules() if module is inputs)
+    renamed = any(name.startswith("backbone.") for name in files)  # Nemotron-H's, whose class has other names
 
     def read(name: str) -> Tensor:
         if model.config.tie_word_embeddings and name == "lm_head.weight":
             name = embedding
-        # Nemotron-H is stored under another name than its class has.
-        other = "backbone." + name.removeprefix("model.")
-        return expert_parameters.parameter(other if other in files else name, files, stored)
+        if renamed and name.startswith("model."):
+            name = "backbone." + name.removeprefix("model.")
+        return expert_parameters.parameter(name, files, stored)
 
     def stored(name: str) -> Tensor:
         with safe_open(folder / files[name], framework="pt") as file:

@@ -203,6 +203,7 @@ def _experts(spec: ModelSpec, parallel: ParallelConfig) -> dict[str, Any]:
         "num_moe_experts": first.num_experts,
         "moe_ffn_hidden_size": first.expert_ffn_hidden_size,
         "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32" if first.router_fp32 else None,  # read by a warning alone: routers are our own
         "expert_model_parallel_size": parallel.expert,
     }
 

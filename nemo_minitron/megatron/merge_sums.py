@@ -41,6 +41,7 @@ class MergeCollector:
         self._spec = spec
         self._gaps = tuple(gaps)
         self._tp = split_group(runtime.groups.tp)
+        states.connect(runtime)
         self._routes = [(gap.end, self._holder(gap.end - 1), self._holder(gap.layer)) for gap in self._gaps]
         self._mine = [gap for gap, (_, _, target) in zip(self._gaps, self._routes, strict=True) if self._here(target)]
         self._sums = {gap.layer: self._zeros(gap, runtime.parallel.tensor) for gap in self._mine}

@@ -67,7 +67,8 @@ def build_plan(scores: Scores, target: TargetConfig, spec: ModelSpec) -> Pruning
 
     def ranked_parts(part: str, able: list[int]) -> list[int]:
         worth = scores.sublayers(part, target.sublayer_metric)
-        return sorted(able, key=lambda layer: (worth[layer], layer))
+        best_first = ranked(torch.tensor([worth[layer] for layer in able], dtype=torch.float64))
+        return [able[place] for place in reversed(_plain(best_first))]
 
     gone = dropped_parts(target, spec, layers, ranked_parts)
     return _plan(scores, layers, gone, target, _provenance(scores, target))

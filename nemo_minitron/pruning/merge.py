@@ -50,6 +50,24 @@ def gaps_of(plan: PruningPlan) -> tuple[Gap, ...]:
     return tuple(Gap(layer, end) for layer, end in pairwise(ends) if end > layer + 1)
 
 
+def mergeable_gaps(plan: PruningPlan) -> tuple[Gap, ...]:
+    """The gaps of a plan, each behind a layer that keeps its MLP.
+
+    Raises:
+        PlanError: One does not, so that nothing can take on what is missing.
+    """
+    gaps = gaps_of(plan)
+    before = {gap.layer for gap in gaps}
+    bare = [layer.source for layer in plan.layers if layer.source in before and "feed_forward" in layer.without]
+    if bare:
+        raise PlanError(
+            f"target.merge_layers: layer {bare[0]} loses its MLP, and layers behind it go",
+            rule="the second MLP matrix of the layer before dropped ones takes on what they added",
+            remedy="set target.merge_layers=false, or keep that MLP (target.drop_feed_forwards)",
+        )
+    return gaps
+
+
 def check_mergeable(spec: ModelSpec) -> None:
     """Make sure that a layer's second MLP matrix adds to the residual stream as it is.
 
@@ -154,10 +172,10 @@ def merge_gaps(source: PrunedSource, sums: MergeSums, *, ridge: float) -> Checkp
         ridge: See `ops.refit`.
 
     Raises:
-        PlanError: The model's MLPs end with a norm.
+        PlanError: The model's MLPs end with a norm, or one that is needed is gone.
         ScoresError: The sums do not fit.
     """
-    plan, gaps = source.plan, gaps_of(source.plan)
+    plan, gaps = source.plan, mergeable_gaps(source.plan)
     check_mergeable(plan.spec)
     sums.check_fits(plan)
     before = {gap.layer for gap in gaps}

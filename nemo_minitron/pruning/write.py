@@ -1,8 +1,8 @@
 """A pruned checkpoint on disk in the formats of recipes, tensor by tensor, without building a model."""
 
-import tempfile
 from pathlib import Path
 
+from nemo_minitron.checkpoints.files import scratch_folder
 from nemo_minitron.checkpoints.formats import FORMATS
 from nemo_minitron.checkpoints.nemo1 import open_nemo, write_folder
 from nemo_minitron.checkpoints.source import TensorSource
@@ -38,9 +38,8 @@ def write_checkpoint(source: TensorSource, target: Path, formats: tuple[ExportFo
         for kind, place in places.items():
             FORMATS[kind].write(source, place)
         return places
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        folder = Path(scratch) / "folder"
+    with scratch_folder(target) as scratch:
+        folder = scratch / "folder"
         write_folder(source, folder)
         for kind, place in places.items():
             FORMATS[kind].write(open_nemo(folder), place)

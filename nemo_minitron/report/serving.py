@@ -15,7 +15,7 @@ VLLM = "vLLM 0.33.0"
 LLAMA_CPP = "llama.cpp 0.5.0"
 
 UNTRIED = ("olmoe", "bamba")
-"""Families that neither was done for."""
+"""Families that neither was done for; nor was it for Nemotron-H with experts (Nemotron 3)."""
 
 _Objections = Callable[[TensorSource], Iterator[str]]
 
@@ -27,7 +27,7 @@ def objections(engine: str, source: TensorSource) -> list[str]:
         engine: `VLLM` or `LLAMA_CPP`.
         source: The model as it is exported.
     """
-    if source.family in UNTRIED:
+    if source.family in UNTRIED or (source.family == "nemotron_h" and source.spec.has_experts):
         return ["nobody has tried that with this family, or read what the engine asks of it"]
     return list(_ENGINES[engine](source))
 

@@ -12,7 +12,10 @@ from nemo_minitron.errors import SpecError
 Sizes = tuple[int, ...]
 """A size for each axis of a model, in the order of `axes_of`."""
 
-_SYMBOLS = {"mamba": "LM", "attention": "LA", "mlp": "LF", "dense": "LD", "expert": "LE"}
+_SYMBOLS = {
+    **{"mamba": "LM", "attention": "LA", "mlp": "LF", "moe": "LX"},
+    **{"mamba_dense": "LMD", "dense": "LD", "expert": "LE"},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +70,8 @@ def layers_by_kind(spec: ModelSpec) -> dict[str, LayerSpec]:
         told = " and of ".join(sorted(differ)) if differ else found[""].described
         raise SpecError(
             f"a search over a model whose layers of {told} {'differ' if differ else 'stand beside others'}",
-            rule="layers of one kind are alike, and kinds are Mamba, attention or an MLP alone, attention and an "
-            "MLP, attention and experts",
+            rule="layers of one kind are alike, and kinds are Mamba, attention, an MLP or experts alone, Mamba or "
+            "attention and an MLP, attention and experts",
             remedy="give sizes under target instead of a budget",
         )
     if len(found) == 1:

@@ -1,12 +1,15 @@
 """A recipe's search as one object: the space, the budgets, the shapes that fit, the candidates."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from nemo_minitron.arch.axes import PRUNABLE
+from nemo_minitron.arch.families import family_named, nearest_family
 from nemo_minitron.arch.layer import PARTS, LayerSpec, Mamba
 from nemo_minitron.arch.spec import ModelSpec
-from nemo_minitron.config.run import RunConfig
+from nemo_minitron.config.run import ExportFormat, RunConfig
 from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
 from nemo_minitron.config.training import DistillConfig
 from nemo_minitron.errors import SearchError
@@ -78,7 +81,7 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
     teacher = replace(teacher, layers=tuple(layer.routed_to(target.top_k) for layer in teacher.layers))
     always = [*ALWAYS, *(["active_params"] if teacher.has_experts else [])]
     always += ["ssm_state", "memory"] if any(isinstance(layer.mixer, Mamba) for layer in teacher.layers) else []
-    space = make_space(search, target, teacher, config.parallel)
+    space = make_space(search, target, teacher, config.parallel, _export_rule(config, teacher))
     upper = limits(target, teacher)
     found = find_shapes(
         space, measures(teacher, target.deployment, list(upper), latency), upper, tolerance=search.tolerance
@@ -88,6 +91,12 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
     return SearchProblem(
         config=config, space=space, found=found, limits=upper, measured=measured, candidates=candidates
     )
+
+
+def _export_rule(config: RunConfig, teacher: ModelSpec) -> Callable[[Mapping[str, Any]], Any] | None:
+    """What an export to Hugging Face asks of sizes; see `Family.holds`."""
+    holds = family_named(nearest_family(teacher)).holds
+    return partial(holds, teacher) if holds is not None and ExportFormat.HF in config.export.formats else None
 
 
 def sized_target(target: TargetConfig, sizes: Mapping[str, int]) -> TargetConfig:

@@ -48,6 +48,8 @@ class Space:
     """Layers that a model has at least, all kinds together."""
     parallel: ParallelConfig
     """The layout that candidates are trained at."""
+    rule: Callable[[Mapping[str, Any]], Any] | None = None
+    """Which sizes, by their keys in a recipe, go together for a reason of their own; integers or arrays."""
 
     @cached_property
     def axes(self) -> tuple[SearchAxis, ...]:
@@ -95,6 +97,8 @@ class Space:
         numbers = layer_places(self.axes).values()
         if sum(self.values[place][0] for place in numbers) < self.least_layers:
             result = result & (sum(sizes[place] for place in numbers) >= self.least_layers)
+        if self.rule is not None:
+            result = result & self.rule({axis.key: size for axis, size in zip(self.axes, sizes, strict=True)})
         return result
 
     def nests(self, sizes: Any, outer_sizes: Any, inner: int, outer: int) -> NDArray[np.bool_]:
@@ -131,8 +135,14 @@ class Found:
     """Shapes within every budget that leave too much of all of them unused."""
 
 
-def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, parallel: ParallelConfig) -> Space:
-    """The space that a recipe asks for.
+def make_space(
+    search: SearchConfig,
+    target: TargetConfig,
+    teacher: ModelSpec,
+    parallel: ParallelConfig,
+    rule: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Space:
+    """The space that a recipe asks for; see `Space.rule`.
 
     Raises:
         SearchError: Rules contradict each other; names all that do.
@@ -155,7 +165,7 @@ def make_space(search: SearchConfig, target: TargetConfig, teacher: ModelSpec, p
             "tensor-parallel sizes of the run and of the deployment",
             remedy="change search.space, target.multiple_of or parallel.tensor",
         )
-    space = Space(teacher=teacher, values=tuple(values), least_layers=chunks, parallel=parallel)
+    space = Space(teacher=teacher, values=tuple(values), least_layers=chunks, parallel=parallel, rule=rule)
     for inner, outer in nested_places(axes):
         sizes, outer_sizes = (np.array(values[place]) for place in (inner, outer))
         if not space.nests(sizes[:, None], outer_sizes, inner, outer).any():
@@ -326,6 +336,12 @@ def _nothing_fits(
     result: Found, nearest: _Nearest, measured: Mapping[str, Measure], limits: Mapping[str, float], tolerance: float
 ) -> SearchError:
     candidates = result.total - result.ruled_out
+    if not candidates:
+        return SearchError(
+            f"none of {result.total:,} combinations of sizes is one that a model can have",
+            rule="sizes go together as the model, its layout and the configuration of an export to hf ask",
+            remedy="allow more sizes in search.space, or set export.formats=[nemo] where hf is what cannot say them",
+        )
     if nearest.within is None:
         binding = [name for name, count in result.above.items() if count == candidates]
         told = " and ".join(f"the budget {name} = {describe(name, limits[name])}" for name in binding)

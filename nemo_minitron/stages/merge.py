@@ -14,7 +14,7 @@ from nemo_minitron.megatron.data import WindowDataset, loader
 from nemo_minitron.megatron.forward import cut
 from nemo_minitron.megatron.merge_sums import MergeCollector
 from nemo_minitron.megatron.runtime import Runtime
-from nemo_minitron.pruning.merge import MergeSums, gaps_of
+from nemo_minitron.pruning.merge import MergeSums, mergeable_gaps
 from nemo_minitron.pruning.plan import PruningPlan
 
 
@@ -37,7 +37,7 @@ def measure_merge(
         settings: The recipe's `score`.
         provenance: JSON data for the file.
     """
-    gaps = gaps_of(plan)
+    gaps = mergeable_gaps(plan)
     collector = MergeCollector(chunks, runtime, plan.spec, gaps)
     windows = WindowDataset(
         data,

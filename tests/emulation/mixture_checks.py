@@ -48,6 +48,8 @@ LAYOUTS = {
     "hybrid CP2": (2, Case("nemotron_h", CP2, micro_batch_size=4)),
     "hybrid CP2, MLPs recomputed": (2, Case("nemotron_h", CP2_SELECTIVE, micro_batch_size=4)),
     "hybrid CP2, layers recomputed": (2, Case("nemotron_h", CP2_FULL, micro_batch_size=4, distributed=True)),
+    "hybrid with experts EP2": (2, Case("hybrid", EP2, micro_batch_size=2)),
+    "hybrid with experts SP2": (2, Case("hybrid", SP2, micro_batch_size=4)),
     "SP2 EP2": (4, Case("experts", SP2_EP2, micro_batch_size=4)),
     "CP2 EP4": (4, Case("alike", CP2_EP4, micro_batch_size=4)),
     "hybrid CP2 TP2": (4, Case("nemotron_h", CP2_TP2, micro_batch_size=4)),
@@ -55,7 +57,7 @@ LAYOUTS = {
     "hybrid CP2 DP2": (4, Case("nemotron_h", CP2, micro_batch_size=4, distributed=True)),
 }
 SPECS = ALL_SPECS | EXPERT_SPECS
-ALONE = ("experts", "one each", "alike", "nemotron_h")
+ALONE = ("experts", "one each", "alike", "nemotron_h", "hybrid")
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ from nemo_minitron.arch.weights import parameter_count
 from nemo_minitron.checkpoints.open import open_checkpoint
 from tests.support import runs
 from tests.support.runs import command, environment
-from tests.tiny import write_bamba, write_corpus, write_nemotron_h
+from tests.tiny import NEMOTRON_3_PATTERN, write_bamba, write_corpus, write_nemotron_h
 
 pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/hybrid_cpu.yaml"
+EXPERTS_RECIPE = RECIPE.with_name("hybrid_experts_cpu.yaml")
 llama = runs.inputs
 
 
@@ -23,6 +24,14 @@ llama = runs.inputs
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     write_nemotron_h(folder / "hf", trained_steps=100)
+    write_corpus(folder / "corpus")
+    return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
+
+
+@pytest.fixture(scope="module")
+def hybrid_experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("hybrid_experts")
+    write_nemotron_h(folder / "hf", pattern=NEMOTRON_3_PATTERN, trained_steps=100)
     write_corpus(folder / "corpus")
     return [f"model.source={folder / 'hf'}", f"data.sources=[{folder / 'corpus'}]"]
 
@@ -55,6 +64,29 @@ def test_a_hybrid_from_text_to_an_exported_student(hybrid: list[str], tmp_path: 
     report = (run / "report.html").read_text()
     for words in ("Mamba heads", "Mamba head size", "FFN size"):
         assert words in report
+
+
+def test_a_hybrid_with_experts_from_text_to_an_exported_student(hybrid_experts: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    routers = ["distill.router_weight=0.2", "distill.balance_weight=0.01"]
+    summary = finished(run, [*hybrid_experts, *routers], EXPERTS_RECIPE)
+    assert summary["perplexity"]["distilled"] < summary["perplexity"]["pruned"]
+    student = open_checkpoint(run / "stages/export/tiny_hybrid_experts_hf")
+    assert (student.family, student.spec.hidden_size) == ("nemotron_h", 48)
+    assert student.spec.kinds == {"mamba": 3, "attention": 2, "mlp": 1, "moe": 2}
+    experts = {layer.moe for layer in student.spec.layers if layer.has_experts}
+    assert {(each.num_experts, each.expert_ffn_hidden_size, each.shared_ffn_hidden_size) for each in experts} == {
+        (4, 16, 32)
+    }
+    assert student.spec == open_checkpoint(run / "stages/export/tiny_hybrid_experts.nemo").spec
+    exported = json.loads((run / "stages/export/result.json").read_text())
+    assert set(exported["largest_logit_difference"]) == {"nemo", "hf"}
+    report = (run / "report.html").read_text()
+    for words in ("Mamba heads", "MoE layers", "experts", "shared expert FFN size", "active parameters"):
+        assert words in report
+    card = (run / "stages/export/tiny_hybrid_experts_hf/README.md").read_text()
+    for words in ("active parameters", "nobody has tried that"):
+        assert words in card
 
 
 def test_a_budget_of_a_hybrid_becomes_a_student_within_it(hybrid: list[str], tmp_path: Path) -> None:

@@ -37,13 +37,14 @@ def statistics(mlp: nn.Module, inputs_BSH: Tensor, keep_BS: Tensor, config: obje
     """Route every token by itself, and apply each chosen expert to it by itself.
 
     Args:
-        mlp: A layer's block of experts in transformers, in float64.
+        mlp: A layer's block of experts in transformers, in float64; SwiGLU, or squared ReLU where there is no gate.
         inputs_BSH: What enters it.
         keep_BS: Which tokens count.
         config: Of the model in transformers.
     """
     router = mlp.gate.weight
-    first, second = mlp.experts.gate_up_proj, mlp.experts.down_proj
+    gated = hasattr(mlp.experts, "gate_up_proj")
+    first, second = mlp.experts.gate_up_proj if gated else mlp.experts.up_proj, mlp.experts.down_proj
     count, width = router.shape[0], second.shape[2]
     bias = getattr(mlp.gate, "e_score_correction_bias", None)
     normalised = getattr(config, "norm_topk_prob", True)
@@ -60,8 +61,12 @@ def statistics(mlp: nn.Module, inputs_BSH: Tensor, keep_BS: Tensor, config: obje
         chosen = order[: config.num_experts_per_tok]
         whole = sum(scores[expert] for expert in chosen) if normalised else 1.0
         for expert in chosen:
-            gate, up = (first[expert] @ x).chunk(2)
-            neurons = gate * torch.sigmoid(gate) * up
+            neurons = first[expert] @ x
+            if gated:
+                gate, up = neurons.chunk(2)
+                neurons = gate * torch.sigmoid(gate) * up
+            else:
+                neurons = torch.where(neurons > 0, neurons, 0) ** 2
             weight = scores[expert] / whole * getattr(config, "routed_scaling_factor", 1.0)
             found.output[expert] += weight * math.sqrt(float((second[expert] @ neurons).square().sum()))
             found.routed[expert] += 1

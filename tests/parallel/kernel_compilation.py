@@ -25,7 +25,7 @@ TYPES = {
     **dict.fromkeys(("x",), "*bf16"),
     "keep": "*u8",
     "found": "*fp32",
-    **dict.fromkeys(("positions", "samples", "channels", "row_stride", "sample_stride", "length", "parts"), "i32"),
+    **dict.fromkeys(("positions", "samples", "channels", "row_stride", "sample_stride", "length"), "i32"),
 }
 ALIGNED = {"columns", "student_stride", "teacher_stride", "stride", "tokens", "channels", "row_stride", "sample_stride"}
 
@@ -43,12 +43,23 @@ def kernels():
     yield rest._statistics, {}
     yield rest._gradient, {}
     for keep in (False, True):
-        yield moments._sums, {"KEEP": keep, "ROWS": moments.ROWS, "COLUMNS": moments.COLUMNS}
+        sizes = {"KEEP": keep, "ROWS": moments.ROWS, "COLUMNS": moments.COLUMNS}
+        yield moments._sums, sizes
+        # Triton makes constants of arguments that are 1.
+        yield moments._sums, {**sizes, "samples": 1, "channels": 1, "sample_stride": 1, "positions": 1}
+    for module in (cross_entropy, rest):
+        for kernel in (module._statistics, module._gradient):
+            yield kernel, {"tokens": 1, "stride": 1}
+    kind = DivergenceKind.FORWARD_KL.value
+    one = {"tokens": 1, "student_stride": 1, "teacher_stride": 1}
+    yield divergence._statistics, {"KIND": kind, "TOP": True, "LABELS": True, "TEMPERED": True, **one}
+    yield divergence._gradient, {"KIND": kind, "LABELS": True, "TEMPERED": True, **one}
 
 
 def compiled(kernel, constants):
     names = [parameter.name for parameter in kernel.params]
-    constants = constants | ({"BLOCK": BLOCK} if "BLOCK" in names else {})
+    constants = {name: value for name, value in constants.items() if name in names}
+    constants |= {"BLOCK": BLOCK} if "BLOCK" in names else {}
     source = ASTSource(
         kernel,
         signature={name: "constexpr" if name in constants else TYPES[name] for name in names},
@@ -56,7 +67,7 @@ def compiled(kernel, constants):
         attrs={
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(names)
-            if name in ALIGNED or TYPES.get(name, "").startswith("*")
+            if name not in constants and (name in ALIGNED or TYPES[name].startswith("*"))
         },
     )
     return triton.compile(

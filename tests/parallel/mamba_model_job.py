@@ -8,13 +8,14 @@ is all that a checkpoint sees.
 import argparse
 import hashlib
 import importlib.util
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PATTERN = "M-*M-M*-"
+PATTERN = "M-E*ME*-"
 SIZES: dict[str, Any] = {
     "num_layers": len(PATTERN),
     "hidden_size": 32,
@@ -27,9 +28,24 @@ SIZES: dict[str, Any] = {
     "mamba_num_groups": 4,
     "mamba_state_dim": 5,
 }
+EXPERTS: dict[str, Any] = {
+    "moe_ffn_hidden_size": 12,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_dtype": "fp32",
+    "moe_router_num_groups": 1,
+    "moe_router_group_topk": 1,
+    "moe_router_load_balancing_type": "none",
+    "moe_shared_expert_intermediate_size": 20,
+}
+NUM_EXPERTS = 3
+_GROUPED = re.compile(r"\.experts\.(linear_fc\d)\.weight(\d+)$")
+"""How grouped products of Transformer Engine call the weights of each expert."""
 VOCAB, ROWS = 40, 64
 ENGINE = Path(__file__).parents[1] / "support" / "engine"
-REPLICATED = ("layer_norm_weight", "final_norm.weight")
+REPLICATED = ("layer_norm_weight", "final_norm.weight", "pre_mlp_layernorm.weight", "router.weight", "expert_bias")
 
 
 def save_hybrids(folder: str) -> dict[str, dict[str, Any]]:
@@ -37,7 +53,7 @@ def save_hybrids(folder: str) -> dict[str, dict[str, Any]]:
 
     Returns:
         This rank's parameters by layout ("tensor", "pipeline") and name, as numpy arrays; layers by their number in the
-        complete model.
+        complete model, experts by theirs.
     """
     _stand_ins()
     import torch
@@ -104,6 +120,10 @@ def _model(tensor: int, pipeline: int) -> Any:
     mamba_mixer.get_cuda_rng_tracker = Generators
     config = TransformerConfig(
         **SIZES,
+        **EXPERTS,
+        num_moe_experts=NUM_EXPERTS,
+        moe_grouped_gemm=True,
+        moe_token_dispatcher_type="allgather",
         is_hybrid_model=True,
         activation_func=lambda x: torch.relu(x).square(),
         normalization="RMSNorm",
@@ -133,7 +153,8 @@ def _fill(model: Any) -> dict[str, Any]:
 
     first = model.decoder.layers[0].layer_number - 1
     found = {}
-    for local, parameter in model.named_parameters():
+    biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
+    for local, parameter in (*model.named_parameters(), *biases):
         name = _whole_name(local, first)
         part = "" if name.endswith(REPLICATED) else distributed.get_rank()
         seed = int.from_bytes(hashlib.sha256(f"{name} {part}".encode()).digest()[:4])
@@ -147,7 +168,7 @@ def _whole_name(name: str, first: int) -> str:
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first)
-    return ".".join(parts)
+    return _GROUPED.sub(r".experts.local_experts.\2.\1.weight", ".".join(parts))
 
 
 def _save(model: Any, folder: Path, *, prefix: str, common: dict[str, Any]) -> None:
@@ -198,6 +219,7 @@ def _common() -> dict[str, Any]:
         untie_embeddings_and_output_weights=True,
         vocab_size=VOCAB,
         padded_vocab_size=ROWS,
-        num_experts=None,
+        **EXPERTS,
+        num_experts=NUM_EXPERTS,
     )
     return {"args": arguments, "checkpoint_version": 3.0, "iteration": 100}

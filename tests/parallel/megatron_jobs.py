@@ -94,6 +94,19 @@ FAMILY_SPECS = {
 """Families whose layers differ from Llama's, or from Qwen2's, in more than a name; and layers that lack a part."""
 ALL_SPECS = SPECS | FAMILY_SPECS
 _MIXER = EVEN.layer.mixer
+HYBRID_EXPERTS = LayerSpec(
+    mixer=None,
+    feed_forward=Moe(
+        num_experts=4,
+        expert_ffn_hidden_size=12,
+        top_k=2,
+        shared_ffn_hidden_size=16,
+        score_function=RouterScore.SIGMOID,
+        correction_bias=True,
+        scaling_factor=2.5,
+        router_fp32=True,
+    ),
+)
 EXPERT_SPECS = {
     "experts": replace(
         EVEN,
@@ -139,6 +152,13 @@ EXPERT_SPECS = {
         + (LayerSpec(mixer=_MIXER, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=20, top_k=2)),) * 2,
         tied_embeddings=False,
     ),
+    "hybrid": replace(
+        EVEN,
+        layers=(MAMBA, HYBRID_EXPERTS, EVEN.layer.without("feed_forward"), HYBRID_EXPERTS, MAMBA),
+        tied_embeddings=False,
+        activation=Activation.SQUARED_RELU,
+        rotary_percent=0.0,
+    ),
     "one each": replace(
         EVEN,
         layers=(
@@ -156,8 +176,8 @@ EXPERT_SPECS = {
         * 2,
     ),
 }
-"""Layers with experts: of several kinds with one without among them, all alike, in the second half alone, and with one
-expert for each token."""
+"""Layers with experts: of several kinds with one without among them, all alike, in the second half alone, without a
+mixer in a hybrid, and with one expert for each token."""
 
 
 @dataclass(frozen=True)

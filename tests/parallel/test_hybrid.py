@@ -7,21 +7,27 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.arch.axes import Axis
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.ops.importance import aggregate
+from nemo_minitron.config.sites import ExpertMetric
+from nemo_minitron.config.sizes import TargetConfig
+from nemo_minitron.ops.importance import SiteSums, aggregate
 from nemo_minitron.pruning.build import build_plan
 from nemo_minitron.pruning.depth import DepthScores
 from nemo_minitron.pruning.scores import Scores
 from tests import jobs
 from tests.oracles import importance as oracle
+from tests.oracles.experts import statistics
 from tests.parallel.hybrid_jobs import Measured, measure_all, text, train_all
 from tests.parallel.megatron_jobs import STEPS, Case
 from tests.ranks import run_on_ranks
-from tests.tiny import NEMOTRON_H_PATTERN, write_bamba, write_corpus, write_nemotron_h
+from tests.tiny import NEMOTRON_3_PATTERN, NEMOTRON_H_PATTERN, write_bamba, write_corpus, write_nemotron_h
 from tests.tolerances import TOL
 
 ONE, TP2, PP2 = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
 LAYOUTS = {"TP2": TP2, "PP2": PP2, "DP2": ONE}
+EP2 = ParallelConfig(expert=2)
+WITH_EXPERTS = LAYOUTS | {"EP2": EP2}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,15 @@ def bamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def each_alone(folder: Path, bamba: Path) -> list[Measured]:
-    ((found,),) = run_on_ranks(1, measure_all, [folder, bamba], [ONE])
+def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hybrid_experts")
+    write_nemotron_h(path / "hf", pattern=NEMOTRON_3_PATTERN)
+    return path / "hf"
+
+
+@pytest.fixture(scope="module")
+def each_alone(folder: Path, bamba: Path, with_experts: Path) -> list[Measured]:
+    ((found,),) = run_on_ranks(1, measure_all, [folder, bamba, with_experts], [ONE])
     return found
 
 
@@ -55,6 +68,13 @@ def together(folder: Path, bamba: Path) -> dict[str, list[list[Measured]]]:
     """What each rank of a layout measures of each folder."""
     ranks = run_on_ranks(2, measure_all, [folder, bamba], list(LAYOUTS.values()))
     return {name: [rank[index] for rank in ranks] for index, name in enumerate(LAYOUTS)}
+
+
+@pytest.fixture(scope="module")
+def experts_together(with_experts: Path) -> dict[str, list[Measured]]:
+    """What each rank of a layout measures of the hybrid with experts."""
+    ranks = run_on_ranks(2, measure_all, [with_experts], list(WITH_EXPERTS.values()))
+    return {name: [rank[index][0] for rank in ranks] for index, name in enumerate(WITH_EXPERTS)}
 
 
 def read_spec(folder: Path):
@@ -76,20 +96,77 @@ def test_scores_and_depth_are_the_same_at_every_layout(
         target = jobs.config_for(path, path, target={"mamba_num_heads": 4, "mamba_head_dim": 5}).target
         plans = set()
         for rank in (alone, *(ranks[which] for ranks in together[layout])):
-            for found, expected in ((rank.scores, alone.scores), (rank.depth, alone.depth)):
-                assert set(found) == set(expected)
-                for name, value in expected.items():
-                    torch.testing.assert_close(
-                        found[name], value, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}"
-                    )
+            same_measures(rank, alone)
             plans.add(build_plan(Scores(spec, rank.scores), target, spec).digest())
         assert len(plans) == 1
+
+
+def same_measures(rank: Measured, alone: Measured) -> None:
+    for found, expected in ((rank.scores, alone.scores), (rank.depth, alone.depth)):
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, **TOL[torch.float32], msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("layout", WITH_EXPERTS)
+def test_scores_of_experts_and_depth_are_the_same_at_every_layout(
+    layout: str, each_alone: list[Measured], experts_together: dict[str, list[Measured]], with_experts: Path
+) -> None:
+    spec, alone = read_spec(with_experts), each_alone[2]
+    sizes = {"mamba_num_heads": 4, "num_experts": 4, "expert_ffn_hidden_size": 10, "shared_ffn_hidden_size": 30}
+    counts = {"num_moe_layers": 2, "depth_metric": "logit_mse", "hidden_size": 40}
+    target = TargetConfig(**sizes | counts)
+    plans = set()
+    for rank in (alone, *experts_together[layout]):
+        same_measures(rank, alone)
+        scores = Scores(spec, rank.scores, depth=DepthScores.from_tensors(spec, rank.depth))
+        plan = build_plan(scores, target, spec)
+        assert plan.student.kinds == {"mamba": 3, "attention": 2, "mlp": 1, "moe": 2}
+        plans.add(plan.digest())
+    assert len(plans) == 1
+
+
+@torch.no_grad()
+def test_scores_of_experts_are_loops_over_tokens_on_transformers_activations(
+    each_alone: list[Measured], with_experts: Path
+) -> None:
+    model, sums = transformers_model(with_experts), each_alone[2].scores
+    scores = Scores(read_spec(with_experts), sums)
+    inputs: dict[int, torch.Tensor] = {}
+    shared: dict[int, torch.Tensor] = {}
+    for index, (letter, block) in enumerate(zip(NEMOTRON_3_PATTERN, model.model.layers, strict=True)):
+        if letter == "E":
+            block.mixer.register_forward_pre_hook(lambda _, args, i=index: inputs.update({i: args[0]}))
+            down = block.mixer.shared_experts.down_proj
+            down.register_forward_pre_hook(lambda _, args, i=index: shared.update({i: args[0]}))
+    tokens, _, mask = text()
+    model(tokens, use_cache=False)
+    assert sorted(inputs) == [index for index, letter in enumerate(NEMOTRON_3_PATTERN) if letter == "E"]
+    for layer, states in inputs.items():
+        expected = statistics(model.model.layers[layer].mixer, states, mask, model.config)
+        output, routed = torch.tensor(expected.output).double(), torch.tensor(expected.routed).double()
+        assert routed.max() > routed.min(), "the toy's routers choose all experts equally often"
+        for metric, wanted in {
+            ExpertMetric.REAP: output / routed.clamp_min(1),
+            ExpertMetric.OUTPUT: output / mask.sum(),
+            ExpertMetric.FREQUENCY: routed / mask.sum(),
+        }.items():
+            got = scores.importance(Axis.EXPERT, layer, experts=metric)
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        for row in SiteSums.ROWS:
+            found = sums[f"layers.{layer}.expert_ffn.{row}"]
+            torch.testing.assert_close(found, expected.site(*row.split(".")), rtol=1e-5, atol=1e-6)
+        for site, values in (("shared_ffn", shared[layer]), ("hidden.mlp", states)):
+            means = [values[sample][mask[sample]].abs().mean(0) for sample in range(len(mask)) if mask[sample].any()]
+            found = sums[f"layers.{layer}.{site}.mean.sum"]
+            torch.testing.assert_close(found, torch.stack(means).sum(0), rtol=1e-5, atol=1e-5)
 
 
 def transformers_model(folder: Path):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **eager).eval()
 
 
 @torch.no_grad()
@@ -148,9 +225,13 @@ def test_mamba_heads_are_ranked_in_their_group_on_the_channels_that_stay(alone: 
 
 
 @torch.no_grad()
-def test_layers_of_every_kind_are_ranked_by_logit_mse_as_transformers_gives_it(alone: Measured, folder: Path) -> None:
-    model = transformers_model(folder)
-    scores = DepthScores.from_tensors(read_spec(folder), alone.depth)
+@pytest.mark.parametrize("which", [0, 2])
+def test_layers_of_every_kind_are_ranked_by_logit_mse_as_transformers_gives_it(
+    which: int, each_alone: list[Measured], folder: Path, with_experts: Path
+) -> None:
+    path = {0: folder, 2: with_experts}[which]
+    model = transformers_model(path)
+    scores = DepthScores.from_tensors(read_spec(path), each_alone[which].depth)
     tokens, labels, mask = text()
     layers = list(model.model.layers)
 
@@ -205,36 +286,44 @@ def test_documents_of_a_sample_do_not_see_one_another() -> None:
     assert abs(packed["losses"][0] - plain()["losses"][0]) > 1e-6
 
 
-TARGET = {
+_WIDTH = {
     "mamba_num_heads": 4,
     "mamba_head_dim": 6,
     "hidden_size": 48,
     "ffn_hidden_size": 64,
     "num_attention_heads": 4,
-    "num_layers": 7,
 }
+_EXPERTS = {"num_experts": 4, "expert_ffn_hidden_size": 16, "shared_ffn_hidden_size": 32, "num_moe_layers": 2}
+DISTILLED = {
+    NEMOTRON_H_PATTERN: (_WIDTH | {"num_layers": 7}, LAYOUTS),
+    NEMOTRON_3_PATTERN: (_WIDTH | _EXPERTS, WITH_EXPERTS),
+}
+"""By pattern of the teacher: the student, and the layouts."""
 
 
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(path: Path, pattern: str) -> Path:
     """Teacher, token files and student, made by the ordinary stages on one rank."""
-    path = tmp_path_factory.mktemp("distilling")
-    write_nemotron_h(path / "hf", trained_steps=60)
+    write_nemotron_h(path / "hf", pattern=pattern, trained_steps=60)
     write_corpus(path / "corpus")
-    run_on_ranks(1, jobs.prepare, path, {"target": TARGET})
+    run_on_ranks(1, jobs.prepare, path, {"target": DISTILLED[pattern][0]})
     return path
 
 
 def distilled(path: Path, world: int, parallel: ParallelConfig) -> list[list[float]]:
     config = jobs.config_for(path / "hf", path / "corpus", parallel=parallel)
+    if read_spec(path / "hf").has_experts:
+        config = config.model_copy(update={"distill": config.distill.model_copy(update={"router_weight": 0.2})})
     return run_on_ranks(world, jobs.distill_losses, path / "student", path / "teacher", path / "data", config)
 
 
 @pytest.mark.slow
-def test_twenty_distillation_steps_are_those_of_one_rank(artefacts: Path) -> None:
+@pytest.mark.parametrize("pattern", DISTILLED)
+def test_twenty_distillation_steps_are_those_of_one_rank(pattern: str, tmp_path: Path) -> None:
+    """With experts, of routers' divergence too."""
+    artefacts = prepared(tmp_path, pattern)
     (expected,) = distilled(artefacts, 1, ONE)
     assert len(expected) == 20
     assert expected[-1] < 0.9 * expected[0], "the student learns"
-    for parallel in LAYOUTS.values():
+    for parallel in DISTILLED[pattern][1].values():
         for losses in distilled(artefacts, 2, parallel):
             np.testing.assert_allclose(losses, expected, rtol=1e-5)

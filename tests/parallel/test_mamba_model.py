@@ -8,9 +8,8 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from nemo_minitron.arch.layer import Attention, Mamba, Mlp
+from nemo_minitron.arch.layer import Attention, Mamba, Mlp, Moe, RouterScore
 from nemo_minitron.arch.spec import Activation
 from nemo_minitron.checkpoints.hf import open_hf, write_hf
 from nemo_minitron.checkpoints.open import open_checkpoint
@@ -18,8 +17,18 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.megatron import runtime
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.megatron.runtime import Runtime
-from tests.parallel.mamba_model_job import PATTERN, REPLICATED, ROWS, SIZES, VOCAB, save_hybrids
+from tests.parallel.mamba_model_job import (
+    EXPERTS,
+    NUM_EXPERTS,
+    PATTERN,
+    REPLICATED,
+    ROWS,
+    SIZES,
+    VOCAB,
+    save_hybrids,
+)
 from tests.ranks import run_on_ranks
+from tests.support.expert_models import loaded
 from tests.support.loaded import megatron_model
 
 pytestmark = pytest.mark.slow
@@ -27,6 +36,8 @@ pytestmark = pytest.mark.slow
 FIELDS = {
     "_target_": "nemo.collections.llm.gpt.model.ssm.NemotronHConfigBase",
     **SIZES,
+    **EXPERTS,
+    "num_moe_experts": NUM_EXPERTS,
     "hybrid_override_pattern": PATTERN,
     "position_embedding_type": "none",
     "rotary_base": 10000,
@@ -93,10 +104,20 @@ def test_the_pattern_and_the_sizes_are_read(saved: tuple[Path, list[dict[str, di
     root, _ = saved
     spec = open_checkpoint(root / "tensor").spec
     assert open_checkpoint(root / "pipeline").spec == open_checkpoint(root / "nemo2").spec == spec
-    kinds = {Mamba: "M", Attention: "*", Mlp: "-"}
+    kinds = {Mamba: "M", Attention: "*", Mlp: "-", Moe: "E"}
     assert "".join(kinds[type(part)] for layer in spec.layers for part in layer.parts) == PATTERN
     mamba = next(layer.mamba for layer in spec.layers if isinstance(layer.mixer, Mamba))
     assert mamba == Mamba(mamba_num_heads=8, mamba_head_dim=6, mamba_state_dim=5, mamba_num_groups=4)
+    assert spec.layers[PATTERN.index("E")].moe == Moe(
+        num_experts=3,
+        expert_ffn_hidden_size=12,
+        top_k=2,
+        shared_ffn_hidden_size=20,
+        score_function=RouterScore.SIGMOID,
+        correction_bias=True,
+        scaling_factor=2.5,
+        router_fp32=True,
+    )
     assert (spec.rotary_percent, spec.activation, spec.vocab_size) == (0.0, Activation.SQUARED_RELU, VOCAB)
 
 
@@ -115,8 +136,8 @@ def test_exported_it_computes_in_transformers_what_it_computes_here(
     assert source.family == "nemotron_h"
     write_hf(source, tmp_path / "hf")
     assert open_hf(tmp_path / "hf").spec == source.spec
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
+    model = loaded(tmp_path / "hf")
     tokens = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
     batch = MicroBatch.of(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
     found = megatron_model(source, here)(batch.tokens, batch.position_ids, None)
-    torch.testing.assert_close(found, model.eval()(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)

@@ -225,7 +225,12 @@ def test_a_training_of_megatron_lm_is_read(tmp_path: Path) -> None:
         ({"ffn_hidden_size": "20"}, r"common\.pt"),
         ({"is_hybrid_model": True}, "a hybrid without hybrid_override_pattern"),
         ({"hybrid_mlp_ratio": 0.5}, "a hybrid without hybrid_override_pattern"),
-        ({"hybrid_override_pattern": "M-E"}, "hybrid_override_pattern = 'M-E' is not supported"),
+        ({"hybrid_override_pattern": "M-X"}, "hybrid_override_pattern = 'M-X' is not supported"),
+        ({"hybrid_override_pattern": "M-E", **MAMBA}, "names layers of experts, and there are none"),
+        (
+            {"hybrid_override_pattern": "M-E", **MAMBA, "num_experts": 4, "moe_latent_size": 8},
+            "moe_latent_size = '8' is not supported",
+        ),
         ({"hybrid_override_pattern": "M-*/M"}, "hybrid_override_pattern = 'M-\\*/M' is not supported"),
         ({"hybrid_override_pattern": "M-*-"}, "names 4 layers, num_layers = 3"),
         ({"hybrid_override_pattern": "M-*"}, "mamba_head_dim = None"),

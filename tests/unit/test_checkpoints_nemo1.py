@@ -22,7 +22,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints import read_ahead
 from nemo_minitron.checkpoints.files import FolderFiles
 from nemo_minitron.checkpoints.hf import write_hf
-from nemo_minitron.checkpoints.nemo1 import open_nemo, pack_nemo, write_folder
+from nemo_minitron.checkpoints.nemo1 import open_nemo, pack_nemo, write_folder, write_nemo
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.checkpoints.source import TensorSource
 from nemo_minitron.errors import CheckpointError, SpecError
@@ -343,3 +343,18 @@ def test_a_failed_write_leaves_the_previous_folder_whole(folder: Path, monkeypat
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_a_killed_write_has_left_goes_with_the_next(hf: Path, tmp_path: Path) -> None:
+    """An archive is packed from a folder as large as it is."""
+    code = (
+        "import os, sys; from pathlib import Path; from nemo_minitron.checkpoints import nemo1;"
+        "from nemo_minitron.checkpoints.open import open_checkpoint;"
+        "nemo1.pack_nemo = lambda *_, **__: os._exit(9);"
+        f"nemo1.write_nemo(open_checkpoint(Path({str(hf)!r})), Path({str(tmp_path / 'model.nemo')!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert [path for path in tmp_path.iterdir() if path.is_dir()], "a copy of the model"
+    write_nemo(open_checkpoint(hf), tmp_path / "model.nemo")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert equal(open_checkpoint(tmp_path / "model.nemo"), open_checkpoint(hf))

@@ -31,6 +31,7 @@ from nemo_minitron.stages.run_folder import RunFolder
 from tests import tiny
 from tests.jobs import config_for
 from tests.support.checkpoints import UNIFORM, RandomSource
+from tests.support.expert_models import loaded
 from tests.support.family_plans import plan_for
 from tests.unit import report_sample
 
@@ -61,6 +62,18 @@ def test_states_are_those_of_transformers(case: str, tmp_path: Path, here: Runti
     assert torch.equal(theirs["logits"], whole.logits)
     assert torch.equal(theirs["layer 1"], whole.hidden_states[2])
     assert largest_difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("pattern", [tiny.NEMOTRON_H_PATTERN, tiny.NEMOTRON_3_PATTERN])
+def test_states_of_hybrids_are_those_of_transformers(pattern: str, tmp_path: Path, here: Runtime) -> None:
+    tiny.write_nemotron_h(tmp_path / "hf", pattern=pattern)
+    ours = megatron_states(open_hf(tmp_path / "hf"), TOKENS, here)
+    theirs = transformers_states(tmp_path / "hf", TOKENS)
+    assert list(ours) == ["embedding", *(f"layer {layer}" for layer in range(len(pattern))), "logits"] == list(theirs)
+    assert first_state_difference(ours, theirs, tolerance=1e-4) == ""
+    with torch.no_grad():
+        whole = loaded(tmp_path / "hf")(TOKENS).logits
+    torch.testing.assert_close(theirs["logits"], whole, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_come_and_go_with_the_call(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

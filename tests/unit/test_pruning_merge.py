@@ -8,9 +8,11 @@ import torch
 from nemo_minitron.arch.layer import transformer_layer
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.open import open_checkpoint
+from nemo_minitron.config.sizes import TargetConfig
 from nemo_minitron.errors import PlanError, ScoresError
 from nemo_minitron.pruning.apply import PrunedSource
-from nemo_minitron.pruning.merge import Gap, MergeSums, check_mergeable, gaps_of, merge_gaps
+from nemo_minitron.pruning.build import random_plan
+from nemo_minitron.pruning.merge import Gap, MergeSums, check_mergeable, gaps_of, merge_gaps, mergeable_gaps
 from nemo_minitron.pruning.plan import PruningPlan
 from tests.tiny import write_llama
 
@@ -100,3 +102,15 @@ def test_layers_that_do_nothing_go_without_a_trace(tmp_path):
     assert merged.lineage["pruned"][-1]["merged"] == {"gaps": [[0, 3]], "ridge": 0.25}
     kept = merge_gaps(PrunedSource(teacher, without(teacher.spec)), zeros(without(teacher.spec)), ridge=0.3)
     assert kept.lineage == PrunedSource(teacher, without(teacher.spec)).lineage
+
+
+def test_a_gap_behind_a_layer_that_loses_its_mlp_is_refused():
+    """Nothing of that layer could take on what is missing; behind other layers it is no matter."""
+    for bare, refused in ((1, True), (0, False), (4, False)):
+        target = TargetConfig(drop_layers=(2, 3), drop_feed_forwards=(bare,), random_seed=0)
+        plan = random_plan(target, SPEC, seed=0)
+        if not refused:
+            assert mergeable_gaps(plan) == (Gap(1, 4),)
+            continue
+        with pytest.raises(PlanError, match="layer 1 loses its MLP, and layers behind it go"):
+            mergeable_gaps(plan)

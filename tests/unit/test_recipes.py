@@ -20,7 +20,7 @@ from nemo_minitron.config.load import load_recipe
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.pruning.rounds import round_specs
 from tests.support.expert_models import write_experts
-from tests.tiny import write_llama, write_nemotron_h
+from tests.tiny import NEMOTRON_3_PATTERN, write_llama, write_nemotron_h
 
 NAME = re.compile(r"[a-z0-9]+/[a-z0-9_]+_\d+b(_a\d+b)?_to_\d+b_(width|depth)_(?P<gpus>\d+)gpu_(?P<gpu>a100|h100)")
 CITED = re.compile(r"# (table|text|section|README|guidelines)\b")
@@ -107,6 +107,22 @@ GOLDEN = {
         "target.mamba_num_heads": 112,
         "distill.tokens": 380e9,
     },
+    # examples/megatron_bridge/tutorials/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16/README.md of NVIDIA/Model-Optimizer.
+    "nemotron/nemotron3_nano_30b_a3b_to_22b_width_32gpu_h100": {
+        "score.sequence_length": 8192,
+        "target.hidden_size": 2304,
+        "target.num_experts": 104,
+        "target.shared_ffn_hidden_size": 3072,
+        "distill.tokens": 80e9,
+        "distill.batch.sequence_length": 8192,
+        "distill.batch.global_batch_size": 3072,
+        "distill.optimizer.lr": 1e-4,
+        "distill.optimizer.min_lr": 1e-5,
+        "distill.optimizer.schedule": "cosine",
+        "distill.optimizer.warmup_steps": 25,
+        "parallel.expert": 8,
+        "cluster.nodes": 4,
+    },
     # examples/nemo_run/prune_distill/README.md of NVIDIA/TensorRT-Model-Optimizer, and its pruning guidelines.
     "qwen3/qwen3_8b_to_6b_depth_64gpu_h100": {
         "score.samples": 1024,
@@ -125,7 +141,8 @@ GOLDEN = {
     },
 }
 # Teacher, student, and the student without embeddings, in billions as printed: arXiv:2408.11796v4 table 3,
-# arXiv:2407.14679v2 table 5; the pages of Nemotron-H-8B and 4B, and of Qwen3-8B, on the Hugging Face hub.
+# arXiv:2407.14679v2 table 5; the pages of Nemotron-H-8B and 4B, and of Qwen3-8B, on the Hugging Face hub; for Nemotron
+# 3 Nano the tutorial that is named above.
 BILLIONS = {
     "llama3/llama31_8b_to_4b_width_256gpu_h100": (8.0, 4.5, 3.7),
     "llama3/llama31_8b_to_4b_width_8gpu_h100": (8.0, 4.5, 3.7),
@@ -134,6 +151,7 @@ BILLIONS = {
     "nemotron/nemotron4_15b_to_8b_width_128gpu_a100": (15.6, 8.3, None),
     "nemotron/nemotron4_15b_to_4b_width_128gpu_a100": (15.6, 4.2, None),
     "nemotron/nemotron_h_8b_to_4b_width_256gpu_h100": (8.1, 4.5, None),
+    "nemotron/nemotron3_nano_30b_a3b_to_22b_width_32gpu_h100": (31.6, 22.3, None),
     "qwen3/qwen3_8b_to_6b_depth_64gpu_h100": (8.2, 5.9, None),
     "qwen3/qwen3_30b_a3b_to_22b_width_64gpu_h100": (30.5, 22.4, None),
 }
@@ -223,9 +241,22 @@ def hybrid(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def own_models(tiny, tiny_experts, hybrid) -> dict[str, list[str]]:
+def hybrid_experts(tmp_path_factory) -> list[str]:
+    """The same with experts in a hybrid."""
+    model = tmp_path_factory.mktemp("hybrid_experts")
+    write_nemotron_h(model, pattern=NEMOTRON_3_PATTERN)
+    return [f"model.source={model}", "data.sources=[texts]"]
+
+
+@pytest.fixture(scope="module")
+def own_models(tiny, tiny_experts, hybrid, hybrid_experts) -> dict[str, list[str]]:
     """What the tiny recipes are given; "" for those for any model."""
-    return {"": tiny, "tiny/experts_cpu": tiny_experts, "tiny/hybrid_cpu": hybrid}
+    return {
+        "": tiny,
+        "tiny/experts_cpu": tiny_experts,
+        "tiny/hybrid_cpu": hybrid,
+        "tiny/hybrid_experts_cpu": hybrid_experts,
+    }
 
 
 def documented(name: str) -> str:

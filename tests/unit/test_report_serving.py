@@ -57,10 +57,10 @@ def test_classes_that_read_head_dim_take_any_width(engine: str, family: str) -> 
 @pytest.mark.parametrize("engine", [VLLM, LLAMA_CPP])
 def test_every_family_is_in_the_table_and_the_card_gives_no_command_that_nobody_looked_at(engine: str) -> None:
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
-    (row,) = (line for line in page.splitlines() if line.startswith("| OLMoE, Bamba |"))
+    (row,) = (line for line in page.splitlines() if line.startswith("| OLMoE, Bamba, Nemotron 3 Nano |"))
     assert row.count("not looked at") == 2
-    for family in ("olmoe", "bamba"):
-        assert against(engine, family, SQUARE) == [
+    for family, spec in (("olmoe", SQUARE), ("bamba", SQUARE), ("nemotron_h", experts(SQUARE))):
+        assert against(engine, family, spec) == [
             "nobody has tried that with this family, or read what the engine asks of it"
         ]
 

@@ -33,7 +33,7 @@ from nemo_minitron.search.choose import DEPTH, choose_candidates
 from nemo_minitron.search.measures import limits, measures
 from nemo_minitron.search.problem import pose
 from nemo_minitron.search.space import find_shapes, make_space
-from tests.support.hybrid_sizes import by_hand, published
+from tests.support.hybrid_sizes import active_by_hand, by_hand, published
 from tests.support.scores import sums
 
 MAMBA = LayerSpec(
@@ -50,13 +50,24 @@ HYBRID = ModelSpec(
     activation=Activation.SQUARED_RELU,
     rotary_percent=0.0,
 )
-NAMES = ("params", "non_embedding_params", "weight_memory", "kv_cache", "ssm_state", "memory", "flops_per_token")
+NAMES = ("params", "active_params", "non_embedding_params", "kv_cache", "ssm_state", "memory")
 
 
-def random_config(rng: random.Random) -> NemotronHConfig:
+def random_config(rng: random.Random, *, with_experts: bool) -> NemotronHConfig:
     groups, mamba_groups = rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
     pattern = "".join(["M*-", *rng.choices("M*-", k=rng.randint(0, 6))])
+    experts = {}
+    if with_experts:
+        pattern += "".join(["E", *rng.choices("M*-E", k=rng.randint(0, 4))])
+        top_k = rng.randint(1, 3)
+        experts = {
+            "n_routed_experts": top_k + rng.randint(1, 6),
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": 8 * rng.randint(1, 6),
+            "moe_shared_expert_intermediate_size": 8 * rng.randint(1, 6),
+        }
     return NemotronHConfig(
+        **experts,
         vocab_size=16 * rng.randint(8, 40),
         hidden_size=16 * rng.randint(1, 6),
         intermediate_size=8 * rng.randint(1, 20),
@@ -78,7 +89,7 @@ def random_config(rng: random.Random) -> NemotronHConfig:
 def test_counts_are_those_of_built_hybrids(number: int) -> None:
     """Parameters by numel; what transformers' cache holds after a prompt, by its own tensors."""
     rng = random.Random(number)
-    config = random_config(rng)
+    config = random_config(rng, with_experts=number % 2 == 1)
     batch, length = rng.randint(1, 3), rng.randint(5, 30)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -89,12 +100,23 @@ def test_counts_are_those_of_built_hybrids(number: int) -> None:
     # A teacher of other sizes, which has more of everything: only its traits and its kinds of layers count.
     mamba = next(layer.mamba for layer in spec.layers if isinstance(layer.mixer, Mamba))
     wide = {"hidden_size": 128, "ffn_hidden_size": 300, "mamba_num_heads": 8 * mamba.mamba_num_groups}
+    wide |= {"num_experts": 16, "expert_ffn_hidden_size": 64} if spec.has_experts else {}
     teacher = replace(spec, layers=spec.layers * 2).with_sizes(**wide)
     deployment = DeploymentConfig(batch_size=batch, sequence_length=length, state_dtype="fp16")
     found = {name: measure(sizes_of(spec)) for name, measure in measures(teacher, deployment, NAMES).items()}
-    assert found["params"] == model.num_parameters()
+    biases = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+    assert (biases > 0) == spec.has_experts
+    total = model.num_parameters() + biases
+    assert found["params"] == total
+    # A token leaves out all experts but `top_k` of every layer that has some.
+    unused = sum(
+        matrix.numel() // config.n_routed_experts * (config.n_routed_experts - config.num_experts_per_tok)
+        for name, matrix in model.named_parameters()
+        if ".experts." in name
+    )
+    assert found["active_params"] == total - unused
     outside = model.get_input_embeddings().weight.numel() + model.lm_head.weight.numel()
-    assert found["non_embedding_params"] == model.num_parameters() - outside
+    assert found["non_embedding_params"] == total - outside
     keys = [each for layer in cache.layers for each in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     keys = [each for each in keys if each is not None]
     states = [each for layer in cache.layers for each in states_of(layer)]
@@ -102,7 +124,7 @@ def test_counts_are_those_of_built_hybrids(number: int) -> None:
     assert len(states) == 2 * sum(isinstance(layer.mixer, Mamba) for layer in spec.layers)
     assert found["kv_cache"] == 2 * sum(each.numel() for each in keys)
     assert found["ssm_state"] == 2 * sum(each.numel() for each in states)
-    assert found["memory"] == 2 * model.num_parameters() + found["kv_cache"] + found["ssm_state"]
+    assert found["memory"] == 2 * total + found["kv_cache"] + found["ssm_state"]
 
 
 def states_of(layer: Any) -> list[torch.Tensor]:
@@ -116,12 +138,22 @@ def spec_of(name: str) -> ModelSpec:
     return family_of_hf_config(config).read_config(config)
 
 
-@pytest.mark.parametrize("pair", [("Nemotron-H 8B", "Nemotron-H 4B"), ("Nano 2 12B", "Nano 2 9B")])
+PAIRS = [
+    ("Nemotron-H 8B", "Nemotron-H 4B"),
+    ("Nano 2 12B", "Nano 2 9B"),
+    ("Nemotron 3 Nano 30B", "Nemotron 3 Nano 22B"),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
 def test_the_published_students_count_exactly_in_their_teachers_spaces(pair: tuple[str, str]) -> None:
     teacher, student = map(spec_of, pair)
     found = measures(teacher, DeploymentConfig(), ["params"])
     assert found["params"](sizes_of(student)) == by_hand(published(pair[1]))
     assert found["params"](sizes_of(teacher)) == by_hand(published(pair[0]))
+    if teacher.has_experts:
+        active = measures(teacher, DeploymentConfig(), ["active_params"])["active_params"]
+        assert [active(sizes_of(spec)) for spec in (teacher, student)] == [active_by_hand(published(x)) for x in pair]
 
 
 def test_nano_2_fits_the_memory_that_it_was_made_for() -> None:
@@ -268,8 +300,8 @@ def test_layers_of_one_kind_that_differ_cannot_be_searched() -> None:
     other = replace(HYBRID, layers=(*HYBRID.layers, MAMBA.with_sizes(mamba_num_heads=4)))
     with pytest.raises(SpecError, match="layers of Mamba alone differ"):
         sizes_of(other)
-    unnamed = replace(MAMBA, feed_forward=MLP.feed_forward)
-    with pytest.raises(SpecError, match="layers of Mamba and an MLP stand beside others"):
+    unnamed = replace(MAMBA, feed_forward=Moe(num_experts=4, expert_ffn_hidden_size=8, top_k=2))
+    with pytest.raises(SpecError, match="layers of Mamba and experts stand beside others"):
         sizes_of(replace(HYBRID, layers=(*HYBRID.layers, unnamed)))
 
 
@@ -299,6 +331,38 @@ def test_a_published_hybrid_in_a_recipe_and_what_a_dry_run_says_of_it() -> None:
     for words in ("Mamba layers", "attention layers", "MLP layers", "Mamba heads", "memory", "11 GB"):
         assert words in shown
     assert dict(named_sizes(teacher))["Mamba layers"] == 24
+
+
+def test_a_published_hybrid_with_experts_within_budgets_of_active_parameters() -> None:
+    """Nemotron 3 Nano within 24B parameters and 3.0B active ones, as Model Optimizer asked; all count exactly."""
+    names = ("hidden_size", "num_experts", "shared_ffn_hidden_size")
+    budgets = ["target.params=24B", "target.active_params=3.01B", "search.candidates=12"]
+    steps = {"shared_ffn_hidden_size": "{min: 2816, step: 256}", "num_experts": "{min: 64, step: 8}"}
+    space = [f"search.space.{key}={value}" for key, value in (steps | {"num_moe_layers": "{min: 20}"}).items()]
+    path = recipes.find("nemotron3_nano_30b_a3b_to_22b_width_32gpu_h100")
+    config = load_recipe(path, [*(f"target.{name}=null" for name in names), *budgets, *space])
+    teacher = read_architecture(path.parent / config.model.architecture)
+    problem = pose(config, teacher)
+    assert [axis.key for axis in problem.space.axes] == [
+        *("num_mamba_layers", "num_attention_layers", "num_moe_layers", "hidden_size", "expert_ffn_hidden_size"),
+        *("num_attention_heads", "num_query_groups", "num_experts", "shared_ffn_hidden_size", "mamba_num_heads"),
+        *("mamba_head_dim", "mamba_num_groups"),
+    ]
+    assert len(problem.candidates) == 12
+    for candidate in problem.candidates:
+        spec = problem.spec(candidate.sizes)
+        assert problem.measured["params"](candidate.sizes) == parameter_count(spec) <= 24e9
+        assert problem.measured["active_params"](candidate.sizes) == parameter_count(spec, active=True) <= 3.01e9
+        experts = next(layer.moe for layer in spec.layers if layer.has_experts)
+        assert experts.num_experts % 8 == 0, "expert-parallel ranks have equally many"
+    assert len({problem.spec(each.sizes).kinds["moe"] for each in problem.candidates}) > 1
+    published_student = sizes_of(spec_of("Nemotron 3 Nano 22B"))
+    assert all(size in values for size, values in zip(published_student, problem.space.values, strict=True))
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(dry_run_search.tables(config, teacher, ranks=32))
+    shown = console.export_text()
+    for words in ("MoE layers", "experts", "shared expert FFN size", "active_params", "3.01 B"):
+        assert words in shown
 
 
 # -- plans by kind ----------------------------------------------------------------------------------------------------

@@ -215,6 +215,17 @@ def test_parts_that_are_worth_least_go(metric: str, folder: Path, here: Runtime)
         build_plan(plain, target, plain.spec)
 
 
+def test_of_parts_that_are_worth_the_same_the_first_stays(
+    folder: Path, here: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor parallelism moves a score by 1e-7, which must not tell two parts apart."""
+    scores = scored(folder, here)
+    for worth in ({0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}, {0: 0.5, 1: 0.5 + 1e-8, 2: 0.5 - 1e-8, 3: 0.5}):
+        monkeypatch.setattr(Scores, "sublayers", lambda self, part, metric, worth=worth: worth)
+        plan = build_plan(scores, TargetConfig(drop_mixers=2), scores.spec)
+        assert [layer.source for layer in plan.layers if "mixer" in layer.without] == [2, 3]
+
+
 def _ends() -> tuple[str, ...]:
     return tuple(f"{metric}.{part}.sum" for metric in ("block_influence", "lm_loss") for part in PARTS)
 

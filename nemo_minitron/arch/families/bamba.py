@@ -170,6 +170,13 @@ def _check_mamba(mamba: Mamba, hidden_size: int) -> None:
         )
 
 
+def _holds(spec: ModelSpec, sizes: Mapping[str, Any]) -> Any:
+    """As `_check_mamba`, over sizes."""
+    if first_mamba(spec) is None:
+        return True
+    return sizes["mamba_num_heads"] * sizes["mamba_head_dim"] % sizes["hidden_size"] == 0
+
+
 def _has_layer(layer: LayerSpec) -> bool:
     return isinstance(layer.mixer, Attention | Mamba) and isinstance(layer.feed_forward, Mlp)
 
@@ -185,4 +192,5 @@ BAMBA = Family(
     settings=("head_dim", "mamba_d_head", "mamba_proj_bias", "time_step_limit"),
     fixed={"rotary_percent": _PERCENT},
     layer=_has_layer,
+    holds=_holds,
 )

@@ -64,7 +64,10 @@ class Family:
             without experts.
         free_experts: Traits of `Moe` that its config decides.
         has_dense_layers: Whether a class with experts also has layers without.
+        experts_are_optional: Whether layers of a class with experts are those of `layer`, experts among them or not.
         layer: Whether its class has such a layer; attention and an MLP in each, unless a family says otherwise.
+        holds: Which sizes its configuration can hold together, for a search: takes a model and sizes by their names in
+            a recipe's `target`, integers or arrays, and returns booleans; None where it can hold any.
         defaults: What its class assumes where a key is absent; keys that decide what is computed, and special ids.
         nullable: Keys of `defaults` that may be null though their default is not.
     """
@@ -81,7 +84,9 @@ class Family:
     experts: Mapping[str, Any] | None = None
     free_experts: tuple[str, ...] = ()
     has_dense_layers: bool = False
+    experts_are_optional: bool = False
     layer: Callable[[LayerSpec], bool] = lambda layer: layer.is_transformer
+    holds: Callable[[ModelSpec, Mapping[str, Any]], Any] | None = None
     defaults: Mapping[str, Any]
     nullable: tuple[str, ...] = (
         "bos_token_id",
@@ -145,9 +150,8 @@ class Family:
         found = [f"{name} = {getattr(spec, name)}" for name in wanted if getattr(spec, name) != wanted[name]]
         strange: dict[str, int] = {}
         for index, layer in enumerate(spec.layers):
-            of_experts = (
-                self.experts is not None and isinstance(layer.mixer, Attention) and layer.feed_forward is not None
-            )
+            with_attention = isinstance(layer.mixer, Attention) and layer.feed_forward is not None
+            of_experts = self.experts is not None and not self.experts_are_optional and with_attention
             if not (of_experts or self.layer(layer)):
                 strange.setdefault(layer.described, index)
         found += [f"layers of {words} (layer {index} first)" for words, index in strange.items()]
@@ -158,7 +162,8 @@ class Family:
         if self.experts is None:
             return []
         dense = any(layer.feed_forward is not None and not layer.has_experts for layer in spec.layers)
-        found = ["layers without experts"] if not parts or (dense and not self.has_dense_layers) else []
+        missing = not self.experts_are_optional and (not parts or (dense and not self.has_dense_layers))
+        found = ["layers without experts"] if missing else []
         for name, default in _EXPERT_DEFAULTS.items():
             wanted = self.experts.get(name, default)
             values = {getattr(part, name) for part in parts}

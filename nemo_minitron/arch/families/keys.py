@@ -43,7 +43,10 @@ AXIS_KEYS: dict[Axis, tuple[str, ...]] = {
     Axis.LAYER: ("num_hidden_layers",),
     Axis.EXPERT: ("num_experts", "num_local_experts", "n_routed_experts"),
     Axis.EXPERT_FFN: ("moe_intermediate_size", "intermediate_size"),
-    Axis.SHARED_FFN: ("shared_expert_intermediate_size", "n_shared_experts", "moe_intermediate_size"),
+    Axis.SHARED_FFN: (
+        *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "n_shared_experts"),
+        "moe_intermediate_size",
+    ),
     Axis.MAMBA_GROUP: _GROUP_KEYS,
     Axis.MAMBA_HEAD: ("mamba_num_heads", "mamba_n_heads"),
     Axis.MAMBA_CHANNEL: ("mamba_num_heads", "mamba_n_heads", "mamba_head_dim", "mamba_d_head", *_GROUP_KEYS),

@@ -1,11 +1,15 @@
-"""Nemotron-H and Nemotron Nano 2: each layer is one of Mamba-2, attention without positions, and a squared-ReLU MLP."""
+"""Nemotron-H, Nemotron Nano 2 and Nemotron 3 Nano: layers with one part each.
+
+That is Mamba-2, attention without positions, a squared-ReLU MLP, or experts (`nemotron_h_experts`).
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.arch.families.base import Family
 from nemo_minitron.arch.families.hybrid import first_mamba, shared_sizes
-from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp
+from nemo_minitron.arch.families.nemotron_h_experts import FREE_TRAITS, SETTINGS, TRAITS, read_experts, write_experts
+from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp, Moe
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
 from nemo_minitron.errors import SpecError
@@ -30,6 +34,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
     LAYER_PREFIX + "mlp.linear_fc1.layer_norm_weight": _NORM,
     LAYER_PREFIX + "mlp.linear_fc1.weight": (_MIXER + "up_proj.weight",),
     LAYER_PREFIX + "mlp.linear_fc2.weight": (_MIXER + "down_proj.weight",),
+    LAYER_PREFIX + "pre_mlp_layernorm.weight": _NORM,
+    LAYER_PREFIX + "mlp.router.weight": (_MIXER + "gate.weight",),
+    LAYER_PREFIX + "mlp.router.expert_bias": (_MIXER + "gate.e_score_correction_bias",),
+    **{
+        LAYER_PREFIX + f"mlp.{ours}.linear_{linear}.weight": (_MIXER + f"{theirs}.{projection}_proj.weight",)
+        for ours, theirs in (("experts.local_experts.{e}", "experts.{e}"), ("shared_experts", "shared_experts"))
+        for linear, projection in (("fc1", "up"), ("fc2", "down"))
+    },
     "decoder.final_layernorm.weight": ("backbone.norm_f.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
@@ -74,14 +86,16 @@ _OTHER_KEYS = (
 )
 _LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 # What transformers calls layers, and what it called them before.
-_KINDS: dict[str, type[Attention | Mamba | Mlp]] = {
+_Kind = type[Attention | Mamba | Mlp | Moe]
+_KINDS: dict[str, _Kind] = {
     "linear_attention": Mamba,
     "mamba": Mamba,
     "full_attention": Attention,
     "attention": Attention,
     "mlp": Mlp,
+    "moe": Moe,
 }
-_NAME_OF = {Mamba: "linear_attention", Attention: "full_attention", Mlp: "mlp"}
+_NAME_OF: dict[type, str] = {Mamba: "linear_attention", Attention: "full_attention", Mlp: "mlp", Moe: "moe"}
 
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
@@ -91,20 +105,23 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
     if found := [key for key in _OTHER_KEYS if key in config]:
         raise SpecError(f"config.json: {found[0]} is not supported", rule="keys as NemotronHConfig writes them")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    parts: dict[type[Attention | Mamba | Mlp], LayerSpec] = {
-        Attention: LayerSpec(
-            mixer=Attention(num_attention_heads=heads, num_query_groups=heads if groups is None else groups),
-            feed_forward=None,
-        ),
-        Mamba: LayerSpec(mixer=_mamba(config), feed_forward=None),
-        Mlp: LayerSpec(mixer=None, feed_forward=Mlp(ffn_hidden_size=config["intermediate_size"])),
-    }
+    kinds = _kinds(config)
     try:
+        parts: dict[_Kind, LayerSpec] = {
+            Attention: LayerSpec(
+                mixer=Attention(num_attention_heads=heads, num_query_groups=heads if groups is None else groups),
+                feed_forward=None,
+            ),
+            Mamba: LayerSpec(mixer=_mamba(config), feed_forward=None),
+            Mlp: LayerSpec(mixer=None, feed_forward=Mlp(ffn_hidden_size=config["intermediate_size"])),
+        }
+        if Moe in kinds:
+            parts[Moe] = LayerSpec(mixer=None, feed_forward=read_experts(config))
         return ModelSpec(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             head_dim=config["head_dim"],
-            layers=tuple(parts[kind] for kind in _kinds(config)),
+            layers=tuple(parts[kind] for kind in kinds),
             max_position_embeddings=config["max_position_embeddings"],
             activation=Activation.SQUARED_RELU,
             norm_eps=config["layer_norm_epsilon"],
@@ -128,7 +145,7 @@ def _mamba(config: Mapping[str, Any]) -> Mamba:
     )
 
 
-def _kinds(config: Mapping[str, Any]) -> list[type[Attention | Mamba | Mlp]]:
+def _kinds(config: Mapping[str, Any]) -> list[_Kind]:
     """The kind of each layer, from a list of names or a pattern of letters; where both are there, they agree.
 
     Raises:
@@ -139,17 +156,19 @@ def _kinds(config: Mapping[str, Any]) -> list[type[Attention | Mamba | Mlp]]:
     if pattern is not None:
         if not isinstance(pattern, str) or set(pattern) - set(_LETTERS):
             raise SpecError(
-                f"config.json: hybrid_override_pattern = {str(pattern)[:60]!r}", rule="letters M, *, - for each layer"
+                f"config.json: hybrid_override_pattern = {str(pattern)[:60]!r}",
+                rule="letters M, *, -, E for each layer",
             )
         lists.append([_LETTERS[letter] for letter in pattern])
     if not lists:
         raise SpecError("config.json: hybrid_override_pattern is missing", rule="that, or layers_block_type")
-    found: list[list[type[Attention | Mamba | Mlp]]] = []
+    found: list[list[_Kind]] = []
     for names in lists:
         if not isinstance(names, list) or (strange := [name for name in names if name not in _KINDS]):
             shown = strange[0] if isinstance(names, list) else names
             raise SpecError(
-                f"config.json: a layer of kind {str(shown)[:40]!r} is not supported", rule="Mamba, attention or an MLP"
+                f"config.json: a layer of kind {str(shown)[:40]!r} is not supported",
+                rule="Mamba, attention, an MLP or experts",
             )
         found.append([_KINDS[name] for name in names])
     if any(kinds != found[0] for kinds in found[1:]):
@@ -192,6 +211,9 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
             "time_step_min": mamba.dt_min,
             "chunk_size": mamba.chunk_size,
         }
+    if experts := write_experts(spec):
+        # Without MLPs nothing is made of it; the published model has the experts' size there too.
+        config |= {"intermediate_size": experts["moe_intermediate_size"], **config, **experts}
     return config
 
 
@@ -215,10 +237,14 @@ NEMOTRON_H = Family(
     defaults=_DEFAULTS,
     write=_write,
     settings=(
-        *("layer_types", "layers_block_type", "hybrid_override_pattern", "n_routed_experts"),
+        *("layer_types", "layers_block_type", "hybrid_override_pattern"),
+        *SETTINGS,
         *("mamba_proj_bias", "residual_in_fp32", "num_nextn_predict_layers"),
     ),
     fixed={"activation": Activation.SQUARED_RELU, "rotary_percent": 0.0},
     free=(),  # the class ties no weights, whatever tie_word_embeddings says
+    experts=TRAITS,
+    free_experts=FREE_TRAITS,
+    experts_are_optional=True,
     layer=lambda layer: len(layer.parts) == 1,
 )

@@ -63,8 +63,8 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
     _check_width(
         spec,
         "",
-        "choose target.hidden_size and target.num_attention_heads (with target.num_query_groups) so, give a search one "
-        "search.space.hidden_size, or export to nemo, nemo2 or megatron",
+        "choose target.hidden_size and target.num_attention_heads (with target.num_query_groups) so, or export to "
+        "nemo, nemo2 or megatron",
     )
     return write_common(spec, model_type="olmoe", architecture="OlmoeForCausalLM") | {
         "intermediate_size": experts.expert_ffn_hidden_size,
@@ -90,4 +90,5 @@ OLMOE = Family(
     free=("tied_embeddings", "rope_scaling"),
     experts={},
     free_experts=("normalize_top_k",),
+    holds=lambda spec, sizes: sizes["num_attention_heads"] * spec.head_dim == sizes["hidden_size"],
 )
