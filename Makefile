@@ -83,8 +83,8 @@ DIR ?= gpu-bundle
 SETS ?= base
 
 .PHONY: gpu
-gpu:  ## everything that only a card can show, in 8 minutes at most (GPU_PYTHON; TINY=1: on a CPU)
-	$(GPU_PYTHON) -m benchmarks.gpu
+gpu:  ## everything that only a card can show, in 8 minutes at most (GPU_PYTHON; OUT: where results go; TINY=1: on a CPU)
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 .PHONY: gpu-bundle
 gpu-bundle:  ## collect into DIR what `make gpu` needs on a machine without an index (SETS="base nemo model engine peers")

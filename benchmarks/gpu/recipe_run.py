@@ -37,11 +37,14 @@ class Finished:
         return f"perplexity {values}; {self.seconds:.0f} s"
 
 
-def run_recipe(words: Sequence[str], folder: Path) -> Finished:
-    """Run `nemo-minitron` with these words and `--run-dir folder`.
+def run_recipe(words: Sequence[str], folder: Path, *, limit: float) -> Finished:
+    """Run `nemo-minitron` with these words and `--run-dir folder`, for `limit` seconds at most.
+
+    A check that is given up would leave it on the card, beside all that come after.
 
     Raises:
         RuntimeError: It failed; the end of what it printed.
+        subprocess.TimeoutExpired: It took longer, and is gone.
     """
     started = time.perf_counter()
     done = subprocess.run(
@@ -51,6 +54,7 @@ def run_recipe(words: Sequence[str], folder: Path) -> Finished:
         capture_output=True,
         text=True,
         check=False,
+        timeout=limit,
     )
     if done.returncode:
         raise RuntimeError(f"status {done.returncode}: {(done.stdout + done.stderr)[-600:]}")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,9 @@ def _one(
     return answer, worker
 
 
-def _chosen(checks: Iterable[dict[str, Any]], only: frozenset[str]) -> list[dict[str, Any]]:
+def _chosen(checks: Sequence[dict[str, Any]], only: frozenset[str]) -> list[dict[str, Any]]:
+    if unknown := only - {check["name"] for check in checks}:
+        raise LostWorkerError(f"no check is called {', '.join(sorted(unknown))}", "")
     return [check for check in checks if not only or check["name"] in only]
 
 

@@ -149,7 +149,7 @@ def _mamba(mamba: Mamba, step: Pass) -> int:
     # p as it comes, c convolved, steps before and after softplus and clamp, d of the scan; in the gated norm in fp32
     # its input, the gate's SiLU, their product and what is normalised; the next linear's input [d].
     kept = (projected + convolved + inner + inner) * element + 12 * heads + 4 * 4 * inner
-    if step.gpu:  # mamba-ssm's kernels, which compute a chunk's decay again
+    if step.gpu and step.precision is not Precision.FP32:  # mamba-ssm's kernels, which compute a chunk's decay again
         return kept + 4 * heads
     chunk = min(mamba.chunk_size, step.sequence_length)
     # Of each head: the decay between all positions of a chunk in float64 and fp32, and times the scores.

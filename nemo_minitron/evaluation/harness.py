@@ -82,9 +82,10 @@ def run_tasks(
         write_samples(found["samples"], samples_folder)
     rows = _compact(found)
     for name, row in rows.items():
-        if num_fewshot not in (None, row["num_fewshot"]):
+        asked = row["num_fewshot"]  # of a group of groups the harness does not say
+        if num_fewshot is not None and asked not in (None, num_fewshot):
             model.reporter.line(
-                f"          {name}: {row['num_fewshot']} examples, as its file fixes; evaluate.num_fewshot = "
+                f"          {name}: {asked} examples, as its file fixes; evaluate.num_fewshot = "
                 f"{num_fewshot} holds for the others"
             )
     return rows

@@ -15,16 +15,19 @@ from nemo_minitron.ops.state_space import Scan
 _log = logging.getLogger(__name__)
 _LIBRARIES = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 
+_DTYPES = (torch.bfloat16, torch.float16)
 TAPS = range(2, 5)
 """Taps of a convolution that causal-conv1d has a kernel for."""
 
 
-def run(device: torch.device, *, taps: int) -> bool:
+def run(device: torch.device, dtype: torch.dtype, *, taps: int) -> bool:
     """Whether a mixer on a device takes these forms: it is a GPU, and both libraries are there and have kernels.
 
-    Where a library is missing, a process says so once, and plain torch computes the same.
+    In fp32 plain torch computes, since the kernels would multiply in TF32. Where a library is missing, a process says
+    so once, and plain torch computes the same.
     """
-    return device.type == "cuda" and os.environ.get(SWITCH) != "0" and taps in TAPS and _are_installed()
+    able = device.type == "cuda" and dtype in _DTYPES and taps in TAPS
+    return able and os.environ.get(SWITCH) != "0" and _are_installed()
 
 
 def causal_convolution(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None) -> Tensor:

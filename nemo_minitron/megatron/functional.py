@@ -321,6 +321,9 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], how: _Ho
 def _one_document(q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
     """Fused attention of `[B, heads, S, D]` queries to `[B, G, S, D]` keys: `[B, heads, S, D]`."""
     length = q.shape[2]
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+        # No fused kernel takes fp32 and grouped queries: PyTorch would compute the scores of all heads.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if how.window is None or how.window >= length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale, enable_gqa=True)
     if q.is_cuda:

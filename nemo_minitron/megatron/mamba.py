@@ -194,7 +194,7 @@ class LocalMamba(MegatronModule):
         batch, length, _ = inner.shape
         sizes, scanned = self.sizes, self._scanned()
         dtype, rows = inner.dtype, scanned.rows
-        fast = kernels.run(inner.device, taps=sizes.conv_kernel) and before is None
+        fast = kernels.run(inner.device, inner.dtype, taps=sizes.conv_kernel) and before is None
         convolve = kernels.causal_convolution if fast else causal_convolution
         seen = inner if before is None else torch.cat([before.window, inner], dim=1)
         inner = convolve(seen, scanned.taps, scanned.bias)[:, -length:]

@@ -166,6 +166,10 @@ class TrainOptimizer:
         """Master weights, moments, step counts and schedule, sharded like the model's weights in `model_state`."""
         with optimizer_gather.gathered_once(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        if not loading:
+            for part in _states(optimizer, len(self.optimizer.chained_optimizers)):
+                if part.get("param_state", 0) is None:  # gathered elsewhere; Megatron would warn that ranks differ
+                    del part["param_state"]
         return (
             {"optimizer": optimizer} if loading else {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         )
@@ -182,7 +186,7 @@ class TrainOptimizer:
         # Apex's, expects none: it is put aside while the moments are filled in.
         # Experts have an optimizer of their own, and its state a place of its own.
         parts = self.optimizer.chained_optimizers
-        states = [optimizer] if len(parts) == 1 else [optimizer[index] for index in range(len(parts))]
+        states = _states(optimizer, len(parts))
         is_torch = bool(_torch_adams(self.optimizer))
         moments = [each.pop("param_state", None) if is_torch else None for each in states]
         self.optimizer.load_state_dict(optimizer)
@@ -200,6 +204,11 @@ class TrainOptimizer:
 
     def _moments(self) -> list[dict[str, Any]]:
         return [moment for adam in _torch_adams(self.optimizer) for moment in adam.state.values()]
+
+
+def _states(state: dict[Any, Any], parts: int) -> list[dict[str, Any]]:
+    """The state of each part of an optimizer; that of one part alone stands for itself."""
+    return [state] if parts == 1 else [state[index] for index in range(parts)]
 
 
 def _told(group: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,10 @@ are files, or folders without `.ckpt` at their end; a checkpoint of ours is a fo
 them: the next validation would count as the best, and what was best before would lie there for ever.
 """
 
-import shutil
 from pathlib import Path
 
 from lightning.pytorch.trainer.trainer import Trainer
 from nemo.utils.callbacks import NeMoModelCheckpoint
-from nemo.utils.get_rank import is_global_rank_zero
 from torch import Tensor
 
 
@@ -35,11 +33,8 @@ class FolderCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
         self.best_model_path, self.kth_best_model_path = (order[0], order[-1]) if order else ("", "")
         self.best_model_score, self.kth_value = (scores[order[0]], scores[order[-1]]) if order else (None, None)
 
-    def _del_model_without_trainer(self, filepath: str) -> None:
-        if not Path(filepath).is_dir():
-            super()._del_model_without_trainer(filepath)
-        elif is_global_rank_zero():
-            shutil.rmtree(filepath, ignore_errors=True)
+
+FolderCheckpoint.__qualname__ = NeMoModelCheckpoint.__qualname__  # under which Lightning keeps its state
 
 
 def take_folders(trainer: Trainer) -> None:

@@ -117,6 +117,9 @@ class MegatronGPTDistillationModel(MegatronGPTModel):
         teacher = self._provider[0].teacher if self._provider else None
         return None if teacher is None else teacher.restored_from
 
+    def _readers(self) -> list[MinitronGPT]:
+        return [*self.chunks, *(self.teacher if self._provider else ())]
+
     def attach_teacher(self, path: str | Path) -> None:
         """Read a teacher at the student's layout, in its dtype unless told otherwise; freeze it.
 

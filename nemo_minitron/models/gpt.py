@@ -208,7 +208,11 @@ class MegatronGPTModel(ModelPT):
                 rule=f"at most {limit}, the model's context (max_position_embeddings)",
                 remedy="give shorter ones: encoder_seq_length in a script, sequence_length of the section in a recipe",
             )
-        return forward.cut(batch, self.settings.batch.micro_batch_size, self.chunks)
+        return forward.cut(batch, self.settings.batch.micro_batch_size, self._readers())
+
+    def _readers(self) -> list[MinitronGPT]:
+        """Chunks of all models that read a batch."""
+        return self.chunks
 
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> Report:
         """Forward over one global batch; returns sums over all ranks and keeps them for the epoch."""

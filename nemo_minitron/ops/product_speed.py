@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-_SHAPE = (64, 1024, 1024)
-"""Rows, inner dimension and columns: about a millisecond."""
+_ON_CPU, _ON_GPU = (64, 1024, 1024), (4096, 4096, 4096)
+"""Rows, inner dimension and columns: about a millisecond. A small product on a GPU is the time of its launch."""
 _PRODUCTS = 24
 """Products of each dtype, after the first one."""
 _SECONDS = 1.0
@@ -36,15 +36,19 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products in `dtype` by the clock, beside whatever else this machine does now."""
     product = _Product(device, dtype, clock=time.perf_counter)
     product.seconds()
-    rows, inner, columns = _SHAPE
+    rows, inner, columns = _shape(device)
     return 2.0 * rows * inner * columns * _PRODUCTS / sum(product.seconds() for _ in range(_PRODUCTS))
+
+
+def _shape(device: torch.device) -> tuple[int, int, int]:
+    return _ON_GPU if device.type == "cuda" else _ON_CPU
 
 
 class _Product:
     """A product as a linear layer does it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] | None = None) -> None:
-        rows, inner, columns = _SHAPE
+        rows, inner, columns = _shape(device)
         generator = torch.Generator().manual_seed(0)
         self._input = torch.randn(rows, inner, generator=generator).to(device, dtype)
         self._weight = torch.randn(columns, inner, generator=generator).to(device, dtype)

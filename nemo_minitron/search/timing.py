@@ -215,7 +215,7 @@ class _Bench:
         convolution, bias = self._tensor(inner + 2 * maps, taps), self._tensor(inner + 2 * maps)
         window, decay = self._tensor(batch, taps - 1, inner + 2 * maps), -self._tensor(heads).abs().float()
         before = self._tensor(batch, heads, channels, width).float()
-        fast = tokens > 1 and kernels.run(self._device, taps=taps)
+        fast = tokens > 1 and kernels.run(self._device, x.dtype, taps=taps)
         convolve = kernels.causal_convolution if fast else causal_convolution
 
         def work() -> Tensor:

@@ -15,9 +15,9 @@ from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import LostRankError, MinitronError
 from nemo_minitron.stages import manifest, signals, speed
 from nemo_minitron.stages.base import Stage, StageContext
-from nemo_minitron.stages.files import as_user_error, read_json, write_json
+from nemo_minitron.stages.files import as_user_error, write_json
 from nemo_minitron.stages.outlook import Outlook
-from nemo_minitron.stages.plan import Action, Step, decide, select
+from nemo_minitron.stages.plan import REDO, Action, Step, decide, redo_begun, redo_mark, select
 from nemo_minitron.stages.precision import PrecisionChoice, settle
 from nemo_minitron.stages.processes import (
     LAUNCHED,
@@ -35,7 +35,6 @@ from nemo_minitron.stages.temporary import temporary_files_in
 from nemo_minitron.version import __version__
 
 T = TypeVar("T")
-_REDO = ".redo"
 _CHANGES_SHOWN = 5
 
 
@@ -149,10 +148,10 @@ def _prepare(
     run.temporary.mkdir()
     for stage in chain:
         run.adopt(stage.name)
-    redo_from = None if _redo_begun(request) else request.redo_from
+    redo_from = None if redo_begun(run, request.redo_from, config) else request.redo_from
     steps = decide(selected, config, run, redo_from=redo_from)
     if redo_from:
-        write_json(run.stages / _REDO, _redo_mark(request))
+        write_json(run.stages / REDO, redo_mark(redo_from, config))
     for step in steps:
         if step.action is Action.REDO:
             run.set_aside(step.stage.name)
@@ -347,16 +346,6 @@ def _with_help(processes: Processes, stage: Stage, context: StageContext) -> Cal
     return work
 
 
-def _redo_mark(request: Request) -> dict[str, Any]:
-    return {"from": request.redo_from, "config": request.config.model_dump(mode="json")}
-
-
-def _redo_begun(request: Request) -> bool:
-    """Whether the same redo was begun and cut off: then the stages it has made since stay."""
-    path = request.run.stages / _REDO
-    return request.redo_from is not None and path.is_file() and read_json(path) == _redo_mark(request)
-
-
 def _outcome_of(error: BaseException) -> str:
     """How the manifest names the end of a command that raised this."""
     if isinstance(error, (signals.Stopped, KeyboardInterrupt)):
@@ -369,7 +358,7 @@ def _outcome_of(error: BaseException) -> str:
 def _record_outcome(request: Request, outcome: str) -> None:
     try:
         if outcome == "finished":
-            (request.run.stages / _REDO).unlink(missing_ok=True)
+            (request.run.stages / REDO).unlink(missing_ok=True)
         manifest.end(request.run.path, outcome)
     except OSError:
         return  # a full disk: the error that ended the run is the one to show

@@ -10,7 +10,11 @@ from nemo_minitron.config.resume import Change
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, RunFolderError
 from nemo_minitron.stages.base import Stage, shapes_result
+from nemo_minitron.stages.files import read_json
 from nemo_minitron.stages.run_folder import RunFolder
+
+REDO = ".redo"
+"""File of a run folder in which stages are being done again, until all of them are."""
 
 
 class Action(StrEnum):
@@ -175,6 +179,17 @@ def _conflicts(stage: Stage, record: dict[str, Any], settings: dict[str, Any], *
         before, now = (", ".join(sorted(names)) for names in (record["upstream"], stage.needs))
         found.append(f"stages: stage {stage.name} was made from {before}; now from {now}")
     return found
+
+
+def redo_mark(redo_from: str, config: RunConfig) -> dict[str, Any]:
+    """What tells a redo from another; which precision `auto` is comes later."""
+    return {"from": redo_from, "config": config.model_dump(mode="json", exclude={"precision"})}
+
+
+def redo_begun(run: RunFolder, redo_from: str | None, config: RunConfig) -> bool:
+    """Whether the same redo was begun and cut off: then the stages it has made since stay."""
+    path = run.stages / REDO
+    return redo_from is not None and path.is_file() and read_json(path) == redo_mark(redo_from, config)
 
 
 def forced(chain: Sequence[Stage], redo_from: str | None) -> set[str]:

@@ -11,7 +11,7 @@ from nemo_minitron.config.run import RunConfig, ScoreConfig
 from nemo_minitron.config.training import DistillConfig, TrainingConfig
 from nemo_minitron.errors import ConfigError, DataError, LayoutError, SpecError
 from nemo_minitron.stages.base import Stage
-from nemo_minitron.stages.plan import forced
+from nemo_minitron.stages.plan import forced, redo_begun
 from nemo_minitron.stages.run_folder import RunFolder
 
 _FP8_POSITIONS = 8
@@ -40,7 +40,7 @@ def check(
     Raises:
         MinitronError: The recipe cannot run as it is.
     """
-    again = forced(stages, redo_from)
+    again = forced(stages, None if redo_begun(folder, redo_from, config) else redo_from)
     ahead = [stage for stage in stages if stage.name in again or not folder.is_complete(stage.name)]
     _check_sources(recipe, ahead, config)
     if any(stage.name in ("data", "tokenize_chat") for stage in ahead) and (problem := tokenizer_problem(config)):

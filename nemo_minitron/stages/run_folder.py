@@ -13,6 +13,7 @@ Only rank 0 changes anything here; other ranks read paths.
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
@@ -160,7 +161,9 @@ class RunFolder:
     def set_aside_folders(self, name: str) -> list[Path]:
         """What of a stage has been set aside and not been removed."""
         kept = self.stages / REPLACED
-        return sorted(kept.glob(f"{name}.*")) if kept.is_dir() else []
+        # Of stage `distill`, not `distill.1.1`, which is of stage `distill.1`.
+        label = re.compile(rf"{re.escape(name)}(\.partial)?\.\d+")
+        return sorted(path for path in kept.glob(f"{name}.*") if label.fullmatch(path.name)) if kept.is_dir() else []
 
     def set_aside_records(self, name: str) -> list[dict[str, Any]]:
         """Records of what of a stage has been set aside, complete or at work."""

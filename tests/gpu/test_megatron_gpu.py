@@ -11,7 +11,7 @@ from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import OptimizerConfig
 from nemo_minitron.megatron import cpu, optim, runtime, sharded_io
-from nemo_minitron.megatron.build import build_chunks, use_transformer_engine
+from nemo_minitron.megatron.build import build_chunks
 from nemo_minitron.megatron.forward import LossResult, MicroBatch, collect_logits, reduce_report, run
 from nemo_minitron.megatron.runtime import Runtime
 
@@ -94,7 +94,6 @@ def test_documents_in_a_sample_are_computed_as_if_alone(here: Runtime) -> None:
     assert difference < 0.2 * (packed - leaking).abs().max()
 
 
-@pytest.mark.skipif(use_transformer_engine(), reason="Transformer Engine computes fp32 products in TF32")
 def test_logits_are_the_cpu_s(here: Runtime) -> None:
     from nemo_minitron.megatron.functional import causal_attention, rotary_tables
 

@@ -49,7 +49,7 @@ def mix(cases: list[Mamba], parallel: ParallelConfig, kernels: bool = False) -> 
         from tests.support import mamba_kernels
 
         mamba_kernels.install()
-        mamba.kernels.run = lambda device, *, taps: True
+        mamba.kernels.run = lambda device, dtype, *, taps: True
     here = runtime.start(parallel, seed=0)
     found = [_mixed(spec_of(case), here) for case in cases]
     if kernels:

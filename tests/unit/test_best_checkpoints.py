@@ -38,8 +38,6 @@ def test_what_was_best_before_a_resume_still_is(callback: NeMoModelCheckpoint, t
     assert (callback.best_model_path, callback.best_model_score) == ("", None)
 
 
-def test_surplus_ones_are_deleted(callback: NeMoModelCheckpoint, tmp_path: Path) -> None:
-    (tmp_path / "a.ckpt" / "weights").touch()
-    callback._del_model_without_trainer(str(tmp_path / "a.ckpt"))
-    assert not (tmp_path / "a.ckpt").exists()
-    assert (tmp_path / "b.ckpt").exists()
+def test_the_callback_finds_the_state_that_it_has_kept_as_nemo_s(callback: NeMoModelCheckpoint, tmp_path: Path) -> None:
+    plain = NeMoModelCheckpoint(dirpath=tmp_path, filename="x", monitor="val_kl", mode="min", save_top_k=3)
+    assert callback.state_key == plain.state_key

@@ -43,17 +43,18 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_kernels_run_on_a_gpu_that_has_both_libraries(
     libraries: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert kernels.run(torch.device("cuda"), taps=4)
-    assert not kernels.run(torch.device("cuda"), taps=5)
-    assert not kernels.run(torch.device("cpu"), taps=4)
+    assert kernels.run(torch.device("cuda"), torch.bfloat16, taps=4)
+    assert not kernels.run(torch.device("cuda"), torch.float32, taps=4), "their products would be TF32"
+    assert not kernels.run(torch.device("cuda"), torch.bfloat16, taps=5)
+    assert not kernels.run(torch.device("cpu"), torch.bfloat16, taps=4)
     monkeypatch.setenv("NEMO_MINITRON_TRITON", "0")
-    assert not kernels.run(torch.device("cuda"), taps=4)
+    assert not kernels.run(torch.device("cuda"), torch.bfloat16, taps=4)
     monkeypatch.delenv("NEMO_MINITRON_TRITON")
     monkeypatch.delitem(sys.modules, "causal_conv1d")
     kernels._are_installed.cache_clear()
     caplog.clear()
     for _ in range(2):
-        assert not kernels.run(torch.device("cuda"), taps=4)
+        assert not kernels.run(torch.device("cuda"), torch.bfloat16, taps=4)
     told = [record.getMessage() for record in caplog.records]
     assert told == ["Mamba's scan and convolution run in plain torch: causal-conv1d not installed"]
 

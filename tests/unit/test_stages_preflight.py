@@ -7,10 +7,13 @@ import pytest
 
 from nemo_minitron.checkpoints.open import open_checkpoint
 from nemo_minitron.config.load import check, load_recipe
+from nemo_minitron.config.parallel import Precision
 from nemo_minitron.config.run import RunConfig
 from nemo_minitron.errors import ConfigError, LayoutError, PlanError
 from nemo_minitron.stages import preflight
 from nemo_minitron.stages.chain import chain_for
+from nemo_minitron.stages.files import write_json
+from nemo_minitron.stages.plan import REDO, redo_mark
 from nemo_minitron.stages.run_folder import DONE, RESULT, RunFolder
 from tests.tiny import write_llama
 
@@ -70,3 +73,12 @@ def test_positions_are_not_divided_in_fp32() -> None:
     config = load_recipe(RECIPE, ["parallel.context=2", "distill.teacher_precision=fp32"])
     with pytest.raises(LayoutError, match=r"teacher_precision = fp32 with parallel\.context = 2"):
         preflight._check_precision(config)
+
+
+def test_a_redo_that_was_cut_off_goes_on_without_its_sources(complete: RunFolder) -> None:
+    """Its first stages are complete again; where the texts lay may be gone."""
+    config = recipe(complete.path.parent / "hf")
+    write_json(complete.stages / REDO, redo_mark("data", config.model_copy(update={"precision": Precision.FP32})))
+    asked(complete, "data")
+    with pytest.raises(ConfigError, match=r"data\.sources: b"):
+        asked(complete, "import")

@@ -34,7 +34,7 @@ def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rotary_tables(torch.cat([angles, angles], -1)[:, None, None].float(), dtype)
 
 
-@check(order=40, seconds=12)
+@check(order=40, seconds=30)
 def attention_right(bench: Bench) -> Outcome:
     """Attention of every head size and window, forward and backward, against float64."""
     length = 160 if bench.tiny else 512

@@ -6,6 +6,7 @@ from benchmarks.gpu.registry import Outcome, UnavailableError, check
 from benchmarks.gpu.runner import ROOT
 
 NEEDS = ("megatron.core", "pydantic", "nemo.core", "lightning", "transformers", "tokenizers", "tests.tiny")
+LIMIT = 150
 
 
 def _chain(bench: Bench, recipe: str) -> Outcome:
@@ -24,18 +25,18 @@ def _chain(bench: Bench, recipe: str) -> Outcome:
     else:
         write_nemotron_h(folder / "hf", trained_steps=60)
     recipe_file = ROOT / "recipes" / "tiny" / f"{recipe}.yaml"
-    found = run_recipe(["run", str(recipe_file), *settings], folder / "run")
+    found = run_recipe(["run", str(recipe_file), *settings], folder / "run", limit=LIMIT - 10)
     ok = found.perplexity["distilled"] < found.perplexity["pruned"]
     return Outcome(figure=found.told, ok=ok, figures={"summary": found.summary, "s": found.seconds})
 
 
-@check(order=48, seconds=45, limit=150, needs=NEEDS)
+@check(order=48, seconds=45, limit=LIMIT, needs=NEEDS)
 def chain_experts(bench: Bench) -> Outcome:
     """recipes/tiny/experts_cpu on the card: every stage, and a student that distillation makes better."""
     return _chain(bench, "experts_cpu")
 
 
-@check(order=49, seconds=45, limit=150, needs=NEEDS)
+@check(order=49, seconds=45, limit=LIMIT, needs=NEEDS)
 def chain_hybrid(bench: Bench) -> Outcome:
     """recipes/tiny/hybrid_cpu on the card: every stage, and a student that distillation makes better."""
     return _chain(bench, "hybrid_cpu")

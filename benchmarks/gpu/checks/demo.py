@@ -9,6 +9,7 @@ from benchmarks.gpu.runner import ROOT
 
 RECIPE = ROOT / "recipes" / "smollm2" / "demo.yaml"
 NEEDS = ("megatron.core", "pydantic", "nemo.core", "lightning", "transformers", "gguf")
+LIMIT = 200
 
 
 def _demo(bench: Bench, precision: str) -> Outcome:
@@ -24,7 +25,7 @@ def _demo(bench: Bench, precision: str) -> Outcome:
         raise UnavailableError("takes ten minutes on a CPU: make demo")
     on_cpu, tokens = published()
     settings = [f"precision={precision}", f"distill.tokens={tokens}"]
-    found = run_recipe(["demo", *settings], bench.folder() / "run")
+    found = run_recipe(["demo", *settings], bench.folder() / "run", limit=LIMIT - 10)
     return outcome(precision, found, on_cpu)
 
 
@@ -43,13 +44,13 @@ def published() -> tuple[float, int]:
     return float(row[0].split("|")[3].strip(" *")), int(row[1].replace(",", ""))
 
 
-@check(order=90, seconds=90, limit=200, kind=Kind.SPEED, needs=NEEDS)
+@check(order=90, seconds=90, limit=LIMIT, kind=Kind.SPEED, needs=NEEDS)
 def demo_bf16(bench: Bench) -> Outcome:
     """The demo in bf16: every stage, and its perplexities."""
     return _demo(bench, "bf16")
 
 
-@check(order=91, seconds=90, limit=200, kind=Kind.SPEED, needs=NEEDS)
+@check(order=91, seconds=90, limit=LIMIT, kind=Kind.SPEED, needs=NEEDS)
 def demo_fp32(bench: Bench) -> Outcome:
     """The demo in fp32: every stage, and its perplexities."""
     return _demo(bench, "fp32")

@@ -1,11 +1,14 @@
 """Formulas that take another path on a GPU than on a CPU."""
 
+from itertools import product
+
 import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.registry import Outcome, check
+from nemo_minitron.kernels.available import kernels_run
 from nemo_minitron.megatron.functional import rms_norm
-from nemo_minitron.ops.importance import block_rows, joined_moments, sequence_blocks
+from nemo_minitron.ops.importance import Block, block_rows, joined_moments, sequence_blocks
 from nemo_minitron.ops.memory import Workspace
 
 
@@ -30,18 +33,29 @@ def norms_right(bench: Bench) -> Outcome:
     )
 
 
-@check(order=42, seconds=2)
+@check(order=42, seconds=5)
 def moments_right(bench: Bench) -> Outcome:
-    """Mean, length and variance of activations far from zero, against float64."""
+    """Mean, length and variance of activations far from zero, against float64, in the form that scores take."""
     figures = {}
-    for offset in (0.0, 30.0, 300.0):
+    # A sequence that is one run for the kernel, one of several, and one with channels left over; also of one sample.
+    shapes = ((128, 1, 130), (1024, 2, 64), (4096, 1, 4096))
+    for dtype, shape, offset in product((torch.float32, torch.bfloat16), shapes, (0.0, 30.0, 300.0)):
         torch.manual_seed(0)
-        x = torch.randn(1024, 2, 64) + offset
-        count = torch.full((x.shape[1],), len(x), dtype=torch.float64, device=bench.device)
-        blocks = sequence_blocks(x.to(bench.device), None, block_rows(*x.shape, count.device), Workspace())
-        found = joined_moments([blocks], count).finish().cpu()
+        x = (torch.randn(shape) + offset).to(dtype)
+        count = torch.full((shape[1],), len(x), dtype=torch.float64, device=bench.device)
+        found = joined_moments([_block(x.to(bench.device))], count).finish().cpu()
         wide = x.double()
         expected = torch.stack([wide.abs().mean(0), wide.norm(dim=0), wide.var(0, unbiased=False)])
-        figures[f"mean {offset:g}"] = ((found.double() - expected) / expected).abs().max().item()
+        name = f"mean {offset:g}"
+        worst = ((found.double() - expected) / expected).abs().max().item()
+        figures[name] = max(figures.get(name, 0.0), worst)
     figure = ", ".join(f"{name} deviations: {value:.1e}" for name, value in figures.items())
     return Outcome(figure=f"largest relative error, {figure}", ok=max(figures.values()) < 1e-3, figures=figures)
+
+
+def _block(x: torch.Tensor) -> Block:
+    if kernels_run(x.device, x.dtype):
+        from nemo_minitron.kernels.moments import moments_block
+
+        return moments_block(x, None)
+    return sequence_blocks(x, None, block_rows(*x.shape, x.device), Workspace())

@@ -221,7 +221,7 @@ def _all_errors(bench: Bench, cases: dict[str, Case]) -> Iterator[tuple[str, tor
             yield name, dtype, problem.errors(*case(problem))
 
 
-@check(order=20, seconds=15)
+@check(order=20, seconds=20)
 def fused_divergences(bench: Bench) -> Outcome:
     """Every divergence at temperatures 1 and 2, with and without cross-entropy, against dense float64."""
     cases = {

@@ -89,7 +89,7 @@ def mamba_scan_right(bench: Bench) -> Outcome:
 
 
 def _kernels(bench: Bench) -> Form:
-    if not kernels.run(bench.device, taps=4):
+    if not kernels.run(bench.device, bench.dtype, taps=4):
         raise UnavailableError("mamba-ssm and causal-conv1d need a GPU")
     return kernels.causal_convolution, kernels.scan
 
@@ -105,7 +105,7 @@ def mamba_speed(bench: Bench) -> Outcome:
     """A mixer's convolution and scan with gradients, 2 samples of 8,192 positions: time and memory of each form."""
     given = _inputs(bench, bench.dtype, length=64 if bench.tiny else 8192)
     forms = {"plain torch": PLAIN}
-    if kernels.run(bench.device, taps=4):
+    if kernels.run(bench.device, bench.dtype, taps=4):
         forms["kernels"] = (kernels.causal_convolution, kernels.scan)
     figures: dict[str, float] = {}
     for name, form in forms.items():
