@@ -67,7 +67,7 @@ def test_a_mixer_is_the_same_with_them(libraries: None, monkeypatch: pytest.Monk
         x = torch.randn(11, 2, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
         expected = mixer(x)[0]
         (wanted,) = torch.autograd.grad(expected.square().sum(), x)
-        monkeypatch.setattr(mamba.kernels, "run", lambda device, *, taps: True)
+        monkeypatch.setattr(mamba.kernels, "run", lambda device, dtype, *, taps: True)
         found = mixer(x)[0]
         (gradient,) = torch.autograd.grad(found.square().sum(), x)
     finally:
