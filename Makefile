@@ -49,7 +49,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)  ## prune and distill a real model, SmolLM2-135M, into RUN
 	$(BIN)/nemo-minitron demo --run-dir $(RUN)
 
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: lint  ## lint, then the tests in TESTS that are not slow (under a quarter of an hour on two cores)

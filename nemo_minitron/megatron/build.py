@@ -111,7 +111,7 @@ def engine_carries(spec: ModelSpec, device: torch.device, precision: Precision) 
 
 def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
     """Raise LayoutError unless a model's products can be fp8."""
-    if not engine_carries(spec, runtime.device, precision):
+    if precision is not Precision.BF16 or not engine_carries(spec, runtime.device, precision):
         raise LayoutError(
             "distill.teacher_fp8 = true",
             rule="fp8 needs Transformer Engine's layers, a GPU that multiplies it (H100 or later), and precision bf16",
