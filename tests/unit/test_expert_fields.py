@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from nemo_minitron.arch.expert_fields import are_alike, expert_fields, feed_forwards
 from nemo_minitron.arch.layer import Attention, LayerSpec, Moe, RouterScore
 from nemo_minitron.arch.spec import ModelSpec
+from nemo_minitron.megatron.engine_experts import goes_to_all
 from nemo_minitron.ops.routing import route
 from tests.parallel.megatron_jobs import EXPERT_SPECS
 
@@ -42,3 +43,11 @@ def test_what_is_written_is_read_the_same_or_is_not_written(score: str, top_k: i
     assert read is not None
     of_one = score == "softmax" and top_k == 1 and normalized  # which Megatron refuses
     assert are_alike(spec) is (read(0) == moe and not of_one)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8, 12])
+def test_tokens_take_the_way_that_is_less_to_send(top_k: int, ranks: int) -> None:
+    """Bytes of a token and channel in bf16: to all ranks and back in fp32, or to each expert and back."""
+    to_all, to_experts = (ranks - 1) * (2 + 4), top_k * (ranks - 1) / ranks * (2 + 2)
+    assert goes_to_all(top_k, ranks) is (to_all <= to_experts)
