@@ -10,8 +10,9 @@ from torch import Tensor
 from nemo_minitron.config.objective import DivergenceKind
 from nemo_minitron.ops.divergence import Divergence
 
-_LEAST = {torch.float32: 1e-38, torch.float64: 1e-300}
-"""Below it a mixture counts as this much. Its logarithm stays finite, and what it multiplies is 0."""
+_LEAST = {torch.float32: 1.2e-38, torch.float64: 1e-300}
+"""Below it a mixture counts as this much. Its logarithm stays finite, and what it multiplies is 0. A normal number: of
+smaller ones a processor that flushes them (`megatron.runtime`) makes zeros."""
 
 
 def divergence_terms(log_q: Tensor, log_p: Tensor, p: Tensor, q: Tensor, divergence: Divergence) -> Tensor:

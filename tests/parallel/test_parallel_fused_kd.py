@@ -281,6 +281,16 @@ def test_a_shift_of_all_logits_changes_nothing(case):
     torch.testing.assert_close(found["d_hidden"][:, :HIDDEN], expected["d_hidden"], **TOL[torch.float64])
 
 
+@pytest.fixture(params=[False, True], ids=["denormals", "denormals flushed"])
+def denormals_flushed(request):
+    """As `megatron.runtime` has them flushed in every run on a CPU, and not."""
+    before = float(torch.tensor([1e-39]) * 1) == 0
+    torch.set_flush_denormal(request.param)
+    yield
+    torch.set_flush_denormal(before)
+
+
+@pytest.mark.usefixtures("denormals_flushed")
 @pytest.mark.parametrize("case", [case for case in CASES if not case[2]], ids=str)
 def test_very_unequal_models_stay_finite_in_float32(case):
     data = problem(torch.float32)
