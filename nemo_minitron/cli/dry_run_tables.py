@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemo_minitron.arch.layer import Mamba
+from nemo_minitron.arch.families.hybrid import first_mamba
 from nemo_minitron.arch.sizes import PARAMETERS, layer_axes, named_sizes
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.parallel import ParallelConfig, Recompute
@@ -104,8 +104,7 @@ def communication(works: Mapping[str, Work], config: RunConfig) -> RenderableTyp
     """
     splits = {"TP": Split.TENSOR, "PP": Split.PIPELINE, "DP": Split.DATA}
     splits |= {"EP": Split.EXPERT} if config.parallel.expert > 1 else {}
-    models = [work.model for work in works.values() if work.model is not None]
-    has_mamba = any(isinstance(layer.mixer, Mamba) for spec in models for layer in spec.layers)
+    has_mamba = any(work.model is not None and first_mamba(work.model) is not None for work in works.values())
     splits |= {"CP of\nMamba": Split.CONTEXT} if config.parallel.context > 1 and has_mamba else {}
     table = new_table("communication, s a step", *splits, "hidden", "not\nhidden", "of the\nstep", title="")
     for name, work in works.items():

@@ -122,7 +122,7 @@ class ParallelConfig(Section):
 
 
 def mamba_split(groups: int, context: int) -> tuple[int, int]:
-    """How context-parallel ranks share Mamba heads: into how many sets groups fall, and the heads of each group.
+    """How context-parallel ranks share Mamba heads: into how many sets groups fall, and how many ranks share a group.
 
     The sets are as many as divide both numbers, so that as few ranks as can be need the maps of one group. Rank
     `i * shares + j` has share `j` of the heads of each group of set `i`.

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_minitron.arch.axes import LAYER_AXES, Axis, Packing
+from nemo_minitron.arch.families.hybrid import first_mamba
 from nemo_minitron.arch.layer import LayerSpec, Mamba, Mlp
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import Weight
@@ -117,7 +118,7 @@ def _check_fp8(spec: ModelSpec, runtime: Runtime, precision: Precision) -> None:
             rule="fp8 needs Transformer Engine's layers, a GPU that multiplies it (H100 or later), and precision bf16",
             remedy="set distill.teacher_fp8=false",
         )
-    if spec.has_experts or any(isinstance(layer.mixer, Mamba) for layer in spec.layers):
+    if spec.has_experts or first_mamba(spec) is not None:
         raise LayoutError(
             "distill.teacher_fp8 = true with experts or Mamba",
             rule="products of attention and of MLPs can be fp8",

@@ -7,7 +7,8 @@ they ask for was read in their sources (vLLM) or found by running them (llama.cp
 import json
 from collections.abc import Callable, Iterator
 
-from nemo_minitron.arch.layer import Attention, Mamba, Moe
+from nemo_minitron.arch.families.hybrid import first_mamba
+from nemo_minitron.arch.layer import Attention, Moe
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.source import TensorSource
 
@@ -57,8 +58,7 @@ def _llama_cpp(source: TensorSource) -> Iterator[str]:
         yield "it takes the embeddings for the output layer, which is another one here"
     if family == "gemma3":
         yield from _llama_cpp_gemma3(spec)
-    mamba = next((layer.mixer for layer in spec.layers if isinstance(layer.mixer, Mamba)), None)
-    if mamba is not None and mamba.inner_size % 64:
+    if (mamba := first_mamba(spec)) is not None and mamba.inner_size % 64:
         yield f"its converter takes multiples of 64 Mamba channels, not {mamba.inner_size:,}"
     yield from _llama_cpp_experts(spec, family)
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_minitron.arch.axes import PrunableAxis, size_divisor
+from nemo_minitron.arch.families.hybrid import first_mamba
 from nemo_minitron.arch.layer import Attention, FeedForward, Mamba, Mixer, Mlp
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.checkpoints.files import staged_file
@@ -65,7 +66,7 @@ class Conditions:
     @classmethod
     def of(cls, teacher: ModelSpec, deployment: DeploymentConfig, device: str) -> Self:
         """What a search needs."""
-        mamba = next((layer.mixer for layer in teacher.layers if isinstance(layer.mixer, Mamba)), None)
+        mamba = first_mamba(teacher)
         return cls(
             device=device,
             dtype=deployment.dtype.value,

@@ -7,7 +7,8 @@ from typing import Any
 
 from nemo_minitron.arch.axes import PRUNABLE
 from nemo_minitron.arch.families import family_named, nearest_family
-from nemo_minitron.arch.layer import PARTS, LayerSpec, Mamba
+from nemo_minitron.arch.families.hybrid import first_mamba
+from nemo_minitron.arch.layer import PARTS, LayerSpec
 from nemo_minitron.arch.spec import ModelSpec
 from nemo_minitron.config.run import ExportFormat, RunConfig
 from nemo_minitron.config.sizes import LayerSizes, MultipleOf, TargetConfig
@@ -80,7 +81,7 @@ def pose(config: RunConfig, teacher: ModelSpec, latency: Latency | None = None) 
         )
     teacher = replace(teacher, layers=tuple(layer.routed_to(target.top_k) for layer in teacher.layers))
     always = [*ALWAYS, *(["active_params"] if teacher.has_experts else [])]
-    always += ["ssm_state", "memory"] if any(isinstance(layer.mixer, Mamba) for layer in teacher.layers) else []
+    always += ["ssm_state", "memory"] if first_mamba(teacher) is not None else []
     space = make_space(search, target, teacher, config.parallel, _export_rule(config, teacher))
     upper = limits(target, teacher)
     found = find_shapes(

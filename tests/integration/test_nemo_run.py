@@ -49,6 +49,7 @@ def test_several_nodes_are_a_slurm_job_of_one_task_a_gpu(tmp_path):
     assert f"--container-image nemo.sqsh --container-mounts {mounts}" in step
     assert step.rindex(f"--container-workdir={tmp_path}") > step.index("--container-workdir "), "pyxis takes the last"
     assert step.index("--kill-on-bad-exit=1") < step.index("--kill-on-bad-exit=0"), "Slurm takes the last"
+    assert "--container-env=A" in step.replace("--container-env A", "--container-env=A"), "the image's own do not count"
     assert "torchrun" not in step
     assert step.endswith("bash /nemo_run/scripts/tiny.sh")
 

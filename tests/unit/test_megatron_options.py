@@ -1,6 +1,8 @@
 """Megatron's options for speed: where they are on by themselves, and what is refused and why."""
 
 import gc
+import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,12 @@ from nemo_minitron.config.parallel import ParallelConfig, Precision
 from nemo_minitron.config.training import DistillConfig, OptimizerConfig
 from nemo_minitron.errors import ConfigError, LayoutError
 from nemo_minitron.launchers import nemo_launcher
-from nemo_minitron.megatron import build, optim, overlap
+from nemo_minitron.megatron import build, forward, optim, overlap
 from nemo_minitron.megatron.forward import MicroBatch
 from nemo_minitron.models import nemo_settings
+from nemo_minitron.models.distillation import MegatronGPTDistillationModel
 from nemo_minitron.models.nemo_settings import SettingsReader
+from nemo_minitron.ops import product_speed
 from tests.parallel.megatron_jobs import EXPERT_SPECS, FAMILY_SPECS, SPECS
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +274,40 @@ def test_the_nemo_launcher_passes_options_on_beside_the_objective(tmp_path):
     assert read.guard == config.distill.guard
     assert read.guard.spike_factor == 9
     assert read.distillation == config.distill.with_teacher(tmp_path / "stages/import/teacher")
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "precision", "engine"),
+    [
+        ("tied", GPU, Precision.BF16, True),
+        ("tied", GPU, Precision.FP32, False),
+        ("tied", CPU, Precision.BF16, False),
+        ("windowed", GPU, Precision.BF16, False),
+    ],
+)
+def test_which_models_are_made_of_the_engine_s_layers(spec, device, precision, engine, monkeypatch):
+    """It computes attention in 16 bits; in fp32 it would keep all scores."""
+    monkeypatch.setattr(build, "use_transformer_engine", lambda: True)
+    model = SPECS["tied"]
+    if spec == "windowed":
+        model = replace(model, sliding_window=8, layers=tuple(layer.looking_back(local=True) for layer in model.layers))
+    assert build.engine_carries(model, device, precision) is engine
+
+
+@pytest.mark.parametrize(("kind", "least"), [("cpu", 1e7), ("cuda", 1e11)])
+def test_products_that_choose_a_precision_take_longer_than_their_launch(kind, least):
+    """A launch takes some microseconds, in which a GPU multiplies and adds 1e9 times in bf16."""
+    assert 2 * math.prod(product_speed._shape(torch.device(kind))) > least
+
+
+def test_a_batch_is_cut_as_every_model_that_reads_it_asks(monkeypatch):
+    """A student in fp32 is of our own layers, and its teacher in bf16 of the engine's, which takes documents apart."""
+    student, teacher = (SimpleNamespace(from_engine=engine) for engine in (False, True))
+    asked = []
+    monkeypatch.setattr(forward, "cut", lambda batch, size, chunks: asked.append(chunks) or [])
+    model = object.__new__(MegatronGPTDistillationModel)
+    provider = SimpleNamespace(teacher=SimpleNamespace(chunks=[teacher]))
+    settings = SimpleNamespace(batch=SimpleNamespace(micro_batch_size=2))
+    vars(model).update(chunks=[student], _provider=[provider], spec=SPECS["tied"], settings=settings)
+    model.micro_batches(MicroBatch.of(*(torch.zeros(2, 8, dtype=torch.long),) * 2, torch.ones(2, 8, dtype=torch.bool)))
+    assert asked == [[student, teacher]]

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_minitron.arch.families.base import Family
 from nemo_minitron.arch.families.hybrid import first_mamba, shared_sizes
 from nemo_minitron.arch.families.nemotron_h_experts import FREE_TRAITS, SETTINGS, TRAITS, read_experts, write_experts
+from nemo_minitron.arch.hybrid_fields import LETTERS
 from nemo_minitron.arch.layer import Attention, LayerSpec, Mamba, Mlp, Moe
 from nemo_minitron.arch.spec import Activation, ModelSpec
 from nemo_minitron.arch.weights import LAYER_PREFIX
@@ -84,7 +85,6 @@ _OTHER_KEYS = (
     *("mamba_n_groups", "mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max", "mamba_dt_limit"),
     *("mamba_dt_init_floor", "mamba_conv_bias", "mamba_chunk_size"),
 )
-_LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 # What transformers calls layers, and what it called them before.
 _Kind = type[Attention | Mamba | Mlp | Moe]
 _KINDS: dict[str, _Kind] = {
@@ -96,6 +96,7 @@ _KINDS: dict[str, _Kind] = {
     "moe": Moe,
 }
 _NAME_OF: dict[type, str] = {Mamba: "linear_attention", Attention: "full_attention", Mlp: "mlp", Moe: "moe"}
+_LETTERS = {letter: _NAME_OF[kind] for letter, kind in LETTERS.items()}
 
 
 def _read(config: Mapping[str, Any]) -> ModelSpec:
