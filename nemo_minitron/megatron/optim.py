@@ -168,8 +168,8 @@ class TrainOptimizer:
             optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         if not loading:
             for part in _states(optimizer, len(self.optimizer.chained_optimizers)):
-                if part.get("param_state", 0) is None:  # gathered elsewhere; Megatron would warn that ranks differ
-                    del part["param_state"]
+                if "param_state" in part and part["param_state"] is None:
+                    del part["param_state"]  # gathered elsewhere; Megatron would warn that ranks differ
         return (
             {"optimizer": optimizer} if loading else {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         )
